@@ -1,0 +1,26 @@
+"""The EfficientNet family (Tan & Le, 2019) on fused MBConv kernels. Importing this package imports neither torch nor Triton."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "EfficientNet": "efficientnet.model",
+    "create_model": "efficientnet.model",
+    "list_models": "efficientnet.config",
+    "MBConv": "efficientnet.mbconv",
+    "compound_scale": "efficientnet.scaling",
+    "load_checkpoint": "efficientnet.checkpoints",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):  # PEP 562: a name is imported when it is first used
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'efficientnet' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_EXPORTS})

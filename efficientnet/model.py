@@ -1,0 +1,247 @@
+"""EfficientNet (Tan & Le, 2019): stem, MBConv stages, head; parameters named as in timm, blocks fused or plain."""
+
+from dataclasses import replace
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from efficientnet.config import EfficientNetConfig
+from efficientnet.scaling import Scaling, check_count
+from effkernels.geometry import pad_amounts
+from effkernels.reference import ACTIVATIONS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def create_model(
+    name: "str | Scaling | EfficientNetConfig",
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float | None = None,
+    drop_path_rate: float | None = None,
+    fused: bool = True,
+    padding: str | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
+    device=None,
+    dtype=None,
+    **unknown,
+) -> "EfficientNet":
+    """A network with fresh weights (``load_checkpoint`` loads trained ones; nothing is ever downloaded).
+
+    Args:
+        name: a name from ``list_models()`` or its short form ("b0" is "efficientnet_b0"); or a ``Scaling`` such as
+            ``compound_scale(1.5)``; or an ``EfficientNetConfig``.
+        num_classes: 0 for no classifier (the model then returns pooled features).
+        in_chans: channels of the images.
+        drop_rate: dropout before the classifier, in [0, 1). None: the variant's (B0 0.2 to B7 0.5).
+        drop_path_rate: stochastic depth, in [0, 1), growing linearly with the block index. None: 0.2.
+        fused: MBConv blocks from ``effkernels.FusedMBConv``; False for plain PyTorch. Same parameters, same numbers.
+        padding, bn_eps, bn_momentum: None for the name's own, so that timm's weights of that name give timm's logits:
+            "efficientnet_*" and scalings: "symmetric", 1e-5, 0.1; "tf_efficientnet_*": "same", 1e-3, 0.1.
+            (The paper trained with "same", 1e-3 and 0.01.)
+        device, dtype: of the parameters; "meta" builds without memory.
+
+    Raises ValueError for an unknown name or a value out of range, TypeError for an unknown keyword.
+    """
+    if unknown:
+        hint = "; weights are loaded with load_checkpoint" if "pretrained" in unknown else ""
+        names, accepted = ", ".join(map(repr, unknown)), ", ".join(create_model.__kwdefaults__)
+        raise TypeError(f"create_model() got unknown keyword {names}; accepted: {accepted}{hint}")
+    if isinstance(name, EfficientNetConfig):
+        config = name
+    elif isinstance(name, Scaling):
+        config = EfficientNetConfig.from_scaling(name)
+    elif isinstance(name, str):
+        config = EfficientNetConfig.from_name(name)
+    else:
+        raise TypeError(f"name must be a str, Scaling or EfficientNetConfig, got {type(name).__name__}")
+    overrides = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    config = replace(config, **{field: value for field, value in overrides.items() if value is not None})
+    return EfficientNet(
+        config,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        fused=fused,
+        device=device,
+        dtype=dtype,
+    )
+
+
+class EfficientNet(nn.Module):
+    """Image classifier: 3x3 stride-2 stem, MBConv stages, 1x1 head, global average pooling, dropout, linear.
+
+    The state_dict is timm's: ``conv_stem bn1 blocks.S.B.* conv_head bn2 classifier``. Weights start as in the TensorFlow release:
+    convolutions N(0, 2 / fan_out) with ``fan_out = k * k * out_channels / groups``, classifier U(-r, r) with
+    ``r = 1 / sqrt(num_classes)``, biases 0, BatchNorm 1 and 0.
+
+    Args: as ``create_model``, with an ``EfficientNetConfig`` for the name.
+
+    Shapes: images [N, in_chans, H, W], contiguous or channels_last -> logits [N, num_classes].
+    """
+
+    def __init__(
+        self,
+        config: EfficientNetConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float | None = None,
+        drop_path_rate: float | None = None,
+        fused: bool = True,
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        drop_rate = config.drop_rate if drop_rate is None else drop_rate
+        drop_path_rate = config.drop_path_rate if drop_path_rate is None else drop_path_rate
+        check_count("num_classes", num_classes, minimum=0)
+        check_count("in_chans", in_chans)
+        _check_rate("drop_rate", drop_rate)
+        _check_rate("drop_path_rate", drop_path_rate)
+        if fused:
+            from effkernels import FusedMBConv as block_cls
+        else:
+            from efficientnet.mbconv import MBConv as block_cls
+
+        self.config, self.in_chans, self.num_classes = config, in_chans, num_classes
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
+        self.num_features = self.head_hidden_size = config.head_channels
+        factory = {"device": device, "dtype": dtype}
+        norm = {"eps": config.bn_eps, "momentum": config.bn_momentum, **factory}
+
+        symmetric = 1 if config.padding == "symmetric" else 0
+        self.conv_stem = nn.Conv2d(in_chans, config.stem_channels, 3, 2, symmetric, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(config.stem_channels, **norm)
+
+        stages, channels, index = [], config.stem_channels, 0
+        total = sum(stage.repeats for stage in config.stages)
+        for stage in config.stages:
+            blocks = []
+            for repeat in range(stage.repeats):
+                block = block_cls(
+                    channels,
+                    stage.channels,
+                    stage.kernel_size,
+                    stage.stride if repeat == 0 else 1,
+                    stage.expand_ratio,
+                    stage.se_ratio,
+                    act=config.act,
+                    padding=config.padding,
+                    bn_eps=config.bn_eps,
+                    bn_momentum=config.bn_momentum,
+                    drop_path=drop_path_rate * index / total,
+                    **factory,
+                )
+                blocks.append(block)
+                channels, index = stage.channels, index + 1
+            stages.append(nn.Sequential(*blocks))
+        self.blocks = nn.Sequential(*stages)
+
+        self.conv_head = nn.Conv2d(channels, config.head_channels, 1, bias=False, **factory)
+        self.bn2 = nn.BatchNorm2d(config.head_channels, **norm)
+        self.classifier = self._new_classifier(num_classes, **factory)
+        self.apply(_init_weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] -> the head's feature map [N, num_features, ceil(H / 32), ceil(W / 32)].
+
+        Raises TypeError or ValueError naming what is wrong with the images.
+        """
+        self._check_input(x)
+        if self.config.padding == "same":
+            (top, bottom), (left, right) = (pad_amounts(n, 3, 2, "same") for n in x.shape[2:])
+            x = F.pad(x, (left, right, top, bottom))
+        act = ACTIVATIONS[self.config.act]
+        x = act(self.bn1(self.conv_stem(x)))
+        x = self.blocks(x)
+        return act(self.bn2(self.conv_head(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""
+        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        return x if pre_logits else self.classifier(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = "avg") -> None:
+        """A fresh classifier for ``num_classes`` classes (0: none), on the device and in the dtype of the network."""
+        check_count("num_classes", num_classes, minimum=0)
+        if global_pool not in ("avg", None):
+            raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
+        like = self.conv_head.weight
+        self.num_classes = num_classes
+        self.classifier = self._new_classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        _init_weights(self.classifier)
+
+    @property
+    def feature_info(self) -> list[dict]:
+        """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's name."""
+        info, reduction, stages = [], 2, self.config.stages
+        for i, stage in enumerate(stages):
+            reduction *= stage.stride
+            if i + 1 == len(stages) or stages[i + 1].stride > 1:
+                info.append({"stage": i + 1, "num_chs": stage.channels, "reduction": reduction, "module": f"blocks.{i}"})
+        return info
+
+    @property
+    def pretrained_cfg(self) -> dict:
+        """How images for this variant are prepared, under timm's keys; the crop leaves the 32-pixel border of the release."""
+        resolution = self.config.resolution
+        return {
+            "architecture": self.config.name,
+            "num_classes": self.num_classes,
+            "input_size": (self.in_chans, resolution, resolution),
+            "interpolation": "bicubic",
+            "crop_pct": resolution / (resolution + 32),
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "first_conv": "conv_stem",
+            "classifier": "classifier",
+        }
+
+    default_cfg = pretrained_cfg
+
+    def _new_classifier(self, num_classes, **factory):
+        return nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+
+    def _check_input(self, x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
+            raise ValueError(f"images must be [N, {self.in_chans}, H, W], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point, got {x.dtype}")
+        device = self.conv_stem.weight.device
+        if x.device != device:
+            raise ValueError(f"images are on {x.device} but the model is on {device}")
+
+
+def _init_weights(module):
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+    elif isinstance(module, nn.Linear):
+        bound = module.out_features**-0.5
+        nn.init.uniform_(module.weight, -bound, bound)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _check_rate(name, value):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")

@@ -1,0 +1,105 @@
+"""Parameters and multiply-accumulates, counted on the model itself: every convolution and linear layer of one shape-only forward."""
+
+import copy
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class StageRow(NamedTuple):
+    """One row of ``stage_table``. Sizes are (height, width); expand_ratio is None outside MBConv stages."""
+
+    operator: str
+    kernel_size: int
+    stride: int
+    expand_ratio: float | None
+    channels: int
+    repeats: int
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    params: int
+    macs: int
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trained numbers of the model, biases and BatchNorm's weights included, its running statistics not."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+    """Multiply-accumulates of one image in every nn.Conv2d and nn.Linear ("FLOPs" in the papers).
+
+    Per layer ``outputs * (in_channels / groups) * k * k``; taps on padding count, BatchNorm, activations and gates do not.
+    Nothing is computed and nothing allocated: the forward runs on the meta device, so any size takes milliseconds.
+
+    Args:
+        model: any image model; an EfficientNet, fused or not, knows its channels and size.
+        image_size: pixels, or (height, width). None: ``model.config.resolution``.
+    """
+    return sum(macs for macs, _ in _trace(model, image_size).values())
+
+
+def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[StageRow]:
+    """Rows of an EfficientNet in order: stem, one for each stage, head, classifier (if any); params and MACs add up to the totals."""
+    trace = _trace(model, image_size)
+    cfg, rows, size = model.config, [], _image_hw(model, image_size)
+
+    def add(operator, layers, kernel_size, stride, expand_ratio, channels, repeats):
+        nonlocal size
+        inside = {name for name in trace if any(name == layer or name.startswith(f"{layer}.") for layer in layers)}
+        before, size = size, [trace[name][1] for name in trace if name in inside][-1]
+        params = sum(count_parameters(model.get_submodule(layer)) for layer in layers)
+        macs = sum(trace[name][0] for name in inside)
+        rows.append(StageRow(operator, kernel_size, stride, expand_ratio, channels, repeats, before, size, params, macs))
+
+    add("Conv", ["conv_stem", "bn1"], 3, 2, None, cfg.stem_channels, 1)
+    for i, s in enumerate(cfg.stages):
+        add("MBConv", [f"blocks.{i}"], s.kernel_size, s.stride, s.expand_ratio, s.channels, s.repeats)
+    add("Conv", ["conv_head", "bn2"], 1, 1, None, cfg.head_channels, 1)
+    if isinstance(model.classifier, nn.Linear):
+        add("Pool, Linear", ["classifier"], 1, 1, None, model.num_classes, 1)
+    return rows
+
+
+def _image_hw(model, image_size):
+    if image_size is None:
+        if not hasattr(model, "config"):
+            raise ValueError("image_size is needed for a model without a config")
+        image_size = model.config.resolution
+    hw = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if len(hw) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in hw):
+        raise ValueError(f"image_size must be a positive integer or a tuple (height, width), got {image_size!r}")
+    return hw
+
+
+def _trace(model, image_size):
+    """{layer name: (macs, (out_height, out_width))} of every Conv2d and Linear, in the order they run."""
+    hw = _image_hw(model, image_size)
+    # A copy whose tensors are all on meta: deepcopy takes what memo already holds, so no weight is read.
+    memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(b): b.to("meta") for b in model.buffers()}
+    model = copy.deepcopy(model, memo).eval()
+    trace = {}
+
+    def record(name, taps):
+        def hook(layer, args, out):
+            macs, _ = trace.get(name, (0, None))
+            trace[name] = macs + out.numel() * taps, tuple(out.shape[2:]) or (1, 1)
+
+        return hook
+
+    channels = None
+    for name, module in model.named_modules():
+        if hasattr(module, "forward_reference"):
+            module.forward = module.forward_reference  # a fused block does not call its layers
+        elif isinstance(module, nn.Conv2d):
+            channels = channels or module.in_channels
+            module.register_forward_hook(record(name, module.weight[0].numel()))
+        elif isinstance(module, nn.Linear):
+            module.register_forward_hook(record(name, module.in_features))
+    first = next(chain(model.parameters(), model.buffers()))
+    with torch.no_grad():
+        model(torch.empty(1, channels, *hw, device="meta", dtype=first.dtype))
+    return trace

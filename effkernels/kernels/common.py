@@ -1,0 +1,123 @@
+"""What every kernel shares: activations and their derivatives, BatchNorm coefficients, pointer and dtype helpers.
+
+Kernels index NHWC tensors. ``C = CV * CVEC`` with CVEC a compile-time power of two that divides C: Triton only sees divisibility
+by 16 in an integer argument, and this tells it about 8, so that loads stay 16 bytes wide for C = 24, 40, 72, ...
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = triton.knobs.runtime.interpret
+
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + exp(-x)); FAST is one special-function op, 0.5 + 0.5 tanh(x / 2), good to 2^-11 (bf16 only)."""
+    if FAST:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1)
+        return 0.5 * t + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    """phi(x) in fp32."""
+    if ACT == "silu":
+        if FAST:
+            h = 0.5 * x
+            t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
+            return h * t + h
+        else:
+            return x / (1.0 + tl.exp(-x))
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu6":
+        return tl.clamp(x, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "hard_swish":
+        return x * tl.clamp(x + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACT == "identity")
+        return x
+
+
+@triton.jit
+def activate_and_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(phi(x), phi'(x)) in fp32, sharing the transcendental."""
+    if ACT == "silu":
+        s = sigmoid(x, FAST)
+        phi = x * s
+        return phi, s + phi * (1.0 - s)
+    elif ACT == "relu":
+        return activate(x, ACT, FAST), tl.where(x > 0.0, 1.0, 0.0)
+    elif ACT == "relu6":
+        return activate(x, ACT, FAST), tl.where((x > 0.0) & (x < 6.0), 1.0, 0.0)
+    elif ACT == "hard_swish":
+        inner = tl.where(x < 3.0, x * (1.0 / 3.0) + 0.5, 1.0)
+        return activate(x, ACT, FAST), tl.where(x > -3.0, inner, 0.0)
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        tl.static_assert(ACT == "identity")
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def gate_function(x, GATE: tl.constexpr):
+    if GATE == "sigmoid":
+        return sigmoid(x, False)
+    else:
+        tl.static_assert(GATE == "hard_sigmoid")
+        return tl.clamp(x * (1.0 / 6.0) + 0.5, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def gate_derivative(g, GATE: tl.constexpr):
+    """d gate / d (its argument), from the gate's own value."""
+    if GATE == "sigmoid":
+        return g * (1.0 - g)
+    else:
+        return tl.where((g > 0.0) & (g < 1.0), 1.0 / 6.0, 0.0)
+
+
+@triton.jit
+def load_vector(p, c, mask):
+    return tl.load(p + c, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
+    """(mean, rstd, scale, shift) of channels c, with BN(y) = y * scale + shift, from live parameters and statistics."""
+    m = load_vector(mean, c, mask)
+    v = load_vector(var, c, mask)
+    if VAR_IS_RSTD:
+        rstd = v
+    else:
+        rstd = 1.0 / tl.sqrt(v + eps)
+    scale = load_vector(gamma, c, mask) * rstd
+    return m, rstd, scale, load_vector(beta, c, mask) - m * scale
+
+
+@triton.jit
+def bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
+    """(scale, shift) of channels c as [1, BC] rows."""
+    m, rstd, scale, shift = bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
+    return scale[None, :], shift[None, :]
+
+
+def channel_vector_width(channels: int, itemsize: int = 2) -> int:
+    """CVEC: the power of two, at most 16 bytes of elements, that divides the channel count."""
+    return math.gcd(channels, 16 // itemsize)
+
+
+def fast_math(dtype: torch.dtype) -> bool:
+    """Whether tanh.approx is accurate enough for ``dtype``, and can run (the interpreter has no inline PTX)."""
+    return dtype is torch.bfloat16 and not INTERPRET

@@ -1,0 +1,432 @@
+"""Depthwise k x k convolution on NHWC: forward, and the whole backward (dgrad and wgrad) in one launch.
+
+    forward    y[n,oh,ow,c] = sum_{kh,kw} w[c,kh,kw] * a[n, oh*s + kh - pad_top, ow*s + kw - pad_left, c]
+    dgrad      da[n,ih,iw,c] = sum_{kh,kw} w[c,kh,kw] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
+    wgrad      dw[c,kh,kw] = sum_{n,ih,iw} a[n,ih,iw,c] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
+
+with a = x, or a = phi1(BN1(x)) evaluated on load (prologue; padding is zero after the activation), and dy given, or formed on load
+from the gradient dq of the gated activation: dy = scale2 * (dq * gate + dpool) * phi2'(BN2(y)) + k0 + k1 * y.
+
+How a program works: S column strips of one image times BC channels, one warp. A row of a strip is one 16-byte-wide load of CW
+columns, split into a tuple of [S, BC] blocks, one per column, so that a tap is another tuple entry and needs no lane shift. The
+program slides down TH rows. The forward scatters each activated element into M = ceil(k/s) running output rows, so an element is
+activated once per strip that sees it, 1 + (k-1)/(TW*s) times on average, never k^2. The backward keeps the last M rows of dy in
+registers and stands at the input pixel: one dy value serves dgrad and wgrad, and a and phi1' are evaluated once at the centre.
+Programs are persistent over (image, group of S strips), so partial results number as many as programs, not tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.kernels.common import (
+    activate,
+    activate_and_grad,
+    bn_coefficients,
+    bn_row,
+    channel_vector_width,
+    fast_math,
+    load_vector,
+)
+from effkernels.launch import depthwise_backward_config, depthwise_forward_config
+
+
+@triton.jit
+def split_columns(block, NUM: tl.constexpr):
+    """[S, BC, NUM] -> NUM blocks [S, BC]; NUM a power of two."""
+    if NUM == 1:
+        return (tl.reshape(block, [block.shape[0], block.shape[1]]),)
+    else:
+        even, odd = tl.split(tl.reshape(block, [block.shape[0], block.shape[1], NUM // 2, 2]))
+        evens = split_columns(even, NUM // 2)
+        odds = split_columns(odd, NUM // 2)
+        columns = ()
+        for i in tl.static_range(NUM // 2):
+            columns = columns + (evens[i], odds[i])
+        return columns
+
+
+@triton.jit
+def join_columns(columns, FIRST: tl.constexpr, STEP: tl.constexpr, NUM: tl.constexpr):
+    """columns[FIRST], columns[FIRST + STEP], ... (NUM blocks [S, BC]) -> [S, BC, NUM]; NUM a power of two."""
+    if NUM == 1:
+        return columns[FIRST][:, :, None]
+    else:
+        even = join_columns(columns, FIRST, 2 * STEP, NUM // 2)
+        odd = join_columns(columns, FIRST + STEP, 2 * STEP, NUM // 2)
+        both = tl.join(even, odd)
+        return tl.reshape(both, [both.shape[0], both.shape[1], NUM])
+
+
+@triton.jit
+def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
+    """Tuple of TAPS [1, BC] fp32 vectors of w [C, TAPS], rounded to the compute dtype as a cast of the weight would."""
+    taps = ()
+    for t in tl.static_range(TAPS):
+        taps = taps + (tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(dtype).to(tl.float32)[None, :],)
+    return taps
+
+
+@triton.jit
+def depthwise_forward_kernel(
+    x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
+    N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
+    CW: tl.constexpr, TWP: tl.constexpr, PREFETCH: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
+    STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    C = CV * CVEC
+    M: tl.constexpr = (K + STRIDE - 1) // STRIDE
+    NC: tl.constexpr = (TW - 1) * STRIDE + K
+    blocks_c = tl.cdiv(C, BC)
+    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
+    p = tl.program_id(0) // blocks_c
+    mc = c < C
+    taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
+    if PROLOGUE:
+        scale1, shift1 = bn_row(gamma1, beta1, mean1, var1, eps1, c, mc, BN1_VAR_IS_RSTD)
+    if EPILOGUE:
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps2, c, mc, False)
+    if STATS:
+        count = tl.zeros([S], tl.float32)
+        mean = tl.zeros([S, BC], tl.float32)
+        m2 = tl.zeros([S, BC], tl.float32)
+    j_in = tl.arange(0, CW)
+    j_out = tl.arange(0, TWP)
+    for g in range(p, N * groups, P):
+        n = g // groups
+        strip = (g % groups) * S + tl.arange(0, S)
+        valid = strip < strips
+        ow0 = (strip % strips_w) * TW
+        oh0 = (strip // strips_w) * TH
+        rows = tl.where(valid, tl.minimum(OH - oh0, TH), 0)
+        iw0 = ow0 * STRIDE - pad_left
+        ih = oh0 * STRIDE - pad_top
+        xn = x + n.to(tl.int64) * H * W * C
+        yn = y + n.to(tl.int64) * OH * OW * C
+        col_in = iw0[:, None] + j_in[None, :]
+        mask_in = ((col_in >= 0) & (col_in < W) & (j_in < NC)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
+        off_in = ((ih * W)[:, None] + col_in)[:, :, None] * C + c[None, None, :]
+        col_out = ow0[:, None] + j_out[None, :]
+        mask_out = ((col_out < OW) & (j_out < TW)[None, :])[:, :, None] & mc[None, None, :]
+        off_out = (((oh0 - (M - 1)) * OW)[:, None] + col_out)[:, :, None] * C + c[None, None, :]
+        acc = ()
+        for i in tl.static_range(M * TW):
+            acc = acc + (tl.zeros([S, BC], tl.float32),)
+        if STATS:
+            pivot = tl.zeros([S, BC], tl.float32)
+            s1 = tl.zeros([S, BC], tl.float32)
+            s2 = tl.zeros([S, BC], tl.float32)
+        if POOL:
+            pooled = tl.zeros([S, BC], tl.float32)
+        if PREFETCH:
+            ahead = tl.load(xn + off_in, mask=mask_in & ((ih >= 0) & (ih < H))[:, None, None], other=0.0)
+        for t in range(0, TH + M - 1):
+            for r in tl.static_range(STRIDE):
+                row_ok = (ih >= 0) & (ih < H)
+                if PREFETCH:
+                    block = ahead
+                    off_in += W * C
+                    ahead = tl.load(xn + off_in, mask=mask_in & ((ih + 1 >= 0) & (ih + 1 < H))[:, None, None], other=0.0)
+                else:
+                    block = tl.load(xn + off_in, mask=mask_in & row_ok[:, None, None], other=0.0)
+                    off_in += W * C
+                columns = split_columns(tl.permute(block, (0, 2, 1)), CW)
+                for j in tl.static_range(NC):
+                    a = columns[j].to(tl.float32)
+                    if PROLOGUE:
+                        inside = row_ok & (iw0 + j >= 0) & (iw0 + j < W)
+                        a = tl.where(inside[:, None], activate(a * scale1 + shift1, ACT1, FAST), 0.0)
+                    summed = ()
+                    for m in tl.static_range(M):
+                        for o in tl.static_range(TW):
+                            s = acc[m * TW + o]
+                            if r + STRIDE * m < K:
+                                if j - o * STRIDE >= 0:
+                                    if j - o * STRIDE < K:
+                                        s += a * taps[(r + STRIDE * m) * K + j - o * STRIDE]
+                            summed = summed + (s,)
+                    acc = summed
+                ih += 1
+            # Row oh0 + t - (M - 1) has met all its taps.
+            done = (t >= M - 1) & (t - (M - 1) < rows)
+            outputs = ()
+            for o in tl.static_range(TWP):
+                if o < TW:
+                    v = acc[(M - 1) * TW + o]
+                    if STATS or POOL:
+                        ok = (done & (ow0 + o < OW))[:, None]
+                    if STATS:
+                        if o == 0:
+                            pivot = tl.where(t == M - 1, v, pivot)
+                        d = tl.where(ok, v - pivot, 0.0)
+                        s1 += d
+                        s2 += d * d
+                    if EPILOGUE:
+                        v = activate(v * scale2 + shift2, ACT2, FAST)
+                    if POOL:
+                        pooled += tl.where(ok, v, 0.0)
+                    outputs = outputs + (v.to(y.dtype.element_ty),)
+                else:
+                    outputs = outputs + (tl.zeros([S, BC], y.dtype.element_ty),)
+            block_out = tl.permute(join_columns(outputs, 0, 1, TWP), (0, 2, 1))
+            tl.store(yn + off_out, block_out, mask=mask_out & done[:, None, None])
+            off_out += OW * C
+            shifted = ()
+            for i in tl.static_range(TW):
+                shifted = shifted + (tl.zeros([S, BC], tl.float32),)
+            for i in tl.static_range((M - 1) * TW):
+                shifted = shifted + (acc[i],)
+            acc = shifted
+        if STATS:
+            # Chan's merge of this group's shifted sums into the running (count, mean, M2), elementwise.
+            cnt = (rows * tl.where(valid, tl.minimum(OW - ow0, TW), 0)).to(tl.float32)
+            share = 1.0 / tl.maximum(cnt, 1.0)[:, None]
+            total = count + cnt
+            delta = pivot + s1 * share - mean
+            weight = (cnt / tl.maximum(total, 1.0))[:, None]
+            mean += delta * weight
+            m2 += s2 - s1 * s1 * share + delta * delta * (count[:, None] * weight)
+            count = total
+        if POOL:
+            tl.store(pool + g.to(tl.int64) * C + c, tl.sum(pooled, 0), mask=mc)
+    if STATS:
+        total = tl.sum(count, 0)
+        merged = tl.sum(mean * count[:, None], 0) / tl.maximum(total, 1.0)
+        delta = mean - merged[None, :]
+        tl.store(tile_mean + p.to(tl.int64) * C + c, merged, mask=mc)
+        tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(m2 + delta * delta * count[:, None], 0), mask=mc)
+        tl.store(tile_count + p, total, mask=tl.program_id(0) % blocks_c == 0)
+
+
+@triton.jit
+def depthwise_backward_kernel(
+    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
+    CW: tl.constexpr, BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
+    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    C = CV * CVEC
+    M: tl.constexpr = (K + STRIDE - 1) // STRIDE
+    ND: tl.constexpr = TW + M - 1  # columns of dy a strip needs
+    XW: tl.constexpr = TW * STRIDE  # columns of x it owns
+    blocks_c = tl.cdiv(C, BC)
+    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
+    p = tl.program_id(0) // blocks_c
+    mc = c < C
+    if NEED_DX:
+        taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
+    if BN2:
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+        if BN2_BATCH:
+            offset2 = load_vector(k0, c, mc)[None, :]
+            slope2 = load_vector(k1, c, mc)[None, :]
+    if BN1:
+        mu1, r1, scale1, shift1 = bn_coefficients(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True)
+        mu1, scale1, shift1 = mu1[None, :], scale1[None, :], shift1[None, :]
+        sum_dz = tl.zeros([S, BC], tl.float32)
+        sum_dzy = tl.zeros([S, BC], tl.float32)
+    dw = ()
+    for i in tl.static_range(K * K):
+        dw = dw + (tl.zeros([S, BC], tl.float32),)
+    j_dy = tl.arange(0, CW)
+    j_x = tl.arange(0, XW)
+    for g in range(p, N * groups, P):
+        n = g // groups
+        strip = (g % groups) * S + tl.arange(0, S)
+        valid = strip < strips
+        # Rows and columns of dy are counted by (ih + pad_top) // s, which starts at first_row.
+        col0 = first_col + (strip % strips_w) * TW
+        row0 = first_row + (strip // strips_w) * TH
+        if GATED:
+            nc = n.to(tl.int64) * C + c
+            g_n = tl.load(gate + nc, mask=mc, other=0.0).to(tl.float32)[None, :]
+        if POOLED:
+            dp_n = tl.load(dpool + n.to(tl.int64) * C + c, mask=mc, other=0.0).to(tl.float32)[None, :]
+        dqn = dq + n.to(tl.int64) * OH * OW * C
+        yn = y + n.to(tl.int64) * OH * OW * C
+        xn = x + n.to(tl.int64) * H * W * C
+        dxn = dx + n.to(tl.int64) * H * W * C
+        ow0 = col0 - (M - 1)
+        col_dy = ow0[:, None] + j_dy[None, :]
+        mask_dy = ((col_dy >= 0) & (col_dy < OW) & (j_dy < ND)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
+        oh = row0 - (M - 1)
+        off_dy = ((oh * OW)[:, None] + col_dy)[:, :, None] * C + c[None, None, :]
+        iw0 = col0 * STRIDE - pad_left
+        col_x = iw0[:, None] + j_x[None, :]
+        mask_x = ((col_x >= 0) & (col_x < W) & valid[:, None])[:, :, None] & mc[None, None, :]
+        ih = oh * STRIDE - pad_top
+        off_x = ((ih * W)[:, None] + col_x)[:, :, None] * C + c[None, None, :]
+        ring = ()
+        for i in tl.static_range(M * ND):
+            ring = ring + (tl.zeros([S, BC], tl.float32),)
+        for t in range(0, TH + M - 1):
+            row_dy = (oh >= 0) & (oh < OH)
+            mask = mask_dy & row_dy[:, None, None]
+            dq_columns = split_columns(tl.permute(tl.load(dqn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
+            if BN2:
+                y_columns = split_columns(tl.permute(tl.load(yn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
+            off_dy += OW * C
+            newest = ()
+            for d in tl.static_range(ND):
+                v = dq_columns[d].to(tl.float32)
+                if BN2:
+                    y2 = y_columns[d].to(tl.float32)
+                    if GATED:
+                        v = v * g_n
+                    if POOLED:
+                        v += dp_n
+                    phi, dphi = activate_and_grad(y2 * scale2 + shift2, ACT2, FAST)
+                    v = v * dphi * scale2
+                    if BN2_BATCH:
+                        v += offset2 + slope2 * y2
+                    v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
+                newest = newest + (v,)
+            for i in tl.static_range((M - 1) * ND):
+                newest = newest + (ring[i],)
+            ring = newest  # ring[m * ND + d] is dy at row oh - m, column ow0 + d
+            for r in tl.static_range(STRIDE):
+                row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
+                mask = mask_x & row_x[:, None, None]
+                if NEED_DW or BN1:
+                    x_columns = split_columns(tl.permute(tl.load(xn + off_x, mask=mask, other=0.0), (0, 2, 1)), XW)
+                outputs = ()
+                for j in tl.static_range(XW):
+                    if NEED_DW or BN1:
+                        x1 = x_columns[j].to(tl.float32)
+                    if BN1:
+                        inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
+                        a, slope = activate_and_grad(x1 * scale1 + shift1, ACT1, FAST)
+                        a = tl.where(inside, a, 0.0)
+                    elif NEED_DW:
+                        a = x1
+                    da = tl.zeros([S, BC], tl.float32)
+                    grads = ()
+                    for kh in tl.static_range(K):
+                        for kw in tl.static_range(K):
+                            dw_tap = dw[kh * K + kw]
+                            if kh % STRIDE == r:
+                                if kw % STRIDE == j % STRIDE:
+                                    v = ring[(kh // STRIDE) * ND + j // STRIDE - kw // STRIDE + M - 1]
+                                    if NEED_DX:
+                                        da += v * taps[kh * K + kw]
+                                    if NEED_DW:
+                                        dw_tap += v * a
+                            grads = grads + (dw_tap,)
+                    dw = grads
+                    if BN1:
+                        da = tl.where(inside, da * slope, 0.0)
+                        sum_dz += da
+                        sum_dzy += da * (x1 - mu1)
+                    outputs = outputs + (da.to(x.dtype.element_ty),)
+                if NEED_DX:
+                    tl.store(dxn + off_x, tl.permute(join_columns(outputs, 0, 1, XW), (0, 2, 1)), mask=mask)
+                off_x += W * C
+                ih += 1
+            oh += 1
+    # One row of partials per program: k*k weight gradients, then BN1's two sums.
+    out = partials + p.to(tl.int64) * (K * K + 2) * C + c
+    if NEED_DW:
+        for t in tl.static_range(K * K):
+            tl.store(out + t * C, tl.sum(dw[t], 0), mask=mc)
+    if BN1:
+        tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
+        tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * r1, mask=mc)
+
+
+def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
+    """First index, and how many, of the values (i + pad) // stride takes over i in [0, size)."""
+    return pad // stride, (size - 1 + pad) // stride - pad // stride + 1
+
+
+def depthwise_forward(
+    x,
+    weight,
+    stride,
+    pads,
+    *,
+    prologue=None,
+    act1="identity",
+    stats=False,
+    epilogue=None,
+    act2="identity",
+    pool=False,
+    out=None,
+):
+    """y = depthwise(x) on NHWC ``x`` [N, H, W, C], ``weight`` [C, 1, k, k]; see the module docstring.
+
+    Args:
+        pads: (top, bottom, left, right) zeros.
+        prologue: BN1 as (gamma, beta, mean, var or rstd, eps, is_rstd): a = act1(BN1(x)) is convolved instead of x.
+        stats: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
+        epilogue: BN2 as (gamma, beta, mean, var, eps): act2(BN2(y)) is stored instead of y.
+        pool: also return fp32 sums of the stored values, [N, T, C], to be added over T.
+
+    Returns: (y, statistics or None, pool or None). y has x's dtype.
+    """
+    N, H, W, C = x.shape
+    K = weight.shape[-1]
+    top, bottom, left, right = pads
+    OH, OW = (H + top + bottom - K) // stride + 1, (W + left + right - K) // stride + 1
+    y = x.new_empty(N, OH, OW, C) if out is None else out
+    cfg = depthwise_forward_config(K, stride, N, OH, OW, C, x.dtype, x.device, transforms=prologue is not None)
+    strips_w = triton.cdiv(OW, cfg.TW)
+    strips = strips_w * triton.cdiv(OH, cfg.TH)
+    groups = triton.cdiv(strips, cfg.S)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    P = cfg.programs(N * groups, blocks_c, x.device)
+    fp32 = {"device": x.device, "dtype": torch.float32}
+    tiles = (torch.empty(P, **fp32), torch.empty(P, C, **fp32), torch.empty(P, C, **fp32)) if stats else None
+    sums = torch.empty(N, groups, C, **fp32) if pool else None
+    g1, b1, m1, v1, eps1, is_rstd = prologue or (weight,) * 4 + (0.0, False)
+    g2, b2, m2, v2, eps2 = epilogue or (weight,) * 4 + (0.0,)
+    depthwise_forward_kernel[(P * blocks_c,)](
+        x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
+        N, H, W, C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P,
+        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
+        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), PREFETCH=cfg.prefetch,
+        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=stats, EPILOGUE=epilogue is not None, ACT2=act2,
+        POOL=pool, FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
+    )  # fmt: skip
+    return y, tiles, sums
+
+
+def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity", bn1=None, act1="identity", need_dx=True, need_dw=True):
+    """Gradients of ``depthwise_forward`` from ``dq``, in one launch; NHWC throughout.
+
+    Args:
+        dq: [N, OH, OW, C]; the gradient of y, or with ``bn2`` the gradient of the (gated) activation that follows y.
+        bn2: None or (y, gamma, beta, mean, rstd, k0, k1, gate, dpool); k0, k1 fp32 [C] carry BN2's batch terms (None when its
+            statistics are frozen), gate and dpool are fp32 [N, C] or None.
+        bn1: None or (gamma, beta, mean, rstd) of the prologue: dx is then the gradient of BN1's OUTPUT (dz1).
+
+    Returns: (dx or None, partials fp32 [P, k*k + 2, C]); rows 0..k*k-1 sum to the weight gradient, the last two to
+    sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``bn1`` is given (uninitialised otherwise).
+    """
+    N, H, W, C = x.shape
+    OH, OW = dq.shape[1:3]
+    K = weight.shape[-1]
+    top, _, left, _ = pads
+    first_row, rows = _strided(H, stride, top)
+    first_col, cols = _strided(W, stride, left)
+    cfg = depthwise_backward_config(K, stride, N, rows, cols, C, x.dtype, x.device)
+    strips_w = triton.cdiv(cols, cfg.TW)
+    strips = strips_w * triton.cdiv(rows, cfg.TH)
+    groups = triton.cdiv(strips, cfg.S)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    P = cfg.programs(N * groups, blocks_c, x.device)
+    dx = torch.empty_like(x) if need_dx else None
+    partials = torch.empty(P, K * K + 2, C, device=x.device, dtype=torch.float32)
+    y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
+    g1, b1, m1, r1 = bn1 or (None,) * 4
+    pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
+    depthwise_backward_kernel[(P * blocks_c,)](
+        dq, *pointers,
+        N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P,
+        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
+        CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2,
+        GATED=gate is not None, POOLED=dpool is not None, BN1=bn1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw,
+        FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
+    )  # fmt: skip
+    return dx, partials

@@ -1,0 +1,49 @@
+"""Launch configuration in one place: a frozen dataclass per kernel family and the analytic rule that fills it.
+
+Imports no Triton. Every threshold below comes from compiling the kernels for sm_90 (registers, spills, instructions per element;
+tests/effkernels/test_compile.py holds them to it); none has been measured on a GPU yet.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@functools.cache
+def processor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for the interpreter, so that tests see several tiles a program."""
+    if device.type == "meta":
+        return 132  # compile-only launches, as on an H200
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class DepthwiseConfig:
+    """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp; S * BC / 32 channels a thread."""
+
+    BC: int
+    S: int
+    TW: int
+    TH: int
+    num_warps: int = 1
+    prefetch: bool = False
+    warps_per_sm: int = 8
+
+    def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
+        """Persistent programs per channel block: a few waves, so that the tail is short and partial results stay few."""
+        return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // blocks_c)))
+
+
+def even_rows(rows: int, most: int) -> int:
+    """Rows per program, at most ``most``, that cover ``rows`` in chunks as equal as possible: a multiple of 1 or of 4 above 8."""
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
+
+
+def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device, *, transforms) -> DepthwiseConfig:
+    return DepthwiseConfig(BC=32, S=2, TW=4 if stride == 1 else 2, TH=even_rows(OH, 16))
+
+
+def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
+    return DepthwiseConfig(BC=32, S=2, TW=4 if stride == 1 else 2, TH=even_rows(rows, 16))

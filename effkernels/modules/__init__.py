@@ -1,0 +1,1 @@
+"""nn.Modules over the fused operators. Nothing here imports Triton."""

@@ -1,0 +1,34 @@
+"""Packaging of effkernels (fused MBConv kernels) and efficientnet (the model family); tested versions are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
+TEST = ["pytest>=7.4", "pytest-benchmark>=4.0", "hypothesis>=6.80", "ruff>=0.9", "timm>=1.0.9", "huggingface_hub>=0.23", "pyyaml>=6.0"]
+
+setup(
+    name="effkernels",
+    version=VERSION,
+    description="Fused Triton kernels for EfficientNet's MBConv blocks, and the EfficientNet family in PyTorch on top of them",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["effkernels*", "efficientnet*"]),
+    package_data={"effkernels": ["**/*.json"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"', "numpy>=1.26"],
+    extras_require={"train": TRAIN, "test": TRAIN + TEST},
+    entry_points={"console_scripts": ["efficientnet = efficientnet.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

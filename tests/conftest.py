@@ -1,0 +1,42 @@
+"""Shared by all tests: optional oracles (timm, torchvision) that import next to any torch, or skip with a reason."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _declare_torchvision_operators():
+    """Let torchvision (and timm, which imports it) import although its compiled operators were built for another torch.
+
+    torchvision registers shape rules for two of its operators on import and fails if they do not exist. No test calls them.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+        return None
+    except (ImportError, OSError):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+_torchvision_operators = _declare_torchvision_operators()  # the operators live as long as this does
+
+
+def _oracle(name):
+    return pytest.importorskip(name, reason=f"{name} is not installed (oracle of this test)")
+
+
+@pytest.fixture(scope="session")
+def timm():
+    return _oracle("timm")
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    return _oracle("torchvision")
