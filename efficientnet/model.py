@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def create_model(
-    name: "str | Scaling | EfficientNetConfig",
+    name: str | Scaling | EfficientNetConfig,
     *,
     num_classes: int = 1000,
     in_chans: int = 3,

@@ -1,7 +1,6 @@
 """Parameters and multiply-accumulates, counted on the model itself: every convolution and linear layer of one shape-only forward."""
 
 import copy
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     """Multiply-accumulates of one image in every nn.Conv2d and nn.Linear ("FLOPs" in the papers).
 
     Per layer ``outputs * (in_channels / groups) * k * k``; taps on padding count, BatchNorm, activations and gates do not.
-    Nothing is computed and nothing allocated: the forward runs on the meta device, so any size takes milliseconds.
+    Nothing is computed and nothing allocated: the forward runs on the meta device, so L2 at 800 pixels takes half a second.
 
     Args:
         model: any image model; an EfficientNet, fused or not, knows its channels and size.
@@ -48,10 +47,10 @@ def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = Non
 
     def add(operator, layers, kernel_size, stride, expand_ratio, channels, repeats):
         nonlocal size
-        inside = {name for name in trace if any(name == layer or name.startswith(f"{layer}.") for layer in layers)}
-        before, size = size, [trace[name][1] for name in trace if name in inside][-1]
+        inside = [traced for name, traced in trace.items() if f"{name}.".startswith(tuple(f"{layer}." for layer in layers))]
+        before, size = size, inside[-1][1]
         params = sum(count_parameters(model.get_submodule(layer)) for layer in layers)
-        macs = sum(trace[name][0] for name in inside)
+        macs = sum(layer_macs for layer_macs, _ in inside)
         rows.append(StageRow(operator, kernel_size, stride, expand_ratio, channels, repeats, before, size, params, macs))
 
     add("Conv", ["conv_stem", "bn1"], 3, 2, None, cfg.stem_channels, 1)
@@ -99,7 +98,6 @@ def _trace(model, image_size):
             module.register_forward_hook(record(name, module.weight[0].numel()))
         elif isinstance(module, nn.Linear):
             module.register_forward_hook(record(name, module.in_features))
-    first = next(chain(model.parameters(), model.buffers()))
     with torch.no_grad():
-        model(torch.empty(1, channels, *hw, device="meta", dtype=first.dtype))
+        model(torch.empty(1, channels, *hw, device="meta", dtype=next(model.parameters()).dtype))
     return trace

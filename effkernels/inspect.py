@@ -99,10 +99,10 @@ class Cost:
         return sum(self.loop.values())
 
     def widths(self, op: str) -> set[int]:
-        """Bytes per thread of the ``LDG``/``STG`` instructions, e.g. {16}."""
+        """Bytes per thread of the global loads (``LDG``, and ``LDGSTS`` into shared memory) or stores (``STG``), e.g. {16}."""
         found = set()
         for code in self.opcodes:
-            if code.split(".")[0] == op:
+            if code.split(".")[0] in (("LDG", "LDGSTS") if op == "LDG" else (op,)):
                 bits = [int(p) for p in code.split(".")[1:] if p in ("64", "128")]
                 small = 2 if ".U16" in code or ".S16" in code else 1 if ".U8" in code else 4
                 found.add(bits[0] // 8 if bits else small)

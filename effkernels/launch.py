@@ -20,14 +20,19 @@ def processor_count(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class DepthwiseConfig:
-    """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp; S * BC / 32 channels a thread."""
+    """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp: S * BC / 32 channels a thread.
+
+    stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or loaded when met (1).
+    split: dgrad and wgrad by different programs of the one launch, where both together would spill.
+    """
 
     BC: int
     S: int
     TW: int
     TH: int
     num_warps: int = 1
-    prefetch: bool = False
+    stages: int = 3
+    split: bool = False
     warps_per_sm: int = 8
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
@@ -41,9 +46,16 @@ def even_rows(rows: int, most: int) -> int:
     return -(-rows // chunks)
 
 
-def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device, *, transforms) -> DepthwiseConfig:
-    return DepthwiseConfig(BC=32, S=2, TW=4 if stride == 1 else 2, TH=even_rows(OH, 16))
+def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
+    """Two channels a thread (S * BC = 64) keep weights and sums of k <= 7 under 170 registers; k = 9 has room for one."""
+    S = 2 if K <= 7 else 1
+    TW = 4 if stride == 1 else (3 if K == 3 else 2)
+    if K == 7:
+        TW = 2
+    return DepthwiseConfig(BC=32, S=S, TW=TW, TH=even_rows(OH, 16))
 
 
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
-    return DepthwiseConfig(BC=32, S=2, TW=4 if stride == 1 else 2, TH=even_rows(rows, 16))
+    """The ring of dy rows, the weights and their gradients fill the registers: two channels a thread up to k = 5, one above."""
+    wide = K == 3 or (K == 5 and dtype.itemsize == 2)
+    return DepthwiseConfig(BC=32, S=2 if wide else 1, TW=4 if stride == 1 else 2, TH=even_rows(rows, 16), stages=1, split=K > 7)

@@ -72,7 +72,7 @@ def depthwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
     N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
-    CW: tl.constexpr, TWP: tl.constexpr, PREFETCH: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
+    CW: tl.constexpr, TWP: tl.constexpr, STAGES: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
     STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
@@ -119,18 +119,11 @@ def depthwise_forward_kernel(
             s2 = tl.zeros([S, BC], tl.float32)
         if POOL:
             pooled = tl.zeros([S, BC], tl.float32)
-        if PREFETCH:
-            ahead = tl.load(xn + off_in, mask=mask_in & ((ih >= 0) & (ih < H))[:, None, None], other=0.0)
-        for t in range(0, TH + M - 1):
+        for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             for r in tl.static_range(STRIDE):
                 row_ok = (ih >= 0) & (ih < H)
-                if PREFETCH:
-                    block = ahead
-                    off_in += W * C
-                    ahead = tl.load(xn + off_in, mask=mask_in & ((ih + 1 >= 0) & (ih + 1 < H))[:, None, None], other=0.0)
-                else:
-                    block = tl.load(xn + off_in, mask=mask_in & row_ok[:, None, None], other=0.0)
-                    off_in += W * C
+                block = tl.load(xn + off_in, mask=mask_in & row_ok[:, None, None], other=0.0)
+                off_in += W * C
                 columns = split_columns(tl.permute(block, (0, 2, 1)), CW)
                 for j in tl.static_range(NC):
                     a = columns[j].to(tl.float32)
@@ -200,21 +193,19 @@ def depthwise_forward_kernel(
 
 
 @triton.jit
-def depthwise_backward_kernel(
+def depthwise_backward_tiles(
     dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
     N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
+    p, c, mc,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
-    CW: tl.constexpr, BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
+    CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
+    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
     BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     ND: tl.constexpr = TW + M - 1  # columns of dy a strip needs
     XW: tl.constexpr = TW * STRIDE  # columns of x it owns
-    blocks_c = tl.cdiv(C, BC)
-    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
-    p = tl.program_id(0) // blocks_c
-    mc = c < C
     if NEED_DX:
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
     if BN2:
@@ -223,15 +214,15 @@ def depthwise_backward_kernel(
             offset2 = load_vector(k0, c, mc)[None, :]
             slope2 = load_vector(k1, c, mc)[None, :]
     if BN1:
-        mu1, r1, scale1, shift1 = bn_coefficients(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True)
-        mu1, scale1, shift1 = mu1[None, :], scale1[None, :], shift1[None, :]
+        scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True)
+        mu1 = load_vector(mean1, c, mc)[None, :]
         sum_dz = tl.zeros([S, BC], tl.float32)
         sum_dzy = tl.zeros([S, BC], tl.float32)
     dw = ()
     for i in tl.static_range(K * K):
         dw = dw + (tl.zeros([S, BC], tl.float32),)
     j_dy = tl.arange(0, CW)
-    j_x = tl.arange(0, XW)
+    j_x = tl.arange(0, XWP)
     for g in range(p, N * groups, P):
         n = g // groups
         strip = (g % groups) * S + tl.arange(0, S)
@@ -239,11 +230,13 @@ def depthwise_backward_kernel(
         # Rows and columns of dy are counted by (ih + pad_top) // s, which starts at first_row.
         col0 = first_col + (strip % strips_w) * TW
         row0 = first_row + (strip // strips_w) * TH
-        if GATED:
-            nc = n.to(tl.int64) * C + c
-            g_n = tl.load(gate + nc, mask=mc, other=0.0).to(tl.float32)[None, :]
-        if POOLED:
-            dp_n = tl.load(dpool + n.to(tl.int64) * C + c, mask=mc, other=0.0).to(tl.float32)[None, :]
+        if BN2:
+            # dy = (dq * slope_dq + offset_dq) * phi2' + k0 + k1 * y
+            slope_dq = scale2
+            if GATED:
+                slope_dq = scale2 * load_vector(gate + n.to(tl.int64) * C, c, mc)[None, :]
+            if POOLED:
+                offset_dq = scale2 * load_vector(dpool + n.to(tl.int64) * C, c, mc)[None, :]
         dqn = dq + n.to(tl.int64) * OH * OW * C
         yn = y + n.to(tl.int64) * OH * OW * C
         xn = x + n.to(tl.int64) * H * W * C
@@ -255,13 +248,13 @@ def depthwise_backward_kernel(
         off_dy = ((oh * OW)[:, None] + col_dy)[:, :, None] * C + c[None, None, :]
         iw0 = col0 * STRIDE - pad_left
         col_x = iw0[:, None] + j_x[None, :]
-        mask_x = ((col_x >= 0) & (col_x < W) & valid[:, None])[:, :, None] & mc[None, None, :]
+        mask_x = ((col_x >= 0) & (col_x < W) & (j_x < XW)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
         ih = oh * STRIDE - pad_top
         off_x = ((ih * W)[:, None] + col_x)[:, :, None] * C + c[None, None, :]
         ring = ()
         for i in tl.static_range(M * ND):
             ring = ring + (tl.zeros([S, BC], tl.float32),)
-        for t in range(0, TH + M - 1):
+        for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             row_dy = (oh >= 0) & (oh < OH)
             mask = mask_dy & row_dy[:, None, None]
             dq_columns = split_columns(tl.permute(tl.load(dqn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
@@ -273,12 +266,11 @@ def depthwise_backward_kernel(
                 v = dq_columns[d].to(tl.float32)
                 if BN2:
                     y2 = y_columns[d].to(tl.float32)
-                    if GATED:
-                        v = v * g_n
-                    if POOLED:
-                        v += dp_n
                     phi, dphi = activate_and_grad(y2 * scale2 + shift2, ACT2, FAST)
-                    v = v * dphi * scale2
+                    v = v * slope_dq
+                    if POOLED:
+                        v += offset_dq
+                    v = v * dphi
                     if BN2_BATCH:
                         v += offset2 + slope2 * y2
                     v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
@@ -290,38 +282,41 @@ def depthwise_backward_kernel(
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
                 mask = mask_x & row_x[:, None, None]
                 if NEED_DW or BN1:
-                    x_columns = split_columns(tl.permute(tl.load(xn + off_x, mask=mask, other=0.0), (0, 2, 1)), XW)
+                    x_columns = split_columns(tl.permute(tl.load(xn + off_x, mask=mask, other=0.0), (0, 2, 1)), XWP)
                 outputs = ()
-                for j in tl.static_range(XW):
-                    if NEED_DW or BN1:
-                        x1 = x_columns[j].to(tl.float32)
-                    if BN1:
-                        inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
-                        a, slope = activate_and_grad(x1 * scale1 + shift1, ACT1, FAST)
-                        a = tl.where(inside, a, 0.0)
-                    elif NEED_DW:
-                        a = x1
-                    da = tl.zeros([S, BC], tl.float32)
-                    grads = ()
-                    for kh in tl.static_range(K):
-                        for kw in tl.static_range(K):
-                            dw_tap = dw[kh * K + kw]
-                            if kh % STRIDE == r:
-                                if kw % STRIDE == j % STRIDE:
-                                    v = ring[(kh // STRIDE) * ND + j // STRIDE - kw // STRIDE + M - 1]
-                                    if NEED_DX:
-                                        da += v * taps[kh * K + kw]
-                                    if NEED_DW:
-                                        dw_tap += v * a
-                            grads = grads + (dw_tap,)
-                    dw = grads
-                    if BN1:
-                        da = tl.where(inside, da * slope, 0.0)
-                        sum_dz += da
-                        sum_dzy += da * (x1 - mu1)
-                    outputs = outputs + (da.to(x.dtype.element_ty),)
+                for j in tl.static_range(XWP):
+                    if j >= XW:
+                        outputs = outputs + (tl.zeros([S, BC], x.dtype.element_ty),)
+                    else:
+                        if NEED_DW or BN1:
+                            x1 = x_columns[j].to(tl.float32)
+                        if BN1:
+                            inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
+                            a, slope = activate_and_grad(x1 * scale1 + shift1, ACT1, FAST)
+                            a = tl.where(inside, a, 0.0)
+                        elif NEED_DW:
+                            a = x1
+                        da = tl.zeros([S, BC], tl.float32)
+                        grads = ()
+                        for kh in tl.static_range(K):
+                            for kw in tl.static_range(K):
+                                dw_tap = dw[kh * K + kw]
+                                if kh % STRIDE == r:
+                                    if kw % STRIDE == j % STRIDE:
+                                        v = ring[(kh // STRIDE) * ND + j // STRIDE - kw // STRIDE + M - 1]
+                                        if NEED_DX:
+                                            da += v * taps[kh * K + kw]
+                                        if NEED_DW:
+                                            dw_tap += v * a
+                                grads = grads + (dw_tap,)
+                        dw = grads
+                        if BN1 and NEED_DX:
+                            da = tl.where(inside, da * slope, 0.0)
+                            sum_dz += da
+                            sum_dzy += da * (x1 - mu1)
+                        outputs = outputs + (da.to(x.dtype.element_ty),)
                 if NEED_DX:
-                    tl.store(dxn + off_x, tl.permute(join_columns(outputs, 0, 1, XW), (0, 2, 1)), mask=mask)
+                    tl.store(dxn + off_x, tl.permute(join_columns(outputs, 0, 1, XWP), (0, 2, 1)), mask=mask)
                 off_x += W * C
                 ih += 1
             oh += 1
@@ -330,9 +325,46 @@ def depthwise_backward_kernel(
     if NEED_DW:
         for t in tl.static_range(K * K):
             tl.store(out + t * C, tl.sum(dw[t], 0), mask=mc)
-    if BN1:
+    if BN1 and NEED_DX:
         tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
-        tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * r1, mask=mc)
+        tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_vector(rstd1, c, mc), mask=mc)
+
+
+@triton.jit
+def depthwise_backward_kernel(
+    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
+    CW: tl.constexpr, XWP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
+    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    blocks_c = tl.cdiv(CV * CVEC, BC)
+    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
+    mc = c < CV * CVEC
+    p = tl.program_id(0) // blocks_c
+    if SPLIT:
+        # Nine rows of dy, 81 weights and 81 gradients do not fit the registers: half the programs do each.
+        if p % 2 == 0:
+            depthwise_backward_tiles(
+                dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N,
+                H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p // 2, c, mc, K,
+                STRIDE, CVEC, BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, NEED_DX,
+                False, FAST,
+            )  # fmt: skip
+        else:
+            depthwise_backward_tiles(
+                dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N,
+                H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p // 2, c, mc, K,
+                STRIDE, CVEC, BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, False,
+                NEED_DW, FAST,
+            )  # fmt: skip
+    else:
+        depthwise_backward_tiles(
+            dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N, H,
+            W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p, c, mc, K, STRIDE, CVEC,
+            BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, NEED_DX, NEED_DW, FAST,
+        )  # fmt: skip
 
 
 def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
@@ -370,7 +402,7 @@ def depthwise_forward(
     top, bottom, left, right = pads
     OH, OW = (H + top + bottom - K) // stride + 1, (W + left + right - K) // stride + 1
     y = x.new_empty(N, OH, OW, C) if out is None else out
-    cfg = depthwise_forward_config(K, stride, N, OH, OW, C, x.dtype, x.device, transforms=prologue is not None)
+    cfg = depthwise_forward_config(K, stride, N, OH, OW, C, x.dtype, x.device)
     strips_w = triton.cdiv(OW, cfg.TW)
     strips = strips_w * triton.cdiv(OH, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)
@@ -385,7 +417,7 @@ def depthwise_forward(
         x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
         N, H, W, C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P,
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
-        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), PREFETCH=cfg.prefetch,
+        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), STAGES=cfg.stages,
         PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=stats, EPILOGUE=epilogue is not None, ACT2=act2,
         POOL=pool, FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
     )  # fmt: skip
@@ -421,11 +453,13 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
     y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
     g1, b1, m1, r1 = bn1 or (None,) * 4
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
-    depthwise_backward_kernel[(P * blocks_c,)](
+    # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
+    x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
+    depthwise_backward_kernel[(P * blocks_c * (2 if cfg.split else 1),)](
         dq, *pointers,
         N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P,
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
-        CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2,
+        CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, SPLIT=cfg.split, STAGES=cfg.stages, BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2,
         GATED=gate is not None, POOLED=dpool is not None, BN1=bn1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw,
         FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
     )  # fmt: skip

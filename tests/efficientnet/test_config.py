@@ -54,7 +54,7 @@ def test_resolution_and_dropout_of_all_variants():
         ("efficientnet-b0", "efficientnet_b0"),
         ("eficientnet_b7", "efficientnet_b7"),
         ("resnet50", "known: efficientnet_b0"),
-        ("b9", "known"),
+        ("b9", "known: efficientnet_b0"),
     ],
 )
 def test_unknown_name_is_told_with_near_ones(name, near):
