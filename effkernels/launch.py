@@ -23,7 +23,7 @@ class DepthwiseConfig:
     """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp: S * BC / 32 channels a thread.
 
     stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or loaded when met (1).
-    split: dgrad and wgrad by different programs of the one launch, where both together would spill.
+    split: dgrad and the halves of wgrad in launches of their own, where all together would spill.
     """
 
     BC: int
@@ -47,15 +47,25 @@ def even_rows(rows: int, most: int) -> int:
 
 
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
-    """Two channels a thread (S * BC = 64) keep weights and sums of k <= 7 under 170 registers; k = 9 has room for one."""
-    S = 2 if K <= 7 else 1
-    TW = 4 if stride == 1 else (3 if K == 3 else 2)
-    if K == 7:
-        TW = 2
-    return DepthwiseConfig(BC=32, S=S, TW=TW, TH=even_rows(OH, 16))
+    """One to two channels a thread: weights and running sums of every k stay under 200 registers.
+
+    Rows of 8 or 16 input columns (a power of two) decide TW: as many outputs as they feed, fewer where the image is narrow.
+    """
+    if K == 3:
+        TW = 4 if stride == 1 else 3
+    elif K == 5:
+        TW = 8 if stride == 1 else 6
+    else:
+        TW = 2 if K == 7 else 4 // stride
+    return DepthwiseConfig(BC=32, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16))
 
 
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
-    """The ring of dy rows, the weights and their gradients fill the registers: two channels a thread up to k = 5, one above."""
-    wide = K == 3 or (K == 5 and dtype.itemsize == 2)
-    return DepthwiseConfig(BC=32, S=2 if wide else 1, TW=4 if stride == 1 else 2, TH=even_rows(rows, 16), stages=1, split=K > 7)
+    """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo."""
+    if K <= 5:
+        TW = 8 // stride
+    elif stride == 2 or dtype.itemsize == 4:
+        TW = 2
+    else:
+        TW = 4
+    return DepthwiseConfig(BC=32, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7)

@@ -193,18 +193,24 @@ def depthwise_forward_kernel(
 
 
 @triton.jit
-def depthwise_backward_tiles(
+def depthwise_backward_kernel(
     dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
     N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
-    p, c, mc,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
     CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
     BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
-    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
+    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
+    blocks_c = tl.cdiv(C, BC)
+    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
+    p = tl.program_id(0) // blocks_c
+    mc = c < C
+    NEED_DW: tl.constexpr = W1 > W0  # the gradients of kernel rows W0 .. W1-1
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     ND: tl.constexpr = TW + M - 1  # columns of dy a strip needs
+    D0: tl.constexpr = 0 if NEED_DX else W0 // STRIDE  # rows of dy it holds: oh - D0, ..., oh - D1 + 1
+    D1: tl.constexpr = M if NEED_DX else (W1 + STRIDE - 1) // STRIDE
     XW: tl.constexpr = TW * STRIDE  # columns of x it owns
     if NEED_DX:
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
@@ -219,7 +225,7 @@ def depthwise_backward_tiles(
         sum_dz = tl.zeros([S, BC], tl.float32)
         sum_dzy = tl.zeros([S, BC], tl.float32)
     dw = ()
-    for i in tl.static_range(K * K):
+    for i in tl.static_range((W1 - W0) * K):
         dw = dw + (tl.zeros([S, BC], tl.float32),)
     j_dy = tl.arange(0, CW)
     j_x = tl.arange(0, XWP)
@@ -245,17 +251,17 @@ def depthwise_backward_tiles(
         col_dy = ow0[:, None] + j_dy[None, :]
         mask_dy = ((col_dy >= 0) & (col_dy < OW) & (j_dy < ND)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
         oh = row0 - (M - 1)
-        off_dy = ((oh * OW)[:, None] + col_dy)[:, :, None] * C + c[None, None, :]
+        off_dy = (((oh - D0) * OW)[:, None] + col_dy)[:, :, None] * C + c[None, None, :]
         iw0 = col0 * STRIDE - pad_left
         col_x = iw0[:, None] + j_x[None, :]
         mask_x = ((col_x >= 0) & (col_x < W) & (j_x < XW)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
         ih = oh * STRIDE - pad_top
         off_x = ((ih * W)[:, None] + col_x)[:, :, None] * C + c[None, None, :]
         ring = ()
-        for i in tl.static_range(M * ND):
+        for i in tl.static_range((D1 - D0) * ND):
             ring = ring + (tl.zeros([S, BC], tl.float32),)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
-            row_dy = (oh >= 0) & (oh < OH)
+            row_dy = (oh >= D0) & (oh < OH + D0)
             mask = mask_dy & row_dy[:, None, None]
             dq_columns = split_columns(tl.permute(tl.load(dqn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
             if BN2:
@@ -275,9 +281,9 @@ def depthwise_backward_tiles(
                         v += offset2 + slope2 * y2
                     v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
                 newest = newest + (v,)
-            for i in tl.static_range((M - 1) * ND):
+            for i in tl.static_range((D1 - D0 - 1) * ND):
                 newest = newest + (ring[i],)
-            ring = newest  # ring[m * ND + d] is dy at row oh - m, column ow0 + d
+            ring = newest  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
                 mask = mask_x & row_x[:, None, None]
@@ -297,18 +303,18 @@ def depthwise_backward_tiles(
                         elif NEED_DW:
                             a = x1
                         da = tl.zeros([S, BC], tl.float32)
+                        if NEED_DX:
+                            for i in tl.static_range(K * K):
+                                if i // K % STRIDE == r:
+                                    if i % K % STRIDE == j % STRIDE:
+                                        da += ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1] * taps[i]
                         grads = ()
-                        for kh in tl.static_range(K):
-                            for kw in tl.static_range(K):
-                                dw_tap = dw[kh * K + kw]
-                                if kh % STRIDE == r:
-                                    if kw % STRIDE == j % STRIDE:
-                                        v = ring[(kh // STRIDE) * ND + j // STRIDE - kw // STRIDE + M - 1]
-                                        if NEED_DX:
-                                            da += v * taps[kh * K + kw]
-                                        if NEED_DW:
-                                            dw_tap += v * a
-                                grads = grads + (dw_tap,)
+                        for i in tl.static_range((W1 - W0) * K):
+                            tap = dw[i]
+                            if (W0 + i // K) % STRIDE == r:
+                                if i % K % STRIDE == j % STRIDE:
+                                    tap += ring[((W0 + i // K) // STRIDE - D0) * ND + j // STRIDE - i % K // STRIDE + M - 1] * a
+                            grads = grads + (tap,)
                         dw = grads
                         if BN1 and NEED_DX:
                             da = tl.where(inside, da * slope, 0.0)
@@ -323,48 +329,11 @@ def depthwise_backward_tiles(
     # One row of partials per program: k*k weight gradients, then BN1's two sums.
     out = partials + p.to(tl.int64) * (K * K + 2) * C + c
     if NEED_DW:
-        for t in tl.static_range(K * K):
-            tl.store(out + t * C, tl.sum(dw[t], 0), mask=mc)
+        for i in tl.static_range((W1 - W0) * K):
+            tl.store(out + (W0 * K + i) * C, tl.sum(dw[i], 0), mask=mc)
     if BN1 and NEED_DX:
         tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
         tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_vector(rstd1, c, mc), mask=mc)
-
-
-@triton.jit
-def depthwise_backward_kernel(
-    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
-    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
-    CW: tl.constexpr, XWP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
-    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    blocks_c = tl.cdiv(CV * CVEC, BC)
-    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
-    mc = c < CV * CVEC
-    p = tl.program_id(0) // blocks_c
-    if SPLIT:
-        # Nine rows of dy, 81 weights and 81 gradients do not fit the registers: half the programs do each.
-        if p % 2 == 0:
-            depthwise_backward_tiles(
-                dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N,
-                H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p // 2, c, mc, K,
-                STRIDE, CVEC, BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, NEED_DX,
-                False, FAST,
-            )  # fmt: skip
-        else:
-            depthwise_backward_tiles(
-                dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N,
-                H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p // 2, c, mc, K,
-                STRIDE, CVEC, BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, False,
-                NEED_DW, FAST,
-            )  # fmt: skip
-    else:
-        depthwise_backward_tiles(
-            dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1, N, H,
-            W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, p, c, mc, K, STRIDE, CVEC,
-            BC, S, TW, TH, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1, NEED_DX, NEED_DW, FAST,
-        )  # fmt: skip
 
 
 def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
@@ -455,12 +424,20 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
-    depthwise_backward_kernel[(P * blocks_c * (2 if cfg.split else 1),)](
-        dq, *pointers,
-        N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P,
-        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
-        CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, SPLIT=cfg.split, STAGES=cfg.stages, BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2,
-        GATED=gate is not None, POOLED=dpool is not None, BN1=bn1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw,
-        FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
-    )  # fmt: skip
+    # Nine rows of dy beside 81 weights or 81 gradients do not fit the registers: k = 9 alone takes three launches.
+    rows_dw = K if need_dw else 0
+    parts = (
+        [(need_dx, 0, 0), (False, 0, (rows_dw + 1) // 2), (False, (rows_dw + 1) // 2, rows_dw)] if cfg.split else [(need_dx, 0, rows_dw)]
+    )
+    for dx_part, first_tap_row, last_tap_row in parts:
+        if dx_part or last_tap_row > first_tap_row:
+            depthwise_backward_kernel[(P * blocks_c,)](
+                dq, *pointers,
+                N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P,
+                K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
+                CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
+                BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
+                BN1=bn1 is not None, ACT1=act1, NEED_DX=dx_part, W0=first_tap_row, W1=last_tap_row,
+                FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
+            )  # fmt: skip
     return dx, partials
