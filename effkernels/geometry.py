@@ -21,3 +21,30 @@ def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple
 def conv_out_size(size: int, kernel_size: int, stride: int, padding: str) -> int:
     """Output length of one spatial dimension: ``floor((size + before + after - k) / s) + 1``."""
     return (size + sum(pad_amounts(size, kernel_size, stride, padding)) - kernel_size) // stride + 1
+
+
+def check_conv_args(kernel_size, stride, padding):
+    """ValueError unless (kernel_size, stride, padding) is a depthwise convolution this package has."""
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 9:
+        raise ValueError(f"kernel_size must be an odd integer from 1 to 9, got {kernel_size!r}")
+    if stride not in (1, 2) or isinstance(stride, bool):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+
+
+def check_activation(x, weight, channels: int, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric") -> None:
+    """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution fits."""
+    if not hasattr(x, "dim"):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the weights are on {weight.device}: move one of them")
+    for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
+        if size < 1 or conv_out_size(size, kernel_size, stride, padding) < 1:
+            raise ValueError(f"x's {name} {size} is too small for kernel_size {kernel_size} with padding {padding!r}")

@@ -69,3 +69,36 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
     else:
         TW = 4
     return DepthwiseConfig(BC=32, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7)
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Elementwise and reduction kernels: blocks of BR pixels times BC channels."""
+
+    BR: int
+    BC: int
+    num_warps: int = 4
+
+    def split(self, rows: int, others: int, device: torch.device) -> tuple[int, int]:
+        """(rows per program, programs) so that ``others`` times the programs fill the device about four times over."""
+        wanted = max(1, -(-16 * processor_count(device) // others))
+        rows_per_program = max(self.BR, -(-rows // wanted))
+        return rows_per_program, -(-rows // rows_per_program)
+
+
+def _channel_block(C: int, most: int) -> int:
+    """The power of two from 16 to ``most`` that wastes the fewest lanes on C channels, the largest of equals."""
+    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
+    return min(reversed(sizes), key=lambda size: -(-C // size) * size)
+
+
+def elementwise_config(C: int, dtype: torch.dtype) -> RowsConfig:
+    """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread in flight."""
+    BC = _channel_block(C, 128)
+    return RowsConfig(BR=4096 // BC, BC=BC)
+
+
+def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
+    """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
+    BC = _channel_block(C, 64)
+    return RowsConfig(BR=2048 // BC, BC=BC)

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels.parameters import BatchNormParams, SqueezeExciteParams
+
 ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
@@ -14,6 +17,15 @@ ACTIVATIONS = {
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
+def activate(x: torch.Tensor, act: str) -> torch.Tensor:
+    """phi(x); SiLU and ReLU in place where no gradient can need x, which must be a fresh tensor (a BatchNorm's output is)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return ACTIVATIONS[act](x)
+    if act == "silu":
+        return F.silu(x, inplace=True)
+    return F.relu(x, inplace=True) if act == "relu" else ACTIVATIONS[act](x)
+
+
 def drop_path_mask(n: int, rate: float, device) -> torch.Tensor:
     """One draw per sample, ``bernoulli(1 - rate) / (1 - rate)``, fp32 [N]: drawn here by both paths, so masks agree bit for bit."""
     keep = 1.0 - rate
@@ -21,8 +33,96 @@ def drop_path_mask(n: int, rate: float, device) -> torch.Tensor:
 
 
 def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth per sample (Huang et al., 2016): x [N, ...] times ``drop_path_mask``; identity in eval or at rate 0."""
+    """Stochastic depth per sample (Huang et al., 2016): x [N, C, H, W] times ``drop_path_mask``; identity in eval or at rate 0."""
     if rate == 0.0 or not training:
         return x
-    mask = drop_path_mask(x.shape[0], rate, x.device)
-    return x * mask.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+    return x * drop_path_mask(x.shape[0], rate, x.device).to(x.dtype).view(-1, 1, 1, 1)
+
+
+def check_batch(norm: BatchNormParams, shape, *conv) -> None:
+    """ValueError if batch statistics are wanted of nothing, or of one value a channel (as PyTorch's batch_norm raises).
+
+    shape [N, C, H, W] of the normalised tensor, or of the input of the convolution (kernel_size, stride, padding) before it.
+    """
+    if norm.training:
+        n, c, h, w = shape
+        if conv:
+            h, w = conv_out_size(h, *conv), conv_out_size(w, *conv)
+        if n * h * w <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {[n, c, h, w]}")
+
+
+def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
+    """BatchNorm over [N, C, H, W] as nn.BatchNorm2d computes it, running statistics and counter included."""
+    momentum = norm.momentum
+    if norm.updates and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    running = (norm.running_mean, norm.running_var) if norm.updates or not norm.training else (None, None)
+    return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, momentum or 0.0, norm.eps)
+
+
+def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: str) -> torch.Tensor:
+    """Depthwise convolution of x [N, C, H, W] with weight [C, 1, k, k] under either padding rule."""
+    k = weight.shape[-1]
+    pads = 0
+    if padding == "symmetric":
+        pads = (k - 1) // 2
+    else:
+        (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
+        if top or bottom or left or right:
+            x = F.pad(x, (left, right, top, bottom))
+    return F.conv2d(x, weight, None, stride, pads, 1, weight.shape[0])
+
+
+def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
+    """Twin of ``functional.squeeze_excite``."""
+    v = x.mean((2, 3), keepdim=True)
+    v = ACTIVATIONS[params.act](F.conv2d(v, params.reduce_weight, params.reduce_bias))
+    return x * GATES[params.gate](F.conv2d(v, params.expand_weight, params.expand_bias))
+
+
+# The names below are also names of arguments.
+_squeeze_excite, _drop_path = squeeze_excite, drop_path
+
+
+def depthwise_conv_bn_act(
+    x, weight, norm, *, stride=1, padding="symmetric", act="silu", pre_norm=None, pre_act="identity", squeeze_excite=None
+):
+    """Twin of ``functional.depthwise_conv_bn_act``."""
+    if pre_norm is not None:
+        x = activate(batch_norm(x, pre_norm), pre_act)
+    y = activate(batch_norm(depthwise_conv(x, weight, stride, padding), norm), act)
+    return y if squeeze_excite is None else _squeeze_excite(y, squeeze_excite)
+
+
+def bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
+    """Twin of ``functional.bn_act_add``."""
+    y = activate(batch_norm(x, norm), act)
+    if mask is not None:
+        y = y * mask.to(y.dtype).view(-1, 1, 1, 1)
+    return y if residual is None else y + residual
+
+
+def mbconv(
+    x,
+    expand,
+    depthwise,
+    squeeze_excite,
+    project,
+    *,
+    stride=1,
+    padding="symmetric",
+    act="silu",
+    residual=False,
+    drop_path=0.0,
+    training=False,
+):
+    """Twin of ``functional.mbconv``."""
+    y = x
+    if expand is not None:
+        y = activate(batch_norm(F.conv2d(y, expand[0]), expand[1]), act)
+    y = depthwise_conv_bn_act(y, *depthwise, stride=stride, padding=padding, act=act, squeeze_excite=squeeze_excite)
+    y = batch_norm(F.conv2d(y, project[0]), project[1])
+    return _drop_path(y, drop_path, training) + x if residual else y

@@ -11,8 +11,20 @@ import triton
 import triton.language as tl
 
 INTERPRET = triton.knobs.runtime.interpret
+_INTERPRETING = tl.constexpr(INTERPRET)
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x (fp32) rounded to nearest even; the interpreter's own cast to bf16 truncates."""
+    if _INTERPRETING:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit

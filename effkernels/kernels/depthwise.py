@@ -22,8 +22,8 @@ import triton.language as tl
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
-    bn_coefficients,
     bn_row,
+    cast,
     channel_vector_width,
     fast_math,
     load_vector,
@@ -59,11 +59,19 @@ def join_columns(columns, FIRST: tl.constexpr, STEP: tl.constexpr, NUM: tl.const
 
 
 @triton.jit
+def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    blocks = ()
+    for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
+        blocks = blocks + (tl.zeros([S, BC], tl.float32),)
+    return blocks
+
+
+@triton.jit
 def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
     """Tuple of TAPS [1, BC] fp32 vectors of w [C, TAPS], rounded to the compute dtype as a cast of the weight would."""
     taps = ()
     for t in tl.static_range(TAPS):
-        taps = taps + (tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(dtype).to(tl.float32)[None, :],)
+        taps = taps + (cast(tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(tl.float32), dtype).to(tl.float32)[None, :],)
     return taps
 
 
@@ -110,9 +118,7 @@ def depthwise_forward_kernel(
         col_out = ow0[:, None] + j_out[None, :]
         mask_out = ((col_out < OW) & (j_out < TW)[None, :])[:, :, None] & mc[None, None, :]
         off_out = (((oh0 - (M - 1)) * OW)[:, None] + col_out)[:, :, None] * C + c[None, None, :]
-        acc = ()
-        for i in tl.static_range(M * TW):
-            acc = acc + (tl.zeros([S, BC], tl.float32),)
+        acc = zero_blocks(M * TW, S, BC)
         if STATS:
             pivot = tl.zeros([S, BC], tl.float32)
             s1 = tl.zeros([S, BC], tl.float32)
@@ -159,15 +165,13 @@ def depthwise_forward_kernel(
                         v = activate(v * scale2 + shift2, ACT2, FAST)
                     if POOL:
                         pooled += tl.where(ok, v, 0.0)
-                    outputs = outputs + (v.to(y.dtype.element_ty),)
+                    outputs = outputs + (cast(v, y.dtype.element_ty),)
                 else:
                     outputs = outputs + (tl.zeros([S, BC], y.dtype.element_ty),)
             block_out = tl.permute(join_columns(outputs, 0, 1, TWP), (0, 2, 1))
             tl.store(yn + off_out, block_out, mask=mask_out & done[:, None, None])
             off_out += OW * C
-            shifted = ()
-            for i in tl.static_range(TW):
-                shifted = shifted + (tl.zeros([S, BC], tl.float32),)
+            shifted = zero_blocks(TW, S, BC)
             for i in tl.static_range((M - 1) * TW):
                 shifted = shifted + (acc[i],)
             acc = shifted
@@ -224,9 +228,7 @@ def depthwise_backward_kernel(
         mu1 = load_vector(mean1, c, mc)[None, :]
         sum_dz = tl.zeros([S, BC], tl.float32)
         sum_dzy = tl.zeros([S, BC], tl.float32)
-    dw = ()
-    for i in tl.static_range((W1 - W0) * K):
-        dw = dw + (tl.zeros([S, BC], tl.float32),)
+    dw = zero_blocks((W1 - W0) * K, S, BC)
     j_dy = tl.arange(0, CW)
     j_x = tl.arange(0, XWP)
     for g in range(p, N * groups, P):
@@ -257,9 +259,7 @@ def depthwise_backward_kernel(
         mask_x = ((col_x >= 0) & (col_x < W) & (j_x < XW)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
         ih = oh * STRIDE - pad_top
         off_x = ((ih * W)[:, None] + col_x)[:, :, None] * C + c[None, None, :]
-        ring = ()
-        for i in tl.static_range((D1 - D0) * ND):
-            ring = ring + (tl.zeros([S, BC], tl.float32),)
+        ring = zero_blocks((D1 - D0) * ND, S, BC)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             row_dy = (oh >= D0) & (oh < OH + D0)
             mask = mask_dy & row_dy[:, None, None]
@@ -320,7 +320,7 @@ def depthwise_backward_kernel(
                             da = tl.where(inside, da * slope, 0.0)
                             sum_dz += da
                             sum_dzy += da * (x1 - mu1)
-                        outputs = outputs + (da.to(x.dtype.element_ty),)
+                        outputs = outputs + (cast(da, x.dtype.element_ty),)
                 if NEED_DX:
                     tl.store(dxn + off_x, tl.permute(join_columns(outputs, 0, 1, XWP), (0, 2, 1)), mask=mask)
                 off_x += W * C

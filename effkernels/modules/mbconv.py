@@ -4,19 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effkernels.geometry import PADDINGS, conv_out_size, pad_amounts
-from effkernels.modules.squeeze_excite import SqueezeExcite
-from effkernels.reference import ACTIVATIONS, drop_path
-
-
-def check_conv_args(kernel_size, stride, padding):
-    """ValueError unless (kernel_size, stride, padding) is a depthwise convolution this package has."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 9:
-        raise ValueError(f"kernel_size must be an odd integer from 1 to 9, got {kernel_size!r}")
-    if stride not in (1, 2) or isinstance(stride, bool):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    if padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+from effkernels import dispatch
+from effkernels.geometry import check_activation, check_conv_args, pad_amounts
+from effkernels.modules.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
+from effkernels.parameters import BatchNormParams, SqueezeExciteParams
+from effkernels.reference import ACTIVATIONS, activate, drop_path
 
 
 class MBConvBase(nn.Module):
@@ -91,32 +83,19 @@ class MBConvBase(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"x must be [N, C, H, W], got shape {tuple(x.shape)}")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have {self.in_channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-        if x.device != self.conv_dw.weight.device:
-            raise ValueError(f"x is on {x.device} but the block's weights are on {self.conv_dw.weight.device}")
-        for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
-            if size < 1 or conv_out_size(size, self.kernel_size, self.stride, self.padding) < 1:
-                raise ValueError(f"x's {name} {size} is too small for kernel_size {self.kernel_size}, padding {self.padding!r}")
+        check_activation(x, self.conv_dw.weight, self.in_channels, self.kernel_size, self.stride, self.padding)
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """The block in plain PyTorch, layer by layer through the submodules (so their hooks run)."""
         self.check_input(x)
-        act = ACTIVATIONS[self.act]
         y = x
         if self.expands:
-            y = act(self.bn1(self.conv_pw(y)))
+            y = activate(self.bn1(self.conv_pw(y)), self.act)
         if self.padding == "same":
             (top, bottom), (left, right) = (pad_amounts(n, self.kernel_size, self.stride, "same") for n in x.shape[2:])
             if top or bottom or left or right:
                 y = F.pad(y, (left, right, top, bottom))
-        y = act(self.depthwise_norm(self.conv_dw(y)))
+        y = activate(self.depthwise_norm(self.conv_dw(y)), self.act)
         y = self.project_norm(self.project_conv(self.se(y)))
         if self.has_residual:
             y = drop_path(y, self.drop_path, self.training) + x
@@ -136,4 +115,61 @@ class MBConvBase(nn.Module):
         return self.bn3 if self.expands else self.bn2
 
     def extra_repr(self):
-        return f"expand_ratio={self.expand_ratio}, se_ratio={self.se_ratio}, act={self.act}, padding={self.padding}, drop_path={self.drop_path}"
+        names = ("expand_ratio", "se_ratio", "act", "padding", "drop_path")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class FusedMBConv(MBConvBase):
+    """MBConv block on fused kernels (NOT EfficientNetV2's "Fused-MBConv", a dense k x k convolution for expand + depthwise).
+
+    ``[1x1 expand, BN, act] -> k x k depthwise, BN, act -> squeeze-excite -> 1x1 project, BN -> [drop-path, + input]`` with the
+    arguments, parameters, buffers and numbers of ``efficientnet.MBConv``; swapping the two classes changes the speed only.
+
+    Args:
+        in_channels, out_channels: I and O; the expanded width is ``round(in_channels * expand_ratio)``.
+        kernel_size: odd, 1 to 9. stride: 1 or 2. expand_ratio: >= 1; at 1 there is no expand convolution.
+        se_ratio: in [0, 1], of the block's INPUT channels; 0 drops squeeze-excite.
+        act: silu, relu, relu6, hard_swish, gelu or identity. padding: "symmetric" or TensorFlow's "same".
+        bn_eps, bn_momentum: of every BatchNorm; momentum None is the cumulative average.
+        drop_path: probability of dropping the residual branch of a sample in training.
+
+    Shapes: x [N, I, H, W] (channels_last costs no copy) -> [N, O, H', W'], channels_last. Dtypes: fp32, bf16, fp16, or what
+    autocast says; parameters fp32 or of the compute dtype.
+    Without a GPU or Triton, or for an input kernels do not serve, it runs the plain layers: ``why_not_fused(x)`` tells the reason.
+    Raises ValueError/TypeError for a wrong argument or input, RuntimeError if EFFKERNELS_BACKEND=triton cannot be honoured.
+    Source: Sandler et al. 2018 (MobileNetV2), Hu et al. 2018 (squeeze-excite), Tan & Le 2019 (EfficientNet).
+    """
+
+    squeeze_excite_cls = FusedSqueezeExcite
+
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
+        layers = {name: layer for name, layer in self.named_children() if name != "se"}
+        if isinstance(self.se, SqueezeExcite):
+            if self.se._forward_hooks or self.se._forward_pre_hooks or self.se._backward_hooks:
+                return "se has hooks"
+            layers.update({f"se.{name}": layer for name, layer in self.se.named_children()})
+        elif not isinstance(self.se, nn.Identity):
+            return f"se is a {type(self.se).__name__}"
+        return dispatch.why_not_fused(x, layers, self.conv_dw.weight.shape[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_input(x)
+        if self.why_not_fused(x) is not None:
+            return self.forward_reference(x)
+        from effkernels import functional
+
+        norm = BatchNormParams.of
+        return functional.mbconv(
+            x,
+            (self.conv_pw.weight, norm(self.bn1)) if self.expands else None,
+            (self.conv_dw.weight, norm(self.depthwise_norm)),
+            SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
+            (self.project_conv.weight, norm(self.project_norm)),
+            stride=self.stride,
+            padding=self.padding,
+            act=self.act,
+            residual=self.has_residual,
+            drop_path=self.drop_path,
+            training=self.training,
+        )

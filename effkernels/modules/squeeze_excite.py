@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
-from effkernels.reference import ACTIVATIONS, GATES
+from effkernels import dispatch
+from effkernels.geometry import check_activation
+from effkernels.parameters import SqueezeExciteParams
+from effkernels.reference import ACTIVATIONS, GATES, activate
 
 
 class SqueezeExcite(nn.Module):
@@ -32,8 +35,32 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(reduced_channels, channels, 1, bias=True, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_reference(x)
+
+    def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
+        """In plain PyTorch, through the submodules (so their hooks run)."""
         pooled = x.mean((2, 3), keepdim=True)
-        return x * GATES[self.gate](self.conv_expand(ACTIVATIONS[self.act](self.conv_reduce(pooled))))
+        return x * GATES[self.gate](self.conv_expand(activate(self.conv_reduce(pooled), self.act)))
 
     def extra_repr(self):
         return f"act={self.act}, gate={self.gate}"
+
+
+class FusedSqueezeExcite(SqueezeExcite):
+    """``SqueezeExcite`` on fused kernels: pooling, both layers and the gate in two launches, the product in a third.
+
+    Same arguments, parameters and numbers. x [N, channels, H, W] fp32, bf16 or fp16; pooled sums, both layers and the gate are fp32.
+    Runs the plain layers where kernels cannot (``why_not_fused(x)`` tells the reason).
+    """
+
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
+        return dispatch.why_not_fused(x, dict(self.named_children()), self.conv_reduce.in_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_activation(x, self.conv_reduce.weight, self.conv_reduce.in_channels)
+        if self.why_not_fused(x) is not None:
+            return self.forward_reference(x)
+        from effkernels import functional
+
+        return functional.squeeze_excite(x, SqueezeExciteParams.of(self))

@@ -1,0 +1,115 @@
+"""The one gate between the fused kernels and their plain twins, with every reason for not fusing.
+
+Environment: EFFKERNELS_BACKEND = auto (default: kernels where they can run), triton (kernels, or an error with the reason) or
+reference (plain PyTorch). TRITON_INTERPRET=1, set before the first kernel is imported, runs the kernels on CPU tensors.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import nn
+
+BACKENDS = ("auto", "triton", "reference")
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+
+def backend() -> str:
+    """EFFKERNELS_BACKEND, checked."""
+    name = os.environ.get("EFFKERNELS_BACKEND", "auto").strip().lower() or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"EFFKERNELS_BACKEND must be one of {BACKENDS}, got {name!r}")
+    return name
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton cannot be used, or None; does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on")
+
+
+@torch.compiler.assume_constant_result
+def platform_problem(device_type: str, device_index: int | None) -> str | None:
+    """Why kernels cannot run on a device at all, or None."""
+    if (problem := triton_problem()) is not None:
+        return problem
+    if device_type == "cpu":
+        return None if interpreting() else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+    if device_type != "cuda":
+        return f"kernels need an NVIDIA GPU, the input is on {device_type}"
+    if torch.version.hip:
+        return "AMD GPUs are not supported yet"
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}, kernels need sm_80 or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def requested_backend() -> str:
+    return backend()
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a convolution of x would run in: autocast's where it is on, else x's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def tensor_problem(x: torch.Tensor, weights=()) -> str | None:
+    """Why kernels cannot run on x [N, C, H, W] with these weights, or None."""
+    dtype = compute_dtype(x)
+    if dtype not in COMPUTE_DTYPES:
+        return f"compute dtype {dtype} is not one of float32, bfloat16, float16"
+    if x.numel() == 0:
+        return "the input is empty"
+    for weight in weights:
+        if weight.dtype != torch.float32 and weight.dtype != dtype:
+            return f"a parameter is {weight.dtype}; it must be float32 or the compute dtype {dtype}"
+        if weight.device != x.device:
+            return f"a parameter is on {weight.device}, the input on {x.device}"
+    return None
+
+
+def layer_problem(name: str, layer: nn.Module) -> str | None:
+    """Why a submodule's own forward must run (hooks, a subclass, a shape kernels do not have), or None."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return f"{name} has hooks"
+    if type(layer) not in (nn.Conv2d, nn.BatchNorm2d):
+        return f"{name} is a {type(layer).__name__}"
+    if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
+        return f"{name} has no weight and bias (affine=False)"
+    return None
+
+
+def why_not_fused(x: torch.Tensor | None, layers: dict[str, nn.Module], largest: int = 1) -> str | None:
+    """None if kernels will run for ``layers`` (by name) on x [N, C, H, W], else the reason they will not.
+
+    x None asks about the layers alone. ``largest`` is the channel count of the widest tensor inside (int32 offsets in an image).
+    Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve.
+    """
+    wanted = requested_backend()
+    if wanted == "reference":
+        return "EFFKERNELS_BACKEND=reference"
+    reason = None
+    if x is not None:
+        reason = platform_problem(x.device.type, x.device.index)
+    if reason is None:
+        for name, layer in layers.items():
+            reason = reason or layer_problem(name, layer)
+    if reason is None and x is not None:
+        reason = tensor_problem(x, [p for layer in layers.values() for p in layer.parameters(recurse=False)])
+        if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
+            reason = "one image of the expanded tensor has 2**31 elements or more"
+    if reason is not None and wanted == "triton" and x is not None:
+        raise RuntimeError(f"EFFKERNELS_BACKEND=triton, but the fused kernels cannot serve: {reason}")
+    return reason

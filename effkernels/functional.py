@@ -1,0 +1,140 @@
+"""Fused operators on NCHW tensors (any memory format; channels_last costs no copy), twins of ``effkernels.reference``.
+
+They run the Triton kernels unconditionally: ``effkernels.dispatch.why_not_fused`` tells whether they can, the modules ask it.
+Results are channels_last. Autocast decides the compute dtype as for a convolution; sums, statistics and gates are fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from effkernels import library
+from effkernels.dispatch import compute_dtype
+from effkernels.parameters import BatchNormParams, SqueezeExciteParams
+from effkernels.reference import check_batch, drop_path_mask
+
+
+def _nhwc(x, dtype=None):
+    return x.permute(0, 2, 3, 1).to(dtype or x.dtype).contiguous()
+
+
+def _nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def _advance(*norms):
+    """num_batches_tracked + 1, before the kernels that may read it (cumulative momentum); one launch for all."""
+    counters = [n.num_batches_tracked for n in norms if n is not None and n.updates and n.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
+def _running(norm: BatchNormParams):
+    return (norm.running_mean, norm.running_var, norm.num_batches_tracked) if norm.updates or not norm.training else (None,) * 3
+
+
+def _differentiable(tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _depthwise_block(x, weight, norm, *, stride, padding, act, pre_norm, pre_act, squeeze_excite):
+    """NHWC core of ``depthwise_conv_bn_act``."""
+    se = squeeze_excite[:4] if squeeze_excite else (None,) * 4
+    se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
+    pre = pre_norm or BatchNormParams(None, None, training=False)
+    batch = norm.training or pre.training
+    if not batch and not _differentiable([x, weight, *pre[:2], *norm[:2], *se]):
+        args = (x, weight, *pre[:4], *norm[:4], *se, stride, padding, pre_act, act, se_act, gate, pre.eps, norm.eps)
+        return library.run("depthwise_block_inference", None, library.depthwise_block_inference, args)
+    args = (
+        x, weight, pre.weight, pre.bias, *_running(pre), norm.weight, norm.bias, *_running(norm), *se, stride, padding, pre_act, act,
+        se_act, gate, pre.training, pre.momentum, pre.eps, norm.training, norm.momentum, norm.eps,
+    )  # fmt: skip
+    return library.run("depthwise_block", library.DepthwiseBlock, library.depthwise_block, args)[0]
+
+
+def _bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
+    """NHWC core of ``bn_act_add``."""
+    if not norm.training and mask is None and not _differentiable([x, *norm[:2], residual]):
+        args = (x, *norm[:4], residual, act, norm.eps)
+        return library.run("bn_act_add_inference", None, library.bn_act_add_inference, args)
+    args = (x, *norm[:2], *_running(norm), mask, residual, act, norm.training, norm.momentum, norm.eps)
+    return library.run("bn_act_add", library.BatchNormActAdd, library.bn_act_add, args)[0]
+
+
+def depthwise_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: BatchNormParams,
+    *,
+    stride: int = 1,
+    padding: str = "symmetric",
+    act: str = "silu",
+    pre_norm: BatchNormParams | None = None,
+    pre_act: str = "identity",
+    squeeze_excite: SqueezeExciteParams | None = None,
+) -> torch.Tensor:
+    """``act(BN(depthwise(pre_act(pre_BN(x)))))``, times squeeze-excite's gate; each part optional but the convolution and its BN.
+
+    x [N, C, H, W], weight [C, 1, k, k] -> [N, C, H', W'].
+    """
+    check_batch(norm, x.shape, weight.shape[-1], stride, padding)
+    if pre_norm is not None:
+        check_batch(pre_norm, x.shape)
+    _advance(norm, pre_norm)
+    y = _depthwise_block(
+        _nhwc(x, compute_dtype(x)), weight, norm,
+        stride=stride, padding=padding, act=act, pre_norm=pre_norm, pre_act=pre_act, squeeze_excite=squeeze_excite,
+    )  # fmt: skip
+    return _nchw(y)
+
+
+def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=None) -> torch.Tensor:
+    """``act(BN(x)) * mask[n] + residual``; x and residual [N, C, H, W], mask fp32 [N]."""
+    check_batch(norm, x.shape)
+    _advance(norm)
+    residual = None if residual is None else _nhwc(residual)
+    return _nchw(_bn_act_add(_nhwc(x), norm, act=act, mask=mask, residual=residual))
+
+
+def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
+    """``x * gate(W_e act(W_r mean_hw(x) + b_r) + b_e)``; x [N, C, H, W]."""
+    args = (_nhwc(x, compute_dtype(x)), *params)
+    return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
+
+
+def mbconv(
+    x: torch.Tensor,
+    expand: tuple[torch.Tensor, BatchNormParams] | None,
+    depthwise: tuple[torch.Tensor, BatchNormParams],
+    squeeze_excite: SqueezeExciteParams | None,
+    project: tuple[torch.Tensor, BatchNormParams],
+    *,
+    stride: int = 1,
+    padding: str = "symmetric",
+    act: str = "silu",
+    residual: bool = False,
+    drop_path: float = 0.0,
+    training: bool = False,
+) -> torch.Tensor:
+    """One MBConv block; each of expand, depthwise, project is (convolution weight, BatchNormParams).
+
+    x [N, I, H, W] -> [N, O, H', W']. The 1x1 convolutions are matrix products of NHWC rows; everything between them, and after,
+    runs in the fused kernels. drop_path applies to the residual branch in training only.
+    """
+    dtype = compute_dtype(x)
+    norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
+    k = depthwise[0].shape[-1]
+    for norm in norms:
+        check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
+    _advance(*norms)
+    shortcut = _nhwc(x)
+    y = shortcut.to(dtype)
+    if expand:
+        y = F.linear(y, expand[0].flatten(1).to(dtype))
+    y = _depthwise_block(
+        y, depthwise[0], depthwise[1], stride=stride, padding=padding, act=act,
+        pre_norm=expand[1] if expand else None, pre_act=act if expand else "identity", squeeze_excite=squeeze_excite,
+    )  # fmt: skip
+    y = F.linear(y, project[0].flatten(1).to(dtype))
+    mask = drop_path_mask(x.shape[0], drop_path, x.device) if residual and training and drop_path > 0 else None
+    return _nchw(_bn_act_add(y, project[1], mask=mask, residual=shortcut if residual else None))

@@ -1,0 +1,367 @@
+"""BatchNorm on NHWC: statistics, their merge with the running-stat update, and the elementwise forward and backward.
+
+    forward    z = (y - mean) * rstd * gamma + beta;   out = phi(z) [* gate[n,c]] [* mask[n]] [+ residual]
+    backward   dz = dout * mask * phi'(z);   dbeta = sum dz;   dgamma = sum dz * yhat;   yhat = (y - mean) * rstd
+               dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y     (M values a channel)
+
+With frozen or running statistics the batch terms k0, k1 vanish. Statistics are fp32 (count, mean, M2) triples merged by Chan's
+formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.kernels.common import (
+    activate,
+    activate_and_grad,
+    bn_coefficients,
+    bn_row,
+    cast,
+    channel_vector_width,
+    fast_math,
+    load_vector,
+)
+from effkernels.launch import elementwise_config, reduction_config
+
+
+@triton.jit
+def statistics_kernel(
+    y, tile_count, tile_mean, tile_m2, rows, CV, rows_per_program,
+    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Per-program (count, mean, M2) of y [rows, C]: sums shifted by the program's first row, merged block by block."""
+    C = CV * CVEC
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mc = c < C
+    p = tl.program_id(1)
+    first = p.to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    r = tl.arange(0, BR)
+    pivot = tl.load(y + first * C + c, mask=mc & (first < rows), other=0.0).to(tl.float32)[None, :]
+    s1 = tl.zeros([BR, BC], tl.float32)
+    s2 = tl.zeros([BR, BC], tl.float32)
+    for start in range(first, last, BR):
+        ok = (start + r < last)[:, None] & mc[None, :]
+        v = tl.load(y + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        d = tl.where(ok, v - pivot, 0.0)
+        s1 += d
+        s2 += d * d
+    count = (last - first).to(tl.float32)
+    shift = tl.sum(s1, 0) / count
+    tl.store(tile_mean + p.to(tl.int64) * C + c, tl.sum(pivot, 0) + shift, mask=mc)
+    tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(s2, 0) - shift * shift * count, mask=mc)
+    tl.store(tile_count + p, count, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def merge_kernel(
+    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum,
+    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Chan's merge of all tiles, mean and rstd for the kernels that follow, and the running statistics, once."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mc = c < C
+    t = tl.arange(0, BP)
+    total = 0.0
+    weighted = tl.zeros([BP, BC], tl.float32)
+    for start in range(0, tiles, BP):
+        ok = start + t < tiles
+        n = tl.load(tile_count + start + t, mask=ok, other=0.0)
+        m = tl.load(tile_mean + (start + t).to(tl.int64)[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
+        total += tl.sum(n, 0)
+        weighted += m * n[:, None]
+    merged = tl.sum(weighted, 0) / total
+    m2 = tl.zeros([BP, BC], tl.float32)
+    for start in range(0, tiles, BP):
+        ok = start + t < tiles
+        n = tl.load(tile_count + start + t, mask=ok, other=0.0)
+        offset = (start + t).to(tl.int64)[:, None] * C + c[None, :]
+        m = tl.load(tile_mean + offset, mask=ok[:, None] & mc[None, :], other=0.0)
+        s = tl.load(tile_m2 + offset, mask=ok[:, None] & mc[None, :], other=0.0)
+        m2 += s + n[:, None] * (m - merged[None, :]) * (m - merged[None, :])
+    m2_total = tl.maximum(tl.sum(m2, 0), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(mean + c, merged, mask=mc)
+    tl.store(rstd + c, 1.0 / tl.sqrt(m2_total / total + eps), mask=mc)
+    if UPDATE:
+        factor = momentum
+        if CUMULATIVE:
+            factor = 1.0 / tl.load(num_batches).to(tl.float32)
+        old_mean = load_vector(running_mean, c, mc)
+        old_var = load_vector(running_var, c, mc)
+        unbiased = m2_total / (total - 1.0)
+        tl.store(running_mean + c, cast(old_mean + factor * (merged - old_mean), running_mean.dtype.element_ty), mask=mc)
+        tl.store(running_var + c, cast(old_var + factor * (unbiased - old_var), running_var.dtype.element_ty), mask=mc)
+
+
+@triton.jit
+def apply_kernel(
+    y, out, gamma, beta, mean, var, gate, mask, residual, eps, rows, CV, image_blocks,
+    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """out = phi(BN(y)) * gate * mask + residual on one block of BR pixels of one image."""
+    C = CV * CVEC
+    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    mc = c < C
+    block = tl.program_id(0) // tl.cdiv(C, BC)
+    n = (block // image_blocks).to(tl.int64)
+    r = block % image_blocks * BR + tl.arange(0, BR)
+    ok = (r < rows)[:, None] & mc[None, :]
+    offset = r[:, None] * C + c[None, :]
+    v = tl.load(y + n * rows * C + offset, mask=ok, other=0.0).to(tl.float32)
+    if BN:
+        scale, shift = bn_row(gamma, beta, mean, var, eps, c, mc, VAR_IS_RSTD)
+        v = activate(v * scale + shift, ACT, FAST)
+    if GATED:
+        v = v * load_vector(gate + n * C, c, mc)[None, :]
+    if MASKED:
+        v = v * tl.load(mask + n)
+    if RESIDUAL:
+        v += tl.load(residual + n * rows * C + offset, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + n * rows * C + offset, cast(v, out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def gradient_sums_kernel(
+    dq, y, sums, gamma, beta, mean, rstd, mask, rows, CV, rows_per_program, parts,
+    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    GATE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Per (n, part, c): sum dz and sum dz*yhat; with GATE also sum dq*phi(z), sum phi'(z), sum phi'(z)*yhat (sums [N, parts, 2|5, C])."""
+    C = CV * CVEC
+    NUM: tl.constexpr = 5 if GATE else 2
+    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    mc = c < C
+    group = tl.program_id(0) // tl.cdiv(C, BC)
+    n = (group // parts).to(tl.int64)
+    first = group % parts * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    r = tl.arange(0, BR)
+    if BN:
+        mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
+        mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
+    s1 = tl.zeros([BR, BC], tl.float32)
+    s3 = tl.zeros([BR, BC], tl.float32)
+    if GATE:
+        s_gate = tl.zeros([BR, BC], tl.float32)
+        s2 = tl.zeros([BR, BC], tl.float32)
+        s4 = tl.zeros([BR, BC], tl.float32)
+    for start in range(first, last, BR):
+        ok = (start + r < last)[:, None] & mc[None, :]
+        offset = n * rows * C + (start + r)[:, None] * C + c[None, :]
+        g = tl.load(dq + offset, mask=ok, other=0.0).to(tl.float32)
+        v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
+        if BN:
+            phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
+            centred = v - mu
+            s1 += g * dphi
+            s3 += g * dphi * centred
+            if GATE:
+                dphi = tl.where(ok, dphi, 0.0)
+                s2 += dphi
+                s4 += dphi * centred
+                s_gate += g * phi
+        elif GATE:
+            s_gate += g * v
+    factor = 1.0
+    if MASKED:
+        factor = tl.load(mask + n)
+    out = sums + group.to(tl.int64) * NUM * C + c
+    if BN:
+        tl.store(out, tl.sum(s1, 0) * factor, mask=mc)
+        tl.store(out + C, tl.sum(s3, 0) * r_std * factor, mask=mc)
+    if GATE:
+        tl.store(out + 2 * C, tl.sum(s_gate, 0), mask=mc)
+        if BN:
+            tl.store(out + 3 * C, tl.sum(s2, 0), mask=mc)
+            tl.store(out + 4 * C, tl.sum(s4, 0) * r_std, mask=mc)
+
+
+@triton.jit
+def bn_terms(gamma, mean, rstd, dbeta, dgamma, count, c, mask):
+    """(k0, k1) of dy = scale * dz + k0 + k1 * y."""
+    r = load_vector(rstd, c, mask)
+    scale = load_vector(gamma, c, mask) * r
+    k1 = -scale * r * dgamma / count
+    return -scale * dbeta / count - k1 * load_vector(mean, c, mask), k1
+
+
+@triton.jit
+def gradient_merge_kernel(
+    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dbeta and dgamma from rows (sum dz, sum dz*yhat) of ``parts`` partials, and the batch terms k0, k1."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mc = c < C
+    t = tl.arange(0, BP)
+    s1 = tl.zeros([BP, BC], tl.float32)
+    s3 = tl.zeros([BP, BC], tl.float32)
+    for start in range(0, parts, BP):
+        ok = (start + t < parts)[:, None] & mc[None, :]
+        row = sums + (start + t).to(tl.int64)[:, None] * row_stride + c[None, :]
+        s1 += tl.load(row, mask=ok, other=0.0)
+        s3 += tl.load(row + C, mask=ok, other=0.0)
+    db, dg = tl.sum(s1, 0), tl.sum(s3, 0)
+    tl.store(dbeta + c, db, mask=mc)
+    tl.store(dgamma + c, dg, mask=mc)
+    b0, b1 = bn_terms(gamma, mean, rstd, db, dg, count, c, mc)
+    tl.store(k0 + c, b0, mask=mc)
+    tl.store(k1 + c, b1, mask=mc)
+
+
+@triton.jit
+def apply_backward_kernel(
+    dz, y, dx, gamma, beta, mean, rstd, k0, k1, gate, dpool, mask, rows, CV, image_blocks,
+    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr,
+    GATED: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """dx = scale * (dz * gate + dpool) * mask * phi'(BN(y)) + k0 + k1 * y, or dz * gate + dpool without BN."""
+    C = CV * CVEC
+    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    mc = c < C
+    block = tl.program_id(0) // tl.cdiv(C, BC)
+    n = (block // image_blocks).to(tl.int64)
+    r = block % image_blocks * BR + tl.arange(0, BR)
+    ok = (r < rows)[:, None] & mc[None, :]
+    offset = n * rows * C + r[:, None] * C + c[None, :]
+    g = tl.load(dz + offset, mask=ok, other=0.0).to(tl.float32)
+    if GATED:
+        g = g * load_vector(gate + n * C, c, mc)[None, :] + load_vector(dpool + n * C, c, mc)[None, :]
+    if MASKED:
+        g = g * tl.load(mask + n)
+    if BN:
+        scale, shift = bn_row(gamma, beta, mean, rstd, 0.0, c, mc, True)
+        v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
+        if ACT != "identity":
+            phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
+            g = g * dphi
+        g = g * scale
+        if BATCH:
+            g += load_vector(k0, c, mc)[None, :] + load_vector(k1, c, mc)[None, :] * v
+    tl.store(dx + offset, cast(g, dx.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def sum_partials_kernel(partials, out, parts, row_stride, COLS, C, TAPS: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
+    """out[c, tap] = sum over partials [parts, row_stride] of element tap * C + c: the depthwise weight gradient."""
+    i = tl.program_id(0) * BL + tl.arange(0, BL)
+    t = tl.arange(0, BP)
+    acc = tl.zeros([BP, BL], tl.float32)
+    for start in range(0, parts, BP):
+        ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
+        acc += tl.load(partials + (start + t).to(tl.int64)[:, None] * row_stride + i[None, :], mask=ok, other=0.0)
+    tl.store(out + i % C * TAPS + i // C, cast(tl.sum(acc, 0), out.dtype.element_ty), mask=i < COLS)
+
+
+def _fp32(device, *shape):
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
+def statistics(y):
+    """(count [P], mean [P, C], m2 [P, C]) of y [..., C] over everything but C, in fp32 partials."""
+    C = y.shape[-1]
+    rows = y.numel() // C
+    cfg = reduction_config(C, y.dtype)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    rows_per_program, P = cfg.split(rows, blocks_c, y.device)
+    tiles = _fp32(y.device, P), _fp32(y.device, P, C), _fp32(y.device, P, C)
+    statistics_kernel[(blocks_c, P)](
+        y, *tiles, rows, C // channel_vector_width(C), rows_per_program,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return tiles
+
+
+def merge(tiles, eps, *, running_mean=None, running_var=None, num_batches_tracked=None, momentum=None):
+    """(mean [C], rstd [C]) of partial statistics; updates the running statistics in place when they are given.
+
+    momentum None is the cumulative average 1 / num_batches_tracked, which the caller has already advanced.
+    """
+    count, tile_mean, tile_m2 = tiles
+    P, C = tile_mean.shape
+    mean, rstd = _fp32(count.device, C), _fp32(count.device, C)
+    update = running_mean is not None
+    merge_kernel[(triton.cdiv(C, 32),)](
+        count, tile_mean, tile_m2, mean, rstd, running_mean if update else mean, running_var if update else mean,
+        num_batches_tracked if update and momentum is None else mean, P, C, eps, 0.0 if momentum is None else momentum,
+        BP=64, BC=32, UPDATE=update, CUMULATIVE=update and momentum is None, num_warps=4,
+    )  # fmt: skip
+    return mean, rstd
+
+
+def apply(y, bn, *, act="identity", gate=None, mask=None, residual=None, out_dtype=None):
+    """phi(BN(y)) [* gate] [* mask] [+ residual] for y [N, H, W, C].
+
+    bn: (gamma, beta, mean, var or rstd, eps, is_rstd), or None for y itself; gate fp32 [N, C]; mask fp32 [N]; residual like y.
+    """
+    N, H, W, C = y.shape
+    cfg = elementwise_config(C, y.dtype)
+    out = torch.empty_like(y, dtype=out_dtype or y.dtype)
+    image_blocks = triton.cdiv(H * W, cfg.BR)
+    g, b, m, v, eps, is_rstd = bn or (y,) * 4 + (0.0, True)
+    apply_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
+        y, out, g, b, m, v, y if gate is None else gate, y if mask is None else mask, y if residual is None else residual, eps,
+        H * W, C // channel_vector_width(C), image_blocks,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, ACT=act, BN=bn is not None, GATED=gate is not None,
+        MASKED=mask is not None, RESIDUAL=residual is not None, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
+    """Partial sums [N, parts, 2 or 5, C] of ``gradient_sums_kernel``; bn (gamma, beta, mean, rstd) or None (gate sum only)."""
+    N, H, W, C = y.shape
+    cfg = reduction_config(C, y.dtype)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
+    sums = _fp32(y.device, N, parts, 5 if gate else 2, C)
+    g, b, m, r = bn or (y,) * 4
+    gradient_sums_kernel[(blocks_c * N * parts,)](
+        dq, y, sums, g, b, m, r, y if mask is None else mask, H * W, C // channel_vector_width(C), rows_per_program, parts,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=bn is not None, ACT=act, MASKED=mask is not None, GATE=gate,
+        FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return sums
+
+
+def gradient_merge(sums, bn, count):
+    """(dgamma, dbeta, k0, k1), fp32 [C], from partials [..., row, C] whose first two rows are (sum dz, sum dz * yhat).
+
+    ``sums`` may be a view of rows inside a larger buffer: its first dimension is reduced and rows are contiguous.
+    """
+    gamma, mean, rstd = bn
+    C = sums.shape[-1]
+    outs = [_fp32(sums.device, C) for _ in range(4)]
+    gradient_merge_kernel[(triton.cdiv(C, 32),)](
+        sums, gamma, mean, rstd, *outs, sums.shape[0], sums.stride(0), C, float(count), BP=64, BC=32, num_warps=4,
+    )  # fmt: skip
+    return outs
+
+
+def apply_backward(dz, y, bn, *, terms=None, act="identity", gate=None, dpool=None, mask=None, out_dtype=None):
+    """Gradient of ``apply``'s y; bn (gamma, beta, mean, rstd) or None, terms (k0, k1) or None for frozen statistics."""
+    N, H, W, C = dz.shape
+    cfg = elementwise_config(C, dz.dtype)
+    image_blocks = triton.cdiv(H * W, cfg.BR)
+    dx = torch.empty_like(dz, dtype=out_dtype or dz.dtype)
+    g, b, m, r = bn or (dz,) * 4
+    k0, k1 = terms or (dz, dz)
+    apply_backward_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
+        dz, dz if y is None else y, dx, g, b, m, r, k0, k1, dz if gate is None else gate, dz if dpool is None else dpool,
+        dz if mask is None else mask, H * W, C // channel_vector_width(C), image_blocks,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=bn is not None, ACT=act, BATCH=terms is not None, GATED=gate is not None,
+        MASKED=mask is not None, FAST=fast_math(dz.dtype), num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return dx
+
+
+def sum_partials(partials, taps, like):
+    """Weight gradient [C, 1, k, k] in ``like``'s dtype from depthwise partials [P, rows, C]."""
+    P, rows, C = partials.shape
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    sum_partials_kernel[(triton.cdiv(taps * C, 64),)](
+        partials, out, P, rows * C, taps * C, C, TAPS=taps, BP=64, BL=64, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,414 @@
+"""Custom operators: the one place where kernels meet autograd, torch.compile and fake tensors.
+
+Each differentiable operator is a pair ``name`` / ``name_backward`` in the ``effkernels`` namespace with a fake implementation for
+each, and one ``torch.autograd.Function``. Eager calls go through the Function straight to the launchers; the dispatcher (under
+torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators. ``torch.library.custom_op``
+is not used because the forwards update running statistics in place, which it does not allow together with an autograd formula.
+Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from effkernels.geometry import conv_out_size, pad_amounts
+
+LIB = torch.library.Library("effkernels", "DEF")
+
+
+def _none(x):
+    return x.new_empty(0, dtype=torch.float32)
+
+
+def _fp32(x, *shape):
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _pads(x, weight, stride, padding):
+    k = weight.shape[-1]
+    return (*pad_amounts(x.shape[1], k, stride, padding), *pad_amounts(x.shape[2], k, stride, padding))
+
+
+def _batch_or_running(batch, tiles, running_mean, running_var, num_batches, momentum, eps):
+    """(mean, rstd) fp32 [C] to normalise with; merges ``tiles()`` and updates the running statistics when ``batch``."""
+    from effkernels.kernels import batchnorm
+
+    if batch:
+        return batchnorm.merge(
+            tiles(), eps, running_mean=running_mean, running_var=running_var, num_batches_tracked=num_batches, momentum=momentum
+        )
+    return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
+
+
+# ---- depthwise_block: [BN1 + act1] -> depthwise -> BN2 + act2 -> [squeeze-excite gate] -------------------------------------------
+
+_NORM = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor(a{i}!)? running_mean{i}, Tensor(b{i}!)? running_var{i}, Tensor? num_batches{i}"
+_SE = "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? expand_weight, Tensor? expand_bias"
+_BLOCK_SETTINGS = (
+    "int stride, str padding, str act1, str act2, str se_act, str gate, "
+    "bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2"
+)
+LIB.define(
+    f"depthwise_block(Tensor x, Tensor weight, {_NORM.format(i=1, q='?')}, {_NORM.format(i=2, q='')}, {_SE}, {_BLOCK_SETTINGS}) "
+    "-> (Tensor out, Tensor y, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor gates, Tensor pooled, Tensor u)"
+)
+LIB.define(
+    "depthwise_block_backward(Tensor dout, Tensor x, Tensor weight, Tensor? weight1, Tensor? bias1, Tensor weight2, Tensor bias2, "
+    f"{_SE}, Tensor y, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor gates, Tensor pooled, Tensor u, "
+    "int stride, str padding, str act1, str act2, str se_act, str gate, bool batch1, bool batch2, bool need_dx, bool need_dw) "
+    "-> (Tensor dx, Tensor dw, Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def depthwise_block(
+    x, weight, weight1, bias1, running_mean1, running_var1, num_batches1, weight2, bias2, running_mean2, running_var2, num_batches2,
+    reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate,
+    batch1, momentum1, eps1, batch2, momentum2, eps2,
+):  # fmt: skip
+    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+
+    prologue = mean1 = rstd1 = None
+    if weight1 is not None:
+        mean1, rstd1 = _batch_or_running(
+            batch1, lambda: batchnorm.statistics(x), running_mean1, running_var1, num_batches1, momentum1, eps1
+        )
+        prologue = (weight1, bias1, mean1, rstd1, eps1, True)
+    pads = _pads(x, weight, stride, padding)
+    y, tiles, _ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=prologue, act1=act1, stats=batch2)
+    mean2, rstd2 = _batch_or_running(batch2, lambda: tiles, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    bn2 = (weight2, bias2, mean2, rstd2, eps2, True)
+    gates = pooled = u = None
+    if reduce_weight is not None:
+        sums = squeeze_excite.pool(y, bn2, act=act2)
+        gates, pooled, u = squeeze_excite.squeeze_excite_forward(
+            sums, y.shape[1] * y.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=se_act, gate=gate
+        )
+    out = batchnorm.apply(y, bn2, act=act2, gate=gates)
+    return tuple(_none(x) if t is None else t for t in (out, y, mean1, rstd1, mean2, rstd2, gates, pooled, u))
+
+
+def depthwise_block_fake(
+    x, weight, weight1, bias1, running_mean1, running_var1, num_batches1, weight2, bias2, running_mean2, running_var2, num_batches2,
+    reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, *settings,
+):  # fmt: skip
+    N, H, W, C = x.shape
+    k = weight.shape[-1]
+    y = x.new_empty(N, conv_out_size(H, k, stride, padding), conv_out_size(W, k, stride, padding), C)
+    norm1 = (_none(x), _none(x)) if weight1 is None else (_fp32(x, C), _fp32(x, C))
+    se = (_none(x), _none(x), _none(x))
+    if reduce_weight is not None:
+        se = (_fp32(x, N, C), _fp32(x, N, C), _fp32(x, N, reduce_weight.shape[0]))
+    return (torch.empty_like(y), y, *norm1, _fp32(x, C), _fp32(x, C), *se)
+
+
+def depthwise_block_backward(
+    dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias,
+    y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, need_dx, need_dw,
+):  # fmt: skip
+    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+
+    C = x.shape[-1]
+    taps = weight.shape[-1] ** 2
+    pixels = y.shape[1] * y.shape[2]
+    has_se, has_bn1 = reduce_weight is not None, weight1 is not None
+    sums = batchnorm.gradient_sums(dout, y, (weight2, bias2, mean2, rstd2), act=act2, gate=has_se)
+    dpool, se_grads = None, [_none(x)] * 4
+    if has_se:
+        weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+        dpool, se_grads, (dweight2, dbias2, k0, k1) = squeeze_excite.squeeze_excite_backward(
+            sums, pixels, gates, pooled, u, weights, bn=(weight2, mean2, rstd2), act=se_act, gate=gate
+        )
+    else:
+        gates = None
+        dweight2, dbias2, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight2, mean2, rstd2), y.numel() // C)
+    bn2 = (y, weight2, bias2, mean2, rstd2, k0 if batch2 else None, k1, gates, dpool)
+    bn1 = (weight1, bias1, mean1, rstd1) if has_bn1 else None
+    dx, partials = depthwise.depthwise_backward(
+        dout, x, weight, stride, _pads(x, weight, stride, padding),
+        bn2=bn2, act2=act2, bn1=bn1, act1=act1, need_dx=need_dx, need_dw=need_dw,
+    )  # fmt: skip
+    dw = batchnorm.sum_partials(partials, taps, weight) if need_dw else _none(x)
+    dweight1 = dbias1 = _none(x)
+    if has_bn1 and need_dx:
+        dweight1, dbias1, k0, k1 = batchnorm.gradient_merge(partials[:, taps:], (weight1, mean1, rstd1), x.numel() // C)
+        dx = batchnorm.apply_backward(dx, x, (weight1, bias1, mean1, rstd1), terms=(k0, k1) if batch1 else None)
+        dweight1, dbias1 = dweight1.to(weight1.dtype), dbias1.to(bias1.dtype)
+    dweight2, dbias2 = dweight2.to(weight2.dtype), dbias2.to(bias2.dtype)
+    return (_none(x) if dx is None else dx, dw, dweight1, dbias1, dweight2, dbias2, *se_grads)
+
+
+def depthwise_block_backward_fake(
+    dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias, y, *rest,
+):  # fmt: skip
+    *_, need_dx, need_dw = rest
+    norm1 = [torch.empty_like(t) if weight1 is not None and need_dx else _none(x) for t in (weight1, bias1)]
+    se = [_none(x) if t is None else _contiguous_like(t) for t in (reduce_weight, reduce_bias, expand_weight, expand_bias)]
+    dx = torch.empty_like(x) if need_dx else _none(x)
+    return dx, _contiguous_like(weight) if need_dw else _none(x), *norm1, torch.empty_like(weight2), torch.empty_like(bias2), *se
+
+
+def _contiguous_like(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+class DepthwiseBlock(torch.autograd.Function):
+    """Saves x and y (before their BatchNorms), per-channel and per-(n, c) fp32 vectors; nothing activated is kept."""
+
+    @staticmethod
+    def forward(ctx, dispatched, *args):
+        results = _call("depthwise_block", depthwise_block, dispatched, args)
+        out, *aux = results
+        x, weight, weight1, bias1, *_ = args
+        weight2, bias2 = args[7:9]
+        ctx.save_for_backward(x, weight, weight1, bias1, weight2, bias2, *args[12:16], *aux)
+        ctx.settings = (*args[16:22], args[22], args[25])
+        ctx.dispatched = dispatched
+        ctx.mark_non_differentiable(*aux)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *unused):
+        if dout is None:
+            return (None,) * 29
+        needs = ctx.needs_input_grad[1:]
+        need_dx, need_dw = needs[0] or needs[2] or needs[3], needs[1]
+        args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, need_dx, need_dw)
+        grads = _call("depthwise_block_backward", depthwise_block_backward, ctx.dispatched, args)
+        dx, dw, dweight1, dbias1, dweight2, dbias2, *dse = grads
+        grads = (dx, dw, dweight1, dbias1, None, None, None, dweight2, dbias2, None, None, None, *dse)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), *(None,) * 12
+
+
+# ---- bn_act_add: act(BN(x)) * mask + residual ------------------------------------------------------------------------------------
+
+LIB.define(
+    f"bn_act_add(Tensor x, {_NORM.format(i='', q='')}, Tensor? mask, Tensor? residual, str act, bool batch, float? momentum, "
+    "float eps) -> (Tensor out, Tensor mean, Tensor rstd)"
+)
+LIB.define(
+    "bn_act_add_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? mask, str act, "
+    "bool batch, bool need_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def bn_act_add(
+    x, weight, bias, running_mean, running_var, num_batches, mask, residual, act, batch, momentum, eps,
+):  # fmt: skip
+    from effkernels.kernels import batchnorm
+
+    mean, rstd = _batch_or_running(batch, lambda: batchnorm.statistics(x), running_mean, running_var, num_batches, momentum, eps)
+    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = batchnorm.apply(x, (weight, bias, mean, rstd, eps, True), act=act, mask=mask, residual=residual, out_dtype=out_dtype)
+    return out, mean, rstd
+
+
+def bn_act_add_fake(x, weight, bias, running_mean, running_var, num_batches, mask, residual, *settings):
+    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=out_dtype), _fp32(x, x.shape[-1]), _fp32(x, x.shape[-1])
+
+
+def bn_act_add_backward(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
+    from effkernels.kernels import batchnorm
+
+    C = x.shape[-1]
+    bn = (weight, bias, mean, rstd)
+    sums = batchnorm.gradient_sums(dout, x, bn, act=act, mask=mask)
+    dweight, dbias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight, mean, rstd), x.numel() // C)
+    dx = _none(x)
+    if need_dx:
+        dx = batchnorm.apply_backward(dout, x, bn, terms=(k0, k1) if batch else None, act=act, mask=mask, out_dtype=x.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def bn_act_add_backward_fake(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
+    return torch.empty_like(x) if need_dx else _none(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+class BatchNormActAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dispatched, *args):
+        results = _call("bn_act_add", bn_act_add, dispatched, args)
+        out, mean, rstd = results
+        x, weight, bias = args[:3]
+        mask, residual, act, batch = args[6:10]
+        ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+        ctx.settings = (act, batch)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.dispatched = dispatched
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *unused):
+        if dout is None:
+            return (None,) * 13
+        needs = ctx.needs_input_grad[1:]
+        dx = dweight = dbias = None
+        if any(needs[:3]):
+            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0])
+            dx, dweight, dbias = _call("bn_act_add_backward", bn_act_add_backward, ctx.dispatched, args)
+        grads = (dx, dweight, dbias, None, None, None, None, dout.to(ctx.residual_dtype) if needs[7] else None)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), *(None,) * 4
+
+
+# ---- squeeze_excite: x * gate(x) -------------------------------------------------------------------------------------------------
+
+LIB.define(
+    "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias, str act, str gate) "
+    "-> (Tensor out, Tensor gates, Tensor pooled, Tensor u)"
+)
+LIB.define(
+    "squeeze_excite_backward(Tensor dout, Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, "
+    "Tensor expand_bias, Tensor gates, Tensor pooled, Tensor u, str act, str gate, bool need_dx) "
+    "-> (Tensor dx, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, act, gate):
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import squeeze_excite as kernels
+
+    gates, pooled, u = kernels.squeeze_excite_forward(
+        kernels.pool(x), x.shape[1] * x.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=act, gate=gate
+    )
+    return batchnorm.apply(x, None, gate=gates), gates, pooled, u
+
+
+def squeeze_excite_fake(x, reduce_weight, *rest):
+    N, C = x.shape[0], x.shape[-1]
+    return torch.empty_like(x), _fp32(x, N, C), _fp32(x, N, C), _fp32(x, N, reduce_weight.shape[0])
+
+
+def squeeze_excite_backward(
+    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
+):  # fmt: skip
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import squeeze_excite as kernels
+
+    sums = batchnorm.gradient_sums(dout, x, None, gate=True)
+    weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    dpool, grads, _ = kernels.squeeze_excite_backward(sums, x.shape[1] * x.shape[2], gates, pooled, u, weights, act=act, gate=gate)
+    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if need_dx else _none(x)
+    return (dx, *grads)
+
+
+def squeeze_excite_backward_fake(
+    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
+):  # fmt: skip
+    weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    return torch.empty_like(x) if need_dx else _none(x), *(_contiguous_like(t) for t in weights)
+
+
+class SqueezeExcite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dispatched, *args):
+        results = _call("squeeze_excite", squeeze_excite, dispatched, args)
+        out, *aux = results
+        ctx.save_for_backward(*args[:5], *aux)
+        ctx.settings = args[5:]
+        ctx.dispatched = dispatched
+        ctx.mark_non_differentiable(*aux)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *unused):
+        if dout is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[1:]
+        args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0])
+        grads = _call("squeeze_excite_backward", squeeze_excite_backward, ctx.dispatched, args)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
+
+
+# ---- depthwise_block_inference: running statistics, no gradient ------------------------------------------------------------------
+
+_FROZEN = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor{q} running_mean{i}, Tensor{q} running_var{i}"
+LIB.define(
+    f"depthwise_block_inference(Tensor x, Tensor weight, {_FROZEN.format(i=1, q='?')}, {_FROZEN.format(i=2, q='')}, {_SE}, int stride, "
+    "str padding, str act1, str act2, str se_act, str gate, float eps1, float eps2) -> Tensor"
+)
+
+
+def depthwise_block_inference(
+    x, weight, weight1, bias1, running_mean1, running_var1, weight2, bias2, running_mean2, running_var2,
+    reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate, eps1, eps2,
+):  # fmt: skip
+    """BN2, the activation and the pooling in the depthwise kernel's epilogue; scale and shift from the live buffers."""
+    from effkernels.kernels import batchnorm, depthwise
+    from effkernels.kernels import squeeze_excite as kernels
+
+    has_se = reduce_weight is not None
+    out, _, sums = depthwise.depthwise_forward(
+        x, weight, stride, _pads(x, weight, stride, padding),
+        prologue=None if weight1 is None else (weight1, bias1, running_mean1, running_var1, eps1, False), act1=act1,
+        epilogue=(weight2, bias2, running_mean2, running_var2, eps2), act2=act2, pool=has_se,
+    )  # fmt: skip
+    if not has_se:
+        return out
+    gates, _, _ = kernels.squeeze_excite_forward(
+        sums, out.shape[1] * out.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=se_act, gate=gate
+    )
+    return batchnorm.apply(out, None, gate=gates)
+
+
+def depthwise_block_inference_fake(x, weight, *rest):
+    stride, padding = rest[12:14]
+    k = weight.shape[-1]
+    OH, OW = (conv_out_size(n, k, stride, padding) for n in x.shape[1:3])
+    return x.new_empty(x.shape[0], OH, OW, x.shape[3])
+
+
+LIB.define(f"bn_act_add_inference(Tensor x, {_FROZEN.format(i='', q='')}, Tensor? residual, str act, float eps) -> Tensor")
+
+
+def bn_act_add_inference(x, weight, bias, running_mean, running_var, residual, act, eps):
+    from effkernels.kernels import batchnorm
+
+    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    bn = (weight, bias, running_mean, running_var, eps, False)
+    return batchnorm.apply(x, bn, act=act, residual=residual, out_dtype=out_dtype)
+
+
+def bn_act_add_inference_fake(x, weight, bias, running_mean, running_var, residual, act, eps):
+    return torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+
+
+# ---- registration and the eager short cut ----------------------------------------------------------------------------------------
+
+
+def _call(name, implementation, dispatched, args):
+    """The operator below autograd when the call came through the dispatcher, else its implementation at once."""
+    if not dispatched:
+        return implementation(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.effkernels, name)(*args)
+
+
+def _register(name, implementation, fake, function=None):
+    for key in ("CPU", "CUDA"):
+        LIB.impl(name, implementation, key)
+    torch.library.register_fake(f"effkernels::{name}", fake, lib=LIB)
+    if function is not None:
+        LIB.impl(name, lambda *args: function.apply(True, *args), "Autograd")
+
+
+_register("depthwise_block", depthwise_block, depthwise_block_fake, DepthwiseBlock)
+_register("depthwise_block_backward", depthwise_block_backward, depthwise_block_backward_fake)
+_register("bn_act_add", bn_act_add, bn_act_add_fake, BatchNormActAdd)
+_register("bn_act_add_backward", bn_act_add_backward, bn_act_add_backward_fake)
+_register("squeeze_excite", squeeze_excite, squeeze_excite_fake, SqueezeExcite)
+_register("squeeze_excite_backward", squeeze_excite_backward, squeeze_excite_backward_fake)
+_register("depthwise_block_inference", depthwise_block_inference, depthwise_block_inference_fake)
+_register("bn_act_add_inference", bn_act_add_inference, bn_act_add_inference_fake)
+
+
+def run(name, function, implementation, args):
+    """Call operator ``name``: recorded by torch.compile, straight to the launchers in eager mode (a custom op costs ~60 us a call)."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.effkernels, name)(*args)
+    return implementation(*args) if function is None else function.apply(False, *args)

@@ -1,0 +1,73 @@
+"""Depthwise convolution + BatchNorm + activation as one module."""
+
+import torch
+from torch import nn
+
+from effkernels import dispatch
+from effkernels.geometry import check_activation, check_conv_args
+from effkernels.parameters import BatchNormParams
+from effkernels.reference import ACTIVATIONS, activate, depthwise_conv
+
+
+class FusedDepthwiseConvBNAct(nn.Module):
+    """``act(BN(depthwise_kxk(x)))`` on fused kernels, with submodules ``conv`` (no bias) and ``bn``.
+
+    Args:
+        channels: C. kernel_size: odd, 1 to 9. stride: 1 or 2. act: as in ``effkernels.reference.ACTIVATIONS``.
+        padding: "symmetric", (k - 1) // 2 on every side, or TensorFlow's "same". bn_eps, bn_momentum: of the BatchNorm.
+
+    Shapes: x [N, C, H, W] -> [N, C, H', W'], channels_last. Dtypes, fallback and errors as ``FusedMBConv``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        act: str = "silu",
+        padding: str = "symmetric",
+        bn_eps: float = 1e-3,
+        bn_momentum: float | None = 0.01,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+            raise ValueError(f"channels must be an integer >= 1, got {channels!r}")
+        check_conv_args(kernel_size, stride, padding)
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, got {act!r}")
+        self.kernel_size, self.stride, self.padding, self.act = kernel_size, stride, padding, act
+        symmetric = (kernel_size - 1) // 2 if padding == "symmetric" else 0
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(channels, channels, kernel_size, stride, symmetric, groups=channels, bias=False, **factory)
+        self.bn = nn.BatchNorm2d(channels, eps=bn_eps, momentum=bn_momentum, **factory)
+
+    def check_input(self, x: torch.Tensor) -> None:
+        """ValueError/TypeError naming what is wrong with x."""
+        check_activation(x, self.conv.weight, self.conv.in_channels, self.kernel_size, self.stride, self.padding)
+
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
+        return dispatch.why_not_fused(x, {"conv": self.conv, "bn": self.bn}, self.conv.in_channels)
+
+    def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
+        """In plain PyTorch."""
+        self.check_input(x)
+        if self.padding == "same":
+            return activate(self.bn(depthwise_conv(x, self.conv.weight, self.stride, self.padding)), self.act)
+        return activate(self.bn(self.conv(x)), self.act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_input(x)
+        if self.why_not_fused(x) is not None:
+            return self.forward_reference(x)
+        from effkernels import functional
+
+        return functional.depthwise_conv_bn_act(
+            x, self.conv.weight, BatchNormParams.of(self.bn), stride=self.stride, padding=self.padding, act=self.act
+        )
+
+    def extra_repr(self):
+        return f"act={self.act}, padding={self.padding}"

@@ -1,0 +1,50 @@
+"""What the functional forms take besides tensors of activations: the tensors and settings of one layer, by reference."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BatchNormParams(NamedTuple):
+    """One BatchNorm: z = (y - mean) / sqrt(var + eps) * weight + bias, biased variance, fp32 statistics.
+
+    training: normalise with the batch's statistics, and update the running ones (unbiased variance) where there are any;
+    otherwise normalise with the running ones. momentum None is the cumulative average over num_batches_tracked.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.01
+    eps: float = 1e-3
+    training: bool = True
+
+    @classmethod
+    def of(cls, bn) -> "BatchNormParams":
+        """The live tensors of an nn.BatchNorm2d, and whether it would use batch statistics now."""
+        training = bn.training or bn.running_mean is None
+        return cls(
+            bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum, bn.eps, training
+        )  # fmt: skip
+
+    @property
+    def updates(self) -> bool:
+        return self.training and self.running_mean is not None
+
+
+class SqueezeExciteParams(NamedTuple):
+    """Both 1x1 layers of squeeze-excite, weights [R, C, 1, 1] and [C, R, 1, 1] with biases, and the two functions' names."""
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+    act: str = "silu"
+    gate: str = "sigmoid"
+
+    @classmethod
+    def of(cls, se) -> "SqueezeExciteParams":
+        reduce, expand = se.conv_reduce, se.conv_expand
+        return cls(reduce.weight, reduce.bias, expand.weight, expand.bias, se.act, se.gate)
