@@ -10,7 +10,7 @@ from torch import nn
 from efficientnet.config import EfficientNetConfig
 from efficientnet.scaling import Scaling, check_count
 from effkernels.geometry import pad_amounts
-from effkernels.reference import ACTIVATIONS
+from effkernels.reference import activate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -161,10 +161,10 @@ class EfficientNet(nn.Module):
         if self.config.padding == "same":
             (top, bottom), (left, right) = (pad_amounts(n, 3, 2, "same") for n in x.shape[2:])
             x = F.pad(x, (left, right, top, bottom))
-        act = ACTIVATIONS[self.config.act]
-        x = act(self.bn1(self.conv_stem(x)))
+        act = self.config.act
+        x = activate(self.bn1(self.conv_stem(x)), act)
         x = self.blocks(x)
-        return act(self.bn2(self.conv_head(x)))
+        return activate(self.bn2(self.conv_head(x)), act)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""

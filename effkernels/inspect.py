@@ -5,14 +5,18 @@ arguments; ``compile_launch`` compiles one for sm_80/89/90/100 with the compiler
 ``Cost`` is what the machine code says: registers, spills, shared memory, vector widths and the instructions of the hottest loop.
 """
 
+import argparse
 import collections
+import concurrent.futures
 import contextlib
 import functools
+import itertools
+import json
 import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import triton
@@ -36,13 +40,14 @@ class Launch:
     def name(self) -> str:
         return self.fn.__name__
 
-    def key(self):
-        """Everything that decides the machine code, so that equal keys need compiling once."""
-        described = tuple((k, _type_of(v), _hint(v)) if not self._is_constant(k) else (k, v) for k, v in self.arguments.items())
-        return self.name, described, tuple(sorted(self.options.items()))
+    @property
+    def constants(self) -> dict:
+        return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr}
 
-    def _is_constant(self, name: str) -> bool:
-        return self.fn.params[self.fn.arg_names.index(name)].is_constexpr
+    def key(self) -> tuple:
+        """The configuration: kernel, compile-time arguments, pointer types and options (sizes do not count)."""
+        pointers = tuple((k, POINTER_TYPES[v.dtype]) for k, v in self.arguments.items() if isinstance(v, torch.Tensor))
+        return self.name, tuple(self.constants.items()), pointers, tuple(sorted(self.options.items()))
 
 
 def _type_of(value) -> str:
@@ -83,9 +88,11 @@ def record_launches():
 
 @dataclass
 class Cost:
-    """Static cost of a compiled kernel. ``loop`` counts instructions by opcode in the hottest innermost loop."""
+    """Static cost of a compiled kernel. ``loop`` counts instructions by opcode in its largest innermost loop."""
 
     name: str
+    constants: dict
+    dtype: str
     arch: int
     registers: int
     spill_bytes: int
@@ -98,10 +105,18 @@ class Cost:
     def loop_instructions(self) -> int:
         return sum(self.loop.values())
 
-    def widths(self, op: str) -> set[int]:
+    @property
+    def elements_per_thread(self) -> float | None:
+        """Elements of the written tensor (of x in the backward) one thread finishes per pass of the loop; depthwise kernels only."""
+        k = self.constants
+        if not self.name.startswith("depthwise"):
+            return None
+        return k["S"] * k["BC"] * k["TW"] / 32 * (k["STRIDE"] ** 2 if "backward" in self.name else 1)
+
+    def widths(self, op: str, opcodes=None) -> set[int]:
         """Bytes per thread of the global loads (``LDG``, and ``LDGSTS`` into shared memory) or stores (``STG``), e.g. {16}."""
         found = set()
-        for code in self.opcodes:
+        for code in self.opcodes if opcodes is None else opcodes:
             if code.split(".")[0] in (("LDG", "LDGSTS") if op == "LDG" else (op,)):
                 bits = [int(p) for p in code.split(".")[1:] if p in ("64", "128")]
                 small = 2 if ".U16" in code or ".S16" in code else 1 if ".U8" in code else 4
@@ -109,7 +124,8 @@ class Cost:
         return found
 
     def loop_widths(self, op: str) -> set[int]:
-        return Cost(self.name, self.arch, 0, 0, 0, 0, {}, self.loop).widths(op)
+        """``widths`` within the loop: the activation tensors, not the parameters."""
+        return self.widths(op, self.loop)
 
 
 def compile_launch(launch: Launch, arch: int = 90):
@@ -151,8 +167,9 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
             loops.append((labels[target[1]], i))
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     a, b = max(inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
+    dtype = next(str(v.dtype).removeprefix("torch.") for v in launch.arguments.values() if isinstance(v, torch.Tensor))
     return Cost(
-        launch.name, arch, registers, stack, kernel.metadata.shared, len(code),
+        launch.name, launch.constants, dtype, arch, registers, stack, kernel.metadata.shared, len(code),
         dict(collections.Counter(opcodes[a : b + 1])), dict(collections.Counter(opcodes)),
     )  # fmt: skip
 
@@ -167,3 +184,120 @@ def _binary(name: str) -> str:
 
 def _tool(name: str, *args: str) -> str:
     return subprocess.run([_binary(name), *args], check=True, capture_output=True, text=True).stdout
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def block_launches(
+    dtype, kernel_size, stride, *, channels=96, size=56, images=64, reduced=8, expands=True, squeeze=True, training=True, act="silu"
+):
+    """Launches of one depthwise block (forward and backward, or inference) at a shape of an MBConv network."""
+    from effkernels import library
+
+    def norm():
+        return [_meta(channels) for _ in range(4)]
+
+    x = _meta(images, size, size, channels, dtype=dtype)
+    weight = _meta(channels, 1, kernel_size, kernel_size)
+    w1, b1, m1, v1 = norm() if expands else [None] * 4
+    w2, b2, m2, v2 = norm()
+    se = [None] * 4
+    if squeeze:
+        se = [_meta(reduced, channels, 1, 1), _meta(reduced), _meta(channels, reduced, 1, 1), _meta(channels)]
+    settings = (stride, "symmetric", act if expands else "identity", act, act if squeeze else "identity", "sigmoid")
+    with record_launches() as launches:
+        if not training:
+            library.depthwise_block_inference(x, weight, w1, b1, m1, v1, w2, b2, m2, v2, *se, *settings, 1e-3, 1e-3)
+        else:
+            out, *aux = library.depthwise_block(
+                x, weight, w1, b1, m1, v1, None, w2, b2, m2, v2, None, *se, *settings, expands, 0.1, 1e-3, True, 0.1, 1e-3
+            )
+            library.depthwise_block_backward(out, x, weight, w1, b1, w2, b2, *se, *aux, *settings, expands, True, True, True)
+    return launches
+
+
+def norm_launches(dtype, *, channels=40, size=28, images=64, training=True):
+    """Launches of BN + drop-path + residual, the end of a block, and of squeeze-excite alone."""
+    from effkernels import library
+
+    x, weight, bias, mean, var = _meta(images, size, size, channels, dtype=dtype), *(_meta(channels) for _ in range(4))
+    with record_launches() as launches:
+        if training:
+            mask = _meta(images)
+            out, *stats = library.bn_act_add(x, weight, bias, mean, var, None, mask, x, "identity", True, 0.1, 1e-3)
+            library.bn_act_add_backward(out, x, weight, bias, *stats, mask, "identity", True, True)
+            se = [_meta(10, channels, 1, 1), _meta(10), _meta(channels, 10, 1, 1), _meta(channels)]
+            out, *aux = library.squeeze_excite(x, *se, "silu", "sigmoid")
+            library.squeeze_excite_backward(out, x, *se, *aux, "silu", "sigmoid", True)
+        else:
+            library.bn_act_add_inference(x, weight, bias, mean, var, x, "identity", 1e-3)
+    return launches
+
+
+def shipped_launches() -> list[Launch]:
+    """One launch for every configuration the package uses with SiLU on channel counts divisible by 8."""
+    launches = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for k, stride, expands, training in itertools.product((3, 5, 7, 9), (1, 2), (True, False), (True, False)):
+            launches += block_launches(dtype, k, stride, expands=expands, training=training)
+        for stride in (1, 2):
+            launches += block_launches(dtype, 3, stride, squeeze=False) + block_launches(dtype, 3, stride, squeeze=False, training=False)
+        launches += norm_launches(dtype) + norm_launches(dtype, training=False)
+    # Bottleneck widths of B0 (small) to L2 (large).
+    for channels, reduced in ((144, 6), (1152, 48), (3840, 160), (8256, 344)):
+        launches += block_launches(torch.bfloat16, 3, 1, channels=channels, size=14, reduced=reduced)
+    return list({launch.key(): launch for launch in launches}.values())
+
+
+def _cost_row(job) -> dict:
+    index, arch = job
+    cost = cost_of(_SHIPPED[index], arch)
+    per_element = cost.loop_instructions / cost.elements_per_thread if cost.elements_per_thread else None
+    row = asdict(cost) | {"loop_instructions": cost.loop_instructions, "instructions_per_element": per_element}
+    return row | {"load_bytes": sorted(cost.loop_widths("LDG")), "store_bytes": sorted(cost.loop_widths("STG"))}
+
+
+_SHIPPED: list[Launch] = []
+
+
+def costs(launches, arch: int = 90, processes: int | None = None) -> list[dict]:
+    """``cost_of`` every launch, as dictionaries, compiled by ``processes`` worker processes (default: one per core)."""
+    import multiprocessing
+
+    _SHIPPED[:] = launches
+    processes = processes or os.cpu_count()
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_cost_row, [(i, arch) for i in range(len(launches))]))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m effkernels.inspect", description="Static cost of every shipped configuration.")
+    parser.add_argument("--arch", type=int, default=90, choices=(80, 86, 89, 90, 100), help="compute capability to compile for")
+    parser.add_argument("--one-per-kernel", action="store_true", help="only the first configuration of each kernel")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+    args = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    launches = shipped_launches()
+    if args.one_per_kernel:
+        launches = list({launch.name: launch for launch in reversed(launches)}.values())
+    rows = costs(launches, args.arch, args.processes)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    print(f"{'kernel':28} {'dtype':9} {'k':>1} {'s':>1} {'regs':>4} {'spill':>5} {'smem':>6} {'instr/elem':>10} loads stores")
+    for row in rows:
+        k, s = (row["constants"].get(name, "") for name in ("K", "STRIDE"))
+        per = "" if row["instructions_per_element"] is None else f"{row['instructions_per_element']:.1f}"
+        loads, stores = (",".join(map(str, row[name])) for name in ("load_bytes", "store_bytes"))
+        print(
+            f"{row['name']:28} {row['dtype']:9} {k:>1} {s:>1} {row['registers']:4} {row['spill_bytes']:5} {row['shared']:6} "
+            f"{per:>10} {loads:5} {stores}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -78,8 +78,8 @@ def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
 @triton.jit
 def depthwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
-    N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
+    N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
     CW: tl.constexpr, TWP: tl.constexpr, STAGES: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
     STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def depthwise_forward_kernel(
             m2 += s2 - s1 * s1 * share + delta * delta * (count[:, None] * weight)
             count = total
         if POOL:
-            tl.store(pool + g.to(tl.int64) * C + c, tl.sum(pooled, 0), mask=mc)
+            tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
     if STATS:
         total = tl.sum(count, 0)
         merged = tl.sum(mean * count[:, None], 0) / tl.maximum(total, 1.0)
@@ -199,8 +199,8 @@ def depthwise_forward_kernel(
 @triton.jit
 def depthwise_backward_kernel(
     dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
-    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
+    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
     CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
     BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
     BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr,
@@ -384,8 +384,8 @@ def depthwise_forward(
     g2, b2, m2, v2, eps2 = epilogue or (weight,) * 4 + (0.0,)
     depthwise_forward_kernel[(P * blocks_c,)](
         x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
-        N, H, W, C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P,
-        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
+        N, H, W, C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P, cfg.TH,
+        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
         CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), STAGES=cfg.stages,
         PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=stats, EPILOGUE=epilogue is not None, ACT2=act2,
         POOL=pool, FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
@@ -433,8 +433,8 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
         if dx_part or last_tap_row > first_tap_row:
             depthwise_backward_kernel[(P * blocks_c,)](
                 dq, *pointers,
-                N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P,
-                K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW, TH=cfg.TH,
+                N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
+                K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
                 CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
                 BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
                 BN1=bn1 is not None, ACT1=act1, NEED_DX=dx_part, W0=first_tap_row, W1=last_tap_row,
