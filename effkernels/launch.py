@@ -24,6 +24,7 @@ class DepthwiseConfig:
 
     stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or loaded when met (1).
     split: dgrad and the halves of wgrad in launches of their own, where all together would spill.
+    maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its choice).
     """
 
     BC: int
@@ -33,7 +34,14 @@ class DepthwiseConfig:
     num_warps: int = 1
     stages: int = 3
     split: bool = False
+    maxnreg: int | None = None
     warps_per_sm: int = 8
+
+    @property
+    def options(self) -> dict:
+        """Compiler options; maxnreg is left out where it is ptxas's choice."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
         """Persistent programs per channel block: a few waves, so that the tail is short and partial results stay few."""
@@ -44,6 +52,11 @@ def even_rows(rows: int, most: int) -> int:
     """Rows per program, at most ``most``, that cover ``rows`` in chunks as equal as possible: a multiple of 1 or of 4 above 8."""
     chunks = -(-rows // most)
     return -(-rows // chunks)
+
+
+def _register_limit(K: int, dtype: torch.dtype) -> int | None:
+    """All 255 where ptxas, left alone, stopped at 128 or 168 and spilled 8 to 40 bytes (Triton 3.7.1, sm_90)."""
+    return 255 if K >= 7 or dtype.itemsize == 4 else None
 
 
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
@@ -57,18 +70,17 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
         TW = 8 if stride == 1 else 6
     else:
         TW = 2 if K == 7 else 4 // stride
-    return DepthwiseConfig(BC=32, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16))
+    return DepthwiseConfig(BC=32, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype))
 
 
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
     """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo."""
     if K <= 5:
         TW = 8 // stride
-    elif stride == 2 or dtype.itemsize == 4:
-        TW = 2
     else:
-        TW = 4
-    return DepthwiseConfig(BC=32, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7)
+        TW = 4 if K == 9 and stride == 1 and dtype.itemsize == 2 else 2
+    limit = _register_limit(K, dtype)
+    return DepthwiseConfig(BC=32, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7, maxnreg=limit)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ is not used because the forwards update running statistics in place, which it do
 Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
 """
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -39,6 +41,19 @@ def _batch_or_running(batch, tiles, running_mean, running_var, num_batches, mome
     return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
 
 
+def _on_its_device(implementation):
+    """Kernels start on the current GPU: make that the tensors' own."""
+
+    @functools.wraps(implementation)
+    def guarded(x, *args):
+        if not x.is_cuda:
+            return implementation(x, *args)
+        with torch.cuda.device(x.device):
+            return implementation(x, *args)
+
+    return guarded
+
+
 # ---- depthwise_block: [BN1 + act1] -> depthwise -> BN2 + act2 -> [squeeze-excite gate] -------------------------------------------
 
 _NORM = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor(a{i}!)? running_mean{i}, Tensor(b{i}!)? running_var{i}, Tensor? num_batches{i}"
@@ -59,6 +74,7 @@ LIB.define(
 )
 
 
+@_on_its_device
 def depthwise_block(
     x, weight, weight1, bias1, running_mean1, running_var1, num_batches1, weight2, bias2, running_mean2, running_var2, num_batches2,
     reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate,
@@ -100,6 +116,7 @@ def depthwise_block_fake(
     return (torch.empty_like(y), y, *norm1, _fp32(x, C), _fp32(x, C), *se)
 
 
+@_on_its_device
 def depthwise_block_backward(
     dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias,
     y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, need_dx, need_dw,
@@ -192,6 +209,7 @@ LIB.define(
 )
 
 
+@_on_its_device
 def bn_act_add(
     x, weight, bias, running_mean, running_var, num_batches, mask, residual, act, batch, momentum, eps,
 ):  # fmt: skip
@@ -208,6 +226,7 @@ def bn_act_add_fake(x, weight, bias, running_mean, running_var, num_batches, mas
     return torch.empty_like(x, dtype=out_dtype), _fp32(x, x.shape[-1]), _fp32(x, x.shape[-1])
 
 
+@_on_its_device
 def bn_act_add_backward(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
     from effkernels.kernels import batchnorm
 
@@ -267,6 +286,7 @@ LIB.define(
 )
 
 
+@_on_its_device
 def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, act, gate):
     from effkernels.kernels import batchnorm
     from effkernels.kernels import squeeze_excite as kernels
@@ -282,6 +302,7 @@ def squeeze_excite_fake(x, reduce_weight, *rest):
     return torch.empty_like(x), _fp32(x, N, C), _fp32(x, N, C), _fp32(x, N, reduce_weight.shape[0])
 
 
+@_on_its_device
 def squeeze_excite_backward(
     dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
 ):  # fmt: skip
@@ -334,6 +355,7 @@ LIB.define(
 )
 
 
+@_on_its_device
 def depthwise_block_inference(
     x, weight, weight1, bias1, running_mean1, running_var1, weight2, bias2, running_mean2, running_var2,
     reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate, eps1, eps2,
@@ -366,6 +388,7 @@ def depthwise_block_inference_fake(x, weight, *rest):
 LIB.define(f"bn_act_add_inference(Tensor x, {_FROZEN.format(i='', q='')}, Tensor? residual, str act, float eps) -> Tensor")
 
 
+@_on_its_device
 def bn_act_add_inference(x, weight, bias, running_mean, running_var, residual, act, eps):
     from effkernels.kernels import batchnorm
 

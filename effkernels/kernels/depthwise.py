@@ -388,7 +388,7 @@ def depthwise_forward(
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
         CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), STAGES=cfg.stages,
         PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=stats, EPILOGUE=epilogue is not None, ACT2=act2,
-        POOL=pool, FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
+        POOL=pool, FAST=fast_math(x.dtype), **cfg.options,
     )  # fmt: skip
     return y, tiles, sums
 
@@ -438,6 +438,6 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
                 CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
                 BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
                 BN1=bn1 is not None, ACT1=act1, NEED_DX=dx_part, W0=first_tap_row, W1=last_tap_row,
-                FAST=fast_math(x.dtype), num_warps=cfg.num_warps, num_stages=1,
+                FAST=fast_math(x.dtype), **cfg.options,
             )  # fmt: skip
     return dx, partials

@@ -121,11 +121,12 @@ def squeeze_excite_wgrad_kernel(
     dgamma, dbeta, k0, k1, N, parts, C, R, count,
     NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A block of CB channels a program, over all images in order: weight gradients, and BN2's sums and batch terms."""
+    """CB channels times RB of the bottleneck a program, all images in order: weight gradients; BN2's sums and batch terms once."""
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     mc = c < C
-    r = tl.arange(0, RB)
+    r = tl.program_id(1) * RB + tl.arange(0, RB)
     mr = r < R
+    first = tl.program_id(1) == 0
     i = tl.arange(0, NB)
     dwe = tl.zeros([CB, RB], tl.float32)
     dwr = tl.zeros([CB, RB], tl.float32)
@@ -157,14 +158,14 @@ def squeeze_excite_wgrad_kernel(
     mask = mc[:, None] & mr[None, :]
     tl.store(dw_expand + c[:, None] * R + r[None, :], cast(dwe, dw_expand.dtype.element_ty), mask=mask)
     tl.store(dw_reduce + r[None, :] * C + c[:, None], cast(dwr, dw_reduce.dtype.element_ty), mask=mask)
-    tl.store(db_expand + c, cast(dbe, db_expand.dtype.element_ty), mask=mc)
+    tl.store(db_expand + c, cast(dbe, db_expand.dtype.element_ty), mask=mc & first)
     tl.store(db_reduce + r, cast(dbr, db_reduce.dtype.element_ty), mask=mr & (tl.program_id(0) == 0))
     if BN:
-        tl.store(dbeta + c, s1, mask=mc)
-        tl.store(dgamma + c, s3, mask=mc)
+        tl.store(dbeta + c, s1, mask=mc & first)
+        tl.store(dgamma + c, s3, mask=mc & first)
         b0, b1 = bn_terms(gamma, mean, rstd, s1, s3, count, c, mc)
-        tl.store(k0 + c, b0, mask=mc)
-        tl.store(k1 + c, b1, mask=mc)
+        tl.store(k0 + c, b0, mask=mc & first)
+        tl.store(k1 + c, b1, mask=mc & first)
 
 
 def _fp32(device, *shape):
@@ -190,7 +191,7 @@ def pool(y, bn=None, *, act="identity"):
 def _blocks(R):
     """RB covers the bottleneck; CB keeps a weight block near 4096 elements."""
     RB = max(16, triton.next_power_of_2(R))
-    return {"RB": RB, "CB": max(16, min(128, 4096 // RB))}
+    return {"RB": RB, "CB": max(16, min(128, 4096 // RB)), "num_warps": 4 if RB <= 256 else 8}
 
 
 def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand, *, act="silu", gate="sigmoid"):
@@ -200,7 +201,7 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     outs = _fp32(sums.device, N, C), _fp32(sums.device, N, R), _fp32(sums.device, N, C)
     squeeze_excite_kernel[(N,)](
         sums, w_reduce, b_reduce, w_expand, b_expand, *outs, parts, C, R, 1.0 / pixels,
-        **_blocks(R), ACT=act, GATE=gate, num_warps=4,
+        **_blocks(R), ACT=act, GATE=gate,
     )  # fmt: skip
     pooled, u, gates = outs
     return gates, pooled, u
@@ -220,13 +221,14 @@ def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, bn=None,
     dt, du, dpool = _fp32(u.device, N, C), _fp32(u.device, N, R), _fp32(u.device, N, C)
     squeeze_excite_dgrad_kernel[(N,)](
         sums, gates, u, w_reduce, w_expand, dt, du, dpool, parts, C, R, 1.0 / pixels,
-        **_blocks(R), ACT=act, GATE=gate, num_warps=4,
+        **_blocks(R), ACT=act, GATE=gate,
     )  # fmt: skip
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
     norms = [_fp32(u.device, C) for _ in range(4)] if bn else [u] * 4
     gamma, mean, rstd = bn or (u,) * 3
-    squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16),)](
+    RB = min(64, _blocks(R)["RB"])
+    squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16), triton.cdiv(R, RB))](
         sums, gates, dpool, dt, du, u, pooled, gamma, mean, rstd, *grads, *norms, N, parts, C, R, float(N * pixels),
-        NB=32, RB=_blocks(R)["RB"], CB=16, ACT=act, BN=bn is not None, num_warps=4,
+        NB=32, RB=RB, CB=16, ACT=act, BN=bn is not None, num_warps=4,
     )  # fmt: skip
     return dpool, grads, norms if bn else None
