@@ -133,11 +133,12 @@ def compile_launch(launch: Launch, arch: int = 90):
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(launch.fn.params):
         value = launch.arguments[param.name]
+        hinted = _hint(value) and not param.do_not_specialize
         if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
         else:
             signature[param.name] = _type_of(value)
-            if _hint(value):
+            if hinted:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.fn, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)

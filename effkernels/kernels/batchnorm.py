@@ -21,11 +21,12 @@ from effkernels.kernels.common import (
     channel_vector_width,
     fast_math,
     load_vector,
+    sized_jit,
 )
 from effkernels.launch import elementwise_config, reduction_config
 
 
-@triton.jit
+@sized_jit
 def statistics_kernel(
     y, tile_count, tile_mean, tile_m2, rows, CV, rows_per_program,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -54,7 +55,7 @@ def statistics_kernel(
     tl.store(tile_count + p, count, mask=tl.program_id(0) == 0)
 
 
-@triton.jit
+@sized_jit
 def merge_kernel(
     tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum,
     BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr,
@@ -94,7 +95,7 @@ def merge_kernel(
         tl.store(running_var + c, cast(old_var + factor * (unbiased - old_var), running_var.dtype.element_ty), mask=mc)
 
 
-@triton.jit
+@sized_jit
 def apply_kernel(
     y, out, gamma, beta, mean, var, gate, mask, residual, eps, rows, CV, image_blocks,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
@@ -122,7 +123,7 @@ def apply_kernel(
     tl.store(out + n * rows * C + offset, cast(v, out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@sized_jit
 def gradient_sums_kernel(
     dq, y, sums, gamma, beta, mean, rstd, mask, rows, CV, rows_per_program, parts,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
@@ -187,7 +188,7 @@ def bn_terms(gamma, mean, rstd, dbeta, dgamma, count, c, mask):
     return -scale * dbeta / count - k1 * load_vector(mean, c, mask), k1
 
 
-@triton.jit
+@sized_jit
 def gradient_merge_kernel(
     sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count,
     BP: tl.constexpr, BC: tl.constexpr,
@@ -211,7 +212,7 @@ def gradient_merge_kernel(
     tl.store(k1 + c, b1, mask=mc)
 
 
-@triton.jit
+@sized_jit
 def apply_backward_kernel(
     dz, y, dx, gamma, beta, mean, rstd, k0, k1, gate, dpool, mask, rows, CV, image_blocks,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr,
@@ -243,7 +244,7 @@ def apply_backward_kernel(
     tl.store(dx + offset, cast(g, dx.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@sized_jit
 def sum_partials_kernel(partials, out, parts, row_stride, COLS, C, TAPS: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
     """out[c, tap] = sum over partials [parts, row_stride] of element tap * C + c: the depthwise weight gradient."""
     i = tl.program_id(0) * BL + tl.arange(0, BL)

@@ -4,6 +4,7 @@ Kernels index NHWC tensors. ``C = CV * CVEC`` with CVEC a compile-time power of 
 by 16 in an integer argument, and this tells it about 8, so that loads stay 16 bytes wide for C = 24, 40, 72, ...
 """
 
+import inspect
 import math
 
 import torch
@@ -14,6 +15,19 @@ INTERPRET = triton.knobs.runtime.interpret
 _INTERPRETING = tl.constexpr(INTERPRET)
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# Every size, stride and count a kernel takes. Triton would compile again for each of them that is 1 or divisible by 16.
+SIZES = (
+    "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH "
+    "rows tiles parts rows_per_program image_blocks row_stride"
+).split()
+
+
+def sized_jit(fn):
+    """``triton.jit`` of a kernel whose sizes never cause a recompilation."""
+    named = [name for name in inspect.signature(fn).parameters if name in SIZES]
+    return triton.jit(fn, do_not_specialize=named)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from effkernels.kernels.common import (
     channel_vector_width,
     fast_math,
     load_vector,
+    sized_jit,
 )
 from effkernels.launch import depthwise_backward_config, depthwise_forward_config
 
@@ -75,7 +76,7 @@ def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
     return taps
 
 
-@triton.jit
+@sized_jit
 def depthwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
     N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
@@ -196,7 +197,7 @@ def depthwise_forward_kernel(
         tl.store(tile_count + p, total, mask=tl.program_id(0) % blocks_c == 0)
 
 
-@triton.jit
+@sized_jit
 def depthwise_backward_kernel(
     dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
     N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,

@@ -24,11 +24,12 @@ from effkernels.kernels.common import (
     gate_derivative,
     gate_function,
     load_vector,
+    sized_jit,
 )
 from effkernels.launch import reduction_config
 
 
-@triton.jit
+@sized_jit
 def pool_kernel(
     y, sums, gamma, beta, mean, var, eps, rows, CV, rows_per_program, parts,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr,
@@ -55,7 +56,7 @@ def pool_kernel(
     tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
 
 
-@triton.jit
+@sized_jit
 def squeeze_excite_kernel(
     sums, w_reduce, b_reduce, w_expand, b_expand, pooled, u_out, gate, parts, C, R, inverse_count,
     RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
@@ -85,7 +86,7 @@ def squeeze_excite_kernel(
         tl.store(gate + n * C + c, gate_function(t, GATE), mask=mc)
 
 
-@triton.jit
+@sized_jit
 def squeeze_excite_dgrad_kernel(
     sums, gate, u_in, w_reduce, w_expand, dt_out, du_out, dpool, parts, C, R, inverse_count,
     RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
@@ -115,7 +116,7 @@ def squeeze_excite_dgrad_kernel(
         tl.store(dpool + n * C + c, tl.sum(w * du[:, None], 0) * inverse_count, mask=mc)
 
 
-@triton.jit
+@sized_jit
 def squeeze_excite_wgrad_kernel(
     sums, gate, dpool, dt, du, u_in, pooled, gamma, mean, rstd, dw_reduce, db_reduce, dw_expand, db_expand,
     dgamma, dbeta, k0, k1, N, parts, C, R, count,
