@@ -80,9 +80,13 @@ def tensor_problem(x: torch.Tensor, weights=()) -> str | None:
     return None
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def layer_problem(name: str, layer: nn.Module) -> str | None:
     """Why a submodule's own forward must run (hooks, a subclass, a shape kernels do not have), or None."""
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if has_hooks(layer):
         return f"{name} has hooks"
     if type(layer) not in (nn.Conv2d, nn.BatchNorm2d):
         return f"{name} is a {type(layer).__name__}"
@@ -91,25 +95,29 @@ def layer_problem(name: str, layer: nn.Module) -> str | None:
     return None
 
 
-def why_not_fused(x: torch.Tensor | None, layers: dict[str, nn.Module], largest: int = 1) -> str | None:
-    """None if kernels will run for ``layers`` (by name) on x [N, C, H, W], else the reason they will not.
+def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1) -> str | None:
+    """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 
-    x None asks about the layers alone. ``largest`` is the channel count of the widest tensor inside (int32 offsets in an image).
-    Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve.
+    Args:
+        x: the input, or None to ask about the layers alone.
+        layers: a dictionary, or an iterable of pairs, of names and the submodules the kernels stand in for.
+        largest: channels of the widest tensor inside, for the int32 offsets within an image.
+
+    Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError for another
+    value of it than auto, triton, reference.
     """
     wanted = requested_backend()
     if wanted == "reference":
         return "EFFKERNELS_BACKEND=reference"
-    reason = None
-    if x is not None:
-        reason = platform_problem(x.device.type, x.device.index)
+    reason = None if x is None else platform_problem(x.device.type, x.device.index)
     if reason is None:
-        for name, layer in layers.items():
-            reason = reason or layer_problem(name, layer)
+        layers = dict(layers)
+        problems = (layer_problem(name, layer) for name, layer in layers.items())
+        reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
         reason = tensor_problem(x, [p for layer in layers.values() for p in layer.parameters(recurse=False)])
         if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
-            reason = "one image of the expanded tensor has 2**31 elements or more"
+            reason = "one image of the widest tensor has 2**31 elements or more"
     if reason is not None and wanted == "triton" and x is not None:
         raise RuntimeError(f"EFFKERNELS_BACKEND=triton, but the fused kernels cannot serve: {reason}")
     return reason

@@ -50,7 +50,7 @@ class FusedDepthwiseConvBNAct(nn.Module):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
-        return dispatch.why_not_fused(x, {"conv": self.conv, "bn": self.bn}, self.conv.in_channels)
+        return dispatch.why_not_fused(x, self.named_children(), self.conv.in_channels)
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""

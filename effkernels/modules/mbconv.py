@@ -88,6 +88,9 @@ class MBConvBase(nn.Module):
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """The block in plain PyTorch, layer by layer through the submodules (so their hooks run)."""
         self.check_input(x)
+        return self._plain(x)
+
+    def _plain(self, x):
         y = x
         if self.expands:
             y = activate(self.bn1(self.conv_pw(y)), self.act)
@@ -144,19 +147,20 @@ class FusedMBConv(MBConvBase):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
-        layers = {name: layer for name, layer in self.named_children() if name != "se"}
-        if isinstance(self.se, SqueezeExcite):
-            if self.se._forward_hooks or self.se._forward_pre_hooks or self.se._backward_hooks:
-                return "se has hooks"
-            layers.update({f"se.{name}": layer for name, layer in self.se.named_children()})
-        elif not isinstance(self.se, nn.Identity):
-            return f"se is a {type(self.se).__name__}"
-        return dispatch.why_not_fused(x, layers, self.conv_dw.weight.shape[0])
+        return dispatch.why_not_fused(x, self._layers(), self.conv_dw.in_channels)
+
+    def _layers(self):
+        """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay for it."""
+        for name, layer in self.named_children():
+            if isinstance(layer, SqueezeExcite) and not dispatch.has_hooks(layer):
+                yield from ((f"{name}.{inner}", sublayer) for inner, sublayer in layer.named_children())
+            elif type(layer) is not nn.Identity:
+                yield name, layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_input(x)
         if self.why_not_fused(x) is not None:
-            return self.forward_reference(x)
+            return self._plain(x)
         from effkernels import functional
 
         norm = BatchNormParams.of

@@ -55,7 +55,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
-        return dispatch.why_not_fused(x, dict(self.named_children()), self.conv_reduce.in_channels)
+        return dispatch.why_not_fused(x, self.named_children(), self.conv_reduce.in_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_activation(x, self.conv_reduce.weight, self.conv_reduce.in_channels)
