@@ -92,6 +92,8 @@ def layer_problem(name: str, layer: nn.Module) -> str | None:
         return f"{name} is a {type(layer).__name__}"
     if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
+    if isinstance(layer, nn.Conv2d) and (layer.bias is None) == name.endswith(("conv_reduce", "conv_expand")):
+        return f"{name} has {'no' if layer.bias is None else 'a'} bias"  # after BatchNorm folding, say
     return None
 
 

@@ -98,7 +98,7 @@ def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
     """``x * gate(W_e act(W_r mean_hw(x) + b_r) + b_e)``; x [N, C, H, W]."""
-    args = (_nhwc(x, compute_dtype(x)), *params)
+    args = (_nhwc(x), *params)  # the product keeps its dtype, also under autocast
     return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
 
 

@@ -128,7 +128,7 @@ def depthwise_block_backward(
     pixels = y.shape[1] * y.shape[2]
     has_se, has_bn1 = reduce_weight is not None, weight1 is not None
     sums = batchnorm.gradient_sums(dout, y, (weight2, bias2, mean2, rstd2), act=act2, gate=has_se)
-    dpool, se_grads = None, [_none(x)] * 4
+    dpool, se_grads = None, [_none(x) for _ in range(4)]
     if has_se:
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         dpool, se_grads, (dweight2, dbias2, k0, k1) = squeeze_excite.squeeze_excite_backward(
@@ -144,7 +144,7 @@ def depthwise_block_backward(
         bn2=bn2, act2=act2, bn1=bn1, act1=act1, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip
     dw = batchnorm.sum_partials(partials, taps, weight) if need_dw else _none(x)
-    dweight1 = dbias1 = _none(x)
+    dweight1, dbias1 = _none(x), _none(x)  # outputs of an operator must not alias
     if has_bn1 and need_dx:
         dweight1, dbias1, k0, k1 = batchnorm.gradient_merge(partials[:, taps:], (weight1, mean1, rstd1), x.numel() // C)
         dx = batchnorm.apply_backward(dx, x, (weight1, bias1, mean1, rstd1), terms=(k0, k1) if batch1 else None)

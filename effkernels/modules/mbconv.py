@@ -152,9 +152,9 @@ class FusedMBConv(MBConvBase):
     def _layers(self):
         """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay for it."""
         for name, layer in self.named_children():
-            if isinstance(layer, SqueezeExcite) and not dispatch.has_hooks(layer):
+            if type(layer) in (SqueezeExcite, FusedSqueezeExcite) and not dispatch.has_hooks(layer):
                 yield from ((f"{name}.{inner}", sublayer) for inner, sublayer in layer.named_children())
-            elif type(layer) is not nn.Identity:
+            elif name != "se" or type(layer) is not nn.Identity:
                 yield name, layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
