@@ -25,9 +25,9 @@ def conv_out_size(size: int, kernel_size: int, stride: int, padding: str) -> int
 
 def check_conv_args(kernel_size, stride, padding):
     """ValueError unless (kernel_size, stride, padding) is a depthwise convolution this package has."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 9:
+    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 9:
         raise ValueError(f"kernel_size must be an odd integer from 1 to 9, got {kernel_size!r}")
-    if stride not in (1, 2) or isinstance(stride, bool):
+    if stride not in (1, 2) or not isinstance(stride, int) or isinstance(stride, bool):
         raise ValueError(f"stride must be 1 or 2, got {stride!r}")
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")

@@ -1,5 +1,7 @@
 """The MBConv block: its layers (MBConvBase, shared with efficientnet.MBConv) and the fused module."""
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,14 +44,14 @@ class MBConvBase(nn.Module):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         check_conv_args(kernel_size, stride, padding)
-        if not expand_ratio >= 1:
-            raise ValueError(f"expand_ratio must be >= 1, got {expand_ratio!r}")
-        if not 0 <= se_ratio <= 1:
-            raise ValueError(f"se_ratio must be in [0, 1] (of the block's input channels), got {se_ratio!r}")
+        if not isinstance(expand_ratio, Real) or not 1 <= expand_ratio < float("inf"):
+            raise ValueError(f"expand_ratio must be a finite number >= 1, got {expand_ratio!r}")
+        if not isinstance(se_ratio, Real) or not 0 <= se_ratio <= 1:
+            raise ValueError(f"se_ratio must be a number in [0, 1] (of the block's input channels), got {se_ratio!r}")
         if act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, got {act!r}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
+        if not isinstance(drop_path, Real) or not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be a number in [0, 1), got {drop_path!r}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.expand_ratio, self.se_ratio, self.act, self.drop_path = expand_ratio, se_ratio, act, drop_path

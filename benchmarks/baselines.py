@@ -1,0 +1,204 @@
+"""How a shape is run: the variants, one timed step of each, and the check that a variant computes the right thing."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.shapes import Model, Shape
+
+IMAGES = 2  # distinct images; a batch repeats them, so that its BatchNorm statistics, hence its results, are those of the two
+NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Plain or fused modules, their memory format, and torch.compile's mode (None: eager)."""
+
+    name: str
+    fused: bool = False
+    memory_format: torch.memory_format = torch.channels_last
+    compile_mode: str | None = None
+
+    def __str__(self):
+        return self.name
+
+
+EAGER = Variant("eager", memory_format=torch.contiguous_format)
+CHANNELS_LAST = Variant("channels_last")
+OURS = Variant("ours", fused=True)
+
+
+def variants(compile_modes) -> list[Variant]:
+    """Eager in both memory formats, torch.compile in each mode, ours."""
+    return [EAGER, CHANNELS_LAST, *(Variant(f"compile-{mode}", compile_mode=mode) for mode in compile_modes), OURS]
+
+
+class Runner:
+    """One shape under one variant: weights ``state``, a batch that repeats ``x``, and the gradient ``dout`` of the output.
+
+    Inference runs without autograd in ``dtype`` throughout; training keeps fp32 weights under autocast to ``dtype``. A model's
+    training step is forward, cross-entropy, backward and AdamW; other modules' forward and backward.
+    """
+
+    def __init__(self, shape: Shape, training: bool, variant: Variant, state, x, dout, batch: int, device, dtype):
+        self.training, self.batch, self.dtype, self.is_model = training, batch, dtype, isinstance(shape, Model)
+        mixed = training and dtype in (torch.bfloat16, torch.float16)
+        self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=True) if mixed else contextlib.nullcontext()
+        module = shape.build(variant.fused)
+        module.load_state_dict(state)
+        module.to(device, torch.float32 if mixed else dtype, memory_format=variant.memory_format).train(training)
+        self.fused, self.module = variant.fused, module
+        self.parameters = list(module.parameters())
+        self.call = module if variant.compile_mode is None else torch.compile(module, mode=variant.compile_mode, dynamic=False)
+
+        def repeat(images):
+            return images.to(device, dtype).repeat(batch // len(images), *[1] * (images.dim() - 1))
+
+        self.x = repeat(x).contiguous(memory_format=variant.memory_format)
+        self.dout = repeat(dout)
+        if self.dout.dim() == 4:
+            self.dout = self.dout.contiguous(memory_format=variant.memory_format)
+        self.x.requires_grad_(training and not self.is_model)
+        if self.is_model:
+            self.labels = torch.arange(batch, device=device) % NUM_CLASSES
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if training else None
+
+    def _forget(self):
+        self.x.grad = None
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        """What is timed."""
+        if not self.training:
+            with torch.no_grad():
+                self.call(self.x)
+            return
+        self._forget()
+        with self.autocast:
+            out = self.call(self.x)
+            loss = F.cross_entropy(out, self.labels) if self.is_model else None
+        if self.is_model:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            out.backward(self.dout.to(out.dtype))
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """Output and, in training, every gradient under ``dout``, as float64 on the CPU.
+
+        Of what belongs to images only the first and the last IMAGES; weight gradients as if the batch had but IMAGES images.
+        """
+        if not self.training:
+            with torch.no_grad():
+                return {"out": self._ends(self.call(self.x))}
+        self._forget()
+        with self.autocast:
+            out = self.call(self.x)
+        out.backward(self.dout.to(out.dtype))
+        found = {"out": self._ends(out.detach())}
+        if self.x.grad is not None:
+            found["dx"] = self._ends(self.x.grad)
+        for name, p in self.module.named_parameters():
+            found[name] = p.grad.double().cpu() * (IMAGES / self.batch)
+        self._forget()
+        return found
+
+    def _ends(self, images):
+        return torch.cat([images[:IMAGES], images[-IMAGES:]]).double().cpu()
+
+    def path(self) -> str:
+        """What served the call: plain PyTorch, the fused kernels, or the reasons why not them."""
+        if not self.fused:
+            return "PyTorch"
+        with self.autocast:
+            reasons = {m.why_not_fused(self.x) for m in self.module.modules() if hasattr(m, "why_not_fused")}
+        return "; ".join(sorted(f"PyTorch: {reason}" if reason else "fused kernels" for reason in reasons))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Seeded weights and images of a shape, the float64 results for them, and how far eager PyTorch is from those.
+
+    Eager's own error is the larger of its two memory formats': on B0's gradients in fp32 they differ by a factor of two.
+    """
+
+    shape: Shape
+    training: bool
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    state: dict
+    x: torch.Tensor
+    dout: torch.Tensor
+    results: dict
+    eager_errors: dict
+
+    @classmethod
+    def of(cls, shape: Shape, training: bool, batch: int, device, dtype) -> "Truth":
+        if batch < IMAGES or batch % IMAGES:
+            raise ValueError(f"the batch size must be a multiple of {IMAGES}, got {batch}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            plain = shape.build(fused=False)
+            _randomize_batch_norms(plain)
+            x = torch.randn(IMAGES, shape.in_channels, shape.size, shape.size)
+            with torch.no_grad():
+                dout = torch.randn_like(plain.eval()(x))
+        if not training:
+            plain.to(dtype)  # the truth is that of the rounded weights
+        state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
+        exact = Runner(shape, training, EAGER, state, x, dout, IMAGES, device, torch.float64)
+        with _one_thread():
+            results = exact.results()
+        # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
+        largest = max(t.norm() for t in results.values())
+        results = {name: t for name, t in results.items() if t.norm() > 1e-9 * largest}
+        truth = cls(shape, training, batch, torch.device(device), dtype, state, x, dout, results, {})
+        for variant in (EAGER, CHANNELS_LAST):
+            for name, error in truth.errors(truth.runner(variant)).items():
+                truth.eager_errors[name] = max(error, truth.eager_errors.get(name, 0.0))
+        return truth
+
+    def runner(self, variant: Variant) -> Runner:
+        return Runner(self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype)
+
+    def errors(self, runner: Runner) -> dict[str, float]:
+        """Relative L2 errors of output and input gradient, and the root mean square of those of all weight gradients."""
+        found = runner.results()
+        errors = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in self.results.items()}
+        summary = {name: errors.pop(name) for name in ("out", "dx") if name in errors}
+        if errors:
+            summary["weights"] = (sum(e * e for e in errors.values()) / len(errors)) ** 0.5
+        return summary
+
+    def check(self, runner: Runner) -> dict[str, float]:
+        """The errors; AssertionError if one is above twice eager PyTorch's in the same dtype (plus 1e-6), or not a number."""
+        errors = self.errors(runner)
+        for name, error in errors.items():
+            bound = 2 * self.eager_errors[name] + 1e-6
+            assert error <= bound, f"{name}: relative L2 error {error:.3g} against float64, bound {bound:.3g}"
+        return errors
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """On a CPU a float64 depthwise convolution runs channel by channel, and threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _randomize_batch_norms(module: nn.Module):
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for tensor in (m.weight.data, m.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (m.bias.data, m.running_mean):
+                tensor.normal_(0, 0.1)

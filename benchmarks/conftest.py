@@ -1,0 +1,147 @@
+"""Rows and the one fixture that runs them: skip with a reason, check against float64, then time.
+
+A benchmark module names its ``SHAPES``, by model, and its test calls ``measure()``.
+"""
+
+import functools
+import gc
+import statistics
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.baselines import CHANNELS_LAST, OURS, Truth, Variant, variants
+from benchmarks.machine import Machine, compiler_problem
+from benchmarks.traffic import step_bytes
+
+GPU_BATCH = {"b0": 256, "b4": 128}
+CPU_BATCH = 4
+WARMUP_ROUNDS = 2
+COMPILED_ON_CPU = (shapes.blocks("b0")[1], False)
+
+
+class Row(NamedTuple):
+    model: str
+    shape: shapes.Shape
+    training: bool
+    variant: Variant
+
+    @property
+    def case(self):
+        model = "" if isinstance(self.shape, shapes.Model) else f"{self.model}-"
+        return f"{model}{self.shape}-{'training' if self.training else 'inference'}"
+
+    def problem(self, machine: Machine) -> str | None:
+        """Why the row cannot be measured here, or None."""
+        if machine.is_gpu:
+            return None
+        if self.model != "b0":
+            return "needs a CUDA GPU: on a CPU only B0's shapes are measured"
+        if self.variant.compile_mode is None:
+            return None
+        if (self.shape, self.training) != COMPILED_ON_CPU or self.variant.compile_mode != "default":
+            return "needs a CUDA GPU: on a CPU one block is compiled, in the default mode (the rest takes minutes)"
+        return compiler_problem()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("effkernels benchmarks")
+    group.addoption("--compile-mode", action="append", metavar="MODE", help="torch.compile mode to compare with; repeatable ('default')")
+    group.addoption("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    group.addoption("--batch-size", type=int, metavar="N", help=f"images a step (default: {GPU_BATCH} on a GPU, {CPU_BATCH} on a CPU)")
+
+
+def pytest_generate_tests(metafunc):
+    if "row" in metafunc.fixturenames:
+        columns = variants(metafunc.config.getoption("compile_mode") or ["default"])
+        cases = [
+            (model, shape, training) for model, found in metafunc.module.SHAPES.items() for shape in found for training in (False, True)
+        ]
+        rows = [Row(*case, variant) for case in cases for variant in columns]
+        metafunc.parametrize("row", rows, ids=lambda row: f"{row.case}-{row.variant}")
+
+
+@pytest.fixture(scope="session")
+def machine(request):
+    return Machine.here(request.config.getoption("dtype"))
+
+
+@functools.lru_cache(maxsize=1)  # rows of one case follow one another
+def truth_of(*args) -> Truth:
+    return Truth.of(*args)
+
+
+@pytest.fixture
+def measure(request, benchmark, machine, row):
+    """``measure()`` makes one line of the table, and its figures in ``extra_info`` (README.md explains them)."""
+    if (problem := row.problem(machine)) is not None:
+        benchmark.skipped = True
+        pytest.skip(problem)
+    batch = request.config.getoption("batch_size") or (GPU_BATCH[row.model] if machine.is_gpu else CPU_BATCH)
+    shape = row.shape.shrunk(machine.size_divisor)
+
+    def run():
+        truth = truth_of(shape, row.training, batch, machine.device, machine.dtype)
+        held = torch.cuda.memory_allocated() if machine.is_gpu else 0
+        runner = truth.runner(row.variant)
+        errors = truth.check(runner)
+
+        rounds, setup, plain_times = machine.rounds_for(runner.step), machine.before_round, []
+        if machine.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif row.variant is OURS and isinstance(shape, (shapes.Block, shapes.Model)):
+            plain = truth.runner(CHANNELS_LAST)  # in turns, so that both meet the same load of the machine
+            rounds = max(rounds, 15)
+
+            def setup():
+                plain_times.append(machine.seconds(plain.step))
+
+        benchmark.params = {"case": row.case, "variant": row.variant.name}
+        benchmark.group = f"{request.module.__name__.removeprefix('benchmarks.test_')} {row.case}"
+        benchmark.pedantic(runner.step, setup=setup, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        times = benchmark.stats.stats.data
+        moved = step_bytes(shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters))
+        benchmark.extra_info.update(
+            model=row.model,
+            shape=str(shape),
+            step="training" if row.training else "inference",
+            variant=row.variant.name,
+            path=runner.path(),
+            batch_size=batch,
+            dtype=str(machine.dtype).removeprefix("torch."),
+            **figures(times, batch, moved, machine.copy_bytes_per_s),
+            errors=errors,
+            eager_errors=truth.eager_errors,
+            **machine.info,
+        )
+        if machine.is_gpu:
+            benchmark.extra_info["peak_memory_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
+        if plain_times:
+            ratios = [ours / plain for ours, plain in zip(times, plain_times[WARMUP_ROUNDS:], strict=True)]
+            benchmark.extra_info["time_over_plain"] = statistics.median(ratios)
+
+    yield run
+    if row.variant.compile_mode is not None:
+        torch.compiler.reset()
+    if machine.is_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:
+    """What ``times`` [s] of steps on ``batch`` images that move ``moved`` bytes say."""
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    median = statistics.median(times)
+    return {
+        "median_ms": 1e3 * median,
+        "p20_ms": 1e3 * p20,
+        "p80_ms": 1e3 * p80,
+        "images_per_s": batch / median,
+        "schedule_mb": moved / 1e6,
+        "gb_per_s": moved / median / 1e9,
+        "share_of_copy": moved / median / copy_bytes_per_s,
+    }

@@ -1,0 +1,7 @@
+"""``python -m efficientnet``"""
+
+import sys
+
+from efficientnet.cli import main
+
+sys.exit(main())

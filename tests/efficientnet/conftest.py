@@ -1,0 +1,33 @@
+"""A small folder of images and one short training run on it, shared by the tests of data, engine and command line."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # tiny tensors: a second thread gains little, and on a busy machine each waits for the other
+
+COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """12 noisy 20 x 24 PNGs of each of three colours: a data set for runs of seconds."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(image_folder, tmp_path_factory):
+    """(config, output folder, evaluation) of a finished run."""
+    from efficientnet.train import TrainConfig, Trainer
+
+    output = tmp_path_factory.mktemp("run")
+    data = f"imagefolder:{image_folder}"
+    config = TrainConfig(data, img_size=8, epochs=4, batch_size=10, lr=3e-3, device="cpu", output=str(output))
+    return config, output, Trainer(config).run()

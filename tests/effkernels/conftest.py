@@ -1,0 +1,88 @@
+"""Where kernels run in the tests of this folder: on the CPU in Triton's interpreter, and on a GPU under the marker ``gpu``.
+
+Triton decides once, when it is imported, whether it interprets or compiles. So the kernels are imported here with
+TRITON_INTERPRET=1 where there is no GPU, and the environment is put back: fused modules keep to their plain PyTorch path on the
+CPU, as for a user, except in tests that take the fixture ``device``. With a GPU the interpreter runs only if the user sets it.
+"""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").strip().lower() in ("1", "true", "on")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _import_kernels():
+    if "triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret != INTERPRET:
+        raise RuntimeError("Triton was imported before tests/effkernels/conftest.py could choose the interpreter")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", str(int(INTERPRET)))
+        importlib.import_module("effkernels.kernels.depthwise")
+
+
+if HAS_TRITON:
+    _import_kernels()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of the tensors of this test; kernels run on them, or the test fails."""
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    if (request.param == "cpu") != INTERPRET:
+        pytest.skip(f"Triton was loaded with TRITON_INTERPRET={int(INTERPRET)} in this process")
+    if request.param == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")
+    # fp32 means fp32: with TF32 eager's own error, and so the bound, would be a thousand times larger.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return request.param
+
+
+GUARD = 64  # elements on either side: 128 bytes or more, so that alignment is kept
+
+
+@pytest.fixture
+def scratch(device, monkeypatch):
+    """Memory that launchers allocate starts as NaN between NaN margins, and the margins must still be NaN after the test.
+
+    So an element that a kernel leaves unwritten, reads before it is written, or reads or writes beyond an end is seen.
+    """
+    margins = []
+
+    def guarded(allocate):
+        def allocation(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if not tensor.is_floating_point() or tensor.numel() <= 1 or tensor.device.type != device:
+                return tensor
+            size = tensor.untyped_storage().nbytes() // tensor.element_size()
+            buffer = torch.full((size + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+            margins.append((buffer[:GUARD], buffer[-GUARD:]))
+            return buffer.as_strided(tensor.shape, tensor.stride(), GUARD)
+
+        return allocation
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+    yield
+    for pair in margins:
+        assert all(margin.isnan().all() for margin in pair), "a kernel wrote beyond an end of its output"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Depthwise tiles that the interpreter runs ten times faster: it unrolls columns, but does strips at once. For tests of what is
+    around the kernels; test_depthwise.py runs the tiles that ship."""
+    if INTERPRET and HAS_TRITON:
+        from effkernels.kernels import depthwise
+
+        for name in ("depthwise_forward_config", "depthwise_backward_config"):
+            config = getattr(depthwise, name)
+            monkeypatch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), S=32, TW=1, TH=1))

@@ -1,0 +1,266 @@
+"""The depthwise kernels against float64: every option of the forward and of the backward, on small and awkward shapes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
+
+from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels.launch import DepthwiseConfig
+from effkernels.reference import ACTIVATIONS, depthwise_conv
+
+EPS = 1e-3
+# Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block of 32) are spread
+# over them, since a tile's masks do not depend on the padding rule and its loads not on k. Two images show an offset between images.
+# k = 1 and k = 9 come once each: they share every line with the others but k = 9's backward, which takes three launches.
+SHAPES = [
+    # k s  padding     N  H  W  C   dtype
+    (3, 1, "symmetric", 2, 7, 5, 24, torch.float32),
+    (3, 1, "same", 1, 4, 9, 33, torch.bfloat16),
+    (3, 2, "symmetric", 2, 5, 6, 40, torch.float16),
+    (3, 2, "same", 2, 6, 7, 3, torch.float32),
+    (5, 1, "symmetric", 1, 1, 9, 16, torch.float32),
+    (5, 1, "same", 2, 3, 3, 7, torch.float16),
+    (5, 2, "symmetric", 1, 7, 4, 12, torch.bfloat16),
+    (5, 2, "same", 2, 6, 3, 8, torch.float32),
+    (7, 1, "symmetric", 2, 3, 2, 8, torch.bfloat16),
+    (7, 1, "same", 1, 5, 2, 5, torch.float32),
+    (7, 2, "symmetric", 1, 6, 3, 9, torch.float32),
+    (7, 2, "same", 2, 4, 1, 4, torch.float16),
+    (9, 1, "symmetric", 1, 2, 1, 3, torch.float32),
+    (1, 2, "symmetric", 2, 4, 5, 6, torch.float32),
+]
+# B0's blocks 0, 1, 3, 6 and 12, odd sizes and channels, and the large kernels.
+REAL_SHAPES = [
+    (3, 1, "symmetric", 8, 112, 112, 32, torch.bfloat16),
+    (3, 2, "symmetric", 8, 112, 112, 96, torch.bfloat16),
+    (5, 2, "same", 8, 56, 56, 144, torch.float16),
+    (5, 1, "symmetric", 8, 14, 14, 672, torch.bfloat16),
+    (5, 1, "same", 4, 7, 7, 1152, torch.float32),
+    (3, 1, "same", 4, 75, 75, 201, torch.bfloat16),
+    (7, 2, "symmetric", 4, 57, 33, 72, torch.float32),
+    (9, 2, "same", 2, 31, 29, 40, torch.float32),
+]
+ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]  # test_activations.py compares each in detail; here they take turns
+ARGUMENTS = "i, k, stride, padding, N, H, W, C, dtype"
+
+
+def numbered(shapes):
+    return [pytest.param(i, *s, id="-".join(map(str, s)).replace("torch.", "")) for i, s in enumerate(shapes)]
+
+
+def data(k, N, C, H, W, dtype, device):
+    """x [N, C, H, W] in dtype, and an fp32 weight [C, 1, k, k]."""
+    torch.manual_seed(0)
+    return torch.randn(N, C, H, W).to(device, dtype), guarded((torch.randn(C, 1, k, k) / k).to(device))
+
+
+def pads(x, k, stride, padding):
+    return *pad_amounts(x.shape[2], k, stride, padding), *pad_amounts(x.shape[3], k, stride, padding)
+
+
+def merged(tiles):
+    """(mean, biased variance) from partial statistics, in float64."""
+    count, mean, m2 = (t.double() for t in tiles)
+    total = (count[:, None] * mean).sum(0) / count.sum()
+    return total, (m2 + count[:, None] * (mean - total) ** 2).sum(0) / count.sum()
+
+
+def mean_and_var(y):
+    y = y if y.dtype == torch.float64 else y.float()
+    return y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+
+
+def check_forward(i, k, stride, padding, N, H, W, C, dtype, device):
+    """With statistics and pooling; BN1 on load and BN2 at the end by turns."""
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(k, N, C, H, W, dtype, device)
+    bn1 = norm_vectors(C, device) if i % 3 != 2 else None
+    bn2 = norm_vectors(C, device) if i % 2 else None
+    act1, act2 = ACTS[i % 6], ACTS[(i + 1) % 6]
+
+    def network(x, weight):
+        if bn1:
+            x = ACTIVATIONS[act1](batch_norm(x, *bn1, EPS))
+        y = depthwise_conv(x, weight, stride, padding)
+        mean, var = mean_and_var(y)
+        if bn2:
+            y = ACTIVATIONS[act2](batch_norm(y, *bn2, EPS))
+        return {"y": y, "pool": y.sum((2, 3), dtype=torch.float64), "mean": mean, "var": var}
+
+    y, tiles, pool = depthwise_forward(
+        nhwc(x), weight, stride, pads(x, k, stride, padding), prologue=(*bn1, EPS, False) if bn1 else None, act1=act1,
+        stats=True, epilogue=(*bn2, EPS) if bn2 else None, act2=act2, pool=True,
+    )  # fmt: skip
+    assert y.dtype == dtype and all(t.dtype == torch.float32 for t in (*tiles, pool))
+    assert tiles[0].sum() == N * y.shape[1] * y.shape[2]
+    mean, var = merged(tiles)
+    fused = {"y": nchw(y), "pool": pool.double().sum(1), "mean": mean, "var": var}
+    assert_close_to_truth(fused, network(x, weight.to(dtype)), network(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize(ARGUMENTS, numbered(SHAPES))
+def test_forward(i, k, stride, padding, N, H, W, C, dtype, device, scratch):
+    check_forward(i, k, stride, padding, N, H, W, C, dtype, device)
+
+
+@on_gpu
+@pytest.mark.parametrize(ARGUMENTS, numbered(REAL_SHAPES))
+def test_forward_real_shapes(i, k, stride, padding, N, H, W, C, dtype, device, scratch):
+    check_forward(i, k, stride, padding, N, H, W, C, dtype, device)
+
+
+# What the backward is told: BN2 (None: dq is dy), squeeze-excite's gate and its pooling gradient, BN1; by turns.
+OPTIONS = [
+    # bn2      gated  bn1
+    ("batch", True, True),
+    ("batch", False, True),
+    ("frozen", True, True),
+    ("batch", True, False),
+    (None, False, False),
+    ("frozen", False, False),
+    (None, False, True),
+]
+
+
+def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=True, need_dw=True):
+    from effkernels.kernels.depthwise import depthwise_backward
+
+    norm2, gated, has_bn1 = OPTIONS[i % len(OPTIONS)]
+    x, weight = data(k, N, C, H, W, dtype, device)
+    dq = torch.randn(N, C, *(conv_out_size(n, k, stride, padding) for n in (H, W))).to(device, dtype)
+    gate, dpool = guarded(torch.rand(N, C).to(device)), guarded(torch.randn(N, C).to(device))
+    bn1, bn2 = norm_vectors(C, device), norm_vectors(C, device)
+    rstd1 = guarded((bn1[3] + EPS).rsqrt())
+    act1, act2 = ACTS[i % 6], ACTS[(i + 1) % 6]
+
+    def network(x, weight):
+        """By autograd: gradients of the input (with BN1: of BN1's output), of the weight, and of BN2's output; and y."""
+        z1 = (batch_norm(x, *bn1, EPS) if has_bn1 else x).detach().requires_grad_()
+        weight = weight.detach().requires_grad_()
+        y = depthwise_conv(ACTIVATIONS[act1](z1) if has_bn1 else z1, weight, stride, padding)
+        z2 = y
+        if norm2 == "frozen":
+            z2 = batch_norm(y, *bn2, EPS)
+        elif norm2 == "batch":
+            z2 = F.batch_norm(y, None, None, *(v.double() if y.dtype == torch.float64 else v for v in bn2[:2]), True, 0.0, EPS)
+        gradient = dq.to(x.dtype)
+        if gated:
+            gradient = gradient * gate.to(x.dtype)[:, :, None, None] + dpool.to(x.dtype)[:, :, None, None]
+        dx, dw, dz2 = torch.autograd.grad(ACTIVATIONS[act2](z2) if norm2 else z2, (z1, weight, z2), gradient)
+        xhat = (x.double() - bn1[2].double()[:, None, None]) * (bn1[3].double() + EPS).rsqrt()[:, None, None]
+        sums = {"sum dz": dx.double().sum((0, 2, 3)), "sum dz * xhat": (dx.double() * xhat).sum((0, 2, 3))}
+        return {"dx": dx, "dw": dw, **sums}, dz2, y.detach()
+
+    truth, dz2, y = network(x.double(), weight.double())
+    eager = network(x, weight.to(dtype))[0]
+    extra = {"bn1": (*bn1[:3], rstd1)} if has_bn1 else {}
+    if norm2:
+        gamma, beta, mean, var = (v.double() for v in bn2)
+        mean, var = mean_and_var(y) if norm2 == "batch" else (mean, var)
+        rstd = (var + EPS).rsqrt()
+        k0, k1 = batch_terms(dz2, y, gamma, mean, rstd)[2:]
+        vectors = [guarded(v.float()) for v in (gamma, beta, mean, rstd, k0, k1)]
+        if norm2 == "frozen":
+            vectors[4] = None
+        extra["bn2"] = (nhwc(y.to(dtype)), *vectors, *((gate, dpool) if gated else (None, None)))
+    dx, partials = depthwise_backward(
+        nhwc(dq), nhwc(x), weight, stride, pads(x, k, stride, padding),
+        act1=act1, act2=act2, need_dx=need_dx, need_dw=need_dw, **extra,
+    )  # fmt: skip
+    assert partials.dtype == torch.float32 and partials.shape[1:] == (k * k + 2, C)
+    sums = partials.double().sum(0)
+    fused = {"dw": sums[: k * k].T.reshape(C, 1, k, k)} if need_dw else {}
+    if need_dx:
+        assert dx.dtype == dtype
+        fused["dx"] = nchw(dx)
+        if has_bn1:
+            fused |= {"sum dz": sums[k * k], "sum dz * xhat": sums[k * k + 1]}
+    else:
+        assert dx is None
+    assert_close_to_truth(fused, {key: eager[key] for key in fused}, {key: truth[key] for key in fused})
+
+
+@pytest.mark.parametrize(ARGUMENTS, numbered(SHAPES))
+def test_backward(i, k, stride, padding, N, H, W, C, dtype, device, scratch):
+    check_backward(i, k, stride, padding, N, H, W, C, dtype, device)
+
+
+@on_gpu
+@pytest.mark.parametrize(ARGUMENTS, numbered(REAL_SHAPES))
+def test_backward_real_shapes(i, k, stride, padding, N, H, W, C, dtype, device, scratch):
+    check_backward(i, k, stride, padding, N, H, W, C, dtype, device)
+
+
+@pytest.mark.parametrize("need_dx, need_dw", [(True, False), (False, True)])
+def test_backward_of_one_side(need_dx, need_dw, device, scratch):
+    check_backward(0, 3, 2, "symmetric", 1, 5, 4, 8, torch.float32, device, need_dx, need_dw)
+
+
+@pytest.mark.parametrize("check, programs", [(check_forward, 1), (check_forward, 2), (check_backward, 2)])
+def test_several_tiles_per_program(check, programs, device, scratch, monkeypatch):
+    """Few programs walk over two images, strips side by side and, with tiles of two rows, tiles one above the other."""
+    from effkernels.kernels import depthwise
+
+    for name in ("depthwise_forward_config", "depthwise_backward_config"):
+        config = getattr(depthwise, name)
+        monkeypatch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), TH=2))
+    monkeypatch.setattr(DepthwiseConfig, "programs", lambda *args: programs)
+    check(1, 3, 1, "symmetric", 2, 3, 9, 4, torch.float32, device)
+
+
+def test_forward_writes_its_output_and_nothing_else(device, scratch):
+    """``out`` lies between flags, here and in every other test by the fixture ``scratch``."""
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(3, 2, 5, 6, 5, torch.float32, device)
+    buffer = torch.full((2 * 6 * 5 * 5 + 200,), 7.0, device=device)
+    out = buffer[100:-100].view(2, 6, 5, 5)
+    y, tiles, pool = depthwise_forward(nhwc(x), weight, 1, (1, 1, 1, 1), out=out)
+    assert y is out and tiles is None and pool is None
+    torch.testing.assert_close(nchw(out), F.conv2d(x, weight, padding=1, groups=5))
+    assert (buffer[:100] == 7).all() and (buffer[-100:] == 7).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_reaches_its_receptive_field_alone(stride, device, scratch):
+    """A masked tap must not be computed as 0 * NaN, nor a NaN pixel be lost."""
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(3, 2, 4, 6, 5, torch.float32, device)
+    x[0, 1, 2, 3] = float("nan")
+    y, _, _ = depthwise_forward(nhwc(x), weight, stride, (1, 1, 1, 1))
+    assert torch.equal(nchw(y).isnan(), F.conv2d(x, weight, None, stride, 1, 1, 4).isnan())
+
+
+def test_statistics_of_a_large_mean(device, scratch):
+    """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares 2^-24 * 1000^2.
+
+    k = 1 with weight 1 leaves the values exact.
+    """
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(1, 2, 8, 9, 7, torch.float32, device)
+    x = x * 1e-2 + 10.0
+    _, tiles, _ = depthwise_forward(nhwc(x), torch.ones_like(weight), 1, (0, 0, 0, 0), stats=True)
+    assert relative_error(merged(tiles)[1], mean_and_var(x.double())[1]) < 2**-24 * 1000
+
+
+@on_gpu
+def test_more_than_2_to_the_31_elements(device):
+    """The last image of 1400 of 224 x 224 x 32, past int32 offsets, comes out as it does alone."""
+    from effkernels.kernels.depthwise import depthwise_backward, depthwise_forward
+
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    x = torch.empty(1400, 224, 224, 32, dtype=torch.bfloat16, device=device)
+    assert x.numel() > 2**31
+    x.normal_()
+    weight = torch.randn(32, 1, 3, 3, device=device)
+    y, _, _ = depthwise_forward(x, weight, 1, (1, 1, 1, 1))
+    assert torch.equal(y[-1:], depthwise_forward(x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])
+    dx, _ = depthwise_backward(y, x, weight, 1, (1, 1, 1, 1))
+    assert torch.equal(dx[-1:], depthwise_backward(y[-1:].contiguous(), x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])

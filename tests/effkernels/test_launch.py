@@ -1,0 +1,67 @@
+"""Launch configurations cover the whole image, with no more programs than there is work, for any shape."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effkernels import launch
+
+CPU = torch.device("cpu")
+sizes = st.integers(1, 600)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def is_power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+@given(rows=st.integers(1, 5000), most=st.integers(1, 64))
+def test_even_rows(rows, most):
+    """As few chunks as ``most`` allows, and the last at most one row per chunk shorter than the others."""
+    each = launch.even_rows(rows, most)
+    chunks = -(-rows // each)
+    assert 1 <= each <= most
+    assert chunks == -(-rows // most) or each * (-(-rows // most)) >= rows
+    assert (each - 1) * -(-rows // most) < rows, "one row less would do"
+
+
+@pytest.mark.parametrize("family", ["forward", "backward"])
+@given(k=st.sampled_from([1, 3, 5, 7, 9]), stride=st.sampled_from([1, 2]), n=st.integers(1, 64), h=sizes, w=sizes, c=sizes, dtype=dtypes)
+def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
+    make = getattr(launch, f"depthwise_{family}_config")
+    config = make(k, stride, n, h, w, c, dtype, CPU)
+    assert is_power_of_two(config.BC) and is_power_of_two(config.S) and config.TW >= 1
+    assert 1 <= config.TH <= 16
+    assert config == make(k, stride, n, h, w, c, dtype, CPU), "the same shape, the same kernel"
+    # Partials are few, and no program is without a tile.
+    tiles = n * -(-h // config.TH) * -(-w // config.TW)
+    assert 1 <= config.programs(tiles, -(-c // config.BC), CPU) <= tiles
+
+
+@pytest.mark.parametrize("family", ["elementwise", "reduction"])
+@given(c=st.integers(1, 4000), rows=st.integers(1, 10**6), others=st.integers(1, 5000), dtype=dtypes)
+def test_rows_config(family, c, rows, others, dtype):
+    config = getattr(launch, f"{family}_config")(c, dtype)
+    assert is_power_of_two(config.BR) and is_power_of_two(config.BC)
+    # No smaller block of channels of those that still load 16 bytes a thread would waste fewer lanes.
+    padded = -(-c // config.BC) * config.BC
+    assert padded == min(-(-c // size) * size for size in (16, 32, 64))
+    per_program, programs = config.split(rows, others, CPU)
+    assert programs >= 1 and (programs - 1) * per_program < rows <= programs * per_program
+
+
+def test_processor_count():
+    """The interpreter takes few programs, so that each has several tiles; compile-only launches look like an H200's."""
+    assert launch.processor_count(CPU) == 1
+    assert launch.processor_count(torch.device("meta")) == 132
+
+
+def test_configurations_do_not_depend_on_batch_or_size():
+    """Compile-time settings from k, stride and dtype alone: a new batch or image size compiles nothing."""
+    for k, stride, dtype in itertools.product((3, 5, 7, 9), (1, 2), (torch.float32, torch.bfloat16)):
+        for make in (launch.depthwise_forward_config, launch.depthwise_backward_config):
+            configs = [make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))]
+            assert len({(c.BC, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1

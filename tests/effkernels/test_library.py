@@ -1,0 +1,162 @@
+"""The custom operators: torch.library.opcheck on each, and torch.compile of the modules, with kernels and without."""
+
+import copy
+
+import pytest
+import torch
+from truth import norm_vectors
+
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, library
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+N, H, W, C, R = 2, 3, 2, 4, 3
+
+
+def norm(device, counter=False, requires_grad=True):
+    """weight, bias, running_mean, running_var and maybe num_batches."""
+    weight, bias, mean, var = norm_vectors(C, device)
+    counters = [torch.tensor(3, device=device)] if counter else []
+    return [weight.requires_grad_(requires_grad), bias.requires_grad_(requires_grad), mean, var, *counters]
+
+
+def squeeze(device, requires_grad=True):
+    shapes = ((R, C, 1, 1), (R,), (C, R, 1, 1), (C,))
+    return [torch.randn(s).to(device).requires_grad_(requires_grad) for s in shapes]
+
+
+def nhwc(device, *shape, requires_grad=True):
+    return torch.randn(shape or (N, H, W, C)).to(device).requires_grad_(requires_grad)
+
+
+def operator_arguments(name, device):
+    """Small arguments of every operator of the package, with and without what is optional."""
+    x, dout = nhwc(device), nhwc(device, N, 2, 1, C, requires_grad=False)
+    weight = torch.randn(C, 1, 3, 3).to(device).requires_grad_()
+    settings = (2, "same", "silu", "relu6", "silu", "sigmoid")
+    if name == "depthwise_block":
+        yield (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
+        yield (x, weight, *[None] * 5, *norm(device, True), *[None] * 4, *settings, False, 0.1, 1e-3, False, 0.1, 1e-3)
+    elif name == "depthwise_block_backward":
+        vectors = [v for v in (*norm(device)[:2], *norm(device)[:2])]
+        with torch.no_grad():
+            args = (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
+            aux = library.depthwise_block(*args)[1:]
+            fixed = [t.detach() for t in (x, weight, *vectors, *squeeze(device))]
+        yield (dout, *fixed, *aux, *settings, True, True, True, True)
+        none = torch.empty(0, device=device)
+        yield (
+            dout, *fixed[:2], None, None, *fixed[4:6], *[None] * 4, aux[0], none, none, *aux[3:5], *[none] * 3,
+            *settings, False, False, False, True,
+        )  # fmt: skip
+    elif name == "depthwise_block_inference":
+        frozen = {"requires_grad": False}
+        x, weight = x.detach(), weight.detach()
+        yield (x, weight, *norm(device, **frozen), *norm(device, **frozen), *squeeze(device, False), *settings, 1e-3, 1e-3)
+        yield (x, weight, *[None] * 4, *norm(device, **frozen), *[None] * 4, *settings, 1e-3, 1e-3)
+    elif name == "bn_act_add":
+        yield (x, *norm(device, True), torch.rand(N, device=device), nhwc(device), "silu", True, 0.1, 1e-3)
+        yield (x, *norm(device, True), None, None, "identity", False, None, 1e-3)
+    elif name == "bn_act_add_backward":
+        vectors = norm(device, requires_grad=False)
+        yield (dout, dout + 1, *vectors, torch.rand(N, device=device), "silu", True, True)
+        yield (dout, dout + 1, *vectors, None, "identity", False, False)
+    elif name == "bn_act_add_inference":
+        yield (x.detach(), *norm(device, requires_grad=False), nhwc(device, requires_grad=False), "relu", 1e-3)
+        yield (x.detach(), *norm(device, requires_grad=False), None, "identity", 1e-3)
+    elif name == "squeeze_excite":
+        yield (x, *squeeze(device), "silu", "sigmoid")
+    elif name == "squeeze_excite_backward":
+        weights = squeeze(device, False)
+        x = x.detach()
+        yield (nhwc(device, requires_grad=False), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
+               "sigmoid", True)  # fmt: skip
+
+
+OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, device):
+    """Schema (what is mutated, what is aliased), autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    torch.manual_seed(0)
+    cases = list(operator_arguments(name, device))
+    assert cases, f"no arguments for {name} in this test"
+    for args in cases:
+        torch.library.opcheck(getattr(torch.ops.effkernels, name), args)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(module, x, seed=1):
+    """out, gradients of x and of the parameters, buffers after it."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)  # for drop-path
+    out = module(x)
+    gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], gradient)
+    return [out, *grads, *(b.clone() for b in module.buffers())]
+
+
+def assert_compiled_is_eager(module, shapes, backend="aot_eager", modes=("train", "eval", "inference")):
+    """Training (at all ``shapes``), frozen statistics and inference, each without a graph break; buffers change exactly as eager's."""
+    module.train()
+    reference = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for mode in modes:
+        for m in (module, reference):
+            m.train(mode == "train")
+        for shape in shapes if mode == "train" else shapes[:1]:
+            x = torch.randn(shape, device=next(module.parameters()).device)
+            if mode == "inference":
+                with torch.no_grad():
+                    found, expected = [compiled(x)], [reference(x)]
+            else:
+                found, expected = step(compiled, x), step(reference, x)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for m in module.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            assert m.num_batches_tracked == len(shapes)  # one for each training step
+
+
+MODULES = {
+    "mbconv": lambda: FusedMBConv(4, 4, 3, 1, 2, 0.5, drop_path=0.4),
+    "mbconv without expand": lambda: FusedMBConv(4, 6, 3, 2, 1, 0, padding="same", act="relu"),
+    "depthwise": lambda: FusedDepthwiseConvBNAct(4),
+    "squeeze-excite": lambda: FusedSqueezeExcite(4, 2),
+}
+SHAPES = [(3, 4, 3, 2), (2, 4, 3, 2)]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "depthwise"])  # test_compiled_cumulative_momentum has it
+def test_compiled_kernels(name, device, fresh_compiler):
+    torch.manual_seed(0)
+    assert_compiled_is_eager(MODULES[name]().to(device), SHAPES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_plain_path(name, fresh_compiler, monkeypatch):
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
+    torch.manual_seed(0)
+    assert_compiled_is_eager(MODULES[name](), SHAPES)
+
+
+def test_compiled_cumulative_momentum(device, fresh_compiler):
+    """Kernels read the counter on the device; nn.BatchNorm2d reads it on the host, which no full graph can."""
+    torch.manual_seed(0)
+    module = FusedDepthwiseConvBNAct(4, bn_momentum=None).to(device)
+    assert_compiled_is_eager(module, SHAPES, modes=["train"])
+
+
+def test_inductor(device, fresh_compiler):
+    """The default backend once: it reorders and fuses what is around the operators."""
+    torch.manual_seed(0)
+    assert_compiled_is_eager(MODULES["mbconv"]().to(device), SHAPES[:1], backend="inductor", modes=["train"])

@@ -1,0 +1,137 @@
+"""Squeeze-excite's kernels against float64: pooling, both layers, their gradients, and the two sums they finish for BatchNorm 2."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_vectors, on_gpu
+
+from effkernels.parameters import SqueezeExciteParams
+from effkernels.reference import ACTIVATIONS, GATES, squeeze_excite
+
+EPS = 1e-3
+# R below, at and above the 16 a block has at least, no powers of two but 16; C above the 128 a step of the layers takes; N above the 32
+# a step of the weight gradient takes; one and several parts of pooling. Each activation and gate is in, BN before the gate or not.
+CASES = [
+    # N  C   R   H   W   dtype           act           gate            bn
+    (2, 24, 6, 5, 7, torch.float32, "silu", "sigmoid", True),
+    (1, 33, 1, 17, 16, torch.bfloat16, "relu", "hard_sigmoid", True),
+    (35, 8, 3, 2, 1, torch.float32, "relu6", "sigmoid", True),
+    (2, 140, 17, 4, 4, torch.float16, "hard_swish", "hard_sigmoid", False),
+    (3, 16, 16, 13, 11, torch.float32, "gelu", "sigmoid", False),
+    (1, 3, 10, 1, 1, torch.float32, "identity", "hard_sigmoid", True),
+]
+REAL_CASES = [
+    (16, 96, 4, 56, 56, torch.bfloat16, "silu", "sigmoid", True),
+    (64, 1152, 48, 7, 7, torch.float16, "silu", "sigmoid", True),
+    (2, 3840, 160, 18, 18, torch.float32, "silu", "sigmoid", True),
+    (16, 672, 168, 14, 14, torch.bfloat16, "relu", "hard_sigmoid", False),
+]
+ARGUMENTS = "N, C, R, H, W, dtype, act, gate, has_bn"
+ROWS = ("w_reduce", "b_reduce", "w_expand", "b_expand")
+
+
+def cases(rows):
+    return pytest.mark.parametrize(ARGUMENTS, [pytest.param(*row, id="-".join(map(str, row[:5]))) for row in rows])
+
+
+def weights_of(C, R, device):
+    """Small enough that the gates do not saturate."""
+    shapes = ((R, C, 1, 1), (R,), (C, R, 1, 1), (C,))
+    return [guarded((torch.randn(s) / s[1] ** 0.5 if len(s) > 1 else torch.randn(s)).to(device)) for s in shapes]
+
+
+def check(N, C, R, H, W, dtype, act, gate, has_bn, device):
+    """BN2 -> silu -> squeeze-excite, forward and backward, from y to the gradients of all but y (test_modules.py has the whole)."""
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import squeeze_excite as kernels
+
+    torch.manual_seed(0)
+    y, dout = (torch.randn(N, C, H, W).to(device, dtype) for _ in range(2))
+    weights = weights_of(C, R, device)
+    gamma, beta, mean, var = norm_vectors(C, device)
+    rstd = guarded((var + EPS).rsqrt())
+    batch = (y.double().mean((0, 2, 3)), (y.double().var((0, 2, 3), unbiased=False) + EPS).rsqrt())
+    if has_bn and N * H * W > 1:
+        mean, rstd = (guarded(v.float()) for v in batch)
+    statistics = (mean, rstd.double() ** -2 - EPS)
+
+    def network(y):
+        """One squeeze-excite over a = silu(BN(y)), by autograd; da is kept to finish BN2's sums."""
+        wide = y.dtype == torch.float64
+        z = y
+        if has_bn:
+            z = batch_norm(y, gamma, beta, statistics[0], statistics[1] if wide else statistics[1].float(), EPS)
+        z = z.detach().requires_grad_()
+        a = F.silu(z) if has_bn else z * 1
+        w = [(t.double() if wide else t.to(dtype)).detach().requires_grad_() for t in weights]
+        pooled = a.mean((2, 3))
+        u = F.linear(pooled, w[0].flatten(1), w[1])
+        gates = GATES[gate](F.linear(ACTIVATIONS[act](u), w[2].flatten(1), w[3]))
+        out = squeeze_excite(a, SqueezeExciteParams(*w, act, gate))
+        da, dz, *grads = torch.autograd.grad(out, (a, z, *w), dout.to(a.dtype))
+        # Every pixel's gradient is dout * gate + dpool: dpool is what is the same for all.
+        dpool = (da.double() - dout.double() * gates.detach().double()[:, :, None, None]).mean((2, 3))
+        results = {"gates": gates, "pooled": pooled, "u": u, "dpool": dpool, **dict(zip(ROWS, grads, strict=True))}
+        if has_bn:
+            names = ("dgamma", "dbeta", "k0", "k1")
+            vectors = (v.double() for v in (gamma, mean, rstd))
+            results |= zip(names, batch_terms(dz.double(), y.double(), *vectors), strict=True)
+        return results
+
+    bn = (gamma, beta, mean, rstd)
+    sums = kernels.pool(nhwc(y), (*bn, EPS, True) if has_bn else None, act="silu")
+    gates, pooled, u = kernels.squeeze_excite_forward(sums, H * W, *weights, act=act, gate=gate)
+    sums = batchnorm.gradient_sums(nhwc(dout), nhwc(y), bn if has_bn else None, act="silu", gate=True)
+    dpool, grads, norms = kernels.squeeze_excite_backward(
+        sums, H * W, gates, pooled, u, weights, bn=(gamma, mean, rstd) if has_bn else None, act=act, gate=gate
+    )
+    assert all(t.dtype == torch.float32 for t in (gates, pooled, u, dpool, *grads))
+    fused = {"gates": gates, "pooled": pooled, "u": u, "dpool": dpool, **dict(zip(ROWS, grads, strict=True))}
+    assert (norms is not None) == has_bn
+    if has_bn:
+        fused |= zip(("dgamma", "dbeta", "k0", "k1"), norms, strict=True)
+    assert_close_to_truth(fused, network(y), network(y.double()))
+
+
+@cases(CASES)
+def test_squeeze_excite(N, C, R, H, W, dtype, act, gate, has_bn, device, scratch):
+    check(N, C, R, H, W, dtype, act, gate, has_bn, device)
+
+
+@on_gpu
+@cases(REAL_CASES)
+def test_squeeze_excite_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, device, scratch):
+    check(N, C, R, H, W, dtype, act, gate, has_bn, device)
+
+
+def test_pool_with_running_variance(device, scratch):
+    """The variance itself and eps instead of rstd, as in inference."""
+    from effkernels.kernels.squeeze_excite import pool
+
+    torch.manual_seed(0)
+    y, bn = torch.randn(2, 20, 9, 15).to(device), norm_vectors(20, device)
+
+    def reference(y):
+        return F.hardswish(batch_norm(y, *bn, EPS)).sum((2, 3))
+
+    assert_close_to_truth(pool(nhwc(y), (*bn, EPS, False), act="hard_swish").sum(1), reference(y), reference(y.double()), "sums")
+
+
+def test_weights_in_the_compute_dtype(device, scratch):
+    """A network cast to bf16 as a whole: weight gradients come in bf16, rounded once from fp32 sums."""
+    from effkernels.kernels.squeeze_excite import squeeze_excite_backward, squeeze_excite_forward
+
+    torch.manual_seed(0)
+    weights = [w.bfloat16() for w in weights_of(20, 5, device)]
+    wide = [guarded(w.float()) for w in weights]
+    sums, back = guarded(torch.randn(2, 1, 20).to(device)), guarded(torch.randn(2, 1, 5, 20).to(device))
+    results = []
+    for w in (weights, wide):
+        forward = squeeze_excite_forward(sums, 4, *map(guarded, w))
+        results.append((forward, squeeze_excite_backward(back, 4, *forward, w)[1]))
+    (narrow_forward, narrow_grads), (wide_forward, wide_grads) = results
+    for a, b in zip(narrow_forward, wide_forward, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(narrow_grads, wide_grads, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b.bfloat16())
