@@ -1,10 +1,15 @@
 """Shared by all tests: optional oracles (timm, torchvision) that import next to any torch, or skip with a reason."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within them would only wait for each other
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _declare_torchvision_operators():

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+# One worker of pytest-xdist runs them all, so that the shared table is compiled once.
+pytestmark = pytest.mark.xdist_group("compile")
+
 # Kernels that read or write activation tensors; the others see only fp32 vectors, tiles of statistics and weights.
 ACTIVATION_KERNELS = {
     "depthwise_forward_kernel",
