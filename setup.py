@@ -9,7 +9,16 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
-TEST = ["pytest>=7.4", "pytest-benchmark>=4.0", "pytest-xdist>=3.5", "hypothesis>=6.80", "ruff>=0.9", "timm>=1.0.9", "huggingface_hub>=0.23", "pyyaml>=6.0"]
+TEST = [
+    "pytest>=7.4",
+    "pytest-benchmark>=4.0",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.80",
+    "ruff>=0.9",
+    "timm>=1.0.9",
+    "huggingface_hub>=0.23",
+    "pyyaml>=6.0",
+]
 
 setup(
     name="effkernels",

@@ -151,9 +151,7 @@ class Truth:
         if not training:
             plain.to(dtype)  # the truth is that of the rounded weights
         state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
-        exact = Runner(shape, training, EAGER, state, x, dout, IMAGES, device, torch.float64)
-        with _one_thread():
-            results = exact.results()
+        results = Runner(shape, training, EAGER, state, x, dout, IMAGES, device, torch.float64).results()
         # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
         largest = max(t.norm() for t in results.values())
         results = {name: t for name, t in results.items() if t.norm() > 1e-9 * largest}
@@ -182,17 +180,6 @@ class Truth:
             bound = 2 * self.eager_errors[name] + 1e-6
             assert error <= bound, f"{name}: relative L2 error {error:.3g} against float64, bound {bound:.3g}"
         return errors
-
-
-@contextlib.contextmanager
-def _one_thread():
-    """On a CPU a float64 depthwise convolution runs channel by channel, and threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _randomize_batch_norms(module: nn.Module):

@@ -18,7 +18,6 @@ from benchmarks.traffic import step_bytes
 
 GPU_BATCH = {"b0": 256, "b4": 128}
 CPU_BATCH = 4
-WARMUP_ROUNDS = 2
 COMPILED_ON_CPU = (shapes.blocks("b0")[1], False)
 
 
@@ -88,19 +87,12 @@ def measure(request, benchmark, machine, row):
         runner = truth.runner(row.variant)
         errors = truth.check(runner)
 
-        rounds, setup, plain_times = machine.rounds_for(runner.step), machine.before_round, []
+        rounds = machine.rounds_for(runner.step)
         if machine.is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif row.variant is OURS and isinstance(shape, (shapes.Block, shapes.Model)):
-            plain = truth.runner(CHANNELS_LAST)  # in turns, so that both meet the same load of the machine
-            rounds = max(rounds, 15)
-
-            def setup():
-                plain_times.append(machine.seconds(plain.step))
-
         benchmark.params = {"case": row.case, "variant": row.variant.name}
         benchmark.group = f"{request.module.__name__.removeprefix('benchmarks.test_')} {row.case}"
-        benchmark.pedantic(runner.step, setup=setup, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        benchmark.pedantic(runner.step, setup=machine.before_round, rounds=rounds, warmup_rounds=2)
         if benchmark.stats is None:  # --benchmark-disable
             return
         times = benchmark.stats.stats.data
@@ -120,9 +112,8 @@ def measure(request, benchmark, machine, row):
         )
         if machine.is_gpu:
             benchmark.extra_info["peak_memory_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
-        if plain_times:
-            ratios = [ours / plain for ours, plain in zip(times, plain_times[WARMUP_ROUNDS:], strict=True)]
-            benchmark.extra_info["time_over_plain"] = statistics.median(ratios)
+        elif row.variant is OURS and isinstance(shape, (shapes.Block, shapes.Model)):
+            benchmark.extra_info["time_over_plain"] = time_ratio(machine, runner.step, truth.runner(CHANNELS_LAST).step)
 
     yield run
     if row.variant.compile_mode is not None:
@@ -130,6 +121,12 @@ def measure(request, benchmark, machine, row):
     if machine.is_gpu:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def time_ratio(machine: Machine, step, other) -> float:
+    """Median ratio of the times of ``step`` and ``other``, taken in turns so that both meet the same load of the machine."""
+    rounds = max(25, machine.rounds_for(other))
+    return statistics.median(machine.seconds(step) / machine.seconds(other) for _ in range(rounds))
 
 
 def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:

@@ -28,8 +28,8 @@ class CudaInstant:
 
 
 def clock():
-    """pytest-benchmark's timer: what it subtracts is GPU time where there is a GPU, else wall time."""
-    return CudaInstant() if torch.cuda.is_available() else time.perf_counter()
+    """pytest-benchmark's timer: GPU time where there is a GPU, else CPU time of this process, which other processes do not change."""
+    return CudaInstant() if torch.cuda.is_available() else time.process_time()
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Machine:
 
     @classmethod
     def here(cls, dtype: str | None = None) -> "Machine":
-        """The current CUDA device, or the CPU with few, small images. Raises RuntimeError under TRITON_INTERPRET."""
+        """The current CUDA device, or one thread of the CPU with small images. Raises RuntimeError under TRITON_INTERPRET."""
         if interpreting():
             raise RuntimeError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it to run benchmarks")
         gpu = torch.cuda.is_available()
@@ -57,6 +57,7 @@ class Machine:
             machine = cls(torch.device("cuda", torch.cuda.current_device()), chosen, 1, 0.5, (10, 200))
             machine._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=machine.device)
         else:
+            torch.set_num_threads(1)  # so that CPU time is what a step would take on an idle machine
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
         machine.copy_bytes_per_s = machine._measure_copy()
         machine.info = machine._versions()
@@ -91,10 +92,11 @@ class Machine:
         return 2 * source.numel() / statistics.median(times)
 
     def _versions(self) -> dict:
-        info = {"device": _cpu_name(), "threads": torch.get_num_threads()}
         if self.is_gpu:
             info = {"device": torch.cuda.get_device_name(self.device), "driver": _driver()}
             info |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        else:
+            info = {"device": f"one thread of {_cpu_name()}"}
         if triton_problem() is None:
             import triton
 

@@ -16,6 +16,12 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
 
+def _constant(fn):
+    """``torch.compiler.assume_constant_result``, which imports the whole compiler, and Triton with it."""
+    fn._dynamo_marked_constant = True
+    return fn
+
+
 def backend() -> str:
     """EFFKERNELS_BACKEND, checked."""
     name = os.environ.get("EFFKERNELS_BACKEND", "auto").strip().lower() or "auto"
@@ -36,7 +42,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def platform_problem(device_type: str, device_index: int | None) -> str | None:
     """Why kernels cannot run on a device at all, or None."""
     if (problem := triton_problem()) is not None:
@@ -53,7 +59,7 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def requested_backend() -> str:
     return backend()
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import interpreter  # noqa: F401 (chooses how Triton is loaded)
 import pytest
 import torch
 

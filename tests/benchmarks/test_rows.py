@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def run(*args, **env):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "--benchmark-only", *args]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""} | env
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, and benchmarks refuse the interpreter.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    env = inherited | {"CUDA_VISIBLE_DEVICES": ""} | env
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -1,32 +1,10 @@
-"""Where kernels run in the tests of this folder: on the CPU in Triton's interpreter, and on a GPU under the marker ``gpu``.
+"""Where kernels run in the tests of this folder: on the CPU in Triton's interpreter, and on a GPU under the marker ``gpu``."""
 
-Triton decides once, when it is imported, whether it interprets or compiles. So the kernels are imported here with
-TRITON_INTERPRET=1 where there is no GPU, and the environment is put back: fused modules keep to their plain PyTorch path on the
-CPU, as for a user, except in tests that take the fixture ``device``. With a GPU the interpreter runs only if the user sets it.
-"""
-
-import importlib.util
-import os
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").strip().lower() in ("1", "true", "on")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _import_kernels():
-    if "triton" in sys.modules and sys.modules["triton"].knobs.runtime.interpret != INTERPRET:
-        raise RuntimeError("Triton was imported before tests/effkernels/conftest.py could choose the interpreter")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TRITON_INTERPRET", str(int(INTERPRET)))
-        importlib.import_module("effkernels.kernels.depthwise")
-
-
-if HAS_TRITON:
-    _import_kernels()
+from interpreter import HAS_TRITON, INTERPRET
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

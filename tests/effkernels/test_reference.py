@@ -130,7 +130,7 @@ def compare(name, tensors, norms, call):
         leaves = {key: t for key, t in mine.items() if t.requires_grad}
         for key, norm in layers.items():
             leaves |= {f"{key}.weight": norm.weight, f"{key}.bias": norm.bias}
-        gradient = torch.linspace(-1, 1, out.numel(), dtype=dtype, device=out.device).view(out.shape).cos()
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results[kind] = dict(zip(leaves, torch.autograd.grad(out, leaves.values(), gradient), strict=True), out=out.detach())
         with torch.no_grad():
             results[kind]["inference"] = call(module, mine, {key: norm._replace(training=False) for key, norm in layers.items()})
@@ -145,13 +145,13 @@ def leaves(device, **shapes):
     return {key: (torch.randn(shape) + 0.3).to(device).requires_grad_() for key, shape in shapes.items()}
 
 
-SQUEEZE = {"wr": (9, 10, 1, 1), "br": (9,), "we": (10, 9, 1, 1), "be": (10,)}
+SQUEEZE = {"wr": (9, 24, 1, 1), "br": (9,), "we": (24, 9, 1, 1), "be": (24,)}
 
 
 @pytest.mark.parametrize("trainings", [(True, True), (True, False), (False, True)])
 def test_depthwise_conv_bn_act(trainings, device, scratch, small_tiles):
     """With a BatchNorm before, squeeze-excite after, and either BatchNorm in its own mode."""
-    tensors = leaves(device, x=(2, 10, 5, 4), w=(10, 1, 3, 3), **SQUEEZE)
+    tensors = leaves(device, x=(2, 24, 5, 4), w=(24, 1, 3, 3), **SQUEEZE)
 
     def call(module, t, norms):
         params = SqueezeExciteParams(t["wr"] * 0.3, t["br"], t["we"] * 0.3, t["be"], "relu", "hard_sigmoid")
@@ -160,14 +160,14 @@ def test_depthwise_conv_bn_act(trainings, device, scratch, small_tiles):
             squeeze_excite=params,
         )  # fmt: skip
 
-    norms = {key: (*norm_vectors(10, device), training) for key, training in zip(("pre", "norm"), trainings, strict=True)}
+    norms = {key: (*norm_vectors(24, device), training) for key, training in zip(("pre", "norm"), trainings, strict=True)}
     compare("depthwise_conv_bn_act", tensors, norms, call)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked, added", [(True, True), (True, False), (False, True), (False, False)])
 def test_bn_act_add(masked, added, training, device, scratch):
-    tensors = leaves(device, x=(3, 10, 5, 4), residual=(3, 10, 5, 4))
+    tensors = leaves(device, x=(3, 24, 5, 4), residual=(3, 24, 5, 4))
     tensors["residual"].requires_grad_(added)
     tensors["mask"] = torch.tensor([1.5, 0.0, 0.7], device=device)
 
@@ -175,11 +175,11 @@ def test_bn_act_add(masked, added, training, device, scratch):
         extra = {name: t[name] for name, wanted in (("mask", masked), ("residual", added)) if wanted}
         return module.bn_act_add(t["x"], norms["norm"], act="gelu", **extra)
 
-    compare("bn_act_add", tensors, {"norm": (*norm_vectors(10, device), training)}, call)
+    compare("bn_act_add", tensors, {"norm": (*norm_vectors(24, device), training)}, call)
 
 
 def test_squeeze_excite(device, scratch):
-    tensors = leaves(device, x=(2, 10, 5, 4), **SQUEEZE)
+    tensors = leaves(device, x=(2, 24, 5, 4), **SQUEEZE)
 
     def call(module, t, norms):
         return module.squeeze_excite(t["x"], SqueezeExciteParams(t["wr"] * 0.3, t["br"], t["we"] * 0.3, t["be"]))

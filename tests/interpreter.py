@@ -1,0 +1,21 @@
+"""How Triton is loaded in the test process: it decides once, on import, whether it interprets kernels or compiles them.
+
+Imported by tests/conftest.py before any test can import Triton: with TRITON_INTERPRET=1 where there is no GPU, and the environment
+put back after, so that fused modules keep to their plain PyTorch path on the CPU, as for a user, except in tests that take the
+fixture ``device`` of tests/effkernels. With a GPU the interpreter runs only if the user sets it.
+"""
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").strip().lower() in ("1", "true", "on")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", str(int(INTERPRET)))
+        importlib.import_module("effkernels.kernels.depthwise")
