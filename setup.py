@@ -13,6 +13,7 @@ TEST = [
     "pytest>=7.4",
     "pytest-benchmark>=4.0",
     "pytest-xdist>=3.5",
+    "filelock>=3.12",
     "hypothesis>=6.80",
     "ruff>=0.9",
     "timm>=1.0.9",

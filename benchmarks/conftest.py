@@ -83,7 +83,7 @@ def measure(request, benchmark, machine, row):
 
     def run():
         truth = truth_of(shape, row.training, batch, machine.device, machine.dtype)
-        held = torch.cuda.memory_allocated() if machine.is_gpu else 0
+        held = machine.memory_in_use()
         runner = truth.runner(row.variant)
         errors = truth.check(runner)
 

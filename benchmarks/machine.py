@@ -1,5 +1,6 @@
 """The machine under the benchmarks: its clock, its copy bandwidth, its versions. Nothing here runs at import."""
 
+import gc
 import os
 import platform
 import shutil
@@ -84,6 +85,13 @@ class Machine:
             step()
         low, high = self.rounds
         return max(low, min(high, int(self.seconds_per_row / self.seconds(step))))
+
+    def memory_in_use(self) -> int:
+        """Bytes of GPU memory in live tensors; 0 on a CPU."""
+        if not self.is_gpu:
+            return 0
+        gc.collect()
+        return torch.cuda.memory_allocated()
 
     def _measure_copy(self) -> float:
         source = torch.ones(2**30 if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)

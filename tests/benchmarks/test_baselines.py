@@ -10,15 +10,6 @@ BLOCK = Block(8, 8, 3, 1, 6, 0.25, 48, 2, 7)
 LAYERS = [Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), BLOCK]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a CPU a float64 depthwise convolution runs channel by channel, and threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def truth_of(shape, training, batch=4, dtype=torch.float32):
     return Truth.of(shape, training, batch, "cpu", dtype)
 

@@ -60,23 +60,25 @@ def test_shrinking_rounds_up():
     assert Depthwise(1152, 7, 5, 1).shrunk(2) == Depthwise(1152, 4, 5, 1)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), Block(8, 8, 3, 1, 6, 0.25, 48, 2, 7), Model("b0", 64)],
-    ids=lambda shape: type(shape).__name__,
-)
+SMALL = [Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), Block(8, 8, 3, 1, 6, 0.25, 48, 2, 7), Model("b0", 64)]
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: type(shape).__name__)
 def test_fused_and_plain_are_one_network(shape):
     plain, fused = shape.build(fused=False).eval(), shape.build(fused=True).eval()
-    assert type(plain) is not type(fused) or isinstance(shape, Model)
     fused.load_state_dict(plain.state_dict())
     x = torch.randn(2, shape.in_channels, shape.size, shape.size)
     with torch.no_grad():
-        torch.testing.assert_close(fused(x), plain(x))
+        expected = plain(x)
+        torch.testing.assert_close(fused(x), expected)
     if not isinstance(shape, Model):
-        assert plain(x).shape[2:] == (getattr(shape, "out_size", shape.size),) * 2
+        assert expected.shape[2:] == (getattr(shape, "out_size", shape.size),) * 2
 
 
-def test_plain_modules_never_reach_the_kernels():
-    for shape in (Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), blocks("b0")[0], Model("b0", 64)):
-        for module in shape.build(fused=False).modules():
-            assert type(module).forward is torch.nn.Identity.forward or not type(module).__name__.startswith("Fused"), module
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: type(shape).__name__)
+def test_only_fused_modules_ask_for_the_kernels(shape, monkeypatch):
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")  # which raises for a tensor on the CPU
+    x = torch.randn(2, shape.in_channels, shape.size, shape.size)
+    shape.build(fused=False)(x)
+    with pytest.raises(RuntimeError, match="EFFKERNELS_BACKEND=triton"):
+        shape.build(fused=True)(x)

@@ -47,6 +47,13 @@ def test_blocks_by_hand():
     assert activation_elements(residual, True) == (x + 5 * e + 3 * out + x) + (4 * out + 7 * e + 2 * x + x)
 
 
+def test_stem_and_head_by_hand():
+    image, stem, features, head = 3 * 224**2, 32 * 112**2, 320 * 7**2, 1280 * 7**2
+    for training, expected in ((False, image + stem + features), (True, 2 * image + 3 * stem + 3 * features + 3 * head)):
+        in_blocks = sum(activation_elements(block, training) for block in blocks("b0"))
+        assert activation_elements(model("b0"), training) - in_blocks == expected
+
+
 def test_layers_by_hand():
     inputs, outputs = 96 * 112**2, 96 * 56**2
     assert activation_elements(Depthwise(96, 112, 3, 2), False) == inputs + outputs

@@ -6,9 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-# One worker of pytest-xdist runs them all, so that the shared table is compiled once.
-pytestmark = pytest.mark.xdist_group("compile")
+from filelock import FileLock
 
 # Kernels that read or write activation tensors; the others see only fp32 vectors, tiles of statistics and weights.
 ACTIVATION_KERNELS = {
@@ -35,9 +33,17 @@ def described(row):
     return f"sm_{row['arch']} {row['name']} {row['dtype']} {settings}"
 
 
-@pytest.fixture(scope="module")
-def sm90():
-    return inspect("--arch", "90")
+@pytest.fixture(scope="session")
+def sm90(tmp_path_factory):
+    """The table of every shipped configuration, compiled once for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    table = folder / "sm90.json"
+    with FileLock(folder / "sm90.lock"):
+        if not table.exists():
+            table.write_text(json.dumps(inspect("--arch", "90")))
+    return json.loads(table.read_text())
 
 
 def test_every_kernel_is_in_the_table(sm90):
