@@ -124,9 +124,13 @@ def measure(request, benchmark, machine, row):
 
 
 def time_ratio(machine: Machine, step, other) -> float:
-    """Median ratio of the times of ``step`` and ``other``, taken in turns so that both meet the same load of the machine."""
-    rounds = max(25, machine.rounds_for(other))
-    return statistics.median(machine.seconds(step) / machine.seconds(other) for _ in range(rounds))
+    """Median ratio of the times of ``step`` and ``other``, taken in turns, either first in every second, under the same load."""
+    ratios = []
+    for i in range(max(30, machine.rounds_for(other))):
+        first, second = (step, other) if i % 2 else (other, step)
+        ratio = machine.seconds(first) / machine.seconds(second)
+        ratios.append(ratio if i % 2 else 1 / ratio)
+    return statistics.median(ratios)
 
 
 def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:

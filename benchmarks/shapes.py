@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from efficientnet import MBConv, create_model
+from efficientnet.config import EfficientNetConfig
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite
 from effkernels.geometry import conv_out_size
 from effkernels.modules.squeeze_excite import SqueezeExcite
@@ -122,7 +123,7 @@ class Model(Shape):
 
 def model(name: str) -> Model:
     """The network at the resolution it was made for."""
-    return Model(name, create_model(name, fused=False, device="meta").config.resolution)
+    return Model(name, EfficientNetConfig.from_name(name).resolution)
 
 
 @functools.cache

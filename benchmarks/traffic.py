@@ -13,6 +13,7 @@ the one before BN1's activation; skip is the residual's share (empty where there
 from typing import NamedTuple
 
 from benchmarks import shapes
+from efficientnet.config import EfficientNetConfig
 
 
 class Kernel(NamedTuple):
@@ -77,10 +78,9 @@ def _block_elements(block: shapes.Block, training: bool) -> int:
 def _model_elements(model: shapes.Model, training: bool) -> int:
     blocks = shapes.blocks(model.name, model.size)
     first, last = blocks[0], blocks[-1]
-    config = shapes.create_model(model.name, fused=False, device="meta").config
     stem, features = first.in_channels * first.size**2, last.out_channels * last.out_size**2
     sizes = {"image": model.in_channels * model.size**2, "stem": stem, "dstem": stem, "features": features, "dfeatures": features}
-    sizes["head"] = config.head_channels * last.out_size**2
+    sizes["head"] = EfficientNetConfig.from_name(model.name).head_channels * last.out_size**2
     ends = _elements(STEM_AND_HEAD_TRAINING if training else STEM_AND_HEAD_INFERENCE, sizes)
     return ends + sum(_block_elements(block, training) for block in blocks)
 

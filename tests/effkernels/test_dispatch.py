@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from efficientnet import MBConv
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, explain, functional, why_not_fused
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, explain, functional, reference, why_not_fused
 from effkernels.modules.squeeze_excite import SqueezeExcite
 
 
@@ -22,6 +22,8 @@ def gate(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
     fused = []
     monkeypatch.setattr(functional, "mbconv", lambda x, *args, **kwargs: fused.append(x) or x)
+    for name in ("squeeze_excite", "depthwise_conv_bn_act"):
+        monkeypatch.setattr(functional, name, getattr(reference, name))
     return fused
 
 

@@ -239,10 +239,12 @@ def test_without_running_statistics(training, device, scratch):
 
 
 @pytest.mark.parametrize("frozen", [("bn1",), ("bn2", "bn3")])
-def test_some_norms_frozen(frozen, device, scratch):
-    """Fine-tuning with some BatchNorms in eval: each has its own mode."""
+def test_each_norm_has_its_own_settings(frozen, device, scratch):
+    """Fine-tuning with some BatchNorms in eval; and a momentum and an eps for each."""
     modules = twins(FusedMBConv, *SMALL, device=device)
     for module in modules.values():
+        for name, momentum, eps in (("bn1", 0.1, 1e-5), ("bn2", 0.5, 1e-1), ("bn3", 0.9, 1e-3)):
+            getattr(module, name).momentum, getattr(module, name).eps = momentum, eps
         for name in frozen:
             getattr(module, name).eval()
     x = images(3, 16, 3, 4, device=device)
@@ -258,6 +260,7 @@ def test_some_norms_frozen(frozen, device, scratch):
     [
         ("conv_dw.weight",),  # no gradient of the depthwise input
         ("se.conv_reduce.weight", "se.conv_expand.bias"),  # none of the depthwise convolution
+        ("bn1.bias",),
         ("bn1.weight", "x"),
     ],
 )
