@@ -20,8 +20,6 @@ class MBConvBase(nn.Module):
     with expand_ratio 1: ``conv_dw bn1 se conv_pw bn2``. Subclasses choose the schedule, never the parameters.
     """
 
-    squeeze_excite_cls = SqueezeExcite
-
     def __init__(
         self,
         in_channels: int,
@@ -75,7 +73,7 @@ class MBConvBase(nn.Module):
         setattr(self, "bn2" if self.expands else "bn1", norm(mid))
         if se_ratio > 0:
             reduced = max(1, int(in_channels * se_ratio))
-            self.se = self.squeeze_excite_cls(mid, reduced, act, **factory)
+            self.se = SqueezeExcite(mid, reduced, act, **factory)  # its layers; FusedMBConv's own gate covers them
         else:
             self.se = nn.Identity()
         if self.expands:
@@ -144,8 +142,6 @@ class FusedMBConv(MBConvBase):
     Raises ValueError/TypeError for a wrong argument or input, RuntimeError if EFFKERNELS_BACKEND=triton cannot be honoured.
     Source: Sandler et al. 2018 (MobileNetV2), Hu et al. 2018 (squeeze-excite), Tan & Le 2019 (EfficientNet).
     """
-
-    squeeze_excite_cls = FusedSqueezeExcite
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
