@@ -47,6 +47,8 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
     """Why kernels cannot run on a device at all, or None."""
     if (problem := triton_problem()) is not None:
         return problem
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
     if device_type == "cpu":
         return None if interpreting() else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
     if device_type != "cuda":
@@ -71,7 +73,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def tensor_problem(x: torch.Tensor, weights=()) -> str | None:
+def tensor_problem(x: torch.Tensor, weights=(), buffers=()) -> str | None:
     """Why kernels cannot run on x [N, C, H, W] with these weights, or None."""
     dtype = compute_dtype(x)
     if dtype not in COMPUTE_DTYPES:
@@ -81,8 +83,11 @@ def tensor_problem(x: torch.Tensor, weights=()) -> str | None:
     for weight in weights:
         if weight.dtype != torch.float32 and weight.dtype != dtype:
             return f"a parameter is {weight.dtype}; it must be float32 or the compute dtype {dtype}"
-        if weight.device != x.device:
-            return f"a parameter is on {weight.device}, the input on {x.device}"
+    for kind, tensor in (*(("parameter", w) for w in weights), *(("buffer", b) for b in buffers)):
+        if tensor.device != x.device:
+            return f"a {kind} is on {tensor.device}, the input on {x.device}"
+        if not tensor.is_contiguous() and not (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+            return f"a {kind} is not contiguous"
     return None
 
 
@@ -90,25 +95,39 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def layer_problem(name: str, layer: nn.Module) -> str | None:
-    """Why a submodule's own forward must run (hooks, a subclass, a shape kernels do not have), or None."""
+def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] = (1, 1, 0)) -> str | None:
+    """Why a submodule's own forward must run (hooks, a subclass, settings the kernels do not have), or None.
+
+    depthwise: (kernel_size, stride, padding) that a grouped convolution must have; the others must be 1x1.
+    """
     if has_hooks(layer):
         return f"{name} has hooks"
+    if "forward" in layer.__dict__:
+        return f"{name}.forward was replaced"
     if type(layer) not in (nn.Conv2d, nn.BatchNorm2d):
         return f"{name} is a {type(layer).__name__}"
     if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
+    if isinstance(layer, nn.Conv2d):
+        grouped = name in ("conv_dw", "conv")
+        k, stride, pad = depthwise if grouped else (1, 1, 0)
+        groups = layer.out_channels if grouped else 1
+        expected = ((k, k), (stride, stride), (pad, pad), (1, 1), groups, layer.in_channels if not grouped else groups, "zeros")
+        found = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.in_channels, layer.padding_mode)
+        if found != expected:
+            return f"{name} was changed after it was built: {layer}"
     if isinstance(layer, nn.Conv2d) and (layer.bias is None) == name.endswith(("conv_reduce", "conv_expand")):
         return f"{name} has {'no' if layer.bias is None else 'a'} bias"  # after BatchNorm folding, say
     return None
 
 
-def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1) -> str | None:
+def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1, depthwise: tuple[int, int, int] = (1, 1, 0)) -> str | None:
     """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 
     Args:
         x: the input, or None to ask about the layers alone.
         layers: a dictionary, or an iterable of pairs, of names and the submodules the kernels stand in for.
+        depthwise: kernel size, stride and padding of the layer named conv_dw or conv.
         largest: channels of the widest tensor inside, for the int32 offsets within an image.
 
     Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError for another
@@ -120,10 +139,11 @@ def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1) -> str | Non
     reason = None if x is None else platform_problem(x.device.type, x.device.index)
     if reason is None:
         layers = dict(layers)
-        problems = (layer_problem(name, layer) for name, layer in layers.items())
+        problems = (layer_problem(name, layer, depthwise) for name, layer in layers.items())
         reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
-        reason = tensor_problem(x, [p for layer in layers.values() for p in layer.parameters(recurse=False)])
+        parameters = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
+        reason = tensor_problem(x, parameters, [b for layer in layers.values() for b in layer.buffers(recurse=False)])
         if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
             reason = "one image of the widest tensor has 2**31 elements or more"
     if reason is not None and wanted == "triton" and x is not None:

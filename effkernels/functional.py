@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from effkernels import library
 from effkernels.dispatch import compute_dtype
+from effkernels.geometry import check_activation, check_conv_args
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
-from effkernels.reference import check_batch, drop_path_mask
+from effkernels.reference import ACTIVATIONS, check_batch, drop_path_mask
 
 
 def _nhwc(x, dtype=None):
@@ -61,6 +62,26 @@ def _bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
     return library.run("bn_act_add", library.BatchNormActAdd, library.bn_act_add, args)[0]
 
 
+def _check(x, weight, *norms, stride=1, padding="symmetric", acts=()):
+    """ValueError/TypeError naming what is wrong with the arguments of a functional form."""
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be [C, 1, k, k], got shape {tuple(weight.shape)}")
+    check_conv_args(weight.shape[-1], stride, padding)
+    check_activation(x, weight, x.shape[1] if x.dim() == 4 else 0, weight.shape[-1], stride, padding)
+    _check_norms(*norms, acts=acts)
+
+
+def _check_norms(*norms, acts=()):
+    for norm in norms:
+        if norm.weight is None or norm.bias is None:
+            raise ValueError("a BatchNorm's weight and bias must be tensors, got None (affine=False)")
+        if not norm.training and norm.running_mean is None:
+            raise ValueError("running_mean and running_var must be given when training is False, got None")
+    for act in acts:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, got {act!r}")
+
+
 def depthwise_conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -77,6 +98,10 @@ def depthwise_conv_bn_act(
 
     x [N, C, H, W], weight [C, 1, k, k] -> [N, C, H', W'].
     """
+    norms = [norm] if pre_norm is None else [norm, pre_norm]
+    _check(x, weight, *norms, stride=stride, padding=padding, acts=(act, pre_act))
+    if weight.shape[0] != x.shape[1]:
+        raise ValueError(f"weight must have x's {x.shape[1]} channels, got {weight.shape[0]}")
     check_batch(norm, x.shape, weight.shape[-1], stride, padding)
     if pre_norm is not None:
         check_batch(pre_norm, x.shape)
@@ -90,7 +115,12 @@ def depthwise_conv_bn_act(
 
 def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=None) -> torch.Tensor:
     """``act(BN(x)) * mask[n] + residual``; x and residual [N, C, H, W], mask fp32 [N]."""
+    _check_norms(norm, acts=(act,))
     check_batch(norm, x.shape)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if mask is not None and (mask.shape != x.shape[:1] or mask.requires_grad):
+        raise ValueError(f"mask must be [{x.shape[0]}] and need no gradient, got shape {tuple(mask.shape)}")
     _advance(norm)
     residual = None if residual is None else _nhwc(residual)
     return _nchw(_bn_act_add(_nhwc(x), norm, act=act, mask=mask, residual=residual))
@@ -124,6 +154,9 @@ def mbconv(
     dtype = compute_dtype(x)
     norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
     k = depthwise[0].shape[-1]
+    _check(x, depthwise[0], *norms, stride=stride, padding=padding, acts=(act,))
+    if residual and (stride != 1 or project[0].shape[0] != x.shape[1]):
+        raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {project[0].shape[0]}")
     for norm in norms:
         check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
     _advance(*norms)

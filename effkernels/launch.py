@@ -49,14 +49,14 @@ class DepthwiseConfig:
 
 
 def even_rows(rows: int, most: int) -> int:
-    """Rows per program, at most ``most``, that cover ``rows`` in chunks as equal as possible: a multiple of 1 or of 4 above 8."""
+    """Rows per program, at most ``most``, that cover ``rows`` in chunks as equal as possible."""
     chunks = -(-rows // most)
     return -(-rows // chunks)
 
 
 def _register_limit(K: int, dtype: torch.dtype) -> int | None:
     """All 255 where ptxas, left alone, stopped at 128 or 168 and spilled 8 to 40 bytes (Triton 3.7.1, sm_90)."""
-    return 255 if K >= 7 or dtype.itemsize == 4 else None
+    return 255 if K >= 7 or K == 1 or dtype.itemsize == 4 else None
 
 
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:

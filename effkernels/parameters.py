@@ -25,9 +25,10 @@ class BatchNormParams(NamedTuple):
     def of(cls, bn) -> "BatchNormParams":
         """The live tensors of an nn.BatchNorm2d, and whether it would use batch statistics now."""
         training = bn.training or bn.running_mean is None
-        return cls(
-            bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum, bn.eps, training
-        )  # fmt: skip
+        running = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+        if bn.training and not bn.track_running_stats:  # switched off after construction: nothing is updated
+            running = (None, None, None)
+        return cls(bn.weight, bn.bias, *running, bn.momentum, bn.eps, training)
 
     @property
     def updates(self) -> bool:

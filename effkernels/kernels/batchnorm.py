@@ -31,7 +31,7 @@ def statistics_kernel(
     y, tile_count, tile_mean, tile_m2, rows, CV, rows_per_program,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Per-program (count, mean, M2) of y [rows, C]: sums shifted by the program's first row, merged block by block."""
+    """Per-program (count, mean, M2) of y [rows, C]: sums shifted by the program's first row."""
     C = CV * CVEC
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mc = c < C
@@ -284,10 +284,11 @@ def merge(tiles, eps, *, running_mean=None, running_var=None, num_batches_tracke
     P, C = tile_mean.shape
     mean, rstd = _fp32(count.device, C), _fp32(count.device, C)
     update = running_mean is not None
+    cumulative = update and momentum is None and num_batches_tracked is not None
     merge_kernel[(triton.cdiv(C, 32),)](
         count, tile_mean, tile_m2, mean, rstd, running_mean if update else mean, running_var if update else mean,
-        num_batches_tracked if update and momentum is None else mean, P, C, eps, 0.0 if momentum is None else momentum,
-        BP=64, BC=32, UPDATE=update, CUMULATIVE=update and momentum is None, num_warps=4,
+        num_batches_tracked if cumulative else mean, P, C, eps, 0.0 if momentum is None else momentum,
+        BP=64, BC=32, UPDATE=update, CUMULATIVE=cumulative, num_warps=4,
     )  # fmt: skip
     return mean, rstd
 

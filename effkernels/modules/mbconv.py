@@ -145,7 +145,9 @@ class FusedMBConv(MBConvBase):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
-        return dispatch.why_not_fused(x, self._layers(), self.conv_dw.in_channels)
+        pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
+        widest = max(self.conv_dw.in_channels, self.out_channels)
+        return dispatch.why_not_fused(x, self._layers(), widest, (self.kernel_size, self.stride, pad))
 
     def _layers(self):
         """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay for it."""

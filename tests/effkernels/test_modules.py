@@ -382,7 +382,7 @@ def test_summed_output(device, scratch):
 def test_squeeze_excite(args, autocast, device, scratch):
     modules = twins(FusedSqueezeExcite, *args, device=device)
     x = images(2, args[0], 5, 3, device=device)
-    compare(modules, x, torch.randn_like(x), autocast)
+    compare(modules, laid_out(x, "sliced"), laid_out(torch.randn_like(x), "expanded"), autocast)
 
 
 # ---- as modules (no kernel runs) -------------------------------------------------------------------------------------------------
