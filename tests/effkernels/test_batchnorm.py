@@ -102,7 +102,7 @@ def test_merge_of_many_uneven_tiles(device, scratch):
     counts[33] = 0
     x = torch.randn(int(counts.sum()), 35, device=device) + 3
     parts = x.double().split(counts.tolist())
-    means = torch.stack([part.mean(0) if len(part) else torch.zeros(35) for part in parts])
+    means = torch.stack([part.mean(0) if len(part) else part.new_zeros(35) for part in parts])
     m2 = torch.stack([((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)])
     tiles = [guarded(t.to(device).float()) for t in (counts, means, m2)]
     mean, rstd = merge(tiles, EPS)
