@@ -1,4 +1,4 @@
-"""Depthwise k x k convolution on NHWC: forward, and the whole backward (dgrad and wgrad) in one launch.
+"""Depthwise k x k convolution on NHWC: forward, and the whole backward (dgrad and wgrad) in one launch (three at k = 9).
 
     forward    y[n,oh,ow,c] = sum_{kh,kw} w[c,kh,kw] * a[n, oh*s + kh - pad_top, ow*s + kw - pad_left, c]
     dgrad      da[n,ih,iw,c] = sum_{kh,kw} w[c,kh,kw] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
@@ -395,7 +395,7 @@ def depthwise_forward(
 
 
 def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity", bn1=None, act1="identity", need_dx=True, need_dw=True):
-    """Gradients of ``depthwise_forward`` from ``dq``, in one launch; NHWC throughout.
+    """Gradients of ``depthwise_forward`` from ``dq``, in one launch up to k = 7 and three at k = 9; NHWC throughout.
 
     Args:
         dq: [N, OH, OW, C]; the gradient of y, or with ``bn2`` the gradient of the (gated) activation that follows y.
