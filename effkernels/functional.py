@@ -23,8 +23,10 @@ def _nchw(x):
 
 
 def _advance(*norms):
-    """num_batches_tracked + 1, before the kernels that may read it (cumulative momentum); one launch for all."""
-    counters = [n.num_batches_tracked for n in norms if n is not None and n.updates and n.num_batches_tracked is not None]
+    """num_batches_tracked + 1 where the average is cumulative, before the kernels that read it (they count the others themselves)."""
+    counters = [
+        n.num_batches_tracked for n in norms if n is not None and n.updates and n.num_batches_tracked is not None and n.momentum is None
+    ]
     if counters:
         torch._foreach_add_(counters, 1)
 

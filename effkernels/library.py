@@ -35,9 +35,7 @@ def _batch_or_running(batch, tiles, running_mean, running_var, num_batches, mome
     from effkernels.kernels import batchnorm
 
     if batch:
-        return batchnorm.merge(
-            tiles(), eps, running_mean=running_mean, running_var=running_var, num_batches_tracked=num_batches, momentum=momentum
-        )
+        return batchnorm.merge(tiles(), batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum))
     return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
 
 
@@ -56,7 +54,9 @@ def _on_its_device(implementation):
 
 # ---- depthwise_block: [BN1 + act1] -> depthwise -> BN2 + act2 -> [squeeze-excite gate] -------------------------------------------
 
-_NORM = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor(a{i}!)? running_mean{i}, Tensor(b{i}!)? running_var{i}, Tensor? num_batches{i}"
+_NORM = (
+    "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor(a{i}!)? running_mean{i}, Tensor(b{i}!)? running_var{i}, Tensor(c{i}!)? num_batches{i}"
+)
 _SE = "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? expand_weight, Tensor? expand_bias"
 _BLOCK_SETTINGS = (
     "int stride, str padding, str act1, str act2, str se_act, str gate, "

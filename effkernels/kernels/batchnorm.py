@@ -8,6 +8,8 @@ With frozen or running statistics the batch terms k0, k1 vanish. Statistics are 
 formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no atomics.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -55,44 +57,66 @@ def statistics_kernel(
     tl.store(tile_count + p, count, mask=tl.program_id(0) == 0)
 
 
-@sized_jit
-def merge_kernel(
-    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum,
-    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr,
+@triton.jit
+def finish_statistics(
+    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum, block_c,
+    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Chan's merge of all tiles, mean and rstd for the kernels that follow, and the running statistics, once."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """Chan's merge of all tiles for channels block_c * BC ..., mean and rstd for the kernels that follow, the running statistics.
+
+    One pass over the tiles, shifted by the first tile's mean. COUNT: "", "increment" num_batches, or "cumulative", the average
+    over num_batches (advanced before the launch).
+    """
+    c = block_c * BC + tl.arange(0, BC)
     mc = c < C
     t = tl.arange(0, BP)
-    total = 0.0
-    weighted = tl.zeros([BP, BC], tl.float32)
+    pivot = tl.load(tile_mean + c, mask=mc, other=0.0, cache_modifier=".cg")[None, :]
+    n_sum = tl.zeros([BP], tl.float32)
+    s1 = tl.zeros([BP, BC], tl.float32)
+    s2 = tl.zeros([BP, BC], tl.float32)
     for start in range(0, tiles, BP):
         ok = start + t < tiles
-        n = tl.load(tile_count + start + t, mask=ok, other=0.0)
-        m = tl.load(tile_mean + (start + t).to(tl.int64)[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
-        total += tl.sum(n, 0)
-        weighted += m * n[:, None]
-    merged = tl.sum(weighted, 0) / total
-    m2 = tl.zeros([BP, BC], tl.float32)
-    for start in range(0, tiles, BP):
-        ok = start + t < tiles
-        n = tl.load(tile_count + start + t, mask=ok, other=0.0)
+        mask = ok[:, None] & mc[None, :]
         offset = (start + t).to(tl.int64)[:, None] * C + c[None, :]
-        m = tl.load(tile_mean + offset, mask=ok[:, None] & mc[None, :], other=0.0)
-        s = tl.load(tile_m2 + offset, mask=ok[:, None] & mc[None, :], other=0.0)
-        m2 += s + n[:, None] * (m - merged[None, :]) * (m - merged[None, :])
-    m2_total = tl.maximum(tl.sum(m2, 0), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        n = tl.load(tile_count + start + t, mask=ok, other=0.0, cache_modifier=".cg")
+        m = tl.load(tile_mean + offset, mask=mask, other=0.0, cache_modifier=".cg")
+        d = tl.where(mask, m - pivot, 0.0)
+        n_sum += n
+        s1 += n[:, None] * d
+        s2 += tl.load(tile_m2 + offset, mask=mask, other=0.0, cache_modifier=".cg") + n[:, None] * d * d
+    total = tl.sum(n_sum, 0)
+    shift = tl.sum(s1, 0) / total
+    merged = tl.sum(pivot, 0) + shift
+    m2 = tl.maximum(tl.sum(s2, 0) - shift * shift * total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean + c, merged, mask=mc)
-    tl.store(rstd + c, 1.0 / tl.sqrt(m2_total / total + eps), mask=mc)
+    tl.store(rstd + c, 1.0 / tl.sqrt(m2 / total + eps), mask=mc)
     if UPDATE:
         factor = momentum
-        if CUMULATIVE:
+        if COUNT == "cumulative":
             factor = 1.0 / tl.load(num_batches).to(tl.float32)
+        elif COUNT == "increment":
+            tl.store(num_batches, tl.load(num_batches) + 1, mask=block_c == 0)
         old_mean = load_vector(running_mean, c, mc)
         old_var = load_vector(running_var, c, mc)
-        unbiased = m2_total / (total - 1.0)
+        unbiased = m2 / (total - 1.0)
         tl.store(running_mean + c, cast(old_mean + factor * (merged - old_mean), running_mean.dtype.element_ty), mask=mc)
         tl.store(running_var + c, cast(old_var + factor * (unbiased - old_var), running_var.dtype.element_ty), mask=mc)
+
+
+@sized_jit
+def merge_kernel(
+    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, counters, tiles, C, num_counters, eps, momentum,
+    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, COUNTERS: tl.constexpr,
+):  # fmt: skip
+    """``finish_statistics`` as a launch of its own; also sets to 0 the counters of later launches' ``last_to_arrive``."""
+    if COUNTERS:
+        i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        for start in range(0, num_counters, 1024 * tl.num_programs(0)):
+            tl.store(counters + start + i, tl.zeros([1024], tl.int32), mask=start + i < num_counters)
+    finish_statistics(
+        tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum, tl.program_id(0),
+        BP, BC, UPDATE, COUNT,
+    )  # fmt: skip
 
 
 @sized_jit
@@ -188,13 +212,13 @@ def bn_terms(gamma, mean, rstd, dbeta, dgamma, count, c, mask):
     return -scale * dbeta / count - k1 * load_vector(mean, c, mask), k1
 
 
-@sized_jit
-def gradient_merge_kernel(
-    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count,
+@triton.jit
+def finish_gradients(
+    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count, block_c,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dbeta and dgamma from rows (sum dz, sum dz*yhat) of ``parts`` partials, and the batch terms k0, k1."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """dbeta and dgamma from rows (sum dz, sum dz*yhat) of ``parts`` partials, and the batch terms k0, k1, of one block of channels."""
+    c = block_c * BC + tl.arange(0, BC)
     mc = c < C
     t = tl.arange(0, BP)
     s1 = tl.zeros([BP, BC], tl.float32)
@@ -202,14 +226,23 @@ def gradient_merge_kernel(
     for start in range(0, parts, BP):
         ok = (start + t < parts)[:, None] & mc[None, :]
         row = sums + (start + t).to(tl.int64)[:, None] * row_stride + c[None, :]
-        s1 += tl.load(row, mask=ok, other=0.0)
-        s3 += tl.load(row + C, mask=ok, other=0.0)
+        s1 += tl.load(row, mask=ok, other=0.0, cache_modifier=".cg")
+        s3 += tl.load(row + C, mask=ok, other=0.0, cache_modifier=".cg")
     db, dg = tl.sum(s1, 0), tl.sum(s3, 0)
-    tl.store(dbeta + c, db, mask=mc)
-    tl.store(dgamma + c, dg, mask=mc)
+    tl.store(dbeta + c, cast(db, dbeta.dtype.element_ty), mask=mc)
+    tl.store(dgamma + c, cast(dg, dgamma.dtype.element_ty), mask=mc)
     b0, b1 = bn_terms(gamma, mean, rstd, db, dg, count, c, mc)
     tl.store(k0 + c, b0, mask=mc)
     tl.store(k1 + c, b1, mask=mc)
+
+
+@sized_jit
+def gradient_merge_kernel(
+    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``finish_gradients`` as a launch of its own."""
+    finish_gradients(sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count, tl.program_id(0), BP, BC)
 
 
 @sized_jit
@@ -275,20 +308,45 @@ def statistics(y):
     return tiles
 
 
-def merge(tiles, eps, *, running_mean=None, running_var=None, num_batches_tracked=None, momentum=None):
-    """(mean [C], rstd [C]) of partial statistics; updates the running statistics in place when they are given.
+class Merge(NamedTuple):
+    """How batch statistics are finished: eps, and the running statistics to update in place, if any.
 
-    momentum None is the cumulative average 1 / num_batches_tracked, which the caller has already advanced.
+    momentum None is the cumulative average 1 / num_batches_tracked, which the caller has already advanced; otherwise
+    num_batches_tracked, if given, is advanced with them.
     """
+
+    eps: float
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    num_batches_tracked: torch.Tensor | None = None
+    momentum: float | None = None
+
+    def arguments(self, mean) -> dict:
+        """Those of ``finish_statistics``; ``mean`` stands in for absent tensors."""
+        update = self.running_mean is not None
+        count = ""
+        if update and self.num_batches_tracked is not None:
+            count = "cumulative" if self.momentum is None else "increment"
+        return {
+            "running_mean": self.running_mean if update else mean,
+            "running_var": self.running_var if update else mean,
+            "num_batches": self.num_batches_tracked if count else mean,
+            "eps": self.eps,
+            "momentum": 0.0 if self.momentum is None else self.momentum,
+            "UPDATE": update,
+            "COUNT": count,
+        }
+
+
+def merge(tiles, how: Merge, *, counters=None):
+    """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C]); zeroes ``counters`` (int32) if given."""
     count, tile_mean, tile_m2 = tiles
     P, C = tile_mean.shape
     mean, rstd = _fp32(count.device, C), _fp32(count.device, C)
-    update = running_mean is not None
-    cumulative = update and momentum is None and num_batches_tracked is not None
     merge_kernel[(triton.cdiv(C, 32),)](
-        count, tile_mean, tile_m2, mean, rstd, running_mean if update else mean, running_var if update else mean,
-        num_batches_tracked if cumulative else mean, P, C, eps, 0.0 if momentum is None else momentum,
-        BP=64, BC=32, UPDATE=update, CUMULATIVE=cumulative, num_warps=4,
+        count, tile_mean, tile_m2, mean, rstd, counters=mean if counters is None else counters, tiles=P, C=C,
+        num_counters=0 if counters is None else counters.numel(), **how.arguments(mean),
+        BP=64, BC=32, COUNTERS=counters is not None, num_warps=4,
     )  # fmt: skip
     return mean, rstd
 

@@ -20,7 +20,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # Every size, stride and count a kernel takes. Triton would compile again for each of them that is 1 or divisible by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH "
-    "rows tiles parts rows_per_program image_blocks row_stride"
+    "rows tiles parts rows_per_program image_blocks row_stride num_counters total"
 ).split()
 
 
@@ -137,6 +137,21 @@ def bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
     """(scale, shift) of channels c as [1, BC] rows."""
     m, rstd, scale, shift = bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
     return scale[None, :], shift[None, :]
+
+
+@triton.jit
+def last_to_arrive(counter, total):
+    """True in the one program that comes last of ``total`` to this line, when what all of them stored before it can be read.
+
+    The counter (int32) must be 0 before the first arrives, and is 0 again after the last. What the others stored is to be
+    loaded with ``cache_modifier=".cg"``. Which program is last changes nothing as long as it sums in a fixed order.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    if last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return last
 
 
 def channel_vector_width(channels: int, itemsize: int = 2) -> int:

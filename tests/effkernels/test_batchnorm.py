@@ -43,7 +43,7 @@ def double(vectors):
 
 def check_statistics(x, momentum, batches=3):
     """Mean, rstd and running statistics of one more batch after ``batches`` - 1 others."""
-    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.batchnorm import Merge, merge, statistics
 
     gamma, beta, mean, var = norm_vectors(x.shape[1], x.device)
     counter = torch.tensor(batches, device=x.device)
@@ -60,14 +60,14 @@ def check_statistics(x, momentum, batches=3):
     results["fused"] = dict(
         zip(
             ("mean", "rstd"),
-            merge(tiles, EPS, running_mean=mean, running_var=var, num_batches_tracked=counter, momentum=momentum),
+            merge(tiles, Merge(EPS, mean, var, counter, momentum)),
             strict=True,
         )
     )
     for name, result in results.items():
         result["running_mean"], result["running_var"] = running[name]
     assert_close_to_truth(results["fused"], results["eager"], results["truth"])
-    assert counter == batches
+    assert counter == batches + (momentum is not None)  # the cumulative average counts before the launch
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -84,18 +84,18 @@ def test_statistics_real_shapes(N, C, H, W, dtype, device, scratch):
 
 def test_statistics_of_a_large_mean(device, scratch):
     """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares 2^-24 * 1000^2."""
-    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.batchnorm import Merge, merge, statistics
 
     torch.manual_seed(0)
     x = (torch.randn(2, 8, 20, 20) * 1e-2 + 10.0).to(device)
-    mean, rstd = merge(statistics(nhwc(x)), 1e-12)
+    mean, rstd = merge(statistics(nhwc(x)), Merge(1e-12))
     assert relative_error(mean, x.double().mean((0, 2, 3))) < 1e-6
     assert relative_error(rstd, x.double().var((0, 2, 3), unbiased=False).rsqrt()) < 2**-24 * 1000
 
 
 def test_merge_of_many_uneven_tiles(device, scratch):
     """70 tiles, more than one step of the merge takes, of 1 to 4 rows and one of none."""
-    from effkernels.kernels.batchnorm import merge
+    from effkernels.kernels.batchnorm import Merge, merge
 
     torch.manual_seed(0)
     counts = torch.randint(1, 5, (70,))
@@ -105,21 +105,21 @@ def test_merge_of_many_uneven_tiles(device, scratch):
     means = torch.stack([part.mean(0) if len(part) else part.new_zeros(35) for part in parts])
     m2 = torch.stack([((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)])
     tiles = [guarded(t.to(device).float()) for t in (counts, means, m2)]
-    mean, rstd = merge(tiles, EPS)
+    mean, rstd = merge(tiles, Merge(EPS))
     assert relative_error(mean, x.double().mean(0)) < 1e-6
     assert relative_error(rstd, (x.double().var(0, unbiased=False) + EPS).rsqrt()) < 1e-6
 
 
 def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scratch):
     """bf16 buffers (a network cast as a whole) are rounded to nearest; a NaN in the batch shows in every statistic of its channel."""
-    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.batchnorm import Merge, merge, statistics
 
     x = data(2, 8, 3, 3, torch.float32, device)
     running = [guarded(v.bfloat16()) for v in norm_vectors(8, device)[2:]]
     expected = [v.clone() for v in running]
     x[0, 5, 1, 1] = float("nan")
     torch.nn.functional.batch_norm(x.bfloat16(), *expected, training=True, momentum=0.1)
-    mean, rstd = merge(statistics(nhwc(x)), EPS, running_mean=running[0], running_var=running[1], momentum=0.1)
+    mean, rstd = merge(statistics(nhwc(x)), Merge(EPS, *running[:2], momentum=0.1))
     for value in (mean, rstd, *running):
         assert value.isnan().tolist() == [c == 5 for c in range(8)]
     for value, wanted in zip(running, expected, strict=True):
