@@ -1,56 +1,10 @@
-"""Custom operators: the one place where kernels meet autograd, torch.compile and fake tensors.
-
-Each differentiable operator is a pair ``name`` / ``name_backward`` in the ``effkernels`` namespace with a fake implementation for
-each, and one ``torch.autograd.Function``. Eager calls go through the Function straight to the launchers; the dispatcher (under
-torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators. ``torch.library.custom_op``
-is not used because the forwards update running statistics in place, which it does not allow together with an autograd formula.
-Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
-"""
-
-import functools
+"""Operators of single layers: [BN, act] -> depthwise -> BN, act -> [squeeze-excite]; BN, act, drop-path, residual; squeeze-excite."""
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from effkernels.geometry import conv_out_size, pad_amounts
-
-LIB = torch.library.Library("effkernels", "DEF")
-
-
-def _none(x):
-    return x.new_empty(0, dtype=torch.float32)
-
-
-def _fp32(x, *shape):
-    return x.new_empty(shape, dtype=torch.float32)
-
-
-def _pads(x, weight, stride, padding):
-    k = weight.shape[-1]
-    return (*pad_amounts(x.shape[1], k, stride, padding), *pad_amounts(x.shape[2], k, stride, padding))
-
-
-def _batch_or_running(batch, tiles, running_mean, running_var, num_batches, momentum, eps):
-    """(mean, rstd) fp32 [C] to normalise with; merges ``tiles()`` and updates the running statistics when ``batch``."""
-    from effkernels.kernels import batchnorm
-
-    if batch:
-        return batchnorm.merge(tiles(), batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum))
-    return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
-
-
-def _on_its_device(implementation):
-    """Kernels start on the current GPU: make that the tensors' own."""
-
-    @functools.wraps(implementation)
-    def guarded(x, *args):
-        if not x.is_cuda:
-            return implementation(x, *args)
-        with torch.cuda.device(x.device):
-            return implementation(x, *args)
-
-    return guarded
-
+from effkernels.geometry import conv_out_size
+from effkernels.library.base import LIB, absent, batch_or_running, call, contiguous_like, fp32, on_its_device, pads_of, register
 
 # ---- depthwise_block: [BN1 + act1] -> depthwise -> BN2 + act2 -> [squeeze-excite gate] -------------------------------------------
 
@@ -74,7 +28,7 @@ LIB.define(
 )
 
 
-@_on_its_device
+@on_its_device
 def depthwise_block(
     x, weight, weight1, bias1, running_mean1, running_var1, num_batches1, weight2, bias2, running_mean2, running_var2, num_batches2,
     reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate,
@@ -84,13 +38,11 @@ def depthwise_block(
 
     prologue = mean1 = rstd1 = None
     if weight1 is not None:
-        mean1, rstd1 = _batch_or_running(
-            batch1, lambda: batchnorm.statistics(x), running_mean1, running_var1, num_batches1, momentum1, eps1
-        )
+        mean1, rstd1 = batch_or_running(batch1, lambda: batchnorm.statistics(x), running_mean1, running_var1, num_batches1, momentum1, eps1)
         prologue = (weight1, bias1, mean1, rstd1, eps1, True)
-    pads = _pads(x, weight, stride, padding)
+    pads = pads_of(x, weight, stride, padding)
     y, tiles, _ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=prologue, act1=act1, stats=batch2)
-    mean2, rstd2 = _batch_or_running(batch2, lambda: tiles, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    mean2, rstd2 = batch_or_running(batch2, lambda: tiles, running_mean2, running_var2, num_batches2, momentum2, eps2)
     bn2 = (weight2, bias2, mean2, rstd2, eps2, True)
     gates = pooled = u = None
     if reduce_weight is not None:
@@ -99,7 +51,7 @@ def depthwise_block(
             sums, y.shape[1] * y.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=se_act, gate=gate
         )
     out = batchnorm.apply(y, bn2, act=act2, gate=gates)
-    return tuple(_none(x) if t is None else t for t in (out, y, mean1, rstd1, mean2, rstd2, gates, pooled, u))
+    return tuple(absent(x) if t is None else t for t in (out, y, mean1, rstd1, mean2, rstd2, gates, pooled, u))
 
 
 def depthwise_block_fake(
@@ -109,14 +61,14 @@ def depthwise_block_fake(
     N, H, W, C = x.shape
     k = weight.shape[-1]
     y = x.new_empty(N, conv_out_size(H, k, stride, padding), conv_out_size(W, k, stride, padding), C)
-    norm1 = (_none(x), _none(x)) if weight1 is None else (_fp32(x, C), _fp32(x, C))
-    se = (_none(x), _none(x), _none(x))
+    norm1 = (absent(x), absent(x)) if weight1 is None else (fp32(x, C), fp32(x, C))
+    se = (absent(x), absent(x), absent(x))
     if reduce_weight is not None:
-        se = (_fp32(x, N, C), _fp32(x, N, C), _fp32(x, N, reduce_weight.shape[0]))
-    return (torch.empty_like(y), y, *norm1, _fp32(x, C), _fp32(x, C), *se)
+        se = (fp32(x, N, C), fp32(x, N, C), fp32(x, N, reduce_weight.shape[0]))
+    return (torch.empty_like(y), y, *norm1, fp32(x, C), fp32(x, C), *se)
 
 
-@_on_its_device
+@on_its_device
 def depthwise_block_backward(
     dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias,
     y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, need_dx, need_dw,
@@ -128,7 +80,7 @@ def depthwise_block_backward(
     pixels = y.shape[1] * y.shape[2]
     has_se, has_bn1 = reduce_weight is not None, weight1 is not None
     sums = batchnorm.gradient_sums(dout, y, (weight2, bias2, mean2, rstd2), act=act2, gate=has_se)
-    dpool, se_grads = None, [_none(x) for _ in range(4)]
+    dpool, se_grads = None, [absent(x) for _ in range(4)]
     if has_se:
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         dpool, se_grads, (dweight2, dbias2, k0, k1) = squeeze_excite.squeeze_excite_backward(
@@ -140,31 +92,27 @@ def depthwise_block_backward(
     bn2 = (y, weight2, bias2, mean2, rstd2, k0 if batch2 else None, k1, gates, dpool)
     bn1 = (weight1, bias1, mean1, rstd1) if has_bn1 else None
     dx, partials = depthwise.depthwise_backward(
-        dout, x, weight, stride, _pads(x, weight, stride, padding),
+        dout, x, weight, stride, pads_of(x, weight, stride, padding),
         bn2=bn2, act2=act2, bn1=bn1, act1=act1, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip
-    dw = batchnorm.sum_partials(partials, taps, weight) if need_dw else _none(x)
-    dweight1, dbias1 = _none(x), _none(x)  # outputs of an operator must not alias
+    dw = batchnorm.sum_partials(partials, taps, weight) if need_dw else absent(x)
+    dweight1, dbias1 = absent(x), absent(x)  # outputs of an operator must not alias
     if has_bn1 and need_dx:
         dweight1, dbias1, k0, k1 = batchnorm.gradient_merge(partials[:, taps:], (weight1, mean1, rstd1), x.numel() // C)
         dx = batchnorm.apply_backward(dx, x, (weight1, bias1, mean1, rstd1), terms=(k0, k1) if batch1 else None)
         dweight1, dbias1 = dweight1.to(weight1.dtype), dbias1.to(bias1.dtype)
     dweight2, dbias2 = dweight2.to(weight2.dtype), dbias2.to(bias2.dtype)
-    return (_none(x) if dx is None else dx, dw, dweight1, dbias1, dweight2, dbias2, *se_grads)
+    return (absent(x) if dx is None else dx, dw, dweight1, dbias1, dweight2, dbias2, *se_grads)
 
 
 def depthwise_block_backward_fake(
     dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias, y, *rest,
 ):  # fmt: skip
     *_, need_dx, need_dw = rest
-    norm1 = [torch.empty_like(t) if weight1 is not None and need_dx else _none(x) for t in (weight1, bias1)]
-    se = [_none(x) if t is None else _contiguous_like(t) for t in (reduce_weight, reduce_bias, expand_weight, expand_bias)]
-    dx = torch.empty_like(x) if need_dx else _none(x)
-    return dx, _contiguous_like(weight) if need_dw else _none(x), *norm1, torch.empty_like(weight2), torch.empty_like(bias2), *se
-
-
-def _contiguous_like(t):
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    norm1 = [torch.empty_like(t) if weight1 is not None and need_dx else absent(x) for t in (weight1, bias1)]
+    se = [absent(x) if t is None else contiguous_like(t) for t in (reduce_weight, reduce_bias, expand_weight, expand_bias)]
+    dx = torch.empty_like(x) if need_dx else absent(x)
+    return dx, contiguous_like(weight) if need_dw else absent(x), *norm1, torch.empty_like(weight2), torch.empty_like(bias2), *se
 
 
 class DepthwiseBlock(torch.autograd.Function):
@@ -172,7 +120,7 @@ class DepthwiseBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dispatched, *args):
-        results = _call("depthwise_block", depthwise_block, dispatched, args)
+        results = call("depthwise_block", depthwise_block, dispatched, args)
         out, *aux = results
         x, weight, weight1, bias1, *_ = args
         weight2, bias2 = args[7:9]
@@ -191,7 +139,7 @@ class DepthwiseBlock(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         need_dx, need_dw = needs[0] or needs[2] or needs[3], needs[1]
         args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, need_dx, need_dw)
-        grads = _call("depthwise_block_backward", depthwise_block_backward, ctx.dispatched, args)
+        grads = call("depthwise_block_backward", depthwise_block_backward, ctx.dispatched, args)
         dx, dw, dweight1, dbias1, dweight2, dbias2, *dse = grads
         grads = (dx, dw, dweight1, dbias1, None, None, None, dweight2, dbias2, None, None, None, *dse)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), *(None,) * 12
@@ -209,13 +157,13 @@ LIB.define(
 )
 
 
-@_on_its_device
+@on_its_device
 def bn_act_add(
     x, weight, bias, running_mean, running_var, num_batches, mask, residual, act, batch, momentum, eps,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm
 
-    mean, rstd = _batch_or_running(batch, lambda: batchnorm.statistics(x), running_mean, running_var, num_batches, momentum, eps)
+    mean, rstd = batch_or_running(batch, lambda: batchnorm.statistics(x), running_mean, running_var, num_batches, momentum, eps)
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = batchnorm.apply(x, (weight, bias, mean, rstd, eps, True), act=act, mask=mask, residual=residual, out_dtype=out_dtype)
     return out, mean, rstd
@@ -223,10 +171,10 @@ def bn_act_add(
 
 def bn_act_add_fake(x, weight, bias, running_mean, running_var, num_batches, mask, residual, *settings):
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty_like(x, dtype=out_dtype), _fp32(x, x.shape[-1]), _fp32(x, x.shape[-1])
+    return torch.empty_like(x, dtype=out_dtype), fp32(x, x.shape[-1]), fp32(x, x.shape[-1])
 
 
-@_on_its_device
+@on_its_device
 def bn_act_add_backward(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
     from effkernels.kernels import batchnorm
 
@@ -234,20 +182,20 @@ def bn_act_add_backward(dout, x, weight, bias, mean, rstd, mask, act, batch, nee
     bn = (weight, bias, mean, rstd)
     sums = batchnorm.gradient_sums(dout, x, bn, act=act, mask=mask)
     dweight, dbias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight, mean, rstd), x.numel() // C)
-    dx = _none(x)
+    dx = absent(x)
     if need_dx:
         dx = batchnorm.apply_backward(dout, x, bn, terms=(k0, k1) if batch else None, act=act, mask=mask, out_dtype=x.dtype)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def bn_act_add_backward_fake(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
-    return torch.empty_like(x) if need_dx else _none(x), torch.empty_like(weight), torch.empty_like(bias)
+    return torch.empty_like(x) if need_dx else absent(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 class BatchNormActAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dispatched, *args):
-        results = _call("bn_act_add", bn_act_add, dispatched, args)
+        results = call("bn_act_add", bn_act_add, dispatched, args)
         out, mean, rstd = results
         x, weight, bias = args[:3]
         mask, residual, act, batch = args[6:10]
@@ -268,7 +216,7 @@ class BatchNormActAdd(torch.autograd.Function):
         dx = dweight = dbias = None
         if any(needs[:3]):
             args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0])
-            dx, dweight, dbias = _call("bn_act_add_backward", bn_act_add_backward, ctx.dispatched, args)
+            dx, dweight, dbias = call("bn_act_add_backward", bn_act_add_backward, ctx.dispatched, args)
         grads = (dx, dweight, dbias, None, None, None, None, dout.to(ctx.residual_dtype) if needs[7] else None)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), *(None,) * 4
 
@@ -286,7 +234,7 @@ LIB.define(
 )
 
 
-@_on_its_device
+@on_its_device
 def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, act, gate):
     from effkernels.kernels import batchnorm
     from effkernels.kernels import squeeze_excite as kernels
@@ -299,10 +247,10 @@ def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, ac
 
 def squeeze_excite_fake(x, reduce_weight, *rest):
     N, C = x.shape[0], x.shape[-1]
-    return torch.empty_like(x), _fp32(x, N, C), _fp32(x, N, C), _fp32(x, N, reduce_weight.shape[0])
+    return torch.empty_like(x), fp32(x, N, C), fp32(x, N, C), fp32(x, N, reduce_weight.shape[0])
 
 
-@_on_its_device
+@on_its_device
 def squeeze_excite_backward(
     dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
 ):  # fmt: skip
@@ -312,7 +260,7 @@ def squeeze_excite_backward(
     sums = batchnorm.gradient_sums(dout, x, None, gate=True)
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     dpool, grads, _ = kernels.squeeze_excite_backward(sums, x.shape[1] * x.shape[2], gates, pooled, u, weights, act=act, gate=gate)
-    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if need_dx else _none(x)
+    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if need_dx else absent(x)
     return (dx, *grads)
 
 
@@ -320,13 +268,13 @@ def squeeze_excite_backward_fake(
     dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
 ):  # fmt: skip
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    return torch.empty_like(x) if need_dx else _none(x), *(_contiguous_like(t) for t in weights)
+    return torch.empty_like(x) if need_dx else absent(x), *(contiguous_like(t) for t in weights)
 
 
 class SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dispatched, *args):
-        results = _call("squeeze_excite", squeeze_excite, dispatched, args)
+        results = call("squeeze_excite", squeeze_excite, dispatched, args)
         out, *aux = results
         ctx.save_for_backward(*args[:5], *aux)
         ctx.settings = args[5:]
@@ -342,7 +290,7 @@ class SqueezeExcite(torch.autograd.Function):
             return (None,) * 8
         needs = ctx.needs_input_grad[1:]
         args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0])
-        grads = _call("squeeze_excite_backward", squeeze_excite_backward, ctx.dispatched, args)
+        grads = call("squeeze_excite_backward", squeeze_excite_backward, ctx.dispatched, args)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
 
 
@@ -355,7 +303,7 @@ LIB.define(
 )
 
 
-@_on_its_device
+@on_its_device
 def depthwise_block_inference(
     x, weight, weight1, bias1, running_mean1, running_var1, weight2, bias2, running_mean2, running_var2,
     reduce_weight, reduce_bias, expand_weight, expand_bias, stride, padding, act1, act2, se_act, gate, eps1, eps2,
@@ -366,7 +314,7 @@ def depthwise_block_inference(
 
     has_se = reduce_weight is not None
     out, _, sums = depthwise.depthwise_forward(
-        x, weight, stride, _pads(x, weight, stride, padding),
+        x, weight, stride, pads_of(x, weight, stride, padding),
         prologue=None if weight1 is None else (weight1, bias1, running_mean1, running_var1, eps1, False), act1=act1,
         epilogue=(weight2, bias2, running_mean2, running_var2, eps2), act2=act2, pool=has_se,
     )  # fmt: skip
@@ -388,7 +336,7 @@ def depthwise_block_inference_fake(x, weight, *rest):
 LIB.define(f"bn_act_add_inference(Tensor x, {_FROZEN.format(i='', q='')}, Tensor? residual, str act, float eps) -> Tensor")
 
 
-@_on_its_device
+@on_its_device
 def bn_act_add_inference(x, weight, bias, running_mean, running_var, residual, act, eps):
     from effkernels.kernels import batchnorm
 
@@ -401,37 +349,11 @@ def bn_act_add_inference_fake(x, weight, bias, running_mean, running_var, residu
     return torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
 
 
-# ---- registration and the eager short cut ----------------------------------------------------------------------------------------
-
-
-def _call(name, implementation, dispatched, args):
-    """The operator below autograd when the call came through the dispatcher, else its implementation at once."""
-    if not dispatched:
-        return implementation(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.effkernels, name)(*args)
-
-
-def _register(name, implementation, fake, function=None):
-    for key in ("CPU", "CUDA"):
-        LIB.impl(name, implementation, key)
-    torch.library.register_fake(f"effkernels::{name}", fake, lib=LIB)
-    if function is not None:
-        LIB.impl(name, lambda *args: function.apply(True, *args), "Autograd")
-
-
-_register("depthwise_block", depthwise_block, depthwise_block_fake, DepthwiseBlock)
-_register("depthwise_block_backward", depthwise_block_backward, depthwise_block_backward_fake)
-_register("bn_act_add", bn_act_add, bn_act_add_fake, BatchNormActAdd)
-_register("bn_act_add_backward", bn_act_add_backward, bn_act_add_backward_fake)
-_register("squeeze_excite", squeeze_excite, squeeze_excite_fake, SqueezeExcite)
-_register("squeeze_excite_backward", squeeze_excite_backward, squeeze_excite_backward_fake)
-_register("depthwise_block_inference", depthwise_block_inference, depthwise_block_inference_fake)
-_register("bn_act_add_inference", bn_act_add_inference, bn_act_add_inference_fake)
-
-
-def run(name, function, implementation, args):
-    """Call operator ``name``: recorded by torch.compile, straight to the launchers in eager mode (a custom op costs ~60 us a call)."""
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.effkernels, name)(*args)
-    return implementation(*args) if function is None else function.apply(False, *args)
+register("depthwise_block", depthwise_block, depthwise_block_fake, DepthwiseBlock)
+register("depthwise_block_backward", depthwise_block_backward, depthwise_block_backward_fake)
+register("bn_act_add", bn_act_add, bn_act_add_fake, BatchNormActAdd)
+register("bn_act_add_backward", bn_act_add_backward, bn_act_add_backward_fake)
+register("squeeze_excite", squeeze_excite, squeeze_excite_fake, SqueezeExcite)
+register("squeeze_excite_backward", squeeze_excite_backward, squeeze_excite_backward_fake)
+register("depthwise_block_inference", depthwise_block_inference, depthwise_block_inference_fake)
+register("bn_act_add_inference", bn_act_add_inference, bn_act_add_inference_fake)

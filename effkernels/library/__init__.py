@@ -1,0 +1,31 @@
+"""Custom operators of the kernels; importing this registers them."""
+
+from effkernels.library.base import run
+from effkernels.library.layers import (
+    BatchNormActAdd,
+    DepthwiseBlock,
+    SqueezeExcite,
+    bn_act_add,
+    bn_act_add_backward,
+    bn_act_add_inference,
+    depthwise_block,
+    depthwise_block_backward,
+    depthwise_block_inference,
+    squeeze_excite,
+    squeeze_excite_backward,
+)
+
+__all__ = [
+    "BatchNormActAdd",
+    "DepthwiseBlock",
+    "SqueezeExcite",
+    "bn_act_add",
+    "bn_act_add_backward",
+    "bn_act_add_inference",
+    "depthwise_block",
+    "depthwise_block_backward",
+    "depthwise_block_inference",
+    "run",
+    "squeeze_excite",
+    "squeeze_excite_backward",
+]

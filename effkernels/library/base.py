@@ -1,0 +1,78 @@
+"""Custom operators: where kernels meet autograd, torch.compile and fake tensors. This file: what all of them share.
+
+Each differentiable operator is a pair ``name`` / ``name_backward`` in the ``effkernels`` namespace with a fake implementation for
+each, and one ``torch.autograd.Function``. Eager calls go through the Function straight to the launchers; the dispatcher (under
+torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators. ``torch.library.custom_op``
+is not used because the forwards update running statistics in place, which it does not allow together with an autograd formula.
+Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
+"""
+
+import functools
+
+import torch
+
+from effkernels.geometry import pad_amounts
+
+LIB = torch.library.Library("effkernels", "DEF")
+
+
+def absent(x):
+    return x.new_empty(0, dtype=torch.float32)
+
+
+def fp32(x, *shape):
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def pads_of(x, weight, stride, padding):
+    k = weight.shape[-1]
+    return (*pad_amounts(x.shape[1], k, stride, padding), *pad_amounts(x.shape[2], k, stride, padding))
+
+
+def batch_or_running(batch, tiles, running_mean, running_var, num_batches, momentum, eps):
+    """(mean, rstd) fp32 [C] to normalise with; merges ``tiles()`` and updates the running statistics when ``batch``."""
+    from effkernels.kernels import batchnorm
+
+    if batch:
+        return batchnorm.merge(tiles(), batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum))
+    return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
+
+
+def on_its_device(implementation):
+    """Kernels start on the current GPU: make that the tensors' own."""
+
+    @functools.wraps(implementation)
+    def guarded(x, *args):
+        if not x.is_cuda:
+            return implementation(x, *args)
+        with torch.cuda.device(x.device):
+            return implementation(x, *args)
+
+    return guarded
+
+
+def contiguous_like(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def call(name, implementation, dispatched, args):
+    """The operator below autograd when the call came through the dispatcher, else its implementation at once."""
+    if not dispatched:
+        return implementation(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.effkernels, name)(*args)
+
+
+def register(name, implementation, fake, function=None):
+    for key in ("CPU", "CUDA"):
+        LIB.impl(name, implementation, key)
+    torch.library.register_fake(f"effkernels::{name}", fake, lib=LIB)
+    if function is not None:
+        LIB.impl(name, lambda *args: function.apply(True, *args), "Autograd")
+
+
+def run(name, function, implementation, args):
+    """Call operator ``name``: recorded by torch.compile, straight to the launchers in eager mode (a custom op costs ~60 us a call)."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.effkernels, name)(*args)
+    return implementation(*args) if function is None else function.apply(False, *args)
