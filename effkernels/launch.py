@@ -114,3 +114,80 @@ def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
     BC = _channel_block(C, 64)
     return RowsConfig(BR=2048 // BC, BC=BC)
+
+
+def _power_of_two(n: int, least: int, most: int) -> int:
+    return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Row tiles of BM; BN columns of the product, BK of its inner dimension a step; BL x BR of a weight gradient.
+
+    stages: row tiles or steps in flight. shared: data and weight gradient from the same loads. waves: programs an SM holds at once.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    BL: int = 64
+    BR: int = 64
+    num_warps: int = 4
+    stages: int = 3
+    shared: bool = False
+    waves: int = 4
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1}
+
+    def _programs(self, work: int, blocks: int, device: torch.device, share: float = 1.0) -> int:
+        """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device once."""
+        return max(1, min(work, int(share * self.waves * processor_count(device)) // blocks))
+
+    def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
+        """(tiles a program, programs): consecutive tiles, none without work."""
+        per_program = -(-tiles // self._programs(tiles, blocks, device))
+        return per_program, -(-tiles // per_program)
+
+    def plan(self, images: int, tiles: int, E: int, O: int, wgrad: str, device) -> tuple[int, int, int, int]:  # noqa: E741
+        """(parts an image, tiles a part, data programs, splits of the weight gradient) of the project backward."""
+        share = 0.5 if wgrad == "role" else 1.0
+        blocks = -(-E // self.BN)
+        parts = min(tiles, -(-self._programs(images * tiles, blocks, device, share) // images))
+        tiles_per_part = -(-tiles // parts)
+        parts = -(-tiles // tiles_per_part)
+        programs = self._programs(images * parts, blocks, device, share)
+        splits = self._programs(images * tiles, -(-O // self.BL) * -(-E // self.BR), device, share) if wgrad == "role" else 1
+        return parts, tiles_per_part, programs, splits
+
+    def roles(self, tiles: int, data_blocks: int, weight_blocks: int, need_dx: bool, need_dw: bool, device) -> tuple[int, int]:
+        """(data programs, splits of the weight gradient) that share the device half and half, or alone."""
+        share = 0.5 if need_dx and need_dw else 1.0
+        return self._programs(tiles, data_blocks, device, share), self._programs(tiles, weight_blocks, device, share)
+
+
+def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
+    """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed once)."""
+    BN = _power_of_two(N, 16, 256 if prologue and dtype.itemsize == 2 else 128 if dtype.itemsize == 2 else 64)
+    BK = _power_of_two(K, 16, 64 if dtype.itemsize == 2 else 32)
+    BM = _power_of_two(rows, 16, 128 if BN <= 64 and dtype.itemsize == 2 else 64)
+    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=8 if BN * BM > 8192 else 4)
+
+
+def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:  # noqa: E741
+    """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 32 a thread)."""
+    narrow = dtype.itemsize == 2
+    shared = O <= (64 if narrow else 32)
+    BM = _power_of_two(rows, 16, 64 if narrow else 32)
+    BK = _power_of_two(O, 16, 64 if narrow else 32)
+    BE = _power_of_two(E, 16, 64)
+    return PointwiseConfig(BM=BM, BN=BE, BK=BK, BL=_power_of_two(O, 16, 64), BR=BE, shared=shared, stages=2)
+
+
+def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:  # noqa: E741
+    narrow = dtype.itemsize == 2
+    BM = _power_of_two(rows, 16, 64)
+    BI = _power_of_two(I, 16, 128 if narrow else 64)
+    BK = _power_of_two(E, 16, 64 if narrow else 32)
+    return PointwiseConfig(BM=BM, BN=BI, BK=BK, BL=64, BR=_power_of_two(I, 16, 64), stages=2)

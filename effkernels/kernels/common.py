@@ -20,7 +20,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # Every size, stride and count a kernel takes. Triton would compile again for each of them that is 1 or divisible by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH "
-    "rows tiles parts rows_per_program image_blocks row_stride num_counters total"
+    "rows tiles parts rows_per_program image_blocks row_stride num_counters total images KV NV LV per_program programs splits tiles_per_part"
 ).split()
 
 
@@ -137,6 +137,15 @@ def bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
     """(scale, shift) of channels c as [1, BC] rows."""
     m, rstd, scale, shift = bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
     return scale[None, :], shift[None, :]
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b with fp32 sums; PRECISION of fp32 operands. The interpreter's product of bf16 blocks is garbage, of fp32 it is right."""
+    if _INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -1,0 +1,550 @@
+"""1x1 convolutions as products of NHWC rows: forward, and both backward passes of an MBConv block.
+
+    forward           y[m,o]  = sum_k a[m,k] w[o,k]          a = x, phi(BN(x)), times gate[n,k] where there is one
+    project backward  dq[m,e] = sum_o dy[m,o] w[o,e]         dy = scale * mask[n] * dout + k0 + k1 * y      (BatchNorm 3's backward)
+                      dw[o,e] = sum_m dy[m,o] q[m,e]         q = phi(BN2(y2)) * gate[n,e]
+    expand backward   dx[m,i] = sum_e dz[m,e] A[e] w[e,i] + sum_j x[m,j] G[j,i] + c[i]  [+ dout[m,i]]
+                      D[e,i]  = sum_m dz[m,e] x[m,i],   gram[j,i] = sum_m x[m,j] x[m,i],   xsum[i] = sum_m x[m,i]
+
+The expand backward never reads y1: BatchNorm 1's backward is dy1 = A * dz + k0 + k1 * y1 with y1 = x w^T, so y1's term folds into x:
+G = w^T diag(k1) w, c = k0 w, and dw = A D + k1 (w gram) + k0 xsum (``weight_gradients.finish``). Nothing activated or gated is stored.
+
+Rows are counted per image where something depends on the image (a gate, sums per image), else over the whole batch, in tiles of BM.
+Programs are persistent over tiles; a backward launch holds two roles, data gradient and weight gradient, that move over the same
+rows at the same time, so that what both read comes from DRAM once. Weight gradients are fp32 partials, one per split of the rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.kernels.batchnorm import Merge, finish_statistics
+from effkernels.kernels.common import (
+    activate,
+    activate_and_grad,
+    bn_row,
+    cast,
+    channel_vector_width,
+    dot,
+    fast_math,
+    last_to_arrive,
+    load_vector,
+    sized_jit,
+)
+from effkernels.launch import expand_backward_config, pointwise_forward_config, project_backward_config
+
+
+@triton.jit
+def load_tile(x, i, c, C, ok, mc):
+    """Rows i of x [BM, C] at channels c; 0 outside."""
+    return tl.load(x + i[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
+
+
+@triton.jit
+def load_forward_weight(w, n, k, K, mask, dtype: tl.constexpr):
+    """w [N, K] as the right operand [k, n], rounded to the compute dtype."""
+    return cast(tl.load(w + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32), dtype)
+
+
+@triton.jit
+def activated_operand(
+    v, scale, shift, gate, dtype: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr
+):
+    """The forward's left operand a from a loaded tile v."""
+    if BN or GATED:
+        v = v.to(tl.float32)
+        if BN:
+            v = activate(v * scale + shift, ACT, FAST)
+        if GATED:
+            v = v * gate
+        return cast(v, dtype)
+    elif v.dtype != dtype:
+        return cast(v.to(tl.float32), dtype)
+    else:
+        return v
+
+
+@sized_jit
+def pointwise_forward_kernel(
+    x, w, y, gamma1, beta1, mean1, rstd1, gate, gamma2, beta2, mean2, var2, residual, tile_count, tile_mean, tile_m2,
+    mean_out, rstd_out, running_mean, running_var, num_batches, counters, eps, momentum,
+    images, rows, KV, NV, tiles, per_program, P,
+    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SINGLE: tl.constexpr,
+    STAGES: tl.constexpr, X_DTYPE: tl.constexpr, BN1: tl.constexpr, ACT1: tl.constexpr, GATED: tl.constexpr, STATS: tl.constexpr,
+    MERGE: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, BN2: tl.constexpr, ACT2: tl.constexpr,
+    RESIDUAL: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BN columns of ``per_program`` row tiles. SINGLE: BK covers all K, so the weights stay. X_DTYPE: compute in x's dtype, else y's."""
+    K = KV * KVEC
+    N = NV * NVEC
+    dtype: tl.constexpr = x.dtype.element_ty if X_DTYPE else y.dtype.element_ty
+    blocks_n = tl.cdiv(N, BN)
+    block = tl.program_id(0) % blocks_n
+    p = tl.program_id(0) // blocks_n
+    c = block * BN + tl.arange(0, BN)
+    mc = c < N
+    k = tl.arange(0, BK)
+    i = tl.arange(0, BM)
+    scale1, shift1, gates = 0.0, 0.0, 0.0
+    if SINGLE:
+        mk = k < K
+        weight = load_forward_weight(w, c, k, K, mk[:, None] & mc[None, :], dtype)
+        if BN1:
+            scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, k, mk, True)
+    if BN2:
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps, c, mc, False)
+    if STATS:
+        pivot = tl.zeros([BN], tl.float32)
+        s1 = tl.zeros([BN], tl.float32)
+        s2 = tl.zeros([BN], tl.float32)
+        count = 0.0
+    if POOL:
+        pooled = tl.zeros([BN], tl.float32)
+    first = p * per_program
+    last = tl.minimum(first + per_program, images * tiles)
+    for t in tl.range(first, last, num_stages=STAGES if SINGLE else 1):
+        image = (t // tiles).to(tl.int64)
+        row0 = (t % tiles).to(tl.int64) * BM
+        ok = row0 + i < rows
+        base = image * rows + row0
+        acc = tl.zeros([BM, BN], tl.float32)
+        if SINGLE:
+            if GATED:
+                gates = load_vector(gate + image * K, k, mk)[None, :]
+            a = activated_operand(load_tile(x + base * K, i, k, K, ok, mk), scale1, shift1, gates, dtype, BN1, ACT1, GATED, FAST)
+            acc = dot(a, weight, acc, PRECISION)
+        else:
+            for start in tl.range(0, K, BK, num_stages=STAGES):
+                kk = start + k
+                mk = kk < K
+                weight = load_forward_weight(w, c, kk, K, mk[:, None] & mc[None, :], dtype)
+                if BN1:
+                    scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, kk, mk, True)
+                if GATED:
+                    gates = load_vector(gate + image * K, kk, mk)[None, :]
+                a = activated_operand(load_tile(x + base * K, i, kk, K, ok, mk), scale1, shift1, gates, dtype, BN1, ACT1, GATED, FAST)
+                acc = dot(a, weight, acc, PRECISION)
+        if STATS:
+            here = tl.minimum(rows - row0, BM).to(tl.float32)
+            if t == first:
+                pivot = tl.sum(tl.where(ok[:, None], acc, 0.0), 0) / here
+            d = tl.where(ok[:, None], acc - pivot[None, :], 0.0)
+            s1 += tl.sum(d, 0)
+            s2 += tl.sum(d * d, 0)
+            count += here
+        if BN2:
+            acc = activate(acc * scale2 + shift2, ACT2, FAST)
+        if POOL:
+            pooled += tl.sum(tl.where(ok[:, None], acc, 0.0), 0)
+        else:
+            out_mask = ok[:, None] & mc[None, :]
+            offset = i[:, None] * N + c[None, :]
+            if RESIDUAL:
+                acc += tl.load(residual + base * N + offset, mask=out_mask, other=0.0).to(tl.float32)
+            tl.store(y + base * N + offset, cast(acc, y.dtype.element_ty), mask=out_mask)
+    if POOL:
+        tl.store(y + p.to(tl.int64) * N + c, cast(pooled / rows, y.dtype.element_ty), mask=mc)
+    if STATS:
+        shift = s1 / count
+        tl.store(tile_mean + p.to(tl.int64) * N + c, pivot + shift, mask=mc)
+        tl.store(tile_m2 + p.to(tl.int64) * N + c, s2 - shift * shift * count, mask=mc)
+        # Each block of columns keeps its own counts: its last program must not wait for another block's.
+        tl.store(tile_count + block * P + p, count)
+        if MERGE:
+            if last_to_arrive(counters + block, P):
+                finish_statistics(
+                    tile_count + block * P, tile_mean, tile_m2, mean_out, rstd_out, running_mean, running_var, num_batches,
+                    P, N, eps, momentum, block, BP, BN, UPDATE, COUNT,
+                )  # fmt: skip
+
+
+@triton.jit
+def bn_backward_operand(dout, y, base, i, c, C, ok, mc, scale, offset, slope, factor, dtype: tl.constexpr, BATCH: tl.constexpr):
+    """dy = scale * factor * dout + offset + slope * y, 0 in rows outside; rounded to the compute dtype."""
+    v = load_tile(dout + base * C, i, c, C, ok, mc).to(tl.float32) * (scale * factor)
+    if BATCH:
+        v += offset + slope * load_tile(y + base * C, i, c, C, ok, mc).to(tl.float32)
+        v = tl.where(ok[:, None], v, 0.0)
+    return cast(v, dtype)
+
+
+@triton.jit
+def backward_rows(gamma, rstd, k0, k1, c, mc, BATCH: tl.constexpr):
+    """(scale, offset, slope) of a BatchNorm's backward as [1, BC] rows."""
+    scale = load_vector(gamma, c, mc) * load_vector(rstd, c, mc)
+    offset = tl.zeros_like(scale)
+    slope = tl.zeros_like(scale)
+    if BATCH:
+        offset = load_vector(k0, c, mc)
+        slope = load_vector(k1, c, mc)
+    return scale[None, :], offset[None, :], slope[None, :]
+
+
+@triton.jit
+def store_partial(partials, acc, row, col, ROWS, COLS, split):
+    """acc [BL, BR] into partials [split, ROWS, COLS]."""
+    offset = split.to(tl.int64) * ROWS * COLS + row[:, None] * COLS + col[None, :]
+    tl.store(partials + offset, acc, mask=(row < ROWS)[:, None] & (col < COLS)[None, :])
+
+
+@sized_jit
+def project_backward_kernel(
+    dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+    images, rows, KV, NV, tiles, parts, tiles_per_part, programs, splits,
+    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr,
+    STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    NEED_DQ: tl.constexpr, WGRAD: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """WGRAD "shared": the data-gradient programs keep dw of all O (BK covers it) too; "role": programs of its own; "": none."""
+    O = KV * KVEC  # noqa: E741
+    E = NV * NVEC
+    dtype: tl.constexpr = y2.dtype.element_ty
+    i = tl.arange(0, BM)
+    factor = 1.0
+    wgrad_programs = 0
+    if WGRAD == "role":
+        wgrad_programs = splits * tl.cdiv(O, BO) * tl.cdiv(E, BW)
+    pid = tl.program_id(0)
+    if pid < wgrad_programs:
+        # Weight gradient of BO x BW over every ``splits``-th row tile.
+        blocks_e = tl.cdiv(E, BW)
+        c = pid % blocks_e * BW + tl.arange(0, BW)
+        mc = c < E
+        pid = pid // blocks_e
+        o = pid % tl.cdiv(O, BO) * BO + tl.arange(0, BO)
+        mo = o < O
+        split = pid // tl.cdiv(O, BO)
+        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, o, mo, BATCH)
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+        dw = tl.zeros([BO, BW], tl.float32)
+        for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
+            image = (t // tiles).to(tl.int64)
+            row0 = t % tiles * BM
+            ok = row0 + i < rows
+            base = image * rows + row0
+            if MASKED:
+                factor = tl.load(mask + image)
+            dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, BATCH)
+            gates = 0.0
+            if GATED:
+                gates = load_vector(gate + image * E, c, mc)[None, :]
+            q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, GATED, FAST)
+            dw = dot(tl.trans(dy), q, dw, PRECISION)
+        store_partial(partials, dw, o, c, O, E, split)
+    else:
+        # dq of BE channels, and their sums, for every ``programs``-th part of an image.
+        pid -= wgrad_programs
+        blocks_e = tl.cdiv(E, BE)
+        c = pid % blocks_e * BE + tl.arange(0, BE)
+        mc = c < E
+        p = pid // blocks_e
+        k = tl.arange(0, BK)
+        SINGLE: tl.constexpr = WGRAD == "shared"
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+        mu2 = load_vector(mean2, c, mc)[None, :]
+        if SINGLE:
+            mk = k < O
+            scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, k, mk, BATCH)
+            weight = cast(tl.load(w + k[:, None] * E + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32), dtype)
+            dw = tl.zeros([BK, BE], tl.float32)
+        for g in range(p, images * parts, programs):
+            image = (g // parts).to(tl.int64)
+            if MASKED:
+                factor = tl.load(mask + image)
+            gates = 0.0
+            if GATED:
+                gates = load_vector(gate + image * E, c, mc)[None, :]
+            s1 = tl.zeros([BE], tl.float32)
+            s3 = tl.zeros([BE], tl.float32)
+            s_gate = tl.zeros([BE], tl.float32)
+            first = g % parts * tiles_per_part
+            for t in tl.range(first, tl.minimum(first + tiles_per_part, tiles), num_stages=STAGES if SINGLE else 1):
+                row0 = t * BM
+                ok = row0 + i < rows
+                base = image * rows + row0
+                acc = tl.zeros([BM, BE], tl.float32)
+                v = load_tile(y2 + base * E, i, c, E, ok, mc).to(tl.float32)
+                if SINGLE:
+                    dy = bn_backward_operand(dout, y3, base, i, k, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
+                    acc = dot(dy, weight, acc, PRECISION)
+                else:
+                    for start in tl.range(0, O, BK, num_stages=STAGES):
+                        kk = start + k
+                        mk = kk < O
+                        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, kk, mk, BATCH)
+                        w_mask = mk[:, None] & mc[None, :]
+                        weight = cast(tl.load(w + kk[:, None] * E + c[None, :], mask=w_mask, other=0.0).to(tl.float32), dtype)
+                        dy = bn_backward_operand(dout, y3, base, i, kk, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
+                        acc = dot(dy, weight, acc, PRECISION)
+                phi, dphi = activate_and_grad(v * scale2 + shift2, ACT, FAST)
+                slope_sum = acc * dphi  # rows outside: dy, and so acc, is 0
+                s1 += tl.sum(slope_sum, 0)
+                s3 += tl.sum(slope_sum * (v - mu2), 0)
+                if GATED:
+                    s_gate += tl.sum(acc * phi, 0)
+                if NEED_DQ:
+                    offset = i[:, None] * E + c[None, :]
+                    tl.store(dq + base * E + offset, cast(acc, dtype), mask=ok[:, None] & mc[None, :])
+                if SINGLE:
+                    if GATED:
+                        phi = phi * gates
+                    dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
+            NUM: tl.constexpr = 3 if GATED else 2
+            out = sums + (image * parts + g % parts) * NUM * E + c
+            tl.store(out, s1, mask=mc)
+            tl.store(out + E, s3 * load_vector(rstd2, c, mc), mask=mc)
+            if GATED:
+                tl.store(out + 2 * E, s_gate, mask=mc)
+        if SINGLE:
+            store_partial(partials, dw, k, c, O, E, p)
+
+
+@sized_jit
+def gram_matrix_kernel(
+    w, k0, k1, out, E, IV,
+    IVEC: tl.constexpr, BI: tl.constexpr, BE: tl.constexpr, DTYPE_OF: tl.constexpr,
+):  # fmt: skip
+    """out fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w rounded as in the forward."""
+    I = IV * IVEC  # noqa: E741
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    j = tl.program_id(1) * BI + tl.arange(0, BI)
+    mi, mj = i < I, j < I
+    acc = tl.zeros([BI, BI], tl.float32)
+    row = tl.zeros([BI], tl.float32)
+    for start in range(0, E, BE):
+        e = start + tl.arange(0, BE)
+        me = e < E
+        right = tl.load(w + e[:, None] * I + i[None, :], mask=me[:, None] & mi[None, :], other=0.0).to(tl.float32)
+        left = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
+        if DTYPE_OF == "bf16":
+            right, left = cast(right, tl.bfloat16).to(tl.float32), cast(left, tl.bfloat16).to(tl.float32)
+        elif DTYPE_OF == "fp16":
+            right, left = right.to(tl.float16).to(tl.float32), left.to(tl.float16).to(tl.float32)
+        acc = tl.dot(tl.trans(left * load_vector(k1, e, me)[:, None]), right, acc, input_precision="ieee")
+        row += tl.sum(right * load_vector(k0, e, me)[:, None], 0)
+    tl.store(out + j[:, None] * I + i[None, :], acc, mask=mj[:, None] & mi[None, :])
+    tl.store(out + I * I + i, row, mask=mi & (tl.program_id(1) == 0))
+
+
+@sized_jit
+def expand_backward_kernel(
+    dz, x, w, dx, partials, grams, gamma1, rstd1, matrix, dout,
+    rows, KV, NV, tiles, programs, splits,
+    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr,
+    STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, WGRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First the weight-gradient programs (D, then gram and xsum), then those of dx."""
+    E = KV * KVEC
+    I = NV * NVEC  # noqa: E741
+    dtype: tl.constexpr = dz.dtype.element_ty
+    m = tl.arange(0, BM)
+    wide = tl.full([], BM, tl.int64)
+    wgrad_programs = 0
+    if WGRAD:
+        blocks_l = tl.cdiv(E, BE)
+        if BATCH:
+            blocks_l += tl.cdiv(I, BE)
+        wgrad_programs = splits * blocks_l * tl.cdiv(I, BW)
+    pid = tl.program_id(0)
+    if pid < wgrad_programs:
+        blocks_e = tl.cdiv(E, BE)
+        c = pid % tl.cdiv(I, BW) * BW + tl.arange(0, BW)
+        mc = c < I
+        pid = pid // tl.cdiv(I, BW)
+        block = pid % blocks_l
+        split = pid // blocks_l
+        acc = tl.zeros([BE, BW], tl.float32)
+        if block < blocks_e:
+            e = block * BE + tl.arange(0, BE)
+            me = e < E
+            for t in tl.range(split, tiles, splits, num_stages=STAGES):
+                base = t * wide
+                ok = base + m < rows
+                left = load_tile(dz + base * E, m, e, E, ok, me)
+                right = activated_operand(load_tile(x + base * I, m, c, I, ok, mc), 0.0, 0.0, 0.0, dtype, False, "", False, False)
+                acc = dot(tl.trans(left), right, acc, PRECISION)
+            store_partial(partials, acc, e, c, E, I, split)
+        else:
+            j = (block - blocks_e) * BE + tl.arange(0, BE)
+            mj = j < I
+            xsum = tl.zeros([BW], tl.float32)
+            for t in tl.range(split, tiles, splits, num_stages=STAGES):
+                base = t * wide
+                ok = base + m < rows
+                left = activated_operand(load_tile(x + base * I, m, j, I, ok, mj), 0.0, 0.0, 0.0, dtype, False, "", False, False)
+                right = activated_operand(load_tile(x + base * I, m, c, I, ok, mc), 0.0, 0.0, 0.0, dtype, False, "", False, False)
+                acc = dot(tl.trans(left), right, acc, PRECISION)
+                xsum += tl.sum(right.to(tl.float32), 0)
+            out = grams + split.to(tl.int64) * (I + 1) * I
+            tl.store(out + j[:, None] * I + c[None, :], acc, mask=mj[:, None] & mc[None, :])
+            tl.store(out + I * I + c, xsum, mask=mc & (block == blocks_e))
+    elif NEED_DX:
+        pid -= wgrad_programs
+        blocks_i = tl.cdiv(I, BI)
+        c = pid % blocks_i * BI + tl.arange(0, BI)
+        mc = c < I
+        k = tl.arange(0, BK)
+        for t in range(pid // blocks_i, tiles, programs):
+            base = t * wide
+            ok = base + m < rows
+            acc = tl.zeros([BM, BI], tl.float32)
+            for start in tl.range(0, E, BK, num_stages=STAGES):
+                kk = start + k
+                mk = kk < E
+                scale = load_vector(gamma1, kk, mk) * load_vector(rstd1, kk, mk)
+                weight = tl.load(w + kk[:, None] * I + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32)
+                weight = cast(cast(weight, dtype).to(tl.float32) * scale[:, None], dtype)
+                acc = dot(load_tile(dz + base * E, m, kk, E, ok, mk), weight, acc, PRECISION)
+            if BATCH:
+                for start in tl.range(0, I, BK, num_stages=STAGES):
+                    kk = start + k
+                    mk = kk < I
+                    weight = cast(tl.load(matrix + kk[:, None] * I + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0), dtype)
+                    a = activated_operand(load_tile(x + base * I, m, kk, I, ok, mk), 0.0, 0.0, 0.0, dtype, False, "", False, False)
+                    acc = dot(a, weight, acc, PRECISION)
+                acc += load_vector(matrix + I * I, c, mc)[None, :]
+            offset = m[:, None] * I + c[None, :]
+            out_mask = ok[:, None] & mc[None, :]
+            if RESIDUAL:
+                acc += tl.load(dout + base * I + offset, mask=out_mask, other=0.0).to(tl.float32)
+            tl.store(dx + base * I + offset, cast(acc, dx.dtype.element_ty), mask=out_mask)
+
+
+def _fp32(device, *shape):
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
+def matmul_precision() -> str:
+    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def pointwise_forward(
+    x, weight, *, dtype=None, prologue=None, act1="identity", gate=None, merge=None, stats=False, counters=None,
+    epilogue=None, act2="identity", residual=None, pool=False, out_dtype=None,
+):  # fmt: skip
+    """y = a w^T for x [N, H, W, K], weight [O, K, 1, 1]; see the module docstring.
+
+    Args:
+        dtype: compute dtype (default x's); x is rounded to it on load.
+        prologue: (gamma, beta, mean, rstd): a = act1(BN(x)). gate: fp32 [N, K], multiplies a.
+        stats: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. merge: a ``Merge``: the last program
+            finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one per block of columns or more.
+        epilogue: (gamma, beta, mean, var, eps): act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
+        pool: store only the mean over H, W, [N, O].
+
+    Returns: (y, statistics or None).
+    """
+    N, H, W, K = x.shape
+    O = weight.shape[0]  # noqa: E741
+    dtype = dtype or x.dtype
+    per_image = gate is not None or pool
+    images, rows = (N, H * W) if per_image else (1, N * H * W)
+    cfg = pointwise_forward_config(K, O, rows, dtype, prologue is not None or gate is not None)
+    tiles = triton.cdiv(rows, cfg.BM)
+    blocks_n = triton.cdiv(O, cfg.BN)
+    per_program, P = (tiles, images) if pool else cfg.spread(images * tiles, blocks_n, x.device)
+    y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
+    want_stats = stats or merge is not None
+    tiles_out = (_fp32(x.device, blocks_n, P), _fp32(x.device, P, O), _fp32(x.device, P, O)) if want_stats else (weight,) * 3
+    merged = (_fp32(x.device, O), _fp32(x.device, O)) if merge is not None else (weight, weight)
+    how = (merge or Merge(epilogue[4] if epilogue else 0.0)).arguments(weight)
+    g1, b1, m1, r1 = prologue or (weight,) * 4
+    g2, b2, m2, v2 = epilogue[:4] if epilogue else (weight,) * 4
+    pointwise_forward_kernel[(P * blocks_n,)](
+        x, weight, y, g1, b1, m1, r1, weight if gate is None else gate, g2, b2, m2, v2, weight if residual is None else residual,
+        *tiles_out, *merged, counters=weight if counters is None else counters, **how,
+        images=images, rows=rows, KV=K // channel_vector_width(K), NV=O // channel_vector_width(O), tiles=tiles,
+        per_program=per_program, P=P,
+        KVEC=channel_vector_width(K), NVEC=channel_vector_width(O), BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=K <= cfg.BK,
+        STAGES=cfg.stages, X_DTYPE=x.dtype == dtype, BN1=prologue is not None, ACT1=act1, GATED=gate is not None, STATS=want_stats,
+        MERGE=merge is not None, BP=max(1, 4096 // cfg.BN), BN2=epilogue is not None, ACT2=act2, RESIDUAL=residual is not None, POOL=pool,
+        FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    if merge is not None:
+        return y, merged
+    return y, (tiles_out[0][0], *tiles_out[1:]) if stats else None
+
+
+def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, need_dq=True, need_dw=True):
+    """Data and weight gradient of the project convolution in one launch.
+
+    Args:
+        dout: gradient of the block's output [N, h, w, O]; y3 [N, h, w, O] and y2 [N, h, w, E] before their BatchNorms.
+        weight: [O, E, 1, 1]. bn3: (gamma, rstd); terms: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None when frozen.
+        bn2: (gamma, beta, mean, rstd). gate: fp32 [N, E] or None. mask: fp32 [N], drop-path's, or None.
+
+    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 3 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi;
+        partials fp32 [S, O, E] of the weight gradient or None).
+    """
+    N, H, W, E = y2.shape
+    O = weight.shape[0]  # noqa: E741
+    rows = H * W
+    cfg = project_backward_config(E, O, rows, y2.dtype)
+    tiles = triton.cdiv(rows, cfg.BM)
+    blocks_e = triton.cdiv(E, cfg.BN)
+    wgrad = "" if not need_dw else "shared" if cfg.shared else "role"
+    parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, y2.device)
+    dq = torch.empty_like(y2) if need_dq else None
+    sums = _fp32(y2.device, N, parts, 2 if gate is None else 3, E)
+    copies = programs if wgrad == "shared" else splits
+    partials = _fp32(y2.device, copies, O, E) if need_dw else None
+    k0, k1 = terms or (None, None)
+    pointers = [weight if t is None else t for t in (dq, sums, partials, *bn3, k0, k1, mask, *bn2, gate)]
+    grid = programs * blocks_e + (splits * triton.cdiv(O, cfg.BL) * triton.cdiv(E, cfg.BR) if wgrad == "role" else 0)
+    project_backward_kernel[(grid,)](
+        dout, y3, y2, weight, *pointers,
+        N, rows, O // channel_vector_width(O), E // channel_vector_width(E), tiles, parts, tiles_per_part, programs, splits,
+        KVEC=channel_vector_width(O), NVEC=channel_vector_width(E), BM=cfg.BM, BE=cfg.BN, BK=cfg.BK, BO=cfg.BL, BW=cfg.BR,
+        STAGES=cfg.stages, BATCH=terms is not None, MASKED=mask is not None, ACT=act, GATED=gate is not None,
+        NEED_DQ=need_dq, WGRAD=wgrad, FAST=fast_math(y2.dtype), PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    return dq, sums, partials
+
+
+def gram_matrix(weight, k0, k1, dtype):
+    """fp32 [I + 1, I]: w^T diag(k1) w, and k0 w in the last row; weight [E, I, 1, 1], rounded to ``dtype`` as in the forward."""
+    E, I = weight.shape[:2]  # noqa: E741
+    out = _fp32(k0.device, I + 1, I)
+    blocks = triton.cdiv(I, 32)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    gram_matrix_kernel[(blocks, blocks)](
+        weight, k0, k1, out, E, I // channel_vector_width(I),
+        IVEC=channel_vector_width(I), BI=32, BE=64, DTYPE_OF=name, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def expand_backward(dz, x, weight, bn1, terms, *, residual=None, need_dx=True, need_dw=True, out_dtype=None):
+    """Data and weight gradient of the expand convolution in one launch, without its output (two with batch statistics).
+
+    Args:
+        dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], of any dtype.
+        weight: [E, I, 1, 1]. bn1: (gamma, rstd); terms: (k0, k1) fp32 [E] of BatchNorm 1's backward, or None when frozen.
+        residual: added to dx, [N, H, W, I].
+
+    Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [S, I + 1, I] with xsum in the last row, or None).
+    """
+    N, H, W, E = dz.shape
+    I = x.shape[-1]  # noqa: E741
+    rows = N * H * W
+    cfg = expand_backward_config(E, I, rows, dz.dtype)
+    tiles = triton.cdiv(rows, cfg.BM)
+    matrix = gram_matrix(weight, *terms, dz.dtype) if terms is not None and need_dx else None
+    blocks_i = triton.cdiv(I, cfg.BN)
+    blocks_l = triton.cdiv(E, cfg.BL) + (triton.cdiv(I, cfg.BL) if terms is not None else 0)
+    programs, splits = cfg.roles(tiles, blocks_i, blocks_l * triton.cdiv(I, cfg.BR), need_dx, need_dw, dz.device)
+    dx = torch.empty_like(x, dtype=out_dtype or x.dtype) if need_dx else None
+    partials = _fp32(dz.device, splits, E, I) if need_dw else None
+    grams = _fp32(dz.device, splits, I + 1, I) if need_dw and terms is not None else None
+    pointers = [weight if t is None else t for t in (dx, partials, grams, *bn1, matrix, residual)]
+    grid = (programs * blocks_i if need_dx else 0) + (splits * blocks_l * triton.cdiv(I, cfg.BR) if need_dw else 0)
+    expand_backward_kernel[(grid,)](
+        dz, x, weight, *pointers,
+        rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits,
+        KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR,
+        STAGES=cfg.stages, BATCH=terms is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, WGRAD=need_dw,
+        PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    return dx, partials, grams
