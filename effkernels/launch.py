@@ -48,6 +48,17 @@ class DepthwiseConfig:
         return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // blocks_c)))
 
 
+# Channels of every depthwise program: its block of the counters and of the partial results.
+DEPTHWISE_CHANNELS = 32
+
+
+def depthwise_counters(C: int, device: torch.device) -> int:
+    """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block of channels."""
+    blocks_c = -(-C // DEPTHWISE_CHANNELS)
+    programs = -(-2 * DepthwiseConfig.warps_per_sm * processor_count(device) // blocks_c)
+    return blocks_c * (1 + -(-programs // 32))
+
+
 def even_rows(rows: int, most: int) -> int:
     """Rows per program, at most ``most``, that cover ``rows`` in chunks as equal as possible."""
     chunks = -(-rows // most)
@@ -70,7 +81,7 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
         TW = 8 if stride == 1 else 6
     else:
         TW = 2 if K == 7 else 4 // stride
-    return DepthwiseConfig(BC=32, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype))
+    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype))
 
 
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
@@ -80,7 +91,7 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
     else:
         TW = 4 if K == 9 and stride == 1 and dtype.itemsize == 2 else 2
     limit = _register_limit(K, dtype)
-    return DepthwiseConfig(BC=32, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7, maxnreg=limit)
+    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7, maxnreg=limit)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     BN = _power_of_two(N, 16, 256 if prologue and dtype.itemsize == 2 else 128 if dtype.itemsize == 2 else 64)
     BK = _power_of_two(K, 16, 64 if dtype.itemsize == 2 else 32)
     BM = _power_of_two(rows, 16, 128 if BN <= 64 and dtype.itemsize == 2 else 64)
-    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=8 if BN * BM > 8192 else 4)
+    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=8 if BN * BM > 4096 else 4)
 
 
 def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:  # noqa: E741

@@ -58,10 +58,7 @@ def activated_operand(
         if GATED:
             v = v * gate
         return cast(v, dtype)
-    elif v.dtype != dtype:
-        return cast(v.to(tl.float32), dtype)
-    else:
-        return v
+    return v if v.dtype == dtype else cast(v.to(tl.float32), dtype)
 
 
 @sized_jit
@@ -85,7 +82,10 @@ def pointwise_forward_kernel(
     mc = c < N
     k = tl.arange(0, BK)
     i = tl.arange(0, BM)
-    scale1, shift1, gates = 0.0, 0.0, 0.0
+    if not BN1:
+        scale1, shift1 = 0.0, 0.0
+    if not GATED:
+        gates = 0.0
     if SINGLE:
         mk = k < K
         weight = load_forward_weight(w, c, k, K, mk[:, None] & mc[None, :], dtype)
@@ -187,6 +187,108 @@ def store_partial(partials, acc, row, col, ROWS, COLS, split):
     tl.store(partials + offset, acc, mask=(row < ROWS)[:, None] & (col < COLS)[None, :])
 
 
+@triton.jit
+def project_weight_gradient(
+    pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, splits,
+    BM: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dw of BO x BW over every ``splits``-th row tile."""
+    dtype: tl.constexpr = y2.dtype.element_ty
+    blocks_e = tl.cdiv(E, BW)
+    blocks_o = tl.cdiv(O, BO)
+    c = pid % blocks_e * BW + tl.arange(0, BW)
+    mc = c < E
+    o = pid // blocks_e % blocks_o * BO + tl.arange(0, BO)
+    mo = o < O
+    split = pid // blocks_e // blocks_o
+    i = tl.arange(0, BM)
+    scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, o, mo, BATCH)
+    scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+    dw = tl.zeros([BO, BW], tl.float32)
+    for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
+        image = (t // tiles).to(tl.int64)
+        row0 = t % tiles * BM
+        ok = row0 + i < rows
+        base = image * rows + row0
+        factor = tl.load(mask + image) if MASKED else 1.0
+        dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, BATCH)
+        gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
+        q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, GATED, FAST)
+        dw = dot(tl.trans(dy), q, dw, PRECISION)
+    store_partial(partials, dw, o, c, O, E, split)
+
+
+@triton.jit
+def project_data_gradient(
+    pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+    images, rows, O, E, tiles, parts, tiles_per_part, programs,
+    BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, NEED_DQ: tl.constexpr, SHARED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of BE channels and their sums, for every ``programs``-th part of an image; SHARED: dw of all O (BK covers it) too."""
+    dtype: tl.constexpr = y2.dtype.element_ty
+    blocks_e = tl.cdiv(E, BE)
+    c = pid % blocks_e * BE + tl.arange(0, BE)
+    mc = c < E
+    p = pid // blocks_e
+    i = tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+    mu2 = load_vector(mean2, c, mc)[None, :]
+    if SHARED:
+        mk = k < O
+        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, k, mk, BATCH)
+        weight = cast(tl.load(w + k[:, None] * E + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32), dtype)
+        dw = tl.zeros([BK, BE], tl.float32)
+    for g in range(p, images * parts, programs):
+        image = (g // parts).to(tl.int64)
+        factor = tl.load(mask + image) if MASKED else 1.0
+        gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
+        s1 = tl.zeros([BE], tl.float32)
+        s3 = tl.zeros([BE], tl.float32)
+        s_gate = tl.zeros([BE], tl.float32)
+        first = g % parts * tiles_per_part
+        for t in tl.range(first, tl.minimum(first + tiles_per_part, tiles), num_stages=STAGES if SHARED else 1):
+            row0 = t * BM
+            ok = row0 + i < rows
+            base = image * rows + row0
+            acc = tl.zeros([BM, BE], tl.float32)
+            if SHARED:
+                dy = bn_backward_operand(dout, y3, base, i, k, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
+                acc = dot(dy, weight, acc, PRECISION)
+            else:
+                for start in tl.range(0, O, BK, num_stages=STAGES):
+                    kk = start + k
+                    mkk = kk < O
+                    scale, offset, slope = backward_rows(gamma3, rstd3, k0, k1, kk, mkk, BATCH)
+                    w_mask = mkk[:, None] & mc[None, :]
+                    right = cast(tl.load(w + kk[:, None] * E + c[None, :], mask=w_mask, other=0.0).to(tl.float32), dtype)
+                    left = bn_backward_operand(dout, y3, base, i, kk, O, ok, mkk, scale, offset, slope, factor, dtype, BATCH)
+                    acc = dot(left, right, acc, PRECISION)
+            v = load_tile(y2 + base * E, i, c, E, ok, mc).to(tl.float32)
+            phi, dphi = activate_and_grad(v * scale2 + shift2, ACT, FAST)
+            slope_sum = acc * dphi  # rows outside: dy, and so acc, is 0
+            s1 += tl.sum(slope_sum, 0)
+            s3 += tl.sum(slope_sum * (v - mu2), 0)
+            if GATED:
+                s_gate += tl.sum(acc * phi, 0)
+            if NEED_DQ:
+                tl.store(dq + base * E + i[:, None] * E + c[None, :], cast(acc, dtype), mask=ok[:, None] & mc[None, :])
+            if SHARED:
+                if GATED:
+                    phi = phi * gates
+                dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
+        NUM: tl.constexpr = 3 if GATED else 2
+        out = sums + (image * parts + g % parts) * NUM * E + c
+        tl.store(out, s1, mask=mc)
+        tl.store(out + E, s3 * load_vector(rstd2, c, mc), mask=mc)
+        if GATED:
+            tl.store(out + 2 * E, s_gate, mask=mc)
+    if SHARED:
+        store_partial(partials, dw, k, c, O, E, p)
+
+
 @sized_jit
 def project_backward_kernel(
     dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
@@ -195,108 +297,29 @@ def project_backward_kernel(
     STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     NEED_DQ: tl.constexpr, WGRAD: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """WGRAD "shared": the data-gradient programs keep dw of all O (BK covers it) too; "role": programs of its own; "": none."""
+    """WGRAD "shared": the data-gradient programs keep dw too; "role": programs of its own, first in the grid; "": none."""
     O = KV * KVEC  # noqa: E741
     E = NV * NVEC
-    dtype: tl.constexpr = y2.dtype.element_ty
-    i = tl.arange(0, BM)
-    factor = 1.0
-    wgrad_programs = 0
+    pid = tl.program_id(0)
     if WGRAD == "role":
         wgrad_programs = splits * tl.cdiv(O, BO) * tl.cdiv(E, BW)
-    pid = tl.program_id(0)
-    if pid < wgrad_programs:
-        # Weight gradient of BO x BW over every ``splits``-th row tile.
-        blocks_e = tl.cdiv(E, BW)
-        c = pid % blocks_e * BW + tl.arange(0, BW)
-        mc = c < E
-        pid = pid // blocks_e
-        o = pid % tl.cdiv(O, BO) * BO + tl.arange(0, BO)
-        mo = o < O
-        split = pid // tl.cdiv(O, BO)
-        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, o, mo, BATCH)
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
-        dw = tl.zeros([BO, BW], tl.float32)
-        for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
-            image = (t // tiles).to(tl.int64)
-            row0 = t % tiles * BM
-            ok = row0 + i < rows
-            base = image * rows + row0
-            if MASKED:
-                factor = tl.load(mask + image)
-            dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, BATCH)
-            gates = 0.0
-            if GATED:
-                gates = load_vector(gate + image * E, c, mc)[None, :]
-            q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, GATED, FAST)
-            dw = dot(tl.trans(dy), q, dw, PRECISION)
-        store_partial(partials, dw, o, c, O, E, split)
+        if pid < wgrad_programs:
+            project_weight_gradient(
+                pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E,
+                tiles, splits, BM, BO, BW, STAGES, BATCH, MASKED, ACT, GATED, FAST, PRECISION,
+            )  # fmt: skip
+        else:
+            project_data_gradient(
+                pid - wgrad_programs, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+                images, rows, O, E, tiles, parts, tiles_per_part, programs,
+                BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, False, FAST, PRECISION,
+            )  # fmt: skip
     else:
-        # dq of BE channels, and their sums, for every ``programs``-th part of an image.
-        pid -= wgrad_programs
-        blocks_e = tl.cdiv(E, BE)
-        c = pid % blocks_e * BE + tl.arange(0, BE)
-        mc = c < E
-        p = pid // blocks_e
-        k = tl.arange(0, BK)
-        SINGLE: tl.constexpr = WGRAD == "shared"
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
-        mu2 = load_vector(mean2, c, mc)[None, :]
-        if SINGLE:
-            mk = k < O
-            scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, k, mk, BATCH)
-            weight = cast(tl.load(w + k[:, None] * E + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32), dtype)
-            dw = tl.zeros([BK, BE], tl.float32)
-        for g in range(p, images * parts, programs):
-            image = (g // parts).to(tl.int64)
-            if MASKED:
-                factor = tl.load(mask + image)
-            gates = 0.0
-            if GATED:
-                gates = load_vector(gate + image * E, c, mc)[None, :]
-            s1 = tl.zeros([BE], tl.float32)
-            s3 = tl.zeros([BE], tl.float32)
-            s_gate = tl.zeros([BE], tl.float32)
-            first = g % parts * tiles_per_part
-            for t in tl.range(first, tl.minimum(first + tiles_per_part, tiles), num_stages=STAGES if SINGLE else 1):
-                row0 = t * BM
-                ok = row0 + i < rows
-                base = image * rows + row0
-                acc = tl.zeros([BM, BE], tl.float32)
-                v = load_tile(y2 + base * E, i, c, E, ok, mc).to(tl.float32)
-                if SINGLE:
-                    dy = bn_backward_operand(dout, y3, base, i, k, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
-                    acc = dot(dy, weight, acc, PRECISION)
-                else:
-                    for start in tl.range(0, O, BK, num_stages=STAGES):
-                        kk = start + k
-                        mk = kk < O
-                        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, kk, mk, BATCH)
-                        w_mask = mk[:, None] & mc[None, :]
-                        weight = cast(tl.load(w + kk[:, None] * E + c[None, :], mask=w_mask, other=0.0).to(tl.float32), dtype)
-                        dy = bn_backward_operand(dout, y3, base, i, kk, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
-                        acc = dot(dy, weight, acc, PRECISION)
-                phi, dphi = activate_and_grad(v * scale2 + shift2, ACT, FAST)
-                slope_sum = acc * dphi  # rows outside: dy, and so acc, is 0
-                s1 += tl.sum(slope_sum, 0)
-                s3 += tl.sum(slope_sum * (v - mu2), 0)
-                if GATED:
-                    s_gate += tl.sum(acc * phi, 0)
-                if NEED_DQ:
-                    offset = i[:, None] * E + c[None, :]
-                    tl.store(dq + base * E + offset, cast(acc, dtype), mask=ok[:, None] & mc[None, :])
-                if SINGLE:
-                    if GATED:
-                        phi = phi * gates
-                    dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
-            NUM: tl.constexpr = 3 if GATED else 2
-            out = sums + (image * parts + g % parts) * NUM * E + c
-            tl.store(out, s1, mask=mc)
-            tl.store(out + E, s3 * load_vector(rstd2, c, mc), mask=mc)
-            if GATED:
-                tl.store(out + 2 * E, s_gate, mask=mc)
-        if SINGLE:
-            store_partial(partials, dw, k, c, O, E, p)
+        project_data_gradient(
+            pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+            images, rows, O, E, tiles, parts, tiles_per_part, programs,
+            BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, WGRAD == "shared", FAST, PRECISION,
+        )  # fmt: skip
 
 
 @sized_jit
@@ -326,89 +349,121 @@ def gram_matrix_kernel(
     tl.store(out + I * I + i, row, mask=mi & (tl.program_id(1) == 0))
 
 
+@triton.jit
+def raw_operand(x, i, c, C, ok, mc, dtype: tl.constexpr):
+    """Rows i of x at channels c, rounded to the compute dtype."""
+    v = load_tile(x, i, c, C, ok, mc)
+    return v if v.dtype == dtype else cast(v.to(tl.float32), dtype)
+
+
+@triton.jit
+def expand_weight_gradient(
+    pid, dz, x, partials, grams, rows, E, I, tiles, splits,
+    BM: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """D of BE x BW, or beyond the last block of E a block of gram (and once xsum), over every ``splits``-th row tile."""
+    dtype: tl.constexpr = dz.dtype.element_ty
+    blocks_i = tl.cdiv(I, BW)
+    blocks_e = tl.cdiv(E, BE)
+    blocks_l = blocks_e + tl.cdiv(I, BE) if BATCH else blocks_e
+    c = pid % blocks_i * BW + tl.arange(0, BW)
+    mc = c < I
+    block = pid // blocks_i % blocks_l
+    split = pid // blocks_i // blocks_l
+    m = tl.arange(0, BM)
+    wide = tl.full([], BM, tl.int64)
+    acc = tl.zeros([BE, BW], tl.float32)
+    if block < blocks_e:
+        e = block * BE + tl.arange(0, BE)
+        me = e < E
+        for t in tl.range(split, tiles, splits, num_stages=STAGES):
+            base = t * wide
+            ok = base + m < rows
+            left = load_tile(dz + base * E, m, e, E, ok, me)
+            acc = dot(tl.trans(left), raw_operand(x + base * I, m, c, I, ok, mc, dtype), acc, PRECISION)
+        store_partial(partials, acc, e, c, E, I, split)
+    else:
+        j = (block - blocks_e) * BE + tl.arange(0, BE)
+        mj = j < I
+        xsum = tl.zeros([BW], tl.float32)
+        for t in tl.range(split, tiles, splits, num_stages=STAGES):
+            base = t * wide
+            ok = base + m < rows
+            right = raw_operand(x + base * I, m, c, I, ok, mc, dtype)
+            acc = dot(tl.trans(raw_operand(x + base * I, m, j, I, ok, mj, dtype)), right, acc, PRECISION)
+            xsum += tl.sum(right.to(tl.float32), 0)
+        out = grams + split.to(tl.int64) * (I + 1) * I
+        tl.store(out + j[:, None] * I + c[None, :], acc, mask=mj[:, None] & mc[None, :])
+        tl.store(out + I * I + c, xsum, mask=mc & (block == blocks_e))
+
+
+@triton.jit
+def expand_data_gradient(
+    pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs,
+    BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BI channels of dx in every ``programs``-th row tile."""
+    dtype: tl.constexpr = dz.dtype.element_ty
+    blocks_i = tl.cdiv(I, BI)
+    c = pid % blocks_i * BI + tl.arange(0, BI)
+    mc = c < I
+    m = tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    wide = tl.full([], BM, tl.int64)
+    for t in range(pid // blocks_i, tiles, programs):
+        base = t * wide
+        ok = base + m < rows
+        acc = tl.zeros([BM, BI], tl.float32)
+        for start in tl.range(0, E, BK, num_stages=STAGES):
+            e = start + k
+            me = e < E
+            scale = load_vector(gamma1, e, me) * load_vector(rstd1, e, me)
+            weight = tl.load(w + e[:, None] * I + c[None, :], mask=me[:, None] & mc[None, :], other=0.0).to(tl.float32)
+            weight = cast(cast(weight, dtype).to(tl.float32) * scale[:, None], dtype)
+            acc = dot(load_tile(dz + base * E, m, e, E, ok, me), weight, acc, PRECISION)
+        if BATCH:
+            for start in tl.range(0, I, BK, num_stages=STAGES):
+                j = start + k
+                mj = j < I
+                right = cast(tl.load(matrix + j[:, None] * I + c[None, :], mask=mj[:, None] & mc[None, :], other=0.0), dtype)
+                acc = dot(raw_operand(x + base * I, m, j, I, ok, mj, dtype), right, acc, PRECISION)
+            acc += load_vector(matrix + I * I, c, mc)[None, :]
+        offset = m[:, None] * I + c[None, :]
+        out_mask = ok[:, None] & mc[None, :]
+        if RESIDUAL:
+            acc += tl.load(dout + base * I + offset, mask=out_mask, other=0.0).to(tl.float32)
+        tl.store(dx + base * I + offset, cast(acc, dx.dtype.element_ty), mask=out_mask)
+
+
 @sized_jit
 def expand_backward_kernel(
     dz, x, w, dx, partials, grams, gamma1, rstd1, matrix, dout,
     rows, KV, NV, tiles, programs, splits,
     KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr,
-    STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, WGRAD: tl.constexpr,
+    STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First the weight-gradient programs (D, then gram and xsum), then those of dx."""
+    """First the weight-gradient programs, then those of dx."""
     E = KV * KVEC
     I = NV * NVEC  # noqa: E741
-    dtype: tl.constexpr = dz.dtype.element_ty
-    m = tl.arange(0, BM)
-    wide = tl.full([], BM, tl.int64)
-    wgrad_programs = 0
-    if WGRAD:
-        blocks_l = tl.cdiv(E, BE)
-        if BATCH:
-            blocks_l += tl.cdiv(I, BE)
-        wgrad_programs = splits * blocks_l * tl.cdiv(I, BW)
     pid = tl.program_id(0)
-    if pid < wgrad_programs:
-        blocks_e = tl.cdiv(E, BE)
-        c = pid % tl.cdiv(I, BW) * BW + tl.arange(0, BW)
-        mc = c < I
-        pid = pid // tl.cdiv(I, BW)
-        block = pid % blocks_l
-        split = pid // blocks_l
-        acc = tl.zeros([BE, BW], tl.float32)
-        if block < blocks_e:
-            e = block * BE + tl.arange(0, BE)
-            me = e < E
-            for t in tl.range(split, tiles, splits, num_stages=STAGES):
-                base = t * wide
-                ok = base + m < rows
-                left = load_tile(dz + base * E, m, e, E, ok, me)
-                right = activated_operand(load_tile(x + base * I, m, c, I, ok, mc), 0.0, 0.0, 0.0, dtype, False, "", False, False)
-                acc = dot(tl.trans(left), right, acc, PRECISION)
-            store_partial(partials, acc, e, c, E, I, split)
+    if NEED_DW and NEED_DX:
+        blocks_l = tl.cdiv(E, BE) + tl.cdiv(I, BE) if BATCH else tl.cdiv(E, BE)
+        wgrad_programs = splits * blocks_l * tl.cdiv(I, BW)
+        if pid < wgrad_programs:
+            expand_weight_gradient(pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, BATCH, PRECISION)
         else:
-            j = (block - blocks_e) * BE + tl.arange(0, BE)
-            mj = j < I
-            xsum = tl.zeros([BW], tl.float32)
-            for t in tl.range(split, tiles, splits, num_stages=STAGES):
-                base = t * wide
-                ok = base + m < rows
-                left = activated_operand(load_tile(x + base * I, m, j, I, ok, mj), 0.0, 0.0, 0.0, dtype, False, "", False, False)
-                right = activated_operand(load_tile(x + base * I, m, c, I, ok, mc), 0.0, 0.0, 0.0, dtype, False, "", False, False)
-                acc = dot(tl.trans(left), right, acc, PRECISION)
-                xsum += tl.sum(right.to(tl.float32), 0)
-            out = grams + split.to(tl.int64) * (I + 1) * I
-            tl.store(out + j[:, None] * I + c[None, :], acc, mask=mj[:, None] & mc[None, :])
-            tl.store(out + I * I + c, xsum, mask=mc & (block == blocks_e))
-    elif NEED_DX:
-        pid -= wgrad_programs
-        blocks_i = tl.cdiv(I, BI)
-        c = pid % blocks_i * BI + tl.arange(0, BI)
-        mc = c < I
-        k = tl.arange(0, BK)
-        for t in range(pid // blocks_i, tiles, programs):
-            base = t * wide
-            ok = base + m < rows
-            acc = tl.zeros([BM, BI], tl.float32)
-            for start in tl.range(0, E, BK, num_stages=STAGES):
-                kk = start + k
-                mk = kk < E
-                scale = load_vector(gamma1, kk, mk) * load_vector(rstd1, kk, mk)
-                weight = tl.load(w + kk[:, None] * I + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32)
-                weight = cast(cast(weight, dtype).to(tl.float32) * scale[:, None], dtype)
-                acc = dot(load_tile(dz + base * E, m, kk, E, ok, mk), weight, acc, PRECISION)
-            if BATCH:
-                for start in tl.range(0, I, BK, num_stages=STAGES):
-                    kk = start + k
-                    mk = kk < I
-                    weight = cast(tl.load(matrix + kk[:, None] * I + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0), dtype)
-                    a = activated_operand(load_tile(x + base * I, m, kk, I, ok, mk), 0.0, 0.0, 0.0, dtype, False, "", False, False)
-                    acc = dot(a, weight, acc, PRECISION)
-                acc += load_vector(matrix + I * I, c, mc)[None, :]
-            offset = m[:, None] * I + c[None, :]
-            out_mask = ok[:, None] & mc[None, :]
-            if RESIDUAL:
-                acc += tl.load(dout + base * I + offset, mask=out_mask, other=0.0).to(tl.float32)
-            tl.store(dx + base * I + offset, cast(acc, dx.dtype.element_ty), mask=out_mask)
+            expand_data_gradient(
+                pid - wgrad_programs, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs,
+                BM, BI, BK, STAGES, BATCH, RESIDUAL, PRECISION,
+            )  # fmt: skip
+    elif NEED_DW:
+        expand_weight_gradient(pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, BATCH, PRECISION)
+    else:
+        expand_data_gradient(
+            pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs, BM, BI, BK, STAGES, BATCH, RESIDUAL, PRECISION
+        )
 
 
 def _fp32(device, *shape):
@@ -544,7 +599,7 @@ def expand_backward(dz, x, weight, bn1, terms, *, residual=None, need_dx=True, n
         dz, x, weight, *pointers,
         rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits,
         KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR,
-        STAGES=cfg.stages, BATCH=terms is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, WGRAD=need_dw,
+        STAGES=cfg.stages, BATCH=terms is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, NEED_DW=need_dw,
         PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
     return dx, partials, grams
