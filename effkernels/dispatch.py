@@ -38,8 +38,26 @@ def triton_problem() -> str | None:
     return None
 
 
+def _switched_on(value: str) -> bool:
+    return value.strip().lower() in ("1", "true", "on")
+
+
 def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on")
+    return _switched_on(os.environ.get("TRITON_INTERPRET", ""))
+
+
+@functools.lru_cache
+def _only_plain_on_cpu(backend: str, interpret: str) -> bool:
+    return backend.strip().lower() in ("", "auto", "reference") and not _switched_on(interpret)
+
+
+@_constant
+def only_plain_on_cpu() -> bool:
+    """Whether every CPU tensor takes the plain layers, without an error: the whole gate of a user without a GPU, 1.5 us.
+
+    Reads the environment at each call. False decides nothing: ``why_not_fused`` tells the reason, or raises.
+    """
+    return _only_plain_on_cpu(os.environ.get("EFFKERNELS_BACKEND", ""), os.environ.get("TRITON_INTERPRET", ""))
 
 
 @_constant

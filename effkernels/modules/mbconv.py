@@ -159,7 +159,7 @@ class FusedMBConv(MBConvBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_input(x)
-        if self.why_not_fused(x) is not None:
+        if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
             return self._plain(x)
         from effkernels import functional
 

@@ -59,7 +59,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_activation(x, self.conv_reduce.weight, self.conv_reduce.in_channels)
-        if self.why_not_fused(x) is not None:
+        if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
             return self.forward_reference(x)
         from effkernels import functional
 

@@ -104,10 +104,34 @@ def test_the_environment_is_read_at_each_call(gate, monkeypatch):
         assert len(gate) - before == (value != "reference"), (i, value)
 
 
-def test_nonsense(gate, monkeypatch):
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_nonsense(gate, monkeypatch, interpret):
     monkeypatch.setenv("EFFKERNELS_BACKEND", "cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with pytest.raises(ValueError, match=r"EFFKERNELS_BACKEND must be one of \('auto', 'triton', 'reference'\), got 'cuda'"):
         FusedMBConv(8, 8)(X)
+
+
+@pytest.mark.parametrize("backend", [None, "", "auto", " Reference ", "triton", "cuda"])
+@pytest.mark.parametrize("interpret", [None, "", "0", "off", "1", "On"])
+def test_the_short_gate_of_a_cpu_agrees_with_the_whole(gate, monkeypatch, backend, interpret):
+    """It says yes exactly where the whole gate gives a reason that holds for every CPU tensor, and never where it would raise."""
+    for name, value in (("EFFKERNELS_BACKEND", backend), ("TRITON_INTERPRET", interpret)):
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    try:
+        reason = FusedMBConv(8, 8).why_not_fused(X)
+    except (RuntimeError, ValueError):
+        reason = None
+    if backend == " Reference " and interpret in ("1", "On"):
+        return  # the reason is there, the short gate leaves it to the whole
+    assert dispatch.only_plain_on_cpu() == (reason is not None)
+
+
+def test_a_cpu_without_kernels_asks_nothing_of_the_layers(gate, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(dispatch, "why_not_fused", lambda *args: pytest.fail("the whole gate ran"))
+    for module in (FusedMBConv(8, 8), FusedDepthwiseConvBNAct(8), FusedSqueezeExcite(8, 2)):
+        module(X)
 
 
 # ---- the input -------------------------------------------------------------------------------------------------------------------
