@@ -5,13 +5,13 @@ Results are channels_last. Autocast decides the compute dtype as for a convoluti
 """
 
 import torch
-import torch.nn.functional as F
 
 from effkernels import library
 from effkernels.dispatch import compute_dtype
 from effkernels.geometry import check_activation, check_conv_args
+from effkernels.library.mbconv import NAMES as DTYPE_NAMES
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
-from effkernels.reference import ACTIVATIONS, check_batch, drop_path_mask
+from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_mask
 
 
 def _nhwc(x, dtype=None):
@@ -147,29 +147,39 @@ def mbconv(
     residual: bool = False,
     drop_path: float = 0.0,
     training: bool = False,
+    memory: str = "keep",
 ) -> torch.Tensor:
-    """One MBConv block; each of expand, depthwise, project is (convolution weight, BatchNormParams).
+    """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight, BatchNormParams).
 
-    x [N, I, H, W] -> [N, O, H', W']. The 1x1 convolutions are matrix products of NHWC rows; everything between them, and after,
-    runs in the fused kernels. drop_path applies to the residual branch in training only.
+    x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the three
+    convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
     """
     dtype = compute_dtype(x)
     norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
     k = depthwise[0].shape[-1]
     _check(x, depthwise[0], *norms, stride=stride, padding=padding, acts=(act,))
+    check_memory(memory)
     if residual and (stride != 1 or project[0].shape[0] != x.shape[1]):
         raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {project[0].shape[0]}")
     for norm in norms:
         check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
+    shortcut = _nhwc(x) if x.dtype in (dtype, torch.float32) else _nhwc(x, dtype)
+    weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
+    (weight2, norm2), (weight3, norm3) = depthwise, project
+    se = squeeze_excite[:4] if squeeze_excite else (None,) * 4
+    se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
+    settings = (DTYPE_NAMES[dtype], stride, padding, act, se_act, gate, residual)
+    parameters = (weight1, *norm1[:2], weight2, *norm2[:2], *se, weight3, *norm3[:2])
+    if not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
+        args = (
+            shortcut, weight1, *norm1[:4], weight2, *norm2[:4], *se, weight3, *norm3[:4], *settings, norm1.eps, norm2.eps, norm3.eps,
+        )  # fmt: skip
+        return _nchw(library.run("mbconv_inference", None, library.mbconv_inference, args))
     _advance(*norms)
-    shortcut = _nhwc(x)
-    y = shortcut.to(dtype)
-    if expand:
-        y = F.linear(y, expand[0].flatten(1).to(dtype))
-    y = _depthwise_block(
-        y, depthwise[0], depthwise[1], stride=stride, padding=padding, act=act,
-        pre_norm=expand[1] if expand else None, pre_act=act if expand else "identity", squeeze_excite=squeeze_excite,
-    )  # fmt: skip
-    y = F.linear(y, project[0].flatten(1).to(dtype))
     mask = drop_path_mask(x.shape[0], drop_path, x.device) if residual and training and drop_path > 0 else None
-    return _nchw(_bn_act_add(y, project[1], mask=mask, residual=shortcut if residual else None))
+    batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
+    args = (
+        shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
+        mask, *settings, *batch, memory == "recompute",
+    )  # fmt: skip
+    return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])

@@ -67,7 +67,7 @@ def even_rows(rows: int, most: int) -> int:
 
 def _register_limit(K: int, dtype: torch.dtype) -> int | None:
     """All 255 where ptxas, left alone, stopped at 128 or 168 and spilled 8 to 40 bytes (Triton 3.7.1, sm_90)."""
-    return 255 if K >= 7 or K == 1 or dtype.itemsize == 4 else None
+    return 255 if K >= 5 or K == 1 or dtype.itemsize == 4 else None
 
 
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
@@ -161,14 +161,14 @@ class PointwiseConfig:
         per_program = -(-tiles // self._programs(tiles, blocks, device))
         return per_program, -(-tiles // per_program)
 
-    def plan(self, images: int, tiles: int, E: int, O: int, wgrad: str, device) -> tuple[int, int, int, int]:  # noqa: E741
+    def plan(self, images: int, tiles: int, E: int, O: int, wgrad: str, need_data: bool, device) -> tuple[int, int, int, int]:
         """(parts an image, tiles a part, data programs, splits of the weight gradient) of the project backward."""
-        share = 0.5 if wgrad == "role" else 1.0
+        share = 0.5 if wgrad == "role" and need_data else 1.0
         blocks = -(-E // self.BN)
         parts = min(tiles, -(-self._programs(images * tiles, blocks, device, share) // images))
         tiles_per_part = -(-tiles // parts)
         parts = -(-tiles // tiles_per_part)
-        programs = self._programs(images * parts, blocks, device, share)
+        programs = self._programs(images * parts, blocks, device, share) if need_data else 0
         splits = self._programs(images * tiles, -(-O // self.BL) * -(-E // self.BR), device, share) if wgrad == "role" else 1
         return parts, tiles_per_part, programs, splits
 
@@ -186,7 +186,7 @@ def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=8 if BN * BM > 4096 else 4)
 
 
-def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:  # noqa: E741
+def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 32 a thread)."""
     narrow = dtype.itemsize == 2
     shared = O <= (64 if narrow else 32)
@@ -196,7 +196,7 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:  # noqa: E741
     return PointwiseConfig(BM=BM, BN=BE, BK=BK, BL=_power_of_two(O, 16, 64), BR=BE, shared=shared, stages=2)
 
 
-def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:  # noqa: E741
+def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
     BM = _power_of_two(rows, 16, 64)
     BI = _power_of_two(I, 16, 128 if narrow else 64)

@@ -52,6 +52,11 @@ def check_batch(norm: BatchNormParams, shape, *conv) -> None:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {[n, c, h, w]}")
 
 
+def check_memory(memory: str) -> None:
+    if memory not in ("keep", "recompute"):
+        raise ValueError(f"memory must be 'keep' or 'recompute', got {memory!r}")
+
+
 def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
     """BatchNorm over [N, C, H, W] as nn.BatchNorm2d computes it, running statistics and counter included."""
     momentum = norm.momentum
@@ -118,8 +123,10 @@ def mbconv(
     residual=False,
     drop_path=0.0,
     training=False,
+    memory="keep",
 ):
-    """Twin of ``functional.mbconv``."""
+    """Twin of ``functional.mbconv``; ``memory`` is the kernels' business."""
+    check_memory(memory)
     y = x
     if expand is not None:
         y = activate(batch_norm(F.conv2d(y, expand[0]), expand[1]), act)

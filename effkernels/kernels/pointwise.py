@@ -298,7 +298,7 @@ def project_backward_kernel(
     NEED_DQ: tl.constexpr, WGRAD: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """WGRAD "shared": the data-gradient programs keep dw too; "role": programs of its own, first in the grid; "": none."""
-    O = KV * KVEC  # noqa: E741
+    O = KV * KVEC
     E = NV * NVEC
     pid = tl.program_id(0)
     if WGRAD == "role":
@@ -328,7 +328,7 @@ def gram_matrix_kernel(
     IVEC: tl.constexpr, BI: tl.constexpr, BE: tl.constexpr, DTYPE_OF: tl.constexpr,
 ):  # fmt: skip
     """out fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w rounded as in the forward."""
-    I = IV * IVEC  # noqa: E741
+    I = IV * IVEC
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     j = tl.program_id(1) * BI + tl.arange(0, BI)
     mi, mj = i < I, j < I
@@ -446,7 +446,7 @@ def expand_backward_kernel(
 ):  # fmt: skip
     """First the weight-gradient programs, then those of dx."""
     E = KV * KVEC
-    I = NV * NVEC  # noqa: E741
+    I = NV * NVEC
     pid = tl.program_id(0)
     if NEED_DW and NEED_DX:
         blocks_l = tl.cdiv(E, BE) + tl.cdiv(I, BE) if BATCH else tl.cdiv(E, BE)
@@ -492,7 +492,7 @@ def pointwise_forward(
     Returns: (y, statistics or None).
     """
     N, H, W, K = x.shape
-    O = weight.shape[0]  # noqa: E741
+    O = weight.shape[0]
     dtype = dtype or x.dtype
     per_image = gate is not None or pool
     images, rows = (N, H * W) if per_image else (1, N * H * W)
@@ -522,7 +522,7 @@ def pointwise_forward(
     return y, (tiles_out[0][0], *tiles_out[1:]) if stats else None
 
 
-def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, need_dq=True, need_dw=True):
+def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, need_data=True, need_dq=True, need_dw=True):
     """Data and weight gradient of the project convolution in one launch.
 
     Args:
@@ -530,19 +530,21 @@ def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, m
         weight: [O, E, 1, 1]. bn3: (gamma, rstd); terms: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None when frozen.
         bn2: (gamma, beta, mean, rstd). gate: fp32 [N, E] or None. mask: fp32 [N], drop-path's, or None.
 
-    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 3 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi;
+        need_data: whether sums are wanted; need_dq: dq too.
+
+    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 3 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi, or None;
         partials fp32 [S, O, E] of the weight gradient or None).
     """
     N, H, W, E = y2.shape
-    O = weight.shape[0]  # noqa: E741
+    O = weight.shape[0]
     rows = H * W
     cfg = project_backward_config(E, O, rows, y2.dtype)
     tiles = triton.cdiv(rows, cfg.BM)
     blocks_e = triton.cdiv(E, cfg.BN)
-    wgrad = "" if not need_dw else "shared" if cfg.shared else "role"
-    parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, y2.device)
+    wgrad = "" if not need_dw else "shared" if cfg.shared and need_data else "role"
+    parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, need_data, y2.device)
     dq = torch.empty_like(y2) if need_dq else None
-    sums = _fp32(y2.device, N, parts, 2 if gate is None else 3, E)
+    sums = _fp32(y2.device, N, parts, 2 if gate is None else 3, E) if need_data else None
     copies = programs if wgrad == "shared" else splits
     partials = _fp32(y2.device, copies, O, E) if need_dw else None
     k0, k1 = terms or (None, None)
@@ -560,7 +562,7 @@ def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, m
 
 def gram_matrix(weight, k0, k1, dtype):
     """fp32 [I + 1, I]: w^T diag(k1) w, and k0 w in the last row; weight [E, I, 1, 1], rounded to ``dtype`` as in the forward."""
-    E, I = weight.shape[:2]  # noqa: E741
+    E, I = weight.shape[:2]
     out = _fp32(k0.device, I + 1, I)
     blocks = triton.cdiv(I, 32)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
@@ -582,7 +584,7 @@ def expand_backward(dz, x, weight, bn1, terms, *, residual=None, need_dx=True, n
     Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [S, I + 1, I] with xsum in the last row, or None).
     """
     N, H, W, E = dz.shape
-    I = x.shape[-1]  # noqa: E741
+    I = x.shape[-1]
     rows = N * H * W
     cfg = expand_backward_config(E, I, rows, dz.dtype)
     tiles = triton.cdiv(rows, cfg.BM)

@@ -14,10 +14,12 @@ from effkernels.library.layers import (
     squeeze_excite,
     squeeze_excite_backward,
 )
+from effkernels.library.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
 
 __all__ = [
     "BatchNormActAdd",
     "DepthwiseBlock",
+    "MBConvFunction",
     "SqueezeExcite",
     "bn_act_add",
     "bn_act_add_backward",
@@ -25,6 +27,9 @@ __all__ = [
     "depthwise_block",
     "depthwise_block_backward",
     "depthwise_block_inference",
+    "mbconv",
+    "mbconv_backward",
+    "mbconv_inference",
     "run",
     "squeeze_excite",
     "squeeze_excite_backward",

@@ -1,0 +1,333 @@
+"""The operator of a whole MBConv block: [1x1 expand, BN1, act] -> depthwise, BN2, act -> [squeeze-excite] -> 1x1 project, BN3 [+ x].
+
+One autograd node. It keeps x, the outputs y1, y2, y3 of the three convolutions before their BatchNorms, and fp32 vectors; with
+``recompute`` not even y1. Launches, each reading what it says from memory once (e1: expanded tensor at input size, e2: after the
+depthwise convolution):
+
+    forward   expand (x -> y1) | merge BN1 | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
+              merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
+    backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
+              sums | Gram matrix | expand (dz1, x -> dx) | all weight gradients                                    3 e1 + 4 e2
+    inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from effkernels.geometry import conv_out_size
+from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, on_its_device, pads_of, register
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _norm(i, q=""):
+    return (
+        f"Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor(a{i}!)? running_mean{i}, Tensor(b{i}!)? running_var{i}, "
+        f"Tensor(c{i}!)? num_batches{i}"
+    )
+
+
+_SE = "Tensor? se_reduce_weight, Tensor? se_reduce_bias, Tensor? se_expand_weight, Tensor? se_expand_bias"
+_SHAPE = "str dtype, int stride, str padding, str act, str se_act, str gate, bool residual"
+LIB.define(
+    f"mbconv(Tensor x, Tensor? expand_weight, {_norm(1, '?')}, Tensor depthwise_weight, {_norm(2)}, {_SE}, Tensor project_weight, "
+    f"{_norm(3)}, Tensor? mask, {_SHAPE}, bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2, "
+    "bool batch3, float? momentum3, float eps3, bool recompute) -> (Tensor out, Tensor y1, Tensor y2, Tensor y3, "
+    "Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
+    "Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, Tensor counters)"
+)
+LIB.define(
+    "mbconv_backward(Tensor dout, Tensor x, Tensor? expand_weight, Tensor? weight1, Tensor? bias1, Tensor depthwise_weight, "
+    f"Tensor weight2, Tensor bias2, {_SE}, Tensor project_weight, Tensor weight3, Tensor bias3, Tensor? mask, "
+    "Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
+    f"Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, Tensor counters, {_SHAPE}, bool batch1, bool batch2, bool batch3, "
+    "bool[] needs) -> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
+    "Tensor bias2, Tensor, Tensor, Tensor, Tensor, Tensor project_weight, Tensor weight3, Tensor bias3)"
+)
+_FROZEN = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor{q} running_mean{i}, Tensor{q} running_var{i}"
+LIB.define(
+    f"mbconv_inference(Tensor x, Tensor? expand_weight, {_FROZEN.format(i=1, q='?')}, Tensor depthwise_weight, "
+    f"{_FROZEN.format(i=2, q='')}, {_SE}, Tensor project_weight, {_FROZEN.format(i=3, q='')}, {_SHAPE}, float eps1, float eps2, "
+    "float eps3) -> Tensor"
+)
+
+
+def _counters(x, C):
+    """One int32 for each image, and enough for the channel blocks and groups of programs of every kernel."""
+    return x.new_empty(x.shape[0] + 512 + C // 8, dtype=torch.int32)
+
+
+class _Statistics:
+    """Finishes the BatchNorms of a block in order: the first with batch statistics in a launch of its own, which also zeroes the
+    counters; later ones in the last program of the kernel that makes the statistics."""
+
+    def __init__(self, counters):
+        self.counters, self.zeroed = counters, False
+
+    def around(self, kernel, batch, running_mean, running_var, num_batches, momentum, eps):
+        """(output, mean, rstd) of ``kernel(**how)``, which returns (output, statistics)."""
+        from effkernels.kernels import batchnorm
+
+        if not batch:
+            out, _ = kernel()
+            return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
+        merge = batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum)
+        if self.zeroed:
+            out, statistics = kernel(merge=merge, counters=self.counters)
+        else:
+            out, tiles = kernel(stats=True)
+            statistics = batchnorm.merge(tiles, merge, counters=self.counters)
+            self.zeroed = True
+        return out, *statistics
+
+    def zero_counters(self):
+        if not self.zeroed:
+            self.counters.zero_()
+            self.zeroed = True
+        return self.counters
+
+
+@on_its_device
+def mbconv(
+    x, expand_weight, weight1, bias1, running_mean1, running_var1, num_batches1,
+    depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
+    project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
+    dtype, stride, padding, act, se_act, gate, residual,
+    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
+):  # fmt: skip
+    from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
+
+    compute = DTYPES[dtype]
+    counters = _counters(x, depthwise_weight.shape[0])
+    statistics = _Statistics(counters)
+    y1 = mean1 = rstd1 = prologue = None
+    a = x
+    if expand_weight is not None:
+
+        def expand(**how):
+            return pointwise.pointwise_forward(x, expand_weight, dtype=compute, **how)
+
+        y1, mean1, rstd1 = statistics.around(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
+        prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
+
+    def depthwise_forward(**how):
+        pads = pads_of(a, depthwise_weight, stride, padding)
+        act1 = act if prologue else "identity"
+        return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, **how)[:2]
+
+    y2, mean2, rstd2 = statistics.around(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    bn2 = (weight2, bias2, mean2, rstd2)
+    gates = pooled = u = s2 = s4 = None
+    if se_reduce_weight is not None:
+        gates, pooled, u, s2, s4 = squeeze_excite.pool_and_gate(
+            y2, bn2, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=act, se_act=se_act, gate=gate,
+            counters=statistics.zero_counters(),
+        )  # fmt: skip
+
+    def project(**how):
+        return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, **how)
+
+    y3, mean3, rstd3 = statistics.around(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
+    statistics.zero_counters()  # for the backward
+    out = batchnorm.apply(
+        y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, residual=x if residual else None,
+        out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
+    )  # fmt: skip
+    results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4, counters)
+    return tuple(absent(x) if t is None else t for t in results)
+
+
+def mbconv_fake(
+    x, expand_weight, weight1, bias1, running_mean1, running_var1, num_batches1,
+    depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
+    project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
+    dtype, stride, padding, act, se_act, gate, residual,
+    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
+):  # fmt: skip
+    compute = DTYPES[dtype]
+    N, H, W, _ = x.shape
+    E, O, k = depthwise_weight.shape[0], project_weight.shape[0], depthwise_weight.shape[-1]
+    y2 = x.new_empty(N, conv_out_size(H, k, stride, padding), conv_out_size(W, k, stride, padding), E, dtype=compute)
+    y3 = y2.new_empty(*y2.shape[:3], O)
+    out = y3.new_empty(y3.shape, dtype=torch.promote_types(compute, x.dtype) if residual else compute)
+    y1, norm1 = absent(x), (absent(x), absent(x))
+    if expand_weight is not None:
+        norm1 = (fp32(x, E), fp32(x, E))
+        y1 = y1 if recompute else x.new_empty(N, H, W, E, dtype=compute)
+    se = [absent(x) for _ in range(5)]
+    if se_reduce_weight is not None:
+        se = [fp32(x, N, C) for C in (E, E, se_reduce_weight.shape[0], E, E)]
+    return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se, _counters(x, E))
+
+
+@on_its_device
+def mbconv_backward(
+    dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, mask,
+    y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4, counters,
+    dtype, stride, padding, act, se_act, gate, residual, batch1, batch2, batch3, needs,
+):  # fmt: skip
+    """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
+    from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite, weight_gradients
+
+    need_x, need_expand, *need_norm1, need_depthwise = needs[:5]
+    need_norm2, need_se, need_project = needs[5:7], needs[7:11], needs[11]
+    expands, has_se = expand_weight is not None, se_reduce_weight is not None
+    need_da = need_x or need_expand or any(need_norm1)
+    need_dq = need_da or need_depthwise
+    need_data = need_dq or any(need_norm2) or any(need_se)
+    grads = dict.fromkeys("x expand norm1 bias1 depthwise norm2 bias2 reduce_w reduce_b expand_w expand_b project norm3 bias3".split())
+
+    bn2 = (weight2, bias2, mean2, rstd2)
+    grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
+        dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, counters=counters
+    )
+    partials = {}
+    if need_data or need_project:
+        dq, sums, partials["project"] = pointwise.project_backward(
+            dout, y3, y2, project_weight, (weight3, rstd3), (k0, k1) if batch3 else None, bn2,
+            act=act, gate=gates if has_se else None, mask=mask, need_data=need_data, need_dq=need_dq, need_dw=need_project,
+        )  # fmt: skip
+    if need_data:
+        pixels = y2.shape[1] * y2.shape[2]
+        dpool = None
+        if has_se:
+            weights = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
+            dt, du, dpool, norm2 = squeeze_excite.gate_backward(
+                sums, s2, s4, gates, u, weights, bn2, pixels, act=se_act, gate=gate, counters=counters
+            )
+            partials["se"] = (dt, du, u, pooled, weights, se_act) if any(need_se) else None
+        else:
+            norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
+        grads["norm2"], grads["bias2"], k0, k1 = norm2
+    if need_dq:
+        a = x if not expands else y1
+        if expands and y1.numel() == 0:  # recompute
+            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=DTYPES[dtype])
+        da, partials["depthwise"], norm1 = depthwise.depthwise_backward(
+            dq, a, depthwise_weight, stride, pads_of(a, depthwise_weight, stride, padding),
+            bn2=(y2, *bn2, k0 if batch2 else None, k1, gates if has_se else None, dpool), act2=act,
+            bn1=(weight1, bias1, mean1, rstd1) if expands else None, act1=act if expands else "identity",
+            need_dx=need_da, need_dw=need_depthwise, counters=counters if expands and need_da else None,
+        )  # fmt: skip
+    grams = terms = None
+    if need_da and expands:
+        grads["norm1"], grads["bias1"], *terms = norm1
+        terms = terms if batch1 else None
+        if need_x or need_expand:
+            grads["x"], partials["expand"], grams = pointwise.expand_backward(
+                da, x, expand_weight, (weight1, rstd1), terms, residual=dout if residual else None, need_dx=need_x, need_dw=need_expand,
+                out_dtype=x.dtype,
+            )  # fmt: skip
+    elif need_da:
+        grads["x"] = da + dout if residual else da
+    elif need_x and residual:
+        grads["x"] = dout
+
+    def part(name, *rest):
+        return None if partials.get(name) is None else (partials[name], *rest)
+
+    grads["depthwise"], grads["project"], grads["expand"], se = weight_gradients.finish(
+        depthwise=part("depthwise", depthwise_weight) if need_depthwise else None,
+        project=part("project", project_weight),
+        expand=part("expand", grams, expand_weight, weight1, rstd1, *(terms or (None, None)), DTYPES[dtype]),
+        squeeze_excite=partials.get("se"),
+    )
+    if se is not None:
+        grads.update(zip(("reduce_w", "reduce_b", "expand_w", "expand_b"), se, strict=True))
+    for name, like in (("norm1", weight1), ("bias1", bias1), ("norm2", weight2), ("bias2", bias2)):
+        if grads[name] is not None:
+            grads[name] = grads[name].to(like.dtype)
+    return tuple(absent(x) if grad is None or not need else grad for grad, need in zip(grads.values(), needs, strict=True))
+
+
+def mbconv_backward_fake(
+    dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, *rest,
+):  # fmt: skip
+    likes = (
+        x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
+        se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3,
+    )  # fmt: skip
+    return tuple(contiguous_like(like) if need else absent(x) for like, need in zip(likes, rest[-1], strict=True))
+
+
+# Where, among mbconv's arguments, those are that its backward gives a gradient of.
+_DIFFERENTIABLE = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19)
+_MASK, _SETTINGS = 23, slice(24, 31)
+_BATCH = (31, 34, 37)
+
+
+class MBConvFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dispatched, *args):
+        results = call("mbconv", mbconv, dispatched, args)
+        out, *aux = results
+        ctx.save_for_backward(*(args[i] for i in _DIFFERENTIABLE), args[_MASK], *aux)
+        ctx.settings = (*args[_SETTINGS], *(args[i] for i in _BATCH))
+        ctx.dispatched, ctx.count = dispatched, len(args)
+        ctx.mark_non_differentiable(*aux)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *unused):
+        grads = [None] * ctx.count
+        if dout is not None:
+            needs = [ctx.needs_input_grad[1 + i] for i in _DIFFERENTIABLE]
+            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs)
+            results = call("mbconv_backward", mbconv_backward, ctx.dispatched, args)
+            for i, grad, need in zip(_DIFFERENTIABLE, results, needs, strict=True):
+                grads[i] = grad if need else None
+        return None, *grads
+
+
+@on_its_device
+def mbconv_inference(
+    x, expand_weight, weight1, bias1, running_mean1, running_var1,
+    depthwise_weight, weight2, bias2, running_mean2, running_var2,
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
+    project_weight, weight3, bias3, running_mean3, running_var3,
+    dtype, stride, padding, act, se_act, gate, residual, eps1, eps2, eps3,
+):  # fmt: skip
+    """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
+    from effkernels.kernels import depthwise, pointwise, squeeze_excite
+
+    compute = DTYPES[dtype]
+    has_se = se_reduce_weight is not None
+    pads = pads_of(x, depthwise_weight, stride, padding)
+    bn2 = (weight2, bias2, running_mean2, running_var2, eps2)
+    a = x.to(compute)
+    if expand_weight is not None:
+        bn1 = (weight1, bias1, running_mean1, running_var1, eps1)
+        a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=bn1, act2=act)
+    a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=bn2, act2=act, pool=has_se)
+    gates = None
+    if has_se:
+        gates, _, _ = squeeze_excite.squeeze_excite_forward(
+            sums, a.shape[1] * a.shape[2], se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=se_act, gate=gate
+        )
+    out, _ = pointwise.pointwise_forward(
+        a, project_weight, gate=gates, epilogue=(weight3, bias3, running_mean3, running_var3, eps3), residual=x if residual else None,
+        out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
+    )  # fmt: skip
+    return out
+
+
+def mbconv_inference_fake(x, *rest):
+    depthwise_weight, project_weight = rest[5], rest[14]
+    dtype, stride, padding = rest[19:22]
+    residual = rest[25]
+    k = depthwise_weight.shape[-1]
+    H, W = (conv_out_size(n, k, stride, padding) for n in x.shape[1:3])
+    out_dtype = torch.promote_types(DTYPES[dtype], x.dtype) if residual else DTYPES[dtype]
+    return x.new_empty(x.shape[0], H, W, project_weight.shape[0], dtype=out_dtype)
+
+
+register("mbconv", mbconv, mbconv_fake, MBConvFunction)
+register("mbconv_backward", mbconv_backward, mbconv_backward_fake)
+register("mbconv_inference", mbconv_inference, mbconv_inference_fake)
