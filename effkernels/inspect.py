@@ -23,7 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.float64: "*fp64"}
+POINTER_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
 BINARIES = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -160,14 +163,16 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code]
-    # A loop is a backward branch; the hottest is the largest that holds no other with loads in it.
+    # A loop is a backward branch; the hottest is the largest that holds no other, of those that load 16 bytes a thread if any does
+    # (a program's last steps may loop over partial sums, with narrow loads).
     loops = []
     for i, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?\(?(\.L_\w+)\)?", text)
         if target and labels.get(target[1], i) < i:
             loops.append((labels[target[1]], i))
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    a, b = max(inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
+    wide = [(a, b) for a, b in inner if any(re.match(r"LDG.*\.128", op) for op in opcodes[a : b + 1])]
+    a, b = max(wide or inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
     dtype = next(str(v.dtype).removeprefix("torch.") for v in launch.arguments.values() if isinstance(v, torch.Tensor))
     return Cost(
         launch.name, launch.constants, dtype, arch, registers, stack, kernel.metadata.shared, len(code),

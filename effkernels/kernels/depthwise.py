@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.kernels.batchnorm import Merge, finish_gradients, finish_statistics
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -26,6 +27,7 @@ from effkernels.kernels.common import (
     cast,
     channel_vector_width,
     fast_math,
+    last_to_arrive,
     load_vector,
     sized_jit,
 )
@@ -76,13 +78,47 @@ def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
     return taps
 
 
+# The last programs of GROUP programs merge their partials, and the last of those groups the groups': two short passes where one over
+# up to 2000 programs would have a single warp wait for memory 60 times in a row. 32 rows of 32 channels are 32 values a thread.
+GROUP = tl.constexpr(32)
+
+
+@triton.jit
+def merge_group_statistics(tile_count, tile_mean, tile_m2, group, P, C, c, mc):
+    """(count, mean, M2) of programs group * GROUP ... by Chan's formula, stored in row P + group behind the programs' own."""
+    row = group * GROUP + tl.arange(0, GROUP)
+    mask = (row < P)[:, None] & mc[None, :]
+    offset = row.to(tl.int64)[:, None] * C + c[None, :]
+    n = tl.load(tile_count + row, mask=row < P, other=0.0, cache_modifier=".cg")
+    mean = tl.load(tile_mean + offset, mask=mask, other=0.0, cache_modifier=".cg")
+    m2 = tl.load(tile_m2 + offset, mask=mask, other=0.0, cache_modifier=".cg")
+    pivot = tl.load(tile_mean + (group * GROUP).to(tl.int64) * C + c, mask=mc, other=0.0, cache_modifier=".cg")
+    d = tl.where(mask, mean - pivot[None, :], 0.0)
+    total = tl.sum(n, 0)
+    shift = tl.sum(n[:, None] * d, 0) / total
+    d -= shift[None, :]
+    out = (P + group).to(tl.int64) * C + c
+    tl.store(tile_count + P + group, total)
+    tl.store(tile_mean + out, pivot + shift, mask=mc)
+    tl.store(tile_m2 + out, tl.sum(m2 + n[:, None] * d * d, 0), mask=mc)
+
+
+@triton.jit
+def last_of_group(counters, p, P):
+    """Whether this program is the last of its GROUP of the P programs; ``counters`` [1 + ceil(P / GROUP)], the first for the groups."""
+    group = p // GROUP
+    return last_to_arrive(counters + 1 + group, tl.minimum(P - group * GROUP, GROUP))
+
+
 @sized_jit
 def depthwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
+    counters, mean, rstd, running_mean, running_var, num_batches, eps, momentum,
     N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
     CW: tl.constexpr, TWP: tl.constexpr, STAGES: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
     STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
+    MERGE: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
@@ -98,7 +134,7 @@ def depthwise_forward_kernel(
         scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps2, c, mc, False)
     if STATS:
         count = tl.zeros([S], tl.float32)
-        mean = tl.zeros([S, BC], tl.float32)
+        centre = tl.zeros([S, BC], tl.float32)
         m2 = tl.zeros([S, BC], tl.float32)
     j_in = tl.arange(0, CW)
     j_out = tl.arange(0, TWP)
@@ -181,30 +217,47 @@ def depthwise_forward_kernel(
             cnt = (rows * tl.where(valid, tl.minimum(OW - ow0, TW), 0)).to(tl.float32)
             share = 1.0 / tl.maximum(cnt, 1.0)[:, None]
             total = count + cnt
-            delta = pivot + s1 * share - mean
+            delta = pivot + s1 * share - centre
             weight = (cnt / tl.maximum(total, 1.0))[:, None]
-            mean += delta * weight
+            centre += delta * weight
             m2 += s2 - s1 * s1 * share + delta * delta * (count[:, None] * weight)
             count = total
         if POOL:
             tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
     if STATS:
+        block_c = tl.program_id(0) % blocks_c
         total = tl.sum(count, 0)
-        merged = tl.sum(mean * count[:, None], 0) / tl.maximum(total, 1.0)
-        delta = mean - merged[None, :]
+        merged = tl.sum(centre * count[:, None], 0) / tl.maximum(total, 1.0)
+        delta = centre - merged[None, :]
         tl.store(tile_mean + p.to(tl.int64) * C + c, merged, mask=mc)
         tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(m2 + delta * delta * count[:, None], 0), mask=mc)
-        tl.store(tile_count + p, total, mask=tl.program_id(0) % blocks_c == 0)
+        if MERGE:
+            # Every channel block has its own copy of the counts: no block waits for another's.
+            parts = tl.cdiv(P, GROUP)
+            tile_count += block_c * (P + parts)
+            counters += block_c * (1 + parts)
+            tl.store(tile_count + p, total)
+            if last_of_group(counters, p, P):
+                merge_group_statistics(tile_count, tile_mean, tile_m2, p // GROUP, P, C, c, mc)
+                if last_to_arrive(counters, parts):
+                    finish_statistics(
+                        tile_count + P, tile_mean + P.to(tl.int64) * C, tile_m2 + P.to(tl.int64) * C, mean, rstd,
+                        running_mean, running_var, num_batches, parts, C, eps, momentum, block_c, GROUP, BC, UPDATE, COUNT,
+                    )  # fmt: skip
+        else:
+            tl.store(tile_count + p, total, mask=block_c == 0)
 
 
 @sized_jit
 def depthwise_backward_kernel(
     dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+    counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
     N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
     CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
     BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
     BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr,
+    MERGE: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
     blocks_c = tl.cdiv(C, BC)
@@ -335,6 +388,28 @@ def depthwise_backward_kernel(
     if BN1 and NEED_DX:
         tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
         tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_vector(rstd1, c, mc), mask=mc)
+        if MERGE:
+            block_c = tl.program_id(0) % blocks_c
+            group = p // GROUP
+            parts = tl.cdiv(P, GROUP)
+            counters += block_c * (1 + parts)
+            if last_of_group(counters, p, P):
+                row = group * GROUP + tl.arange(0, GROUP)
+                mask = (row < P)[:, None] & mc[None, :]
+                rows = partials + (row.to(tl.int64) * (K * K + 2) + K * K)[:, None] * C + c[None, :]
+                out = group_sums + group * 2 * C + c
+                tl.store(out, tl.sum(tl.load(rows, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
+                tl.store(out + C, tl.sum(tl.load(rows + C, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
+                if last_to_arrive(counters, parts):
+                    finish_gradients(
+                        group_sums, gamma1, mean1, rstd1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BC
+                    )
+
+
+def _check_counters(counters, P, blocks_c):
+    needed = blocks_c * (1 + triton.cdiv(P, GROUP.value))
+    if counters.dtype != torch.int32 or counters.numel() < needed:
+        raise ValueError(f"counters must be int32 and at least {needed}, got {counters.dtype} and {counters.numel()}")
 
 
 def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
@@ -351,6 +426,8 @@ def depthwise_forward(
     prologue=None,
     act1="identity",
     stats=False,
+    merge: Merge | None = None,
+    counters=None,
     epilogue=None,
     act2="identity",
     pool=False,
@@ -362,10 +439,13 @@ def depthwise_forward(
         pads: (top, bottom, left, right) zeros.
         prologue: BN1 as (gamma, beta, mean, var or rstd, eps, is_rstd): a = act1(BN1(x)) is convolved instead of x.
         stats: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
+        merge, counters: instead of them return y's (mean, rstd), fp32 [C], merged by the last program of each channel block, and
+            update the running statistics; counters is int32 [launch.depthwise_counters(C, device)], 0
+            before and after.
         epilogue: BN2 as (gamma, beta, mean, var, eps): act2(BN2(y)) is stored instead of y.
         pool: also return fp32 sums of the stored values, [N, T, C], to be added over T.
 
-    Returns: (y, statistics or None, pool or None). y has x's dtype.
+    Returns: (y, statistics or (mean, rstd) or None, pool or None). y has x's dtype.
     """
     N, H, W, C = x.shape
     K = weight.shape[-1]
@@ -379,22 +459,48 @@ def depthwise_forward(
     blocks_c = triton.cdiv(C, cfg.BC)
     P = cfg.programs(N * groups, blocks_c, x.device)
     fp32 = {"device": x.device, "dtype": torch.float32}
-    tiles = (torch.empty(P, **fp32), torch.empty(P, C, **fp32), torch.empty(P, C, **fp32)) if stats else None
+    tiles = statistics = None
+    if stats or merge is not None:
+        rows = P if merge is None else P + triton.cdiv(P, GROUP.value)
+        counts = rows if merge is None else rows * blocks_c
+        statistics = tiles = (torch.empty(counts, **fp32), torch.empty(rows, C, **fp32), torch.empty(rows, C, **fp32))
+    mean = rstd = weight
+    if merge is not None:
+        _check_counters(counters, P, blocks_c)
+        statistics = mean, rstd = torch.empty(C, **fp32), torch.empty(C, **fp32)
+        finish = merge.arguments(mean)
+    else:
+        finish = Merge(0.0).arguments(weight)
     sums = torch.empty(N, groups, C, **fp32) if pool else None
     g1, b1, m1, v1, eps1, is_rstd = prologue or (weight,) * 4 + (0.0, False)
     g2, b2, m2, v2, eps2 = epilogue or (weight,) * 4 + (0.0,)
     depthwise_forward_kernel[(P * blocks_c,)](
         x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
-        N, H, W, C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P, cfg.TH,
+        weight if merge is None else counters, mean, rstd, N=N, H=H, W=W, CV=C // channel_vector_width(C), OH=OH, OW=OW,
+        pad_top=top, pad_left=left, strips_w=strips_w, strips=strips, groups=groups, P=P, TH=cfg.TH,
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
         CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), STAGES=cfg.stages,
-        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=stats, EPILOGUE=epilogue is not None, ACT2=act2,
-        POOL=pool, FAST=fast_math(x.dtype), **cfg.options,
+        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=tiles is not None, EPILOGUE=epilogue is not None,
+        ACT2=act2, POOL=pool, FAST=fast_math(x.dtype), MERGE=merge is not None, **finish, **cfg.options,
     )  # fmt: skip
-    return y, tiles, sums
+    return y, statistics, sums
 
 
-def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity", bn1=None, act1="identity", need_dx=True, need_dw=True):
+def depthwise_backward(
+    dq,
+    x,
+    weight,
+    stride,
+    pads,
+    *,
+    bn2=None,
+    act2="identity",
+    bn1=None,
+    act1="identity",
+    need_dx=True,
+    need_dw=True,
+    counters=None,
+):
     """Gradients of ``depthwise_forward`` from ``dq``, in one launch up to k = 7 and three at k = 9; NHWC throughout.
 
     Args:
@@ -402,9 +508,12 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
         bn2: None or (y, gamma, beta, mean, rstd, k0, k1, gate, dpool); k0, k1 fp32 [C] carry BN2's batch terms (None when its
             statistics are frozen), gate and dpool are fp32 [N, C] or None.
         bn1: None or (gamma, beta, mean, rstd) of the prologue: dx is then the gradient of BN1's OUTPUT (dz1).
+        counters: int32 [launch.depthwise_counters(C, device)], 0 before and after: the last program of each channel block finishes
+            BN1's backward.
 
-    Returns: (dx or None, partials fp32 [P, k*k + 2, C]); rows 0..k*k-1 sum to the weight gradient, the last two to
-    sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``bn1`` is given (uninitialised otherwise).
+    Returns: (dx or None, partials fp32 [P, k*k + 2, C], finished or None); rows 0..k*k-1 sum to the weight gradient, the last two
+    to sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``bn1`` is given (uninitialised otherwise). With ``bn1``, ``counters`` and
+    ``need_dx``, finished is (dgamma1, dbeta1, k0, k1): in the dtype of gamma and beta, and fp32 with dx = scale1 * dz1 + k0 + k1 * x.
     """
     N, H, W, C = x.shape
     OH, OW = dq.shape[1:3]
@@ -422,6 +531,13 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
     partials = torch.empty(P, K * K + 2, C, device=x.device, dtype=torch.float32)
     y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
     g1, b1, m1, r1 = bn1 or (None,) * 4
+    finished = None
+    if bn1 is not None and counters is not None and need_dx:
+        finished = torch.empty_like(g1), torch.empty_like(b1), torch.empty_like(m1), torch.empty_like(m1)
+    finish = (weight,) * 6
+    if finished is not None:
+        _check_counters(counters, P, blocks_c)
+        finish = counters, torch.empty(triton.cdiv(P, GROUP.value), 2, C, device=x.device, dtype=torch.float32), *finished
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
@@ -433,12 +549,12 @@ def depthwise_backward(dq, x, weight, stride, pads, *, bn2=None, act2="identity"
     for dx_part, first_tap_row, last_tap_row in parts:
         if dx_part or last_tap_row > first_tap_row:
             depthwise_backward_kernel[(P * blocks_c,)](
-                dq, *pointers,
+                dq, *pointers, *finish, float(N * H * W),
                 N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
                 K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
                 CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
                 BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
                 BN1=bn1 is not None, ACT1=act1, NEED_DX=dx_part, W0=first_tap_row, W1=last_tap_row,
-                FAST=fast_math(x.dtype), **cfg.options,
+                FAST=fast_math(x.dtype), MERGE=dx_part and finished is not None, **cfg.options,
             )  # fmt: skip
-    return dx, partials
+    return dx, partials, finished

@@ -91,7 +91,7 @@ def depthwise_block_backward(
         dweight2, dbias2, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight2, mean2, rstd2), y.numel() // C)
     bn2 = (y, weight2, bias2, mean2, rstd2, k0 if batch2 else None, k1, gates, dpool)
     bn1 = (weight1, bias1, mean1, rstd1) if has_bn1 else None
-    dx, partials = depthwise.depthwise_backward(
+    dx, partials, _ = depthwise.depthwise_backward(
         dout, x, weight, stride, pads_of(x, weight, stride, padding),
         bn2=bn2, act2=act2, bn1=bn1, act1=act1, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip

@@ -167,7 +167,7 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
         if norm2 == "frozen":
             vectors[4] = None
         extra["bn2"] = (nhwc(y.to(dtype)), *vectors, *((gate, dpool) if gated else (None, None)))
-    dx, partials = depthwise_backward(
+    dx, partials, _ = depthwise_backward(
         nhwc(dq), nhwc(x), weight, stride, pads(x, k, stride, padding),
         act1=act1, act2=act2, need_dx=need_dx, need_dw=need_dw, **extra,
     )  # fmt: skip
@@ -200,16 +200,89 @@ def test_backward_of_one_side(need_dx, need_dw, device, scratch):
     check_backward(0, 3, 2, "symmetric", 1, 5, 4, 8, torch.float32, device, need_dx, need_dw)
 
 
-@pytest.mark.parametrize("check, programs", [(check_forward, 1), (check_forward, 2), (check_backward, 2)])
-def test_several_tiles_per_program(check, programs, device, scratch, monkeypatch):
-    """Few programs walk over two images, strips side by side and, with tiles of two rows, tiles one above the other."""
+def fewer_programs(monkeypatch, programs):
+    """Tiles of two rows, walked by ``programs`` programs a block of channels."""
     from effkernels.kernels import depthwise
 
     for name in ("depthwise_forward_config", "depthwise_backward_config"):
         config = getattr(depthwise, name)
         monkeypatch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), TH=2))
-    monkeypatch.setattr(DepthwiseConfig, "programs", lambda *args: programs)
+    monkeypatch.setattr(DepthwiseConfig, "programs", lambda self, tiles, *args: min(tiles, programs))
+
+
+@pytest.mark.parametrize("check, programs", [(check_forward, 1), (check_forward, 2), (check_backward, 2)])
+def test_several_tiles_per_program(check, programs, device, scratch, monkeypatch):
+    """Few programs walk over two images, strips side by side and, with tiles of two rows, tiles one above the other."""
+    fewer_programs(monkeypatch, programs)
     check(1, 3, 1, "symmetric", 2, 3, 9, 4, torch.float32, device)
+
+
+# One program, a part of a group, and more than one group of 32: 37 images of one tile. C fills one block of 32 channels and part of
+# another. k = 1 is the quickest to interpret; the end of a program does not depend on k.
+PROGRAMS = [(2, 3, 1), (2, 3, 3), (37, 1, 37)]
+
+
+@pytest.mark.parametrize("N, H, programs", PROGRAMS)
+def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, monkeypatch):
+    """Mean, rstd and the running statistics, after one call and after another with the same counters."""
+    from effkernels.kernels.batchnorm import Merge
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    fewer_programs(monkeypatch, programs)
+    x, weight = data(1, N, 40, H, 1, torch.float32, device)
+    x = x + torch.linspace(-3, 3, 40, device=device)[:, None, None]
+    counters = torch.zeros(8, dtype=torch.int32, device=device)
+    running = [guarded(torch.zeros(40, device=device)), guarded(torch.ones(40, device=device)), torch.zeros((), dtype=torch.int64)]
+    running[2] = running[2].to(device)
+    truth = [torch.zeros(40).double().to(device), torch.ones(40).double().to(device)]
+    eager = [v.float() for v in truth]
+    for call in (1, 2):
+        y, (mean, rstd), _ = depthwise_forward(
+            nhwc(x), weight, 1, (0, 0, 0, 0), merge=Merge(EPS, *running, momentum=0.3), counters=counters
+        )
+        results = []
+        for dtype, expected in ((torch.float64, truth), (torch.float32, eager)):
+            out = F.conv2d(x.to(dtype), weight.to(dtype), groups=40)
+            F.batch_norm(out, *expected, training=True, momentum=0.3, eps=EPS)
+            m, v = mean_and_var(out)
+            results.append({"mean": m, "rstd": (v + EPS).rsqrt(), "running mean": expected[0], "running var": expected[1]})
+        fused = {"mean": mean, "rstd": rstd, "running mean": running[0], "running var": running[1]}
+        assert_close_to_truth(fused, results[1], results[0], f"call {call}")
+        assert (counters == 0).all() and running[2] == call
+        x = x * 2 + 1
+
+
+@pytest.mark.parametrize("N, H, programs", PROGRAMS)
+def test_last_program_finishes_bn1s_gradients(N, H, programs, device, scratch, monkeypatch):
+    """What is finished is what dz sums to, in gamma's and beta's dtypes, and again with the same counters."""
+    from effkernels.kernels.depthwise import depthwise_backward
+
+    fewer_programs(monkeypatch, programs)
+    C = 40
+    x, weight = data(1, N, C, H, 1, torch.float32, device)
+    counters = torch.zeros(8, dtype=torch.int32, device=device)
+    gamma, beta, mean, rstd = norm_vectors(C, device)
+    beta = guarded(beta.bfloat16())
+    for _ in range(2):
+        dq = guarded(torch.randn(N, H, 1, C).to(device))
+        dz, _, finished = depthwise_backward(
+            dq, nhwc(x), weight, 1, (0, 0, 0, 0), bn1=(gamma, beta, mean, rstd), act1="silu", counters=counters
+        )
+        terms = batch_terms(nchw(dz).double(), x.double(), gamma.double(), mean.double(), rstd.double())
+        assert [t.dtype for t in finished] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+        for value, truth, tolerance in zip(finished, terms, (1e-6, 2**-8, 2e-6, 2e-6), strict=True):
+            assert relative_error(value, truth) < tolerance
+        assert (counters == 0).all()
+
+
+def test_too_few_counters_are_refused(device):
+    from effkernels.kernels.batchnorm import Merge
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(1, 1, 40, 2, 2, torch.float32, device)
+    counters = torch.zeros(3, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="at least 4"):
+        depthwise_forward(nhwc(x), weight, 1, (0, 0, 0, 0), merge=Merge(EPS), counters=counters)
 
 
 def test_forward_writes_its_output_and_nothing_else(device, scratch):
@@ -262,5 +335,5 @@ def test_more_than_2_to_the_31_elements(device):
     weight = torch.randn(32, 1, 3, 3, device=device)
     y, _, _ = depthwise_forward(x, weight, 1, (1, 1, 1, 1))
     assert torch.equal(y[-1:], depthwise_forward(x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])
-    dx, _ = depthwise_backward(y, x, weight, 1, (1, 1, 1, 1))
+    dx, _, _ = depthwise_backward(y, x, weight, 1, (1, 1, 1, 1))
     assert torch.equal(dx[-1:], depthwise_backward(y[-1:].contiguous(), x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])

@@ -41,6 +41,15 @@ def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
     assert 1 <= config.programs(tiles, -(-c // config.BC), CPU) <= tiles
 
 
+@given(k=st.sampled_from([1, 3, 5, 7, 9]), c=st.integers(1, 9000), tiles=st.integers(1, 10**6), dtype=dtypes)
+def test_depthwise_counters_suffice(k, c, tiles, dtype):
+    for device in (CPU, torch.device("meta")):
+        for make in (launch.depthwise_forward_config, launch.depthwise_backward_config):
+            config = make(k, 1, 64, 56, 56, c, dtype, device)
+            blocks = -(-c // config.BC)
+            assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= launch.depthwise_counters(c, device)
+
+
 @pytest.mark.parametrize("family", ["elementwise", "reduction"])
 @given(c=st.integers(1, 4000), rows=st.integers(1, 10**6), others=st.integers(1, 5000), dtype=dtypes)
 def test_rows_config(family, c, rows, others, dtype):
