@@ -36,6 +36,7 @@ class DepthwiseConfig:
     split: bool = False
     maxnreg: int | None = None
     warps_per_sm: int = 8
+    wide: bool = False
 
     @property
     def options(self) -> dict:
@@ -75,6 +76,10 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
 
     Rows of 8 or 16 input columns (a power of two) decide TW: as many outputs as they feed, fewer where the image is narrow.
     """
+    if K <= 3:
+        import os
+        TW = int(os.environ.get("TWX", "2")); S=int(os.environ.get("SX", "8" if dtype.itemsize==2 else "4"))
+        return DepthwiseConfig(BC=32, S=S, TW=TW, TH=even_rows(OH, 16), wide=True, stages=int(os.environ.get("ST","3")))
     if K == 3:
         TW = 4 if stride == 1 else 3
     elif K == 5:
@@ -147,10 +152,12 @@ class PointwiseConfig:
     stages: int = 3
     shared: bool = False
     waves: int = 4
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict:
-        return {"num_warps": self.num_warps, "num_stages": 1}
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
     def _programs(self, work: int, blocks: int, device: torch.device, share: float = 1.0) -> int:
         """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device once."""
@@ -178,27 +185,39 @@ class PointwiseConfig:
         return self._programs(tiles, data_blocks, device, share), self._programs(tiles, weight_blocks, device, share)
 
 
+def _warps(*blocks: int) -> int:
+    """4 or 8, so that no block takes more than 32 values a thread where possible: beyond that ptxas ran out of registers."""
+    return 4 if max(blocks) <= 4096 else 8
+
+
 def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed once)."""
-    BN = _power_of_two(N, 16, 256 if prologue and dtype.itemsize == 2 else 128 if dtype.itemsize == 2 else 64)
-    BK = _power_of_two(K, 16, 64 if dtype.itemsize == 2 else 32)
-    BM = _power_of_two(rows, 16, 128 if BN <= 64 and dtype.itemsize == 2 else 64)
-    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=8 if BN * BM > 4096 else 4)
+    narrow = dtype.itemsize == 2
+    BN = _power_of_two(N, 16, 256 if prologue and narrow else 128 if narrow else 64)
+    BM = _power_of_two(rows, 16, 64 if narrow and BN <= 128 else 32)
+    BK = _power_of_two(K, 16, 64 if narrow and BN <= 128 else 32)
+    warps = _warps(BM * BN, BM * BK, BN * BK)
+    if (prologue and dtype == torch.float16) or not narrow:  # exp and division on load, or products without tensor cores
+        warps = 8
+    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=warps, stages=3 if BN <= 128 else 2, maxnreg=255)
 
 
 def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
-    """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 32 a thread)."""
+    """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 16 a thread)."""
     narrow = dtype.itemsize == 2
-    shared = O <= (64 if narrow else 32)
-    BM = _power_of_two(rows, 16, 64 if narrow else 32)
     BK = _power_of_two(O, 16, 64 if narrow else 32)
     BE = _power_of_two(E, 16, 64)
-    return PointwiseConfig(BM=BM, BN=BE, BK=BK, BL=_power_of_two(O, 16, 64), BR=BE, shared=shared, stages=2)
+    BL = _power_of_two(O, 16, 64)
+    return PointwiseConfig(
+        BM=_power_of_two(rows, 16, 32 if narrow else 16), BN=BE, BK=BK, BL=BL, BR=BE, shared=O <= BK, num_warps=4 if dtype == torch.bfloat16 else 8, stages=2, waves=2,
+        maxnreg=None if dtype == torch.bfloat16 else 255,
+    )  # fmt: skip
 
 
 def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
-    BM = _power_of_two(rows, 16, 64)
+    BM = _power_of_two(rows, 16, 64 if narrow else 32)
     BI = _power_of_two(I, 16, 128 if narrow else 64)
     BK = _power_of_two(E, 16, 64 if narrow else 32)
-    return PointwiseConfig(BM=BM, BN=BI, BK=BK, BL=64, BR=_power_of_two(I, 16, 64), stages=2)
+    BR = _power_of_two(I, 16, 64)
+    return PointwiseConfig(BM=BM, BN=BI, BK=BK, BL=64, BR=BR, num_warps=_warps(BM * BI, BK * BI), stages=2, maxnreg=255)

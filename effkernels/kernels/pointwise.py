@@ -61,6 +61,17 @@ def activated_operand(
     return v if v.dtype == dtype else cast(v.to(tl.float32), dtype)
 
 
+@triton.jit
+def fold_rows(v):
+    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores' results."""
+    return tl.sum(tl.reshape(v, [v.shape[0] // 16, 2, 8, v.shape[1]]), 1)
+
+
+@triton.jit
+def sum_rows(folded):
+    return tl.sum(tl.sum(folded, 0), 0)
+
+
 @sized_jit
 def pointwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, rstd1, gate, gamma2, beta2, mean2, var2, residual, tile_count, tile_mean, tile_m2,
@@ -95,11 +106,11 @@ def pointwise_forward_kernel(
         scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps, c, mc, False)
     if STATS:
         pivot = tl.zeros([BN], tl.float32)
-        s1 = tl.zeros([BN], tl.float32)
-        s2 = tl.zeros([BN], tl.float32)
+        s1 = tl.zeros([BM // 16, 8, BN], tl.float32)
+        s2 = tl.zeros([BM // 16, 8, BN], tl.float32)
         count = 0.0
     if POOL:
-        pooled = tl.zeros([BN], tl.float32)
+        pooled = tl.zeros([BM // 16, 8, BN], tl.float32)
     first = p * per_program
     last = tl.minimum(first + per_program, images * tiles)
     for t in tl.range(first, last, num_stages=STAGES if SINGLE else 1):
@@ -129,13 +140,13 @@ def pointwise_forward_kernel(
             if t == first:
                 pivot = tl.sum(tl.where(ok[:, None], acc, 0.0), 0) / here
             d = tl.where(ok[:, None], acc - pivot[None, :], 0.0)
-            s1 += tl.sum(d, 0)
-            s2 += tl.sum(d * d, 0)
+            s1 += fold_rows(d)
+            s2 += fold_rows(d * d)
             count += here
         if BN2:
             acc = activate(acc * scale2 + shift2, ACT2, FAST)
         if POOL:
-            pooled += tl.sum(tl.where(ok[:, None], acc, 0.0), 0)
+            pooled += fold_rows(tl.where(ok[:, None], acc, 0.0))
         else:
             out_mask = ok[:, None] & mc[None, :]
             offset = i[:, None] * N + c[None, :]
@@ -143,11 +154,11 @@ def pointwise_forward_kernel(
                 acc += tl.load(residual + base * N + offset, mask=out_mask, other=0.0).to(tl.float32)
             tl.store(y + base * N + offset, cast(acc, y.dtype.element_ty), mask=out_mask)
     if POOL:
-        tl.store(y + p.to(tl.int64) * N + c, cast(pooled / rows, y.dtype.element_ty), mask=mc)
+        tl.store(y + p.to(tl.int64) * N + c, cast(sum_rows(pooled) / rows, y.dtype.element_ty), mask=mc)
     if STATS:
-        shift = s1 / count
+        shift = sum_rows(s1) / count
         tl.store(tile_mean + p.to(tl.int64) * N + c, pivot + shift, mask=mc)
-        tl.store(tile_m2 + p.to(tl.int64) * N + c, s2 - shift * shift * count, mask=mc)
+        tl.store(tile_m2 + p.to(tl.int64) * N + c, sum_rows(s2) - shift * shift * count, mask=mc)
         # Each block of columns keeps its own counts: its last program must not wait for another block's.
         tl.store(tile_count + block * P + p, count)
         if MERGE:
@@ -245,9 +256,9 @@ def project_data_gradient(
         image = (g // parts).to(tl.int64)
         factor = tl.load(mask + image) if MASKED else 1.0
         gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
-        s1 = tl.zeros([BE], tl.float32)
-        s3 = tl.zeros([BE], tl.float32)
-        s_gate = tl.zeros([BE], tl.float32)
+        s1 = tl.zeros([BM // 16, 8, BE], tl.float32)
+        s3 = tl.zeros([BM // 16, 8, BE], tl.float32)
+        s_gate = tl.zeros([BM // 16, 8, BE], tl.float32)
         first = g % parts * tiles_per_part
         for t in tl.range(first, tl.minimum(first + tiles_per_part, tiles), num_stages=STAGES if SHARED else 1):
             row0 = t * BM
@@ -269,10 +280,10 @@ def project_data_gradient(
             v = load_tile(y2 + base * E, i, c, E, ok, mc).to(tl.float32)
             phi, dphi = activate_and_grad(v * scale2 + shift2, ACT, FAST)
             slope_sum = acc * dphi  # rows outside: dy, and so acc, is 0
-            s1 += tl.sum(slope_sum, 0)
-            s3 += tl.sum(slope_sum * (v - mu2), 0)
+            s1 += fold_rows(slope_sum)
+            s3 += fold_rows(slope_sum * (v - mu2))
             if GATED:
-                s_gate += tl.sum(acc * phi, 0)
+                s_gate += fold_rows(acc * phi)
             if NEED_DQ:
                 tl.store(dq + base * E + i[:, None] * E + c[None, :], cast(acc, dtype), mask=ok[:, None] & mc[None, :])
             if SHARED:
@@ -281,10 +292,10 @@ def project_data_gradient(
                 dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
         NUM: tl.constexpr = 3 if GATED else 2
         out = sums + (image * parts + g % parts) * NUM * E + c
-        tl.store(out, s1, mask=mc)
-        tl.store(out + E, s3 * load_vector(rstd2, c, mc), mask=mc)
+        tl.store(out, sum_rows(s1), mask=mc)
+        tl.store(out + E, sum_rows(s3) * load_vector(rstd2, c, mc), mask=mc)
         if GATED:
-            tl.store(out + 2 * E, s_gate, mask=mc)
+            tl.store(out + 2 * E, sum_rows(s_gate), mask=mc)
     if SHARED:
         store_partial(partials, dw, k, c, O, E, p)
 
@@ -568,7 +579,7 @@ def gram_matrix(weight, k0, k1, dtype):
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     gram_matrix_kernel[(blocks, blocks)](
         weight, k0, k1, out, E, I // channel_vector_width(I),
-        IVEC=channel_vector_width(I), BI=32, BE=64, DTYPE_OF=name, num_warps=4,
+        IVEC=channel_vector_width(I), BI=32, BE=32, DTYPE_OF=name, num_warps=4,
     )  # fmt: skip
     return out
 
