@@ -9,7 +9,7 @@ from torch import nn
 
 from efficientnet.config import EfficientNetConfig
 from efficientnet.scaling import Scaling, check_count
-from effkernels.geometry import pad_amounts
+from effkernels.modules.stem_head import pooled_head, stem
 from effkernels.reference import activate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -105,6 +105,7 @@ class EfficientNet(nn.Module):
         check_count("in_chans", in_chans)
         _check_rate("drop_rate", drop_rate)
         _check_rate("drop_path_rate", drop_path_rate)
+        self.fused = fused
         if fused:
             from effkernels import FusedMBConv as block_cls
         else:
@@ -150,21 +151,24 @@ class EfficientNet(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+        """``forward_head(forward_features(x))``; fused, the head's feature map is not stored in inference."""
+        if not self.fused:
+            return self.forward_head(self.forward_features(x))
+        x = pooled_head(self._stages(x), self.conv_head, self.bn2, self.config.act)
+        return self.classifier(F.dropout(x, self.drop_rate, self.training))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] -> the head's feature map [N, num_features, ceil(H / 32), ceil(W / 32)].
 
         Raises TypeError or ValueError naming what is wrong with the images.
         """
+        return activate(self.bn2(self.conv_head(self._stages(x))), self.config.act)
+
+    def _stages(self, x):
+        """Images -> the last stage's output."""
         self._check_input(x)
-        if self.config.padding == "same":
-            (top, bottom), (left, right) = (pad_amounts(n, 3, 2, "same") for n in x.shape[2:])
-            x = F.pad(x, (left, right, top, bottom))
-        act = self.config.act
-        x = activate(self.bn1(self.conv_stem(x)), act)
-        x = self.blocks(x)
-        return activate(self.bn2(self.conv_head(x)), act)
+        config = self.config
+        return self.blocks(stem(x, self.conv_stem, self.bn1, config.act, config.padding, fused=self.fused))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""

@@ -116,7 +116,7 @@ def has_hooks(layer: nn.Module) -> bool:
 def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] = (1, 1, 0)) -> str | None:
     """Why a submodule's own forward must run (hooks, a subclass, settings the kernels do not have), or None.
 
-    depthwise: (kernel_size, stride, padding) that a grouped convolution must have; the others must be 1x1.
+    depthwise: (kernel_size, stride, padding) that a grouped convolution, or a stem's, must have; the others must be 1x1.
     """
     if has_hooks(layer):
         return f"{name} has hooks"
@@ -128,7 +128,7 @@ def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] =
         return f"{name} has no weight and bias (affine=False)"
     if isinstance(layer, nn.Conv2d):
         grouped = name in ("conv_dw", "conv")
-        k, stride, pad = depthwise if grouped else (1, 1, 0)
+        k, stride, pad = depthwise if grouped or name == "conv_stem" else (1, 1, 0)
         groups = layer.out_channels if grouped else 1
         expected = ((k, k), (stride, stride), (pad, pad), (1, 1), groups, layer.in_channels if not grouped else groups, "zeros")
         found = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.in_channels, layer.padding_mode)

@@ -5,6 +5,7 @@ Results are channels_last. Autocast decides the compute dtype as for a convoluti
 """
 
 import torch
+import torch.nn.functional as F
 
 from effkernels import library
 from effkernels.dispatch import compute_dtype
@@ -183,3 +184,23 @@ def mbconv(
         mask, *settings, *batch, memory == "recompute",
     )  # fmt: skip
     return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])
+
+
+def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: str = "silu") -> torch.Tensor:
+    """``mean over H, W of act(BN(conv1x1(x)))``, [N, K, H, W] -> [N, O]; weight [O, K, 1, 1].
+
+    With running statistics and no gradient wanted it is one launch, and the feature map is never stored.
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        raise ValueError(f"weight must be [O, K, 1, 1], got shape {tuple(weight.shape)}")
+    check_activation(x, weight, weight.shape[1])
+    _check_norms(norm, acts=(act,))
+    check_batch(norm, x.shape)
+    dtype = compute_dtype(x)
+    if not norm.training and not _differentiable([x, weight, *norm[:2]]):
+        x = _nhwc(x) if x.dtype in (dtype, torch.float32) else _nhwc(x, dtype)
+        args = (x, weight, *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
+        return library.run("head_inference", None, library.head_inference, args)
+    _advance(norm)
+    y = F.linear(_nhwc(x, dtype), weight.flatten(1).to(dtype))
+    return _bn_act_add(y, norm, act=act).mean((1, 2))

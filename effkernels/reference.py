@@ -133,3 +133,8 @@ def mbconv(
     y = depthwise_conv_bn_act(y, *depthwise, stride=stride, padding=padding, act=act, squeeze_excite=squeeze_excite)
     y = batch_norm(F.conv2d(y, project[0]), project[1])
     return _drop_path(y, drop_path, training) + x if residual else y
+
+
+def head(x, weight, norm, *, act="silu"):
+    """Twin of ``functional.head``."""
+    return activate(batch_norm(F.conv2d(x, weight), norm), act).mean((2, 3))

@@ -1,6 +1,7 @@
 """Custom operators of the kernels; importing this registers them."""
 
 from effkernels.library.base import run
+from effkernels.library.head import head_inference
 from effkernels.library.layers import (
     BatchNormActAdd,
     DepthwiseBlock,
@@ -27,6 +28,7 @@ __all__ = [
     "depthwise_block",
     "depthwise_block_backward",
     "depthwise_block_inference",
+    "head_inference",
     "mbconv",
     "mbconv_backward",
     "mbconv_inference",

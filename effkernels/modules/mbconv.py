@@ -10,7 +10,7 @@ from effkernels import dispatch
 from effkernels.geometry import check_activation, check_conv_args, pad_amounts
 from effkernels.modules.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
-from effkernels.reference import ACTIVATIONS, activate, drop_path
+from effkernels.reference import ACTIVATIONS, activate, check_memory, drop_path
 
 
 class MBConvBase(nn.Module):
@@ -34,10 +34,12 @@ class MBConvBase(nn.Module):
         bn_eps: float = 1e-3,
         bn_momentum: float | None = 0.01,
         drop_path: float = 0.0,
+        memory: str = "keep",
         device=None,
         dtype=None,
     ):
         super().__init__()
+        check_memory(memory)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -53,6 +55,7 @@ class MBConvBase(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.expand_ratio, self.se_ratio, self.act, self.drop_path = expand_ratio, se_ratio, act, drop_path
+        self.memory = memory
         self.has_residual = stride == 1 and in_channels == out_channels
 
         mid = round(in_channels * expand_ratio)
@@ -135,6 +138,8 @@ class FusedMBConv(MBConvBase):
         act: silu, relu, relu6, hard_swish, gelu or identity. padding: "symmetric" or TensorFlow's "same".
         bn_eps, bn_momentum: of every BatchNorm; momentum None is the cumulative average.
         drop_path: probability of dropping the residual branch of a sample in training.
+        memory: what training keeps for the backward: "keep", the three convolutions' outputs; "recompute", not the first, which is
+            computed again from x (one more pass over it for about half the memory). The plain layers keep what autograd keeps.
 
     Shapes: x [N, I, H, W] (channels_last costs no copy) -> [N, O, H', W'], channels_last. Dtypes: fp32, bf16, fp16, or what
     autocast says; parameters fp32 or of the compute dtype.
@@ -176,4 +181,5 @@ class FusedMBConv(MBConvBase):
             residual=self.has_residual,
             drop_path=self.drop_path,
             training=self.training,
+            memory=self.memory,
         )

@@ -1,0 +1,38 @@
+"""A network's first and last feature layers, given as the plain layers that own the parameters: fused where the kernels can serve."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effkernels import dispatch
+from effkernels.geometry import pad_amounts
+from effkernels.parameters import BatchNormParams
+from effkernels.reference import activate
+
+
+def _why_not_fused(x, conv, bn, conv_args):
+    if x.is_cpu and dispatch.only_plain_on_cpu():
+        return "the input is on the CPU"
+    return dispatch.why_not_fused(x, (("conv_stem" if conv_args[0] > 1 else "conv_head", conv), ("bn", bn)), conv.out_channels, conv_args)
+
+
+def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, *, fused: bool = True) -> torch.Tensor:
+    """``act(bn(conv(x)))`` of a k x k convolution of images; under padding "same" conv itself has none and x is padded here."""
+    k, stride = conv.kernel_size[0], conv.stride[0]
+    if fused and _why_not_fused(x, conv, bn, (k, stride, conv.padding[0])) is None:
+        from effkernels import functional
+
+        return functional.stem(x, conv.weight, BatchNormParams.of(bn), stride=stride, padding=padding, act=act)
+    if padding == "same":
+        (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
+        x = F.pad(x, (left, right, top, bottom))
+    return activate(bn(conv(x)), act)
+
+
+def pooled_head(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str) -> torch.Tensor:
+    """``act(bn(conv(x)))`` of a 1x1 convolution, averaged over the image: [N, K, H, W] -> [N, O]."""
+    if _why_not_fused(x, conv, bn, (1, 1, 0)) is None:
+        from effkernels import functional
+
+        return functional.head(x, conv.weight, BatchNormParams.of(bn), act=act)
+    return activate(bn(conv(x)), act).mean((2, 3))
