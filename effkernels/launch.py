@@ -113,6 +113,13 @@ class RowsConfig:
         rows_per_program = max(self.BR, -(-rows // wanted))
         return rows_per_program, -(-rows // rows_per_program)
 
+    def persistent(self, rows: int, blocks_c: int, device: torch.device) -> tuple[int, int]:
+        """(rows per program, programs per block of channels), 4 programs an SM in all: they are resident at once, and leave few enough
+        partial results that the last of them sums them in up to ten steps."""
+        wanted = max(1, 4 * processor_count(device) // blocks_c)
+        rows_per_program = max(self.BR, -(-rows // wanted))
+        return rows_per_program, -(-rows // rows_per_program)
+
 
 def _channel_block(C: int, most: int) -> int:
     """The power of two from 16 to ``most`` that wastes the fewest lanes on C channels, the largest of equals."""
@@ -221,3 +228,66 @@ def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
     BK = _power_of_two(E, 16, 64 if narrow else 32)
     BR = _power_of_two(I, 16, 64)
     return PointwiseConfig(BM=BM, BN=BI, BK=BK, BL=64, BR=BR, num_warps=_warps(BM * BI, BK * BI), stages=2, maxnreg=255)
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """Tiles of BM output pixels, BN channels, BK taps a step. waves: programs an SM holds at once."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int = 4
+    waves: int = 4
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1}
+
+    def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
+        """(tiles a program, programs) for each of ``blocks``: consecutive tiles, none without work, the device filled once."""
+        programs = max(1, min(tiles, self.waves * processor_count(device) // blocks))
+        per_program = -(-tiles // programs)
+        return per_program, -(-tiles // per_program)
+
+
+def stem_forward_config(K, S, rows, dtype) -> StemConfig:
+    """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in fp32, whose
+    products run without tensor cores): with 64 of either ptxas spilled."""
+    narrow = dtype.itemsize == 2
+    BN = _power_of_two(S, 16, 64)
+    BK = _power_of_two(K, 16, 64 if narrow else 32)
+    return StemConfig(BM=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BN, BK, 32)), BN=BN, BK=BK)
+
+
+def stem_backward_config(K, S, rows, dtype) -> StemConfig:
+    """16 values a thread of each operand: dy is formed from two more blocks in flight."""
+    BN = _power_of_two(S, 16, 64)
+    return StemConfig(BM=_power_of_two(rows, 16, 2048 // max(BN, 32)), BN=BN, BK=_power_of_two(K, 16, 32), waves=2)
+
+
+@dataclass(frozen=True)
+class ExpandDepthwiseConfig:
+    """S column strips of TW outputs, TH rows, BE expanded channels; S is the height of one tensor-core product."""
+
+    BE: int
+    TW: int
+    TH: int
+    S: int = 16
+    num_warps: int = 2
+    stages: int = 2
+    maxnreg: int | None = None
+    warps_per_sm: int = 12
+
+    @property
+    def options(self) -> dict:
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
+
+    def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
+        """Persistent programs per channel block: two waves, so that the tail is short."""
+        return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // (self.num_warps * blocks_c))))
+
+
+def expand_depthwise_config(K, stride, I, E, OH, OW, dtype) -> ExpandDepthwiseConfig:
+    return ExpandDepthwiseConfig(BE=32, TW=4, TH=even_rows(OH, 16))

@@ -22,6 +22,7 @@ from effkernels.kernels.common import (
     cast,
     channel_vector_width,
     fast_math,
+    last_to_arrive,
     load_vector,
     sized_jit,
 )
@@ -246,6 +247,47 @@ def gradient_merge_kernel(
 
 
 @sized_jit
+def gradient_reduce_kernel(
+    dout, y, sums, gamma, beta, mean, rstd, mask, counters, dgamma, dbeta, k0, k1, images, rows, CV, rows_per_program, P, count,
+    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """sum dz and sum dz*yhat over ``rows_per_program`` consecutive pixels of the batch; the last of P programs finishes them."""
+    C = CV * CVEC
+    block_c = tl.program_id(0) % tl.cdiv(C, BC)
+    c = block_c * BC + tl.arange(0, BC)
+    mc = c < C
+    p = tl.program_id(0) // tl.cdiv(C, BC)
+    first = p.to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, images * tl.full([], 1, tl.int64) * rows)
+    r = tl.arange(0, BR)
+    mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
+    mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
+    s1 = tl.zeros([BR, BC], tl.float32)
+    s3 = tl.zeros([BR, BC], tl.float32)
+    for start in range(first, last, BR):
+        row_ok = start + r < last
+        ok = row_ok[:, None] & mc[None, :]
+        offset = start * C + r[:, None] * C + c[None, :]
+        g = tl.load(dout + offset, mask=ok, other=0.0).to(tl.float32)
+        v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
+        if MASKED:
+            n = start // rows
+            n += ((start - n * rows).to(tl.int32) + r) // rows
+            g = g * tl.load(mask + n, mask=row_ok, other=0.0)[:, None]
+        if ACT != "identity":
+            phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
+            g = g * dphi
+        s1 += g
+        s3 += g * (v - mu)
+    out = sums + p.to(tl.int64) * 2 * C + c
+    tl.store(out, tl.sum(s1, 0), mask=mc)
+    tl.store(out + C, tl.sum(s3, 0) * r_std, mask=mc)
+    if last_to_arrive(counters + block_c, P):
+        finish_gradients(sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, P, 2 * C, C, count, block_c, BP, BC)
+
+
+@sized_jit
 def apply_backward_kernel(
     dz, y, dx, gamma, beta, mean, rstd, k0, k1, gate, dpool, mask, rows, CV, image_blocks,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr,
@@ -384,6 +426,31 @@ def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
         FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return sums
+
+
+def gradient_reduce(dout, y, bn, *, act="identity", mask=None, counters):
+    """(dgamma, dbeta, k0, k1) of phi(BN(y)) * mask in one launch: ``gradient_sums`` and ``gradient_merge``.
+
+    Args:
+        dout, y: [N, H, W, C], of any dtypes. bn: (gamma, beta, mean, rstd). mask: fp32 [N] or None.
+        counters: int32, 0, at least ``ceil(C / 16)``.
+
+    Returns: dgamma, dbeta in gamma's and beta's dtypes; k0, k1 fp32 [C].
+    """
+    N, H, W, C = y.shape
+    gamma, beta, mean, rstd = bn
+    cfg = reduction_config(C, y.dtype)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    rows_per_program, P = cfg.persistent(N * H * W, blocks_c, y.device)
+    sums = _fp32(y.device, P, 2, C)
+    outs = torch.empty_like(gamma), torch.empty_like(beta), _fp32(y.device, C), _fp32(y.device, C)
+    gradient_reduce_kernel[(blocks_c * P,)](
+        dout, y, sums, gamma, beta, mean, rstd, y if mask is None else mask, counters, *outs,
+        N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W),
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BP=cfg.BR, ACT=act, MASKED=mask is not None, FAST=fast_math(y.dtype),
+        num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return outs
 
 
 def gradient_merge(sums, bn, count):

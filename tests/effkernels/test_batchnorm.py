@@ -203,13 +203,13 @@ BACKWARD = [
 ]
 
 
-def check_backward(shape, act, batch, masked):
-    """out = mask * phi(BN(x)): the sums, their merge, and dx."""
-    from effkernels.kernels.batchnorm import apply_backward, gradient_merge, gradient_sums
+def check_backward(shape, act, batch, masked, one_launch=False, dout_dtype=None):
+    """out = mask * phi(BN(x)): the sums, their merge, in two launches or one, and dx."""
+    from effkernels.kernels.batchnorm import apply_backward, gradient_merge, gradient_reduce, gradient_sums
 
     x = data(*shape)
     N, C, H, W, dtype, device = shape
-    dout = torch.randn(N, C, H, W).to(device, dtype)
+    dout = torch.randn(N, C, H, W).to(device, dout_dtype or dtype)
     mask = forward_terms(*shape)[1] if masked else None
     gamma, beta, mean, var = norm_vectors(C, device)
     if batch:
@@ -226,9 +226,14 @@ def check_backward(shape, act, batch, masked):
         return dict(zip(("dx", "dgamma", "dbeta"), torch.autograd.grad(out, (x, g, b), dout.to(x.dtype)), strict=True))
 
     bn = (gamma, beta, mean, rstd)
-    sums = gradient_sums(nhwc(dout), nhwc(x), bn, act=act, mask=mask)
-    dgamma, dbeta, k0, k1 = gradient_merge(sums.view(-1, 2, C), (gamma, mean, rstd), x.numel() // C)
-    dx = apply_backward(nhwc(dout), nhwc(x), bn, terms=(k0, k1) if batch else None, act=act, mask=mask)
+    if one_launch:
+        counters = torch.zeros(-(-C // 16), dtype=torch.int32, device=device)
+        dgamma, dbeta, k0, k1 = gradient_reduce(nhwc(dout), nhwc(x), bn, act=act, mask=mask, counters=counters)
+        assert not counters.any()
+    else:
+        sums = gradient_sums(nhwc(dout), nhwc(x), bn, act=act, mask=mask)
+        dgamma, dbeta, k0, k1 = gradient_merge(sums.view(-1, 2, C), (gamma, mean, rstd), x.numel() // C)
+    dx = apply_backward(nhwc(dout), nhwc(x), bn, terms=(k0, k1) if batch else None, act=act, mask=mask, out_dtype=dtype)
     assert dx.dtype == dtype
     assert_close_to_truth({"dx": nchw(dx), "dgamma": dgamma, "dbeta": dbeta}, network(x), network(x.double()))
 
@@ -236,6 +241,46 @@ def check_backward(shape, act, batch, masked):
 @pytest.mark.parametrize("i", range(len(BACKWARD)))
 def test_backward(i, device, scratch):
     check_backward((*SHAPES[i], device), *BACKWARD[i])
+
+
+@pytest.mark.parametrize("i", range(len(BACKWARD)))
+def test_backward_in_one_launch(i, device, scratch):
+    """C above one block has one program a block, C below several; programs and their steps span images."""
+    check_backward((*SHAPES[i], device), *BACKWARD[i], one_launch=True)
+
+
+def test_gradient_reduce_of_many_small_images_and_another_dtype(device, scratch, monkeypatch):
+    """Under autocast the gradient may be fp32. Five programs for each of three blocks of channels; their steps span images, kept and
+    dropped ones."""
+    from effkernels import launch
+
+    if device == "cpu":
+        monkeypatch.setattr(launch, "processor_count", lambda device: 4)
+    check_backward((17, 35, 5, 7, torch.bfloat16, device), "identity", True, True, one_launch=True, dout_dtype=torch.float32)
+
+
+def test_gradient_reduce_keeps_the_dtype_of_the_parameters(device, scratch):
+    """A network cast to bf16 as a whole: dgamma and dbeta are rounded once, to nearest."""
+    from effkernels.kernels.batchnorm import gradient_reduce
+
+    x = data(3, 9, 13, 11, torch.bfloat16, device)
+    dout = torch.randn(x.shape).to(device, torch.bfloat16)
+    gamma, beta, mean, var = norm_vectors(9, device)
+    counters = torch.zeros(1, dtype=torch.int32, device=device)
+    narrow = [guarded(t.bfloat16()) for t in (gamma, beta)]
+    results = [
+        gradient_reduce(nhwc(dout), nhwc(x), (*parameters, mean, guarded((var + EPS).rsqrt())), act="relu", counters=counters)
+        for parameters in (narrow, [guarded(t.float()) for t in narrow])
+    ]
+    for a, b, dtype in zip(*results, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, b.to(dtype))
+
+
+@on_gpu
+@pytest.mark.parametrize("i", range(len(BACKWARD)))
+def test_backward_real_shapes_in_one_launch(i, device, scratch):
+    check_backward((*REAL_SHAPES[i % len(REAL_SHAPES)], device), *BACKWARD[i], one_launch=True)
 
 
 @on_gpu
