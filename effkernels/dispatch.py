@@ -86,7 +86,7 @@ def requested_backend() -> str:
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a convolution of x would run in: autocast's where it is on, else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
