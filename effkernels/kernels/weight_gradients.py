@@ -1,0 +1,182 @@
+"""One launch that finishes every weight gradient of a block from fp32 partials; each layer is a role, a range of the programs.
+
+    depthwise       dw[c,tap] = sum_p partials[p,tap,c]
+    project         dw[o,e]   = sum_s partials[s,o,e]
+    expand          dw[e,i]   = A[e] sum_s D[s,e,i] + k1[e] sum_j w[e,j] sum_t gram[t,j,i] + k0[e] sum_t xsum[t,i],  A = gamma rstd
+    squeeze-excite  dW_e = dt^T v, db_e = sum_n dt, dW_r = du^T pooled, db_r = sum_n du,  v = phi(u)
+
+The expand layer's formula is BatchNorm 1's backward dy1 = A dz + k0 + k1 y1 times x, with y1 = x w^T folded into x's Gram matrix.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.kernels.common import TL_DTYPES, activate, cast, load_vector, sized_jit
+
+
+@triton.jit
+def sum_of_partials(pid, partials, parts, row_stride, COLS, BP: tl.constexpr, BL: tl.constexpr):
+    """(i [BL], sum over ``parts`` rows of element i) in a fixed order, BP rows in flight."""
+    i = pid * BL + tl.arange(0, BL)
+    t = tl.arange(0, BP)
+    acc = tl.zeros([BP, BL], tl.float32)
+    for start in range(0, parts, BP):
+        ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
+        acc += tl.load(partials + (start + t).to(tl.int64)[:, None] * row_stride + i[None, :], mask=ok, other=0.0)
+    return i, tl.sum(acc, 0)
+
+
+@triton.jit
+def expand_gradient(
+    pid, D, grams, w, gamma, rstd, k0, k1, out, splits, E, I,
+    BE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    blocks_i = tl.cdiv(I, BI)
+    i = pid % blocks_i * BI + tl.arange(0, BI)
+    e = pid // blocks_i * BE + tl.arange(0, BE)
+    mi, me = i < I, e < E
+    mask = me[:, None] & mi[None, :]
+    offset = e[:, None] * I + i[None, :]
+    acc = tl.zeros([BE, BI], tl.float32)
+    for s in range(0, splits):
+        acc += tl.load(D + s * tl.full([], 1, tl.int64) * E * I + offset, mask=mask, other=0.0)
+    acc *= (load_vector(gamma, e, me) * load_vector(rstd, e, me))[:, None]
+    if GRAM:
+        size = (I + 1) * I
+        xsum = tl.zeros([BI], tl.float32)
+        for s in range(0, splits):
+            xsum += tl.load(grams + s * size + I * I + i, mask=mi, other=0.0)
+        acc += load_vector(k0, e, me)[:, None] * xsum[None, :]
+        slope = load_vector(k1, e, me)
+        for start in range(0, I, BJ):
+            j = start + tl.arange(0, BJ)
+            mj = j < I
+            gram = tl.zeros([BJ, BI], tl.float32)
+            for s in range(0, splits):
+                gram += tl.load(grams + s * size + j[:, None] * I + i[None, :], mask=mj[:, None] & mi[None, :], other=0.0)
+            weight = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
+            weight = cast(weight, DTYPE).to(tl.float32) * slope[:, None]  # as the forward rounded it
+            acc = tl.dot(weight, gram, acc, input_precision="ieee")
+    tl.store(out + offset, cast(acc, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def squeeze_excite_gradient(
+    pid, dt, du, u_in, pooled, dw_reduce, db_reduce, dw_expand, db_expand, N, C, R,
+    NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """CB channels times RB of the bottleneck, all images in order."""
+    blocks_c = tl.cdiv(C, CB)
+    c = pid % blocks_c * CB + tl.arange(0, CB)
+    r = pid // blocks_c * RB + tl.arange(0, RB)
+    mc, mr = c < C, r < R
+    dwe = tl.zeros([CB, RB], tl.float32)
+    dwr = tl.zeros([CB, RB], tl.float32)
+    dbe = tl.zeros([CB], tl.float32)
+    dbr = tl.zeros([RB], tl.float32)
+    for start in range(0, N, NB):
+        n = (start + tl.arange(0, NB)).to(tl.int64)
+        mn = n < N
+        mask_c = mn[:, None] & mc[None, :]
+        mask_r = mn[:, None] & mr[None, :]
+        at_c = n[:, None] * C + c[None, :]
+        at_r = n[:, None] * R + r[None, :]
+        dt_n = tl.load(dt + at_c, mask=mask_c, other=0.0)
+        du_n = tl.load(du + at_r, mask=mask_r, other=0.0)
+        v = tl.where(mask_r, activate(tl.load(u_in + at_r, mask=mask_r, other=0.0), ACT, False), 0.0)
+        dwe = tl.dot(tl.trans(dt_n), v, dwe, input_precision="ieee")
+        dwr = tl.dot(tl.trans(tl.load(pooled + at_c, mask=mask_c, other=0.0)), du_n, dwr, input_precision="ieee")
+        dbe += tl.sum(dt_n, 0)
+        dbr += tl.sum(du_n, 0)
+    mask = mc[:, None] & mr[None, :]
+    tl.store(dw_expand + c[:, None] * R + r[None, :], cast(dwe, dw_expand.dtype.element_ty), mask=mask)
+    tl.store(dw_reduce + r[None, :] * C + c[:, None], cast(dwr, dw_reduce.dtype.element_ty), mask=mask)
+    tl.store(db_expand + c, cast(dbe, db_expand.dtype.element_ty), mask=mc & (pid // blocks_c == 0))
+    tl.store(db_reduce + r, cast(dbr, db_reduce.dtype.element_ty), mask=mr & (pid % blocks_c == 0))
+
+
+@sized_jit
+def weight_gradients_kernel(
+    depthwise_partials, depthwise_out, project_partials, project_out,
+    D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out,
+    dt, du, u, pooled, dw_reduce, db_reduce, dw_expand, db_expand,
+    depthwise_parts, row_stride, C, project_parts, COLS, splits, E, I, N, R,
+    TAPS: tl.constexpr, PROJECT: tl.constexpr, EXPAND: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr, SE: tl.constexpr,
+    ACT: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr,
+    CB: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if EXPAND:
+        programs = tl.cdiv(E, BE) * tl.cdiv(I, BI)
+        if pid < programs:
+            expand_gradient(pid, D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out, splits, E, I, BE, BI, BI, GRAM, DTYPE)
+        pid -= programs
+    if SE:
+        se_programs = tl.cdiv(C, CB) * tl.cdiv(R, RB)
+        if (pid >= 0) & (pid < se_programs):
+            squeeze_excite_gradient(pid, dt, du, u, pooled, dw_reduce, db_reduce, dw_expand, db_expand, N, C, R, NB, RB, CB, ACT)
+        pid -= se_programs
+    if PROJECT:
+        project_programs = tl.cdiv(COLS, BL)
+        if (pid >= 0) & (pid < project_programs):
+            i, total = sum_of_partials(pid, project_partials, project_parts, COLS, COLS, BP, BL)
+            tl.store(project_out + i, cast(total, project_out.dtype.element_ty), mask=i < COLS)
+        pid -= project_programs
+    if TAPS > 0:
+        if pid >= 0:
+            k, tap_total = sum_of_partials(pid, depthwise_partials, depthwise_parts, row_stride, TAPS * C, BP, BL)
+            tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
+
+
+def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
+    """Weight gradients, in the parameters' shapes and dtypes, in one launch; an absent layer gives None.
+
+    Args:
+        depthwise: (partials fp32 [P, k*k + 2, C], weight [C, 1, k, k]) of ``depthwise_backward``.
+        project: (partials fp32 [S, O, E], weight [O, E, 1, 1]) of ``project_backward``.
+        expand: (D fp32 [S, E, I], gram fp32 [S, I + 1, I] or None, weight [E, I, 1, 1], gamma, rstd, k0, k1, compute dtype); gram, k0
+            and k1 are None where BatchNorm 1 is frozen.
+        squeeze_excite: (dt fp32 [N, C], du fp32 [N, R], u fp32 [N, R], pooled fp32 [N, C], the four parameters, act).
+
+    Returns: (depthwise, project, expand gradient, tuple of squeeze-excite's four gradients).
+    """
+    outs = [None if part is None else torch.empty_like(part[at], memory_format=torch.contiguous_format)
+            for part, at in ((depthwise, 1), (project, 1), (expand, 2))]  # fmt: skip
+    se = None
+    if squeeze_excite is not None:
+        se = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in squeeze_excite[4])
+    if depthwise is None and project is None and expand is None and se is None:
+        return (None,) * 4
+    any_tensor = (depthwise or project or expand or squeeze_excite)[0]
+    BL, BP, BE, BI, CB = 128, 32, 64, 32, 16
+    programs, C, R, N, RB, act = 0, 1, 1, 1, 16, "identity"
+    taps, depthwise_parts, row_stride, project_parts, COLS, splits, E, I = 0, 0, 0, 0, 1, 0, 1, 1
+    dtype = torch.float32
+    if squeeze_excite is not None:
+        (N, C), R, act = squeeze_excite[0].shape, squeeze_excite[1].shape[1], squeeze_excite[5]
+        RB = min(64, max(16, triton.next_power_of_2(R)))
+        programs += triton.cdiv(C, CB) * triton.cdiv(R, RB)
+    if expand is not None:
+        splits, E, I = expand[0].shape
+        dtype = expand[7]
+        programs += triton.cdiv(E, BE) * triton.cdiv(I, BI)
+    if project is not None:
+        project_parts, COLS = project[0].shape[0], project[0][0].numel()
+        programs += triton.cdiv(COLS, BL)
+    if depthwise is not None:
+        depthwise_parts, rows, C = depthwise[0].shape
+        row_stride, taps = rows * C, depthwise[1].shape[-1] ** 2
+        programs += triton.cdiv(taps * C, BL)
+    pointers = [
+        None if depthwise is None else depthwise[0], outs[0], None if project is None else project[0], outs[1],
+        *((None,) * 7 if expand is None else expand[:7]), outs[2],
+        *((None,) * 4 if se is None else squeeze_excite[:4]), *(se or (None,) * 4),
+    ]  # fmt: skip
+    weight_gradients_kernel[(programs,)](
+        *(any_tensor if t is None else t for t in pointers),
+        depthwise_parts, row_stride, C, project_parts, COLS, splits, E, I, N, R,
+        TAPS=taps, PROJECT=project is not None, EXPAND=expand is not None, GRAM=expand is not None and expand[1] is not None,
+        DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act, BP=BP, BL=BL, BE=BE, BI=BI, NB=32, RB=RB, CB=CB, num_warps=4,
+    )  # fmt: skip
+    return (*outs, se)
