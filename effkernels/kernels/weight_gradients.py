@@ -155,7 +155,7 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
     dtype = torch.float32
     if squeeze_excite is not None:
         (N, C), R, act = squeeze_excite[0].shape, squeeze_excite[1].shape[1], squeeze_excite[5]
-        RB = min(64, max(16, triton.next_power_of_2(R)))
+        RB = min(32, max(16, triton.next_power_of_2(R)))
         programs += triton.cdiv(C, CB) * triton.cdiv(R, RB)
     if expand is not None:
         splits, E, I = expand[0].shape
