@@ -1,0 +1,168 @@
+"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of launch.py.
+
+``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/tables/sm_<major><minor>.json, or the
+file that EFFKERNELS_TABLE names; it is read once, when the first kernel of that architecture starts. Without one the rules decide.
+(static_sm<arch>.json beside them is what ``effkernels.inspect`` knows of the machine code.)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import os
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+_overrides: dict[str, dict] = {}
+_watchers: list[list] = []
+_disabled = False
+
+
+def key_of(names, values) -> str:
+    """The bucket of a rule's arguments, e.g. "K=3 stride=1 C=128 dtype=bfloat16": integers above 16 rounded up to a power of two."""
+    parts = []
+    for name, value in zip(names, values, strict=True):
+        if name == "device":
+            continue
+        if isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        elif isinstance(value, int) and value > 16:
+            value = 1 << (value - 1).bit_length()
+        parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+def default_path(capability: tuple[int, int]) -> Path:
+    return Path(os.environ.get("EFFKERNELS_TABLE") or FOLDER / f"sm_{capability[0]}{capability[1]}.json")
+
+
+def read(path: Path, capability: tuple[int, int] | None = None) -> dict:
+    """The table in ``path``, checked: {"gpu", "capability", "triton", "rows": [{"family", "key", "config", ...}]}.
+
+    Raises ValueError that names the file if it is not such a table, or was measured on another architecture than ``capability``.
+    """
+    advice = "correct or remove it, or measure again with python -m effkernels.tune"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        measured = tuple(table["capability"])
+        for row in table["rows"]:
+            if not (isinstance(row["family"], str) and isinstance(row["key"], str)):
+                raise TypeError("family and key must be strings")
+            if not all(value is None or isinstance(value, (int, bool)) for value in row["config"].values()):
+                raise TypeError(f"config must hold integers, got {row['config']}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a table of launch configurations ({type(error).__name__}: {error}): {advice}") from error
+    if capability is not None and measured != capability:
+        names = [f"sm_{major}{minor}" for major, minor in (measured, capability)]
+        raise ValueError(f"{path} was measured on {names[0]}, this GPU is {names[1]}: {advice}")
+    return table
+
+
+def write(path: Path, table: dict) -> None:
+    """One row a line; the file is replaced as a whole, so that an interruption leaves the old one."""
+    rows = sorted(table["rows"], key=lambda row: (row["family"], row["key"]))
+    head = json.dumps({name: value for name, value in table.items() if name != "rows"})
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(f'{head[:-1]}, "rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@functools.cache
+def _rows(path: Path, capability: tuple[int, int]) -> dict[tuple[str, str], dict]:
+    if not path.exists():
+        if os.environ.get("EFFKERNELS_TABLE"):
+            raise ValueError(f"EFFKERNELS_TABLE names {path}, which does not exist")
+        return {}
+    return {(row["family"], row["key"]): row["config"] for row in read(path, capability)["rows"]}
+
+
+@functools.cache
+def _table(capability: tuple[int, int]) -> tuple[Path, dict]:
+    path = default_path(capability)
+    return path, _rows(path, capability)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _architecture(device: torch.device | None) -> tuple[int, int] | None:
+    """Capability of the GPU a rule is asked for (the current one, where it is not told), or None for the CPU and ``meta``."""
+    if _disabled:
+        return None
+    if device is not None:
+        return _capability(device.index) if device.type == "cuda" else None
+    return _capability(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
+def _replaced(config, fields: dict, source):
+    try:
+        return dataclasses.replace(config, **fields)
+    except TypeError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def tuned(rule):
+    """A rule ``<family>_config(...)`` of launch.py whose result the row of the same family and bucket, if there is one, overrides."""
+    family = rule.__name__.removesuffix("_config")
+    signature = inspect.signature(rule)
+    names = list(signature.parameters)
+
+    @functools.lru_cache(maxsize=4096)
+    def decided(capability, *args):
+        config = rule(*args)
+        if capability is not None:
+            path, rows = _table(capability)
+            if fields := rows.get((family, key_of(names, args))):
+                return _replaced(config, fields, f"{path}, family {family}")
+        return config
+
+    @functools.wraps(rule)
+    def config(*args, **kwargs):
+        if kwargs:
+            args = signature.bind(*args, **kwargs).args
+        if _watchers or family in _overrides:
+            chosen = _replaced(rule(*args), _overrides.get(family, {}), f"override of {family}")
+            for seen in _watchers:
+                seen.append((family, key_of(names, args), chosen))
+            return chosen
+        return decided(_architecture(args[names.index("device")] if "device" in names else None), *args)
+
+    config.forget = decided.cache_clear
+    return config
+
+
+@contextlib.contextmanager
+def override(family: str, **fields):
+    """Within: the rule of ``family`` returns its configuration with these fields, whatever the arguments; tables do not count."""
+    _overrides[family] = fields
+    try:
+        yield
+    finally:
+        del _overrides[family]
+
+
+@contextlib.contextmanager
+def watch():
+    """Within: (family, key, configuration) of every rule asked is in the list this yields; tables do not count."""
+    seen: list = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
+@contextlib.contextmanager
+def rules_only():
+    """Within: no table counts, as on the CPU."""
+    global _disabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
