@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from effkernels.tables import tuned
+
 
 @functools.cache
 def processor_count(device: torch.device) -> int:
@@ -71,6 +73,7 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
     return 255 if K >= 5 or K == 1 or dtype.itemsize == 4 else None
 
 
+@tuned
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
     """One to two channels a thread: weights and running sums of every k stay under 200 registers.
 
@@ -89,6 +92,7 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
     return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=1 if K in (5, 9) else 2, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype))
 
 
+@tuned
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
     """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo."""
     if K <= 5:
@@ -127,12 +131,14 @@ def _channel_block(C: int, most: int) -> int:
     return min(reversed(sizes), key=lambda size: -(-C // size) * size)
 
 
+@tuned
 def elementwise_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread in flight."""
     BC = _channel_block(C, 128)
     return RowsConfig(BR=4096 // BC, BC=BC)
 
 
+@tuned
 def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
     BC = _channel_block(C, 64)
@@ -197,6 +203,7 @@ def _warps(*blocks: int) -> int:
     return 4 if max(blocks) <= 4096 else 8
 
 
+@tuned
 def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed once)."""
     narrow = dtype.itemsize == 2
@@ -209,6 +216,7 @@ def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=warps, stages=3 if BN <= 128 else 2, maxnreg=255)
 
 
+@tuned
 def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 16 a thread)."""
     narrow = dtype.itemsize == 2
@@ -221,6 +229,7 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     )  # fmt: skip
 
 
+@tuned
 def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
     BM = _power_of_two(rows, 16, 64 if narrow else 32)
@@ -251,6 +260,7 @@ class StemConfig:
         return per_program, -(-tiles // per_program)
 
 
+@tuned
 def stem_forward_config(K, S, rows, dtype) -> StemConfig:
     """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in fp32, whose
     products run without tensor cores): with 64 of either ptxas spilled."""
@@ -260,6 +270,7 @@ def stem_forward_config(K, S, rows, dtype) -> StemConfig:
     return StemConfig(BM=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BN, BK, 32)), BN=BN, BK=BK)
 
 
+@tuned
 def stem_backward_config(K, S, rows, dtype) -> StemConfig:
     """16 values a thread of each operand: dy is formed from two more blocks in flight."""
     BN = _power_of_two(S, 16, 64)
@@ -289,5 +300,6 @@ class ExpandDepthwiseConfig:
         return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // (self.num_warps * blocks_c))))
 
 
+@tuned
 def expand_depthwise_config(K, stride, I, E, OH, OW, dtype) -> ExpandDepthwiseConfig:
     return ExpandDepthwiseConfig(BE=32, TW=4, TH=even_rows(OH, 16))
