@@ -17,12 +17,14 @@ from effkernels.kernels.batchnorm import bn_terms
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
+    bn_coefficients,
     bn_row,
     cast,
     channel_vector_width,
     fast_math,
     gate_derivative,
     gate_function,
+    last_to_arrive,
     load_vector,
     sized_jit,
 )
@@ -56,34 +58,115 @@ def pool_kernel(
     tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
 
 
-@sized_jit
-def squeeze_excite_kernel(
-    sums, w_reduce, b_reduce, w_expand, b_expand, pooled, u_out, gate, parts, C, R, inverse_count,
+@triton.jit
+def squeeze_excite_layers(
+    pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R,
     RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
+    """u and the gate of image n (int64), whose ``pooled`` this program has stored. Two blocks of weights are in flight beside the one
+    in use: a single program reads them all."""
+    i = tl.arange(0, RB)
+    j = tl.arange(0, CB)
+    tl.debug_barrier()  # what other threads of this program stored
+    for r0 in range(0, R, RB):
+        r = r0 + i
+        mr = r < R
+        acc = tl.zeros([RB, CB], tl.float32)
+        for start in tl.range(0, C, CB, num_stages=3):
+            c = start + j
+            mc = c < C
+            w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
+            acc += w * load_vector(pooled + n * C, c, mc)[None, :]
+        tl.store(u_out + n * R + r, tl.sum(acc, 1) + load_vector(b_reduce, r, mr), mask=mr)
+    tl.debug_barrier()
+    blocks_r = tl.cdiv(R, RB)
+    acc = tl.zeros([CB, RB], tl.float32)
+    for step in tl.range(0, tl.cdiv(C, CB) * blocks_r, num_stages=3):
+        c = step // blocks_r * CB + j
+        mc = c < C
+        r = step % blocks_r * RB + i
+        mr = r < R
+        v = tl.where(mr, activate(load_vector(u_out + n * R, r, mr), ACT, False), 0.0)
+        w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
+        acc = tl.where(step % blocks_r == 0, 0.0, acc) + w * v[None, :]
+        last = step % blocks_r == blocks_r - 1
+        tl.store(gate + n * C + c, gate_function(tl.sum(acc, 1) + load_vector(b_expand, c, mc), GATE), mask=mc & last)
+
+
+@sized_jit
+def squeeze_excite_kernel(
+    sums, w_reduce, b_reduce, w_expand, b_expand, pooled, u_out, gate, parts, CV, RV, inverse_count,
+    CVEC: tl.constexpr, RVEC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
     """One image a program: finish the pooling, both layers, the gate."""
+    C = CV * CVEC
+    R = RV * RVEC
     n = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, RB)
-    mr = r < R
-    u = load_vector(b_reduce, r, mr)
     for start in range(0, C, CB):
         c = start + tl.arange(0, CB)
         mc = c < C
         p = tl.zeros([CB], tl.float32)
         for t in range(0, parts):
             p += tl.load(sums + (n * parts + t) * C + c, mask=mc, other=0.0)
-        p = p * inverse_count
-        tl.store(pooled + n * C + c, p, mask=mc)
-        w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
-        u += tl.sum(w * p[None, :], 1)
-    tl.store(u_out + n * R + r, u, mask=mr)
-    v = tl.where(mr, activate(u, ACT, False), 0.0)
-    for start in range(0, C, CB):
-        c = start + tl.arange(0, CB)
-        mc = c < C
-        w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
-        t = tl.sum(w * v[None, :], 1) + load_vector(b_expand, c, mc)
-        tl.store(gate + n * C + c, gate_function(t, GATE), mask=mc)
+        tl.store(pooled + n * C + c, p * inverse_count, mask=mc)
+    squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, ACT, GATE)
+
+
+@triton.jit
+def sum_parts(sums, n, parts, row, c, mc, C, ROWS: tl.constexpr, PB: tl.constexpr):
+    """Row ``row`` of partials [N, parts, ROWS, C] of image n, other programs' work, summed over the parts: [CB]."""
+    t = tl.arange(0, PB)
+    acc = tl.zeros([PB, c.shape[0]], tl.float32)
+    for start in range(0, parts, PB):
+        ok = (start + t < parts)[:, None] & mc[None, :]
+        at = sums + ((n * parts + start) * ROWS + row) * C + (t * ROWS)[:, None] * C + c[None, :]
+        acc += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
+    return tl.sum(acc, 0)
+
+
+@sized_jit
+def pool_and_gate_kernel(
+    y, sums, gamma, beta, mean, rstd, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u_out, gate, s2_out, s4_out,
+    rows, CV, RV, rows_per_program, parts,
+    CVEC: tl.constexpr, RVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACT: tl.constexpr,
+    SE_ACT: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Per (n, part, c): the sums of phi(z), phi'(z), phi'(z)*yhat (sums [N, parts, 3, C]); the last program of an image goes on to its gate."""
+    C = CV * CVEC
+    R = RV * RVEC
+    blocks_c = tl.cdiv(C, BC)
+    c = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
+    mc = c < C
+    group = tl.program_id(0) // blocks_c
+    n = (group // parts).to(tl.int64)
+    first = group % parts * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    r = tl.arange(0, BR)
+    mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
+    mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
+    s_phi = tl.zeros([BR, BC], tl.float32)
+    s2 = tl.zeros([BR, BC], tl.float32)
+    s4 = tl.zeros([BR, BC], tl.float32)
+    for start in range(first, last, BR):
+        ok = (start + r < last)[:, None] & mc[None, :]
+        v = tl.load(y + n * rows * C + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
+        dphi = tl.where(ok, dphi, 0.0)
+        s_phi += tl.where(ok, phi, 0.0)
+        s2 += dphi
+        s4 += dphi * (v - mu)
+    out = sums + group.to(tl.int64) * 3 * C + c
+    tl.store(out, tl.sum(s_phi, 0), mask=mc)
+    tl.store(out + C, tl.sum(s2, 0), mask=mc)
+    tl.store(out + 2 * C, tl.sum(s4, 0) * r_std, mask=mc)
+    if last_to_arrive(counters + n, parts * blocks_c):
+        for start in range(0, C, CB):
+            cc = start + tl.arange(0, CB)
+            mcc = cc < C
+            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, 0, cc, mcc, C, 3, PB) / rows, mask=mcc)
+            tl.store(s2_out + n * C + cc, sum_parts(sums, n, parts, 1, cc, mcc, C, 3, PB), mask=mcc)
+            tl.store(s4_out + n * C + cc, sum_parts(sums, n, parts, 2, cc, mcc, C, 3, PB), mask=mcc)
+        squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, SE_ACT, GATE)
 
 
 @sized_jit
@@ -189,6 +272,38 @@ def pool(y, bn=None, *, act="identity"):
     return sums
 
 
+def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act, gate, counters):
+    """Pooling of phi(BN2(y)) and squeeze-excite in one launch, for training.
+
+    Args:
+        y: [N, h, w, C]. bn2: (gamma, beta, mean, rstd). w_reduce: [R, C, 1, 1]; w_expand: [C, R, 1, 1].
+        counters: int32, 0, at least N.
+
+    Returns: fp32 (gates [N, C], pooled [N, C], u [N, R], s2 [N, C], s4 [N, C]); s2 and s4, the sums over pixels of phi'(z) and
+        phi'(z) * yhat, serve the backward.
+    """
+    N, H, W, C = y.shape
+    R = w_reduce.shape[0]
+    cfg = reduction_config(C, y.dtype)
+    blocks_c = triton.cdiv(C, cfg.BC)
+    rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
+    sums = _fp32(y.device, N, parts, 3, C)
+    gates, pooled, u, s2, s4 = (_fp32(y.device, N, size) for size in (C, C, R, C, C))
+    pool_and_gate_kernel[(blocks_c * N * parts,)](
+        y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates, s2, s4,
+        H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
+        BR=cfg.BR, BC=cfg.BC, **_layer_blocks(C, R), PB=8, ACT=act, SE_ACT=se_act, GATE=gate,
+        FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return gates, pooled, u, s2, s4
+
+
+def _layer_blocks(C, R):
+    """RB covers the bottleneck up to 64 units; a block of weights is up to 4096 elements, 32 a thread."""
+    RB = min(64, max(8, triton.next_power_of_2(R)))
+    return {"RB": RB, "CB": min(256, 4096 // RB), "CVEC": channel_vector_width(C), "RVEC": channel_vector_width(R)}
+
+
 def _blocks(R):
     """RB covers the bottleneck; CB keeps a weight block near 4096 elements."""
     RB = max(16, triton.next_power_of_2(R))
@@ -201,8 +316,8 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     R = w_reduce.shape[0]
     outs = _fp32(sums.device, N, C), _fp32(sums.device, N, R), _fp32(sums.device, N, C)
     squeeze_excite_kernel[(N,)](
-        sums, w_reduce, b_reduce, w_expand, b_expand, *outs, parts, C, R, 1.0 / pixels,
-        **_blocks(R), ACT=act, GATE=gate,
+        sums, w_reduce, b_reduce, w_expand, b_expand, *outs, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
+        **_layer_blocks(C, R), ACT=act, GATE=gate, num_warps=4,
     )  # fmt: skip
     pooled, u, gates = outs
     return gates, pooled, u

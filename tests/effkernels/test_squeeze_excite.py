@@ -104,6 +104,79 @@ def test_squeeze_excite_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, dev
     check(N, C, R, H, W, dtype, act, gate, has_bn, device)
 
 
+# ---- training's launches: pooling with both layers, and their backward with BatchNorm 2's ------------------------------------------
+
+# As above, and with several parts of pooling and several blocks of images, channels and bottleneck; N no multiple of 16.
+TRAINING_CASES = [
+    # N  C    R   H   W   dtype           act           se_act        gate
+    (1, 24, 6, 17, 19, torch.float32, "silu", "silu", "sigmoid"),
+    (17, 35, 1, 5, 4, torch.bfloat16, "silu", "relu", "hard_sigmoid"),
+    (2, 264, 67, 4, 3, torch.float32, "hard_swish", "hard_swish", "hard_sigmoid"),
+    (3, 8, 16, 13, 11, torch.float16, "relu6", "gelu", "sigmoid"),
+    (33, 20, 10, 1, 1, torch.bfloat16, "gelu", "identity", "sigmoid"),
+    (2, 3, 70, 9, 15, torch.float32, "relu", "relu6", "sigmoid"),
+    (1, 140, 33, 2, 2, torch.float16, "identity", "silu", "sigmoid"),
+]
+training_cases = pytest.mark.parametrize("N, C, R, H, W, dtype, act, se_act, gate", TRAINING_CASES)
+
+
+def frozen_norm(y, device):
+    """(gamma, beta, mean, rstd) near to y's own statistics."""
+    gamma, beta, _, _ = norm_vectors(y.shape[1], device)
+    return gamma, beta, guarded(y.float().mean((0, 2, 3)) + 0.1), guarded((y.float().var((0, 2, 3), unbiased=False) + 0.1).rsqrt())
+
+
+def normalized(y, bn):
+    """(yhat, z) in y's dtype, z a leaf."""
+    gamma, beta, mean, rstd = bn
+    yhat = ((y - mean[:, None, None]) * rstd[:, None, None]).to(y.dtype)
+    return yhat, batch_norm(y, gamma, beta, mean, rstd.double() ** -2 if y.dtype == torch.float64 else rstd**-2, 0.0).requires_grad_()
+
+
+def check_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device):
+    from effkernels.kernels.squeeze_excite import pool_and_gate
+
+    torch.manual_seed(0)
+    y = torch.randn(N, C, H, W).to(device, dtype)
+    weights, bn = weights_of(C, R, device), frozen_norm(y, device)
+
+    def network(y):
+        yhat, z = normalized(y, bn)
+        a = ACTIVATIONS[act](z)
+        (dphi,) = torch.autograd.grad(a.sum(), z)
+        w = [t.to(y.dtype) for t in weights]
+        pooled = a.detach().mean((2, 3))
+        u = F.linear(pooled, w[0].flatten(1), w[1])
+        gates = GATES[gate](F.linear(ACTIVATIONS[se_act](u), w[2].flatten(1), w[3]))
+        return {"gates": gates, "pooled": pooled, "u": u, "s2": dphi.sum((2, 3)), "s4": (dphi * yhat).sum((2, 3))}
+
+    counters = torch.zeros(N, dtype=torch.int32, device=device)
+    fused = pool_and_gate(nhwc(y), bn, *weights, act=act, se_act=se_act, gate=gate, counters=counters)
+    assert not counters.any()
+    assert all(t.dtype == torch.float32 for t in fused)
+    assert_close_to_truth(dict(zip(("gates", "pooled", "u", "s2", "s4"), fused, strict=True)), network(y), network(y.double()))
+
+
+@training_cases
+def test_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device, scratch):
+    check_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device)
+
+
+def test_pool_and_gate_with_many_parts(device, scratch, monkeypatch):
+    """11 parts an image, more than one step of the last program sums."""
+    from effkernels import launch
+
+    if device == "cpu":
+        monkeypatch.setattr(launch, "processor_count", lambda device: 8)
+    check_pool_and_gate(3, 35, 5, 38, 37, torch.float32, "silu", "silu", "sigmoid", device)
+
+
+@on_gpu
+@pytest.mark.parametrize("N, C, R, H, W, dtype, act, gate, has_bn", REAL_CASES)
+def test_pool_and_gate_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, device, scratch):
+    check_pool_and_gate(N, C, R, H, W, dtype, act, act, gate, device)
+
+
 def test_pool_with_running_variance(device, scratch):
     """The variance itself and eps instead of rstd, as in inference."""
     from effkernels.kernels.squeeze_excite import pool
