@@ -204,3 +204,26 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
     _advance(norm)
     y = F.linear(_nhwc(x, dtype), weight.flatten(1).to(dtype))
     return _bn_act_add(y, norm, act=act).mean((1, 2))
+
+
+def stem(
+    x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, stride: int = 2, padding: str = "symmetric", act: str = "silu"
+) -> torch.Tensor:
+    """``act(BN(conv3x3(x)))``, a dense convolution of images of few channels: x [N, I, H, W], weight [S, I, 3, 3] -> [N, S, H', W'].
+
+    x is read where it lies, whatever its strides and dtype: no copy, no cast.
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight must be [S, I, 3, 3], got shape {tuple(weight.shape)}")
+    check_conv_args(3, stride, padding)
+    check_activation(x, weight, weight.shape[1], 3, stride, padding)
+    _check_norms(norm, acts=(act,))
+    n, _, *size = x.shape
+    check_batch(norm, (n, weight.shape[0], *size), 3, stride, padding)
+    settings = (DTYPE_NAMES[compute_dtype(x)], stride, padding, act)
+    if not norm.training and not _differentiable([x, weight, *norm[:2]]):
+        args = (x, weight, *norm[:4], *settings, norm.eps)
+        return _nchw(library.run("stem_inference", None, library.stem_inference, args))
+    _advance(norm)
+    args = (x, weight, *norm[:2], *_running(norm), *settings, norm.training, norm.momentum, norm.eps)
+    return _nchw(library.run("stem", library.Stem, library.stem, args)[0])

@@ -70,6 +70,10 @@ def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
 
 def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: str) -> torch.Tensor:
     """Depthwise convolution of x [N, C, H, W] with weight [C, 1, k, k] under either padding rule."""
+    return _conv(x, weight, stride, padding, weight.shape[0])
+
+
+def _conv(x, weight, stride, padding, groups):
     k = weight.shape[-1]
     pads = 0
     if padding == "symmetric":
@@ -78,7 +82,7 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: 
         (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
         if top or bottom or left or right:
             x = F.pad(x, (left, right, top, bottom))
-    return F.conv2d(x, weight, None, stride, pads, 1, weight.shape[0])
+    return F.conv2d(x, weight, None, stride, pads, 1, groups)
 
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
@@ -138,3 +142,8 @@ def mbconv(
 def head(x, weight, norm, *, act="silu"):
     """Twin of ``functional.head``."""
     return activate(batch_norm(F.conv2d(x, weight), norm), act).mean((2, 3))
+
+
+def stem(x, weight, norm, *, stride=2, padding="symmetric", act="silu"):
+    """Twin of ``functional.stem``."""
+    return activate(batch_norm(_conv(x, weight, stride, padding, 1), norm), act)

@@ -16,12 +16,14 @@ from effkernels.library.layers import (
     squeeze_excite_backward,
 )
 from effkernels.library.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
+from effkernels.library.stem import Stem, stem, stem_backward, stem_inference
 
 __all__ = [
     "BatchNormActAdd",
     "DepthwiseBlock",
     "MBConvFunction",
     "SqueezeExcite",
+    "Stem",
     "bn_act_add",
     "bn_act_add_backward",
     "bn_act_add_inference",
@@ -35,4 +37,7 @@ __all__ = [
     "run",
     "squeeze_excite",
     "squeeze_excite_backward",
+    "stem",
+    "stem_backward",
+    "stem_inference",
 ]

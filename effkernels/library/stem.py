@@ -1,0 +1,129 @@
+"""Operators of the stem: act(BN(conv3x3(x))) for images x [N, I, H, W] of any strides; results NHWC.
+
+Training takes three launches forward (convolution with statistics, their merge, BatchNorm + activation), four backward; the autograd
+node keeps x, y (before the BatchNorm) and fp32 vectors. Inference takes one launch.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels.library.base import LIB, absent, batch_or_running, call, fp32, on_its_device, register
+from effkernels.library.mbconv import DTYPES
+
+LIB.define(
+    "stem(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches, str dtype, int stride, str padding, str act, bool batch, float? momentum, float eps) "
+    "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd)"
+)
+LIB.define(
+    "stem_backward(Tensor dout, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor mean, Tensor rstd, "
+    "int stride, str padding, str act, bool batch, bool need_dx, bool need_dw) "
+    "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)"
+)
+LIB.define(
+    "stem_inference(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, Tensor running_var, "
+    "str dtype, int stride, str padding, str act, float eps) -> Tensor"
+)
+
+
+def _pads(x, stride, padding):
+    return *pad_amounts(x.shape[2], 3, stride, padding), *pad_amounts(x.shape[3], 3, stride, padding)
+
+
+def _output(x, weight, dtype, stride, padding):
+    OH, OW = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])
+    return x.new_empty(x.shape[0], OH, OW, weight.shape[0], dtype=DTYPES[dtype])
+
+
+@on_its_device
+def stem(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, act, batch, momentum, eps):
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import stem as kernels
+
+    y, tiles = kernels.stem_forward(x, weight, stride, _pads(x, stride, padding), dtype=DTYPES[dtype], stats=batch)
+    mean, rstd = batch_or_running(batch, lambda: tiles, running_mean, running_var, num_batches, momentum, eps)
+    return batchnorm.apply(y, (norm_weight, norm_bias, mean, rstd, eps, True), act=act), y, mean, rstd
+
+
+def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, *settings):
+    S = weight.shape[0]
+    out, y = (_output(x, weight, dtype, stride, padding) for _ in range(2))
+    return out, y, fp32(x, S), fp32(x, S)
+
+
+@on_its_device
+def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, need_dx, need_dw):
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import stem as kernels
+
+    S = y.shape[-1]
+    bn = (norm_weight, norm_bias, mean, rstd)
+    sums = batchnorm.gradient_sums(dout, y, bn, act=act)
+    dnorm_weight, dnorm_bias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, S), (norm_weight, mean, rstd), y.numel() // S)
+    terms = (k0, k1) if batch else None
+    pads = _pads(x, stride, padding)
+    dx, dw = absent(x), absent(x)
+    if need_dw:
+        dw = kernels.stem_backward(dout, y, x, weight, stride, pads, bn, terms=terms, act=act)
+    if need_dx:
+        dx = image_gradient(batchnorm.apply_backward(dout, y, bn, terms=terms, act=act), x, weight, stride, pads)
+    return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+
+
+def image_gradient(dy, x, weight, stride, pads):
+    """Rarely wanted, so PyTorch's own: dy [N, OH, OW, S] -> like x."""
+    top, bottom, left, right = pads
+    N, I, H, W = x.shape
+    padded = dy.new_empty(N, I, H + top + bottom, W + left + right)  # only its shape is read
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), padded, weight.to(dy.dtype), None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+    )  # fmt: skip
+    return torch.empty_like(x).copy_(dx[:, :, top : top + H, left : left + W])
+
+
+def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, need_dx, need_dw):
+    dx = torch.empty_like(x) if need_dx else absent(x)
+    return dx, torch.empty_like(weight) if need_dw else absent(x), torch.empty_like(norm_weight), torch.empty_like(norm_bias)
+
+
+class Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dispatched, *args):
+        results = call("stem", stem, dispatched, args)
+        out, *aux = results
+        ctx.save_for_backward(*args[:4], *aux)
+        ctx.settings = args[8:12]
+        ctx.dispatched, ctx.count = dispatched, len(args)
+        ctx.mark_non_differentiable(*aux)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *unused):
+        grads = [None] * ctx.count
+        if dout is not None:
+            needs = ctx.needs_input_grad[1:5]
+            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[1])
+            results = call("stem_backward", stem_backward, ctx.dispatched, args)
+            grads[:4] = (grad if need else None for grad, need in zip(results, needs, strict=True))
+        return None, *grads
+
+
+@on_its_device
+def stem_inference(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, act, eps):
+    """Running statistics, no gradient; scale and shift come from the live buffers."""
+    from effkernels.kernels import stem as kernels
+
+    epilogue = (norm_weight, norm_bias, running_mean, running_var, eps)
+    return kernels.stem_forward(x, weight, stride, _pads(x, stride, padding), dtype=DTYPES[dtype], epilogue=epilogue, act=act)[0]
+
+
+def stem_inference_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, *settings):
+    return _output(x, weight, dtype, stride, padding)
+
+
+register("stem", stem, stem_fake, Stem)
+register("stem_backward", stem_backward, stem_backward_fake)
+register("stem_inference", stem_inference, stem_inference_fake)
