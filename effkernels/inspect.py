@@ -31,6 +31,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from effkernels import tables
+
 POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -165,7 +167,10 @@ def _hint(value) -> bool:
 
 @contextlib.contextmanager
 def record_launches():
-    """Within: kernels are recorded in the list this yields instead of started, so launchers run on ``meta`` tensors."""
+    """Within: kernels are recorded in the list this yields instead of started, so launchers run on ``meta`` tensors.
+
+    Configurations are the rules', whatever tables there are.
+    """
     launches: list[Launch] = []
 
     def run(self, *args, grid, warmup=False, **kwargs):
@@ -177,7 +182,8 @@ def record_launches():
     cls = triton.runtime.jit.JITFunction
     original, cls.run = cls.run, run
     try:
-        yield launches
+        with tables.rules_only():
+            yield launches
     finally:
         cls.run = original
 

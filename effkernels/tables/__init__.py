@@ -71,23 +71,22 @@ def write(path: Path, table: dict) -> None:
 
 
 @functools.cache
-def _rows(path: Path, capability: tuple[int, int]) -> dict[tuple[str, str], dict]:
+def _table(capability: tuple[int, int]) -> tuple[Path, dict[tuple[str, str], dict]]:
+    """(file, changed fields by family and key) of an architecture."""
+    path = default_path(capability)
     if not path.exists():
         if os.environ.get("EFFKERNELS_TABLE"):
             raise ValueError(f"EFFKERNELS_TABLE names {path}, which does not exist")
-        return {}
-    return {(row["family"], row["key"]): row["config"] for row in read(path, capability)["rows"]}
-
-
-@functools.cache
-def _table(capability: tuple[int, int]) -> tuple[Path, dict]:
-    path = default_path(capability)
-    return path, _rows(path, capability)
+        return path, {}
+    return path, {(row["family"], row["key"]): row["config"] for row in read(path, capability)["rows"]}
 
 
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+_caches = [_table]
 
 
 def _architecture(device: torch.device | None) -> tuple[int, int] | None:
@@ -132,8 +131,14 @@ def tuned(rule):
             return chosen
         return decided(_architecture(args[names.index("device")] if "device" in names else None), *args)
 
-    config.forget = decided.cache_clear
+    _caches.append(decided)
     return config
+
+
+def forget() -> None:
+    """Look tables up afresh."""
+    for cache in _caches:
+        cache.cache_clear()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,294 @@
+"""Tables of measured launch configurations: looked up, refused, and written by a search whose clock is a formula here."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from interpreter import HAS_TRITON
+
+from effkernels import launch, tables, tune
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+ARGS = (3, 1, 64, 56, 56, 96, torch.bfloat16)
+KEY = "K=3 stride=1 N=64 OH=64 OW=64 C=128 dtype=bfloat16"
+
+
+@pytest.fixture(autouse=True)
+def an_sm90(monkeypatch):
+    """Rules asked for CUDA tensors see a GPU of compute capability 9.0."""
+    monkeypatch.setattr(tables, "_capability", lambda index: (9, 0))
+    monkeypatch.delenv("EFFKERNELS_TABLE", raising=False)
+    tables.forget()
+    yield
+    tables.forget()
+
+
+def table(*rows, capability=(9, 0)):
+    return {"gpu": "NVIDIA H200", "capability": list(capability), "rows": list(rows)}
+
+
+def row(config, key=KEY, family="depthwise_forward"):
+    return {"family": family, "key": key, "config": config, "us": 1.0, "rule_us": 2.0}
+
+
+@pytest.fixture
+def use(tmp_path, monkeypatch):
+    def write(content):
+        path = tmp_path / "mine.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv("EFFKERNELS_TABLE", str(path))
+        return path
+
+    return write
+
+
+# ---- lookup ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_overrides_the_rule_in_its_bucket(use):
+    rule = launch.depthwise_forward_config(*ARGS, CPU)
+    use(table(row({"TW": 7, "warps_per_sm": 12}), row({"BR": 9}, "C=96 dtype=bfloat16", "elementwise")))
+    assert launch.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=7, warps_per_sm=12)
+    assert launch.depthwise_forward_config(*ARGS, device=GPU).TW == 7
+    assert launch.depthwise_forward_config(3, 1, 33, 33, 64, 65, torch.bfloat16, GPU).TW == 7, "the bucket's other end"
+    for i, other in enumerate((5, 2, 65, 32, 32, 129, torch.float16)):
+        args = (*ARGS[:i], other, *ARGS[i + 1 :], GPU)
+        assert launch.depthwise_forward_config(*args) == launch.depthwise_forward_config(*args[:-1], CPU), args
+
+
+def test_only_gpus_have_tables(use):
+    use(table(row({"TW": 7})))
+    for device in (CPU, torch.device("meta")):
+        assert launch.depthwise_forward_config(*ARGS, device).TW != 7
+    with tables.rules_only():
+        assert launch.depthwise_forward_config(*ARGS, GPU).TW != 7
+    assert launch.depthwise_forward_config(*ARGS, GPU).TW == 7
+
+
+def test_rules_without_a_device_ask_for_the_current_one(use, monkeypatch):
+    use(table(row({"num_warps": 8}, "C=128 dtype=bfloat16", "elementwise")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for initialized, warps in ((False, 4), (True, 8)):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
+        assert launch.elementwise_config(96, torch.bfloat16).num_warps == warps
+
+
+def test_the_packages_own_table_is_that_of_the_architecture(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    assert launch.depthwise_forward_config(*ARGS, GPU) == launch.depthwise_forward_config(*ARGS, CPU), "no table"
+    tables.forget()
+    tables.write(tmp_path / "sm_90.json", table(row({"TW": 7})))
+    tables.write(tmp_path / "sm_80.json", table(row({"TW": 5}), capability=(8, 0)))
+    assert launch.depthwise_forward_config(*ARGS, GPU).TW == 7
+
+
+def test_a_table_is_read_once(use, monkeypatch):
+    path = use(table(row({"TW": 7})))
+    reads, read = [], tables.read
+    monkeypatch.setattr(tables, "read", lambda *args: reads.append(args) or read(*args))
+    for c in (96, 97, 98, 40):
+        launch.depthwise_forward_config(*ARGS[:5], c, torch.bfloat16, GPU)
+    path.write_text("gone")
+    assert launch.depthwise_forward_config(*ARGS[:5], 99, torch.bfloat16, GPU).TW == 7
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ("not JSON", "is not a table of launch configurations"),
+        ("[]", "is not a table of launch configurations"),
+        ({"rows": []}, "is not a table of launch configurations (KeyError: 'capability')"),
+        (table({"family": "reduction"}), "KeyError: 'key'"),
+        (table(row({"TW": "7"})), "config must hold integers, got {'TW': '7'}"),
+        (table(row({"TW": 7}, key=3)), "family and key must be strings"),
+        (table(row({"TW": 7}), capability=(8, 0)), "was measured on sm_80, this GPU is sm_90"),
+        (table(row({"TX": 7})), "unexpected keyword argument 'TX'"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(use, content, problem):
+    path = use(content)
+    with pytest.raises(ValueError) as error:
+        launch.depthwise_forward_config(*ARGS, GPU)
+    assert str(path) in str(error.value) and problem in str(error.value)
+
+
+def test_a_table_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFKERNELS_TABLE", str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="EFFKERNELS_TABLE names .*none.json, which does not exist"):
+        launch.depthwise_forward_config(*ARGS, GPU)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(launch) if name.endswith("_config")])
+def test_every_rule_can_be_overridden(name):
+    """So that a rule added later is not forgotten."""
+    assert hasattr(getattr(launch, name), "__wrapped__"), f"{name} lacks @tuned"
+
+
+def test_tables_in_git_can_be_read():
+    for path in tables.FOLDER.glob("sm_*.json"):
+        capability = tuple(int(digit) for digit in path.stem.removeprefix("sm_").split("_")[0])
+        tables.read(path, capability if len(capability) == 2 else None)
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    BM: int = 16
+    warps: int = 4
+    rest: int = 0
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A family "toy" whose launcher takes a while that a formula of its configuration tells; ``measured`` lists those timed."""
+    monkeypatch.setitem(tune.FIELDS, "toy", {"BM": (16, 32, 64, 128), "warps": (2, 4, 8)})
+
+    def toy_config(C, dtype):
+        return Toy()
+
+    rule = tables.tuned(toy_config)
+
+    class Launcher:
+        measured: list = []
+        time = staticmethod(lambda config: 100.0 - config.BM / 2 + abs(config.warps - 8))
+        result = staticmethod(lambda config: 1.0)
+
+        def workload(self, C):
+            def build(device):
+                def call():
+                    self.config = rule(C, torch.bfloat16)
+                    return (torch.full((4,), self.result(self.config)),)
+
+                return call
+
+            return tune.Workload(f"toy {C}", "toy", build)
+
+        def timer(self, call):
+            call()
+            self.measured.append(self.config)
+            return self.time(self.config)
+
+    launcher = Launcher()
+    launcher.measured = []
+    return launcher
+
+
+def run(toy, path, *channels, content=None, report=lambda line: None):
+    content = content or {"gpu": "toy", "capability": [9, 0], "rows": []}
+    return tune.tune([toy.workload(C) for C in channels], content, path, CPU, toy.timer, report)
+
+
+def test_climbs_to_the_fastest(toy, tmp_path):
+    assert run(toy, tmp_path / "t.json", 40, 100) == 2
+    rows = tables.read(tmp_path / "t.json")["rows"]
+    assert [(r["key"], r["config"]) for r in rows] == [
+        ("C=128 dtype=bfloat16", {"BM": 128, "warps": 8}),
+        ("C=64 dtype=bfloat16", {"BM": 128, "warps": 8}),
+    ]
+    assert rows[0]["rule_us"] == 96.0 and rows[0]["us"] == 36.0
+    assert len(toy.measured) == len(set(toy.measured)) * 2, "each configuration once a shape"
+
+
+def test_noise_is_no_gain(toy, tmp_path):
+    toy.time = lambda config: 100.0 - 0.01 * config.BM
+    run(toy, tmp_path / "t.json", 40)
+    assert tables.read(tmp_path / "t.json")["rows"][0]["config"] == {}
+    assert len(toy.measured) == 4  # the rule's, and BM 32, warps 2 and 8
+
+
+def test_wrong_or_impossible_configurations_are_passed_over(toy, tmp_path):
+    def result(config):
+        if config.warps == 8:
+            raise RuntimeError("out of registers")
+        return float("nan") if config.BM == 128 else 1.1 if config.BM == 64 else 1.0
+
+    toy.result, said = result, []
+    run(toy, tmp_path / "t.json", 40, report=said.append)
+    assert tables.read(tmp_path / "t.json")["rows"][0]["config"] == {"BM": 32}
+    assert {(c.BM, c.warps) for c in toy.measured} == {(16, 4), (16, 2), (32, 4), (32, 2)}
+    assert any("out of registers" in line or "RuntimeError" in line for line in said)
+
+
+def test_a_bounded_number_of_configurations(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "MOST", 3)
+    run(toy, tmp_path / "t.json", 40)
+    assert len(toy.measured) == 3
+
+
+def test_goes_on_after_an_interruption(toy, tmp_path):
+    path, timer = tmp_path / "t.json", toy.timer
+
+    def interrupted(call):
+        if len(toy.measured) == 15:
+            raise KeyboardInterrupt
+        return timer(call)
+
+    toy.timer = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, path, 40, 100, 1000)
+    kept = tables.read(path)["rows"]
+    assert [r["key"] for r in kept] == ["C=64 dtype=bfloat16"]
+    toy.timer, toy.measured = timer, []
+    assert run(toy, path, 40, 100, 60, 1000, content=tables.read(path)) == 2, "60 is in the bucket of 40"
+    rows = tables.read(path)["rows"]
+    assert len(rows) == 3 and kept[0] in rows
+    assert run(toy, path, 40, 100, 1000, content=tables.read(path)) == 0
+
+
+def test_a_workload_that_asks_for_nothing_is_a_mistake(toy, tmp_path):
+    workload = dataclasses.replace(toy.workload(40), family="reduction")
+    with pytest.raises(RuntimeError, match="toy 40 does not ask for a configuration of reduction"):
+        tune.tune([workload], table(), tmp_path / "t.json", CPU, toy.timer)
+
+
+def test_what_is_written_is_what_is_looked_up(tmp_path, monkeypatch):
+    """Family and key of a row that the search writes for a real rule are those that a launch looks for."""
+    with tables.watch() as asked:
+        rule = launch.depthwise_forward_config(*ARGS, CPU)
+    tables.write(tmp_path / "t.json", table({"family": asked[0][0], "key": asked[0][1], "config": {"TW": rule.TW + 1}}))
+    monkeypatch.setenv("EFFKERNELS_TABLE", str(tmp_path / "t.json"))
+    assert launch.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=rule.TW + 1)
+
+
+def test_fields_of_the_search_exist():
+    for family, fields in tune.FIELDS.items():
+        rule = getattr(launch, f"{family}_config")
+        annotation = rule.__wrapped__.__annotations__["return"]
+        assert set(fields) <= {f.name for f in dataclasses.fields(annotation)}, family
+        assert all(list(values) == sorted(values) for values in fields.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys):
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err == "python -m effkernels.tune: no CUDA GPU here, and tuning measures on one\n"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_every_workload_starts_kernels_of_its_family():
+    """Launchers run on the meta device, in a process without the interpreter."""
+    code = """
+    import torch
+    from effkernels import tables, tune
+    from effkernels.inspect import record_launches
+
+    families = set()
+    for workload in tune.workloads([1.0, 2.0], [torch.bfloat16, torch.float32], [32]):
+        with record_launches() as launches, tables.watch() as asked:
+            results = workload.build(torch.device("meta"))()
+        assert launches and workload.family in {family for family, *_ in asked}, workload.name
+        assert all(isinstance(t, torch.Tensor) for t in results)
+        families.add(workload.family)
+    assert families == set(tune.FIELDS), families ^ set(tune.FIELDS)
+    """
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
