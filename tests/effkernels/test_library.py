@@ -70,6 +70,18 @@ def operator_arguments(name, device):
         x = x.detach()
         yield (nhwc(device, requires_grad=False), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
                "sigmoid", True)  # fmt: skip
+    elif name.startswith("stem"):
+        x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
+        vectors, settings = norm(device, True, requires_grad=False), ("fp32", 2, "same", "silu")
+        if name == "stem":
+            yield (x.requires_grad_(), weight.requires_grad_(), *norm(device, True), *settings, True, None, 1e-3)
+            yield (x.to(memory_format=torch.channels_last), weight, *norm(device, True), "bf16", 2, "symmetric", "relu", False, 0.1, 1e-3)
+        elif name == "stem_backward":
+            out, *aux = library.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3)
+            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, True, True)
+            yield (out, x, weight.to(memory_format=torch.channels_last), *vectors[:2], *aux, *settings[1:], False, False, True)
+        else:
+            yield (x, weight, *vectors[:4], *settings, 1e-3)
 
 
 OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))

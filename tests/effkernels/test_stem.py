@@ -257,7 +257,7 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 rows = []
-for dtype, name, S, I in ((torch.bfloat16, "bf16", 32, 3), (torch.float16, "fp16", 40, 3), (torch.float32, "fp32", 64, 3), (torch.bfloat16, "bf16", 64, 16)):
+for name, S, I in (("bf16", 32, 3), ("fp16", 40, 3), ("fp32", 64, 3), ("bf16", 64, 16)):
     x, weight, norm = meta(8, I, 224, 224), meta(S, I, 3, 3), [meta(S) for _ in range(4)]
     with record_launches() as launches:
         library.stem_inference(x, weight, *norm, name, 2, "symmetric", "silu", 1e-3)
@@ -267,7 +267,8 @@ for dtype, name, S, I in ((torch.bfloat16, "bf16", 32, 3), (torch.float16, "fp16
         if launch.name.startswith("stem"):
             cost = cost_of(launch)
             pixels = launch.constants["BM"] / (32 * launch.options["num_warps"])
-            rows.append((f"{launch.name} {name} {S} {I}", cost.registers, cost.spill_bytes, cost.loop_instructions / pixels, sorted(cost.opcodes)))
+            name_and_shape = f"{launch.name} {name} {S} {I}"
+            rows.append((name_and_shape, cost.spill_bytes, cost.loop_instructions / pixels, sorted(cost.opcodes)))
 print(json.dumps(rows))
 """
 
@@ -279,9 +280,9 @@ def test_compiles_for_sm90_without_spills():
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout)
     assert len(rows) == 12
-    assert [(name, spill) for name, _, spill, _, _ in rows if spill] == []
-    for name, _, _, _, opcodes in rows:
+    assert [(name, spill) for name, spill, _, _ in rows if spill] == []
+    for name, _, _, opcodes in rows:
         if "fp32" not in name:
             assert any("MMA" in code for code in opcodes), f"{name}: no tensor cores"
     # At copy speed an H200 has about 600 instructions for a pixel of 32 bf16 channels (88 bytes).
-    assert rows[0][3] < 800, rows[0]
+    assert rows[0][2] < 800, rows[0]
