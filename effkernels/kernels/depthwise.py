@@ -1,4 +1,4 @@
-"""Depthwise k x k convolution on NHWC: forward, and the whole backward (dgrad and wgrad) in one launch (three at k = 9).
+"""Depthwise k x k convolution on NHWC: forward, and the whole backward (dgrad and wgrad), each in one launch.
 
     forward    y[n,oh,ow,c] = sum_{kh,kw} w[c,kh,kw] * a[n, oh*s + kh - pad_top, ow*s + kw - pad_left, c]
     dgrad      da[n,ih,iw,c] = sum_{kh,kw} w[c,kh,kw] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
@@ -7,12 +7,17 @@
 with a = x, or a = phi1(BN1(x)) evaluated on load (prologue; padding is zero after the activation), and dy given, or formed on load
 from the gradient dq of the gated activation: dy = scale2 * (dq * gate + dpool) * phi2'(BN2(y)) + k0 + k1 * y.
 
-How a program works: S column strips of one image times BC channels, one warp. A row of a strip is one 16-byte-wide load of CW
-columns, split into a tuple of [S, BC] blocks, one per column, so that a tap is another tuple entry and needs no lane shift. The
-program slides down TH rows. The forward scatters each activated element into M = ceil(k/s) running output rows, so an element is
-activated once per strip that sees it, 1 + (k-1)/(TW*s) times on average, never k^2. The backward keeps the last M rows of dy in
-registers and stands at the input pixel: one dy value serves dgrad and wgrad, and a and phi1' are evaluated once at the centre.
-Programs are persistent over (image, group of S strips), so partial results number as many as programs, not tiles.
+How a program works: S column strips of one image times BC channels, one warp. A row of a strip is a tuple of [S, BC] blocks, one
+per column, so that a tap is another tuple entry and needs no lane shift. For k <= 3 a thread has the channels of a 16-byte load and
+each column is loaded by itself (WIDE); larger k leave registers for one channel a thread, and a row is one block whose columns are
+split apart. The program slides down TH rows. The forward scatters each activated element into M = ceil(k/s) running output rows, so
+an element is activated once per strip that sees it, 1 + (k-1)/(TW*s) times on average, never k^2. The backward keeps the last M rows
+of dy in registers and stands at the input pixel: one dy value serves dgrad and wgrad, and a and phi1' are evaluated once at the
+centre. Programs are persistent over (image, group of S strips), so partial results number as many as programs, not tiles.
+
+Where all lanes of a warp are at the same pixel (S = 1), a condition on the row is a branch and one on the column a factor 0 or 1:
+what is masked was loaded as 0, so the product is 0. Statistics leave out outputs beyond the image the same way; such an output sees
+no pixel that a stored one does not, so a NaN in it is in the statistics anyway.
 """
 
 import torch
@@ -36,29 +41,25 @@ from effkernels.launch import depthwise_backward_config, depthwise_forward_confi
 
 @triton.jit
 def split_columns(block, NUM: tl.constexpr):
-    """[S, BC, NUM] -> NUM blocks [S, BC]; NUM a power of two."""
+    """[NUM, S, BC] -> NUM blocks [S, BC]; NUM a power of two."""
     if NUM == 1:
-        return (tl.reshape(block, [block.shape[0], block.shape[1]]),)
+        return (tl.reshape(block, [block.shape[1], block.shape[2]]),)
     else:
-        even, odd = tl.split(tl.reshape(block, [block.shape[0], block.shape[1], NUM // 2, 2]))
-        evens = split_columns(even, NUM // 2)
-        odds = split_columns(odd, NUM // 2)
-        columns = ()
-        for i in tl.static_range(NUM // 2):
-            columns = columns + (evens[i], odds[i])
-        return columns
+        halves = tl.reshape(block, [2, NUM // 2, block.shape[1], block.shape[2]])
+        low, high = tl.split(tl.permute(halves, (1, 2, 3, 0)))
+        return split_columns(low, NUM // 2) + split_columns(high, NUM // 2)
 
 
 @triton.jit
-def join_columns(columns, FIRST: tl.constexpr, STEP: tl.constexpr, NUM: tl.constexpr):
-    """columns[FIRST], columns[FIRST + STEP], ... (NUM blocks [S, BC]) -> [S, BC, NUM]; NUM a power of two."""
+def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
+    """columns[FIRST], columns[FIRST + 1], ... (NUM blocks [S, BC]) -> [NUM, S, BC]; NUM a power of two."""
     if NUM == 1:
-        return columns[FIRST][:, :, None]
+        return columns[FIRST][None, :, :]
     else:
-        even = join_columns(columns, FIRST, 2 * STEP, NUM // 2)
-        odd = join_columns(columns, FIRST + STEP, 2 * STEP, NUM // 2)
-        both = tl.join(even, odd)
-        return tl.reshape(both, [both.shape[0], both.shape[1], NUM])
+        low = join_columns(columns, FIRST, NUM // 2)
+        high = join_columns(columns, FIRST + NUM // 2, NUM // 2)
+        both = tl.permute(tl.join(low, high), (3, 0, 1, 2))
+        return tl.reshape(both, [NUM, both.shape[2], both.shape[3]])
 
 
 @triton.jit
@@ -67,6 +68,53 @@ def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
     for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
         blocks = blocks + (tl.zeros([S, BC], tl.float32),)
     return blocks
+
+
+@triton.jit
+def activation_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(scale, shift) [1, BC] for ``normalise_activate``."""
+    scale, shift = bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
+    if FAST and ACT == "silu":
+        return 0.5 * scale, 0.5 * shift
+    else:
+        return scale, shift
+
+
+@triton.jit
+def normalise_activate(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
+    """phi(BN(x)); silu(2h) = h + h tanh(h) takes h from halved coefficients, one multiplication less."""
+    if FAST and ACT == "silu":
+        h = x * scale + shift
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
+        return h * t + h
+    else:
+        return activate(x * scale + shift, ACT, FAST)
+
+
+@triton.jit
+def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled (``grad_unit``).
+
+    With z = 2h and t = tanh(h): silu = h + h t and 2 silu' = (1 + t) (1 + h - h t).
+    """
+    if FAST and ACT == "silu":
+        h = x * scale + shift
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
+        up = t + 1.0
+        return h * t + h, up * (h - h * t) + up
+    else:
+        return activate_and_grad(x * scale + shift, ACT, FAST)
+
+
+@triton.constexpr_function
+def grad_unit(ACT, FAST):
+    """phi' over what ``normalise_activate_and_grad`` returns; multiplied into factors that do not change along the rows."""
+    return 0.5 if FAST and ACT == "silu" else 1.0
+
+
+@triton.jit
+def any_row(row_ok):
+    return tl.max(row_ok.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -110,13 +158,26 @@ def last_of_group(counters, p, P):
     return last_to_arrive(counters + 1 + group, tl.minimum(P - group * GROUP, GROUP))
 
 
+@triton.jit
+def load_columns(p, offset, col_ok, row_ok, mc, C, NUM: tl.constexpr, POW2: tl.constexpr, WIDE: tl.constexpr):
+    """NUM neighbouring columns [S, BC] of a row; ``offset`` is that of the first (WIDE) or of all POW2 of them in one block."""
+    if WIDE:
+        columns = ()
+        for j in tl.static_range(NUM):
+            columns = columns + (tl.load(p + (offset + j * C), mask=(col_ok[j] & row_ok)[:, None] & mc[None, :], other=0.0),)
+        return columns
+    else:
+        return split_columns(tl.load(p + offset, mask=col_ok & row_ok[None, :, None], other=0.0), POW2)
+
+
 @sized_jit
 def depthwise_forward_kernel(
     x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
     counters, mean, rstd, running_mean, running_var, num_batches, eps, momentum,
     N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
-    CW: tl.constexpr, TWP: tl.constexpr, STAGES: tl.constexpr, PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
+    CW: tl.constexpr, TWP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
     STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
     MERGE: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -129,19 +190,20 @@ def depthwise_forward_kernel(
     mc = c < C
     taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
     if PROLOGUE:
-        scale1, shift1 = bn_row(gamma1, beta1, mean1, var1, eps1, c, mc, BN1_VAR_IS_RSTD)
+        scale1, shift1 = activation_row(gamma1, beta1, mean1, var1, eps1, c, mc, BN1_VAR_IS_RSTD, ACT1, FAST)
     if EPILOGUE:
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps2, c, mc, False)
+        scale2, shift2 = activation_row(gamma2, beta2, mean2, var2, eps2, c, mc, False, ACT2, FAST)
     if STATS:
+        # Sums of y - pivot, a pivot for each strip and channel: the first value of the program's first group.
+        pivot = tl.zeros([S, BC], tl.float32)
         count = tl.zeros([S], tl.float32)
-        centre = tl.zeros([S, BC], tl.float32)
-        m2 = tl.zeros([S, BC], tl.float32)
-    j_in = tl.arange(0, CW)
-    j_out = tl.arange(0, TWP)
+        s1 = tl.zeros([S, BC], tl.float32)
+        s2 = tl.zeros([S, BC], tl.float32)
     for g in range(p, N * groups, P):
         n = g // groups
         strip = (g % groups) * S + tl.arange(0, S)
         valid = strip < strips
+        strip = tl.minimum(strip, strips - 1)  # those beyond the last do its work again and keep nothing
         ow0 = (strip % strips_w) * TW
         oh0 = (strip // strips_w) * TH
         rows = tl.where(valid, tl.minimum(OH - oh0, TH), 0)
@@ -149,30 +211,58 @@ def depthwise_forward_kernel(
         ih = oh0 * STRIDE - pad_top
         xn = x + n.to(tl.int64) * H * W * C
         yn = y + n.to(tl.int64) * OH * OW * C
-        col_in = iw0[:, None] + j_in[None, :]
-        mask_in = ((col_in >= 0) & (col_in < W) & (j_in < NC)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
-        off_in = ((ih * W)[:, None] + col_in)[:, :, None] * C + c[None, None, :]
-        col_out = ow0[:, None] + j_out[None, :]
-        mask_out = ((col_out < OW) & (j_out < TW)[None, :])[:, :, None] & mc[None, None, :]
-        off_out = (((oh0 - (M - 1)) * OW)[:, None] + col_out)[:, :, None] * C + c[None, None, :]
+        in_x = ()
+        for j in tl.static_range(NC):
+            in_x = in_x + ((iw0 + j >= 0) & (iw0 + j < W),)
+        if PROLOGUE and S == 1:
+            shift_in = ()
+            for j in tl.static_range(NC):
+                shift_in = shift_in + (tl.where(in_x[j][:, None], shift1, 0.0),)
+        in_y = ()
+        for o in tl.static_range(TW):
+            in_y = in_y + (ow0 + o < OW,)
+        if WIDE:
+            mask_in = in_x
+            off_in = (ih * W + iw0)[:, None] * C + c[None, :]
+            off_out = ((oh0 - (M - 1)) * OW + ow0)[:, None] * C + c[None, :]
+        else:
+            j_in = tl.arange(0, CW)[:, None]
+            j_out = tl.arange(0, TWP)[:, None]
+            col_in = iw0[None, :] + j_in
+            mask_in = ((col_in >= 0) & (col_in < W) & (j_in < NC))[:, :, None] & mc[None, None, :]
+            off_in = ((ih * W)[None, :] + col_in)[:, :, None] * C + c[None, None, :]
+            col_out = ow0[None, :] + j_out
+            mask_out = ((col_out < OW) & (j_out < TW))[:, :, None] & mc[None, None, :]
+            off_out = (((oh0 - (M - 1)) * OW)[None, :] + col_out)[:, :, None] * C + c[None, None, :]
         acc = zero_blocks(M * TW, S, BC)
-        if STATS:
-            pivot = tl.zeros([S, BC], tl.float32)
-            s1 = tl.zeros([S, BC], tl.float32)
-            s2 = tl.zeros([S, BC], tl.float32)
         if POOL:
             pooled = tl.zeros([S, BC], tl.float32)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             for r in tl.static_range(STRIDE):
                 row_ok = (ih >= 0) & (ih < H)
-                block = tl.load(xn + off_in, mask=mask_in & row_ok[:, None, None], other=0.0)
+                columns = load_columns(xn, off_in, mask_in, row_ok, mc, C, NC, CW, WIDE)
                 off_in += W * C
-                columns = split_columns(tl.permute(block, (0, 2, 1)), CW)
+                pixels = ()
                 for j in tl.static_range(NC):
-                    a = columns[j].to(tl.float32)
-                    if PROLOGUE:
-                        inside = row_ok & (iw0 + j >= 0) & (iw0 + j < W)
-                        a = tl.where(inside[:, None], activate(a * scale1 + shift1, ACT1, FAST), 0.0)
+                    pixels = pixels + (columns[j].to(tl.float32),)
+                if PROLOGUE:
+                    if S == 1:
+                        # Padding is loaded as 0 and every phi(0) is 0, so without its shift a column stays 0; a row is one branch.
+                        if tl.sum(row_ok.to(tl.int32), 0) > 0:
+                            activated = ()
+                            for j in tl.static_range(NC):
+                                activated = activated + (normalise_activate(pixels[j], scale1, shift_in[j], ACT1, FAST),)
+                        else:
+                            activated = zero_blocks(NC, S, BC)
+                    else:
+                        activated = ()
+                        row_in = row_ok.to(tl.float32)
+                        for j in tl.static_range(NC):
+                            a = normalise_activate(pixels[j], scale1, shift1, ACT1, FAST)
+                            activated = activated + (a * (in_x[j].to(tl.float32) * row_in)[:, None],)
+                    pixels = activated
+                for j in tl.static_range(NC):
+                    a = pixels[j]
                     summed = ()
                     for m in tl.static_range(M):
                         for o in tl.static_range(TW):
@@ -186,51 +276,54 @@ def depthwise_forward_kernel(
                 ih += 1
             # Row oh0 + t - (M - 1) has met all its taps.
             done = (t >= M - 1) & (t - (M - 1) < rows)
-            outputs = ()
-            for o in tl.static_range(TWP):
-                if o < TW:
-                    v = acc[(M - 1) * TW + o]
-                    if STATS or POOL:
-                        ok = (done & (ow0 + o < OW))[:, None]
-                    if STATS:
-                        if o == 0:
-                            pivot = tl.where(t == M - 1, v, pivot)
-                        d = tl.where(ok, v - pivot, 0.0)
-                        s1 += d
-                        s2 += d * d
-                    if EPILOGUE:
-                        v = activate(v * scale2 + shift2, ACT2, FAST)
-                    if POOL:
-                        pooled += tl.where(ok, v, 0.0)
-                    outputs = outputs + (cast(v, y.dtype.element_ty),)
-                else:
-                    outputs = outputs + (tl.zeros([S, BC], y.dtype.element_ty),)
-            block_out = tl.permute(join_columns(outputs, 0, 1, TWP), (0, 2, 1))
-            tl.store(yn + off_out, block_out, mask=mask_out & done[:, None, None])
+            if any_row(done) if S == 1 else t >= M - 1:
+                if STATS:
+                    if (g == p) & (t == M - 1):
+                        pivot = acc[(M - 1) * TW]
+                outputs = ()
+                for o in tl.static_range(TWP):
+                    if o < TW:
+                        v = acc[(M - 1) * TW + o]
+                        ok = (done & in_y[o])[:, None]
+                        if STATS:
+                            d = v - pivot
+                            if S == 1:
+                                d = d * in_y[o].to(tl.float32)[:, None]
+                            else:
+                                d = tl.where(ok, d, 0.0)
+                            s1 += d
+                            s2 += d * d
+                        if EPILOGUE:
+                            v = normalise_activate(v, scale2, shift2, ACT2, FAST)
+                        if POOL:
+                            pooled += tl.where(ok, v, 0.0)
+                        v = cast(v, y.dtype.element_ty)
+                        if WIDE:
+                            tl.store(yn + (off_out + o * C), v, mask=ok & mc[None, :])
+                        outputs = outputs + (v,)
+                    else:
+                        outputs = outputs + (tl.zeros([S, BC], y.dtype.element_ty),)
+                if not WIDE:
+                    tl.store(yn + off_out, join_columns(outputs, 0, TWP), mask=mask_out & done[None, :, None])
             off_out += OW * C
             shifted = zero_blocks(TW, S, BC)
             for i in tl.static_range((M - 1) * TW):
                 shifted = shifted + (acc[i],)
             acc = shifted
         if STATS:
-            # Chan's merge of this group's shifted sums into the running (count, mean, M2), elementwise.
-            cnt = (rows * tl.where(valid, tl.minimum(OW - ow0, TW), 0)).to(tl.float32)
-            share = 1.0 / tl.maximum(cnt, 1.0)[:, None]
-            total = count + cnt
-            delta = pivot + s1 * share - centre
-            weight = (cnt / tl.maximum(total, 1.0))[:, None]
-            centre += delta * weight
-            m2 += s2 - s1 * s1 * share + delta * delta * (count[:, None] * weight)
-            count = total
+            count += (rows * tl.where(valid, tl.minimum(OW - ow0, TW), 0)).to(tl.float32)
         if POOL:
             tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
     if STATS:
         block_c = tl.program_id(0) % blocks_c
+        # Chan's formula over the strips.
         total = tl.sum(count, 0)
-        merged = tl.sum(centre * count[:, None], 0) / tl.maximum(total, 1.0)
+        shift = s1 / tl.maximum(count, 1.0)[:, None]
+        centre = pivot + shift
+        merged = tl.sum(centre * count[:, None], 0) / total
         delta = centre - merged[None, :]
         tl.store(tile_mean + p.to(tl.int64) * C + c, merged, mask=mc)
-        tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(m2 + delta * delta * count[:, None], 0), mask=mc)
+        tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(s2 - s1 * shift + delta * delta * count[:, None], 0), mask=mc)
         if MERGE:
             # Every channel block has its own copy of the counts: no block waits for another's.
             parts = tl.cdiv(P, GROUP)
@@ -248,9 +341,9 @@ def depthwise_forward_kernel(
             tl.store(tile_count + p, total, mask=block_c == 0)
 
 
-@sized_jit
-def depthwise_backward_kernel(
-    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+@triton.jit
+def backward_part(
+    program, dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
     counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
     N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
@@ -259,12 +352,13 @@ def depthwise_backward_kernel(
     BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
+    """Input gradient if NEED_DX, and the gradients of kernel rows W0 .. W1-1."""
     C = CV * CVEC
     blocks_c = tl.cdiv(C, BC)
-    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
-    p = tl.program_id(0) // blocks_c
+    c = (program % blocks_c) * BC + tl.arange(0, BC)
+    p = program // blocks_c
     mc = c < C
-    NEED_DW: tl.constexpr = W1 > W0  # the gradients of kernel rows W0 .. W1-1
+    NEED_DW: tl.constexpr = W1 > W0
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     ND: tl.constexpr = TW + M - 1  # columns of dy a strip needs
     D0: tl.constexpr = 0 if NEED_DX else W0 // STRIDE  # rows of dy it holds: oh - D0, ..., oh - D1 + 1
@@ -273,18 +367,19 @@ def depthwise_backward_kernel(
     if NEED_DX:
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
     if BN2:
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+        scale2, shift2 = activation_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True, ACT2, FAST)
+        scale_dq = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)[0] * grad_unit(ACT2, FAST)
         if BN2_BATCH:
             offset2 = load_vector(k0, c, mc)[None, :]
             slope2 = load_vector(k1, c, mc)[None, :]
     if BN1:
-        scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True)
+        scale1, shift1 = activation_row(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True, ACT1, FAST)
         mu1 = load_vector(mean1, c, mc)[None, :]
         sum_dz = tl.zeros([S, BC], tl.float32)
         sum_dzy = tl.zeros([S, BC], tl.float32)
     dw = zero_blocks((W1 - W0) * K, S, BC)
-    j_dy = tl.arange(0, CW)
-    j_x = tl.arange(0, XWP)
+    j_dy = tl.arange(0, CW)[:, None]
+    j_x = tl.arange(0, XWP)[:, None]
     for g in range(p, N * groups, P):
         n = g // groups
         strip = (g % groups) * S + tl.arange(0, S)
@@ -294,89 +389,112 @@ def depthwise_backward_kernel(
         row0 = first_row + (strip // strips_w) * TH
         if BN2:
             # dy = (dq * slope_dq + offset_dq) * phi2' + k0 + k1 * y
-            slope_dq = scale2
+            slope_dq = scale_dq
             if GATED:
-                slope_dq = scale2 * load_vector(gate + n.to(tl.int64) * C, c, mc)[None, :]
+                slope_dq = scale_dq * load_vector(gate + n.to(tl.int64) * C, c, mc)[None, :]
             if POOLED:
-                offset_dq = scale2 * load_vector(dpool + n.to(tl.int64) * C, c, mc)[None, :]
+                offset_dq = scale_dq * load_vector(dpool + n.to(tl.int64) * C, c, mc)[None, :]
         dqn = dq + n.to(tl.int64) * OH * OW * C
         yn = y + n.to(tl.int64) * OH * OW * C
         xn = x + n.to(tl.int64) * H * W * C
         dxn = dx + n.to(tl.int64) * H * W * C
         ow0 = col0 - (M - 1)
-        col_dy = ow0[:, None] + j_dy[None, :]
-        mask_dy = ((col_dy >= 0) & (col_dy < OW) & (j_dy < ND)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
+        col_dy = ow0[None, :] + j_dy
+        mask_dy = ((col_dy >= 0) & (col_dy < OW) & (j_dy < ND) & valid[None, :])[:, :, None] & mc[None, None, :]
         oh = row0 - (M - 1)
-        off_dy = (((oh - D0) * OW)[:, None] + col_dy)[:, :, None] * C + c[None, None, :]
+        off_dy = (((oh - D0) * OW)[None, :] + col_dy)[:, :, None] * C + c[None, None, :]
         iw0 = col0 * STRIDE - pad_left
-        col_x = iw0[:, None] + j_x[None, :]
-        mask_x = ((col_x >= 0) & (col_x < W) & (j_x < XW)[None, :] & valid[:, None])[:, :, None] & mc[None, None, :]
+        col_x = iw0[None, :] + j_x
+        mask_x = ((col_x >= 0) & (col_x < W) & (j_x < XW) & valid[None, :])[:, :, None] & mc[None, None, :]
         ih = oh * STRIDE - pad_top
-        off_x = ((ih * W)[:, None] + col_x)[:, :, None] * C + c[None, None, :]
+        off_x = ((ih * W)[None, :] + col_x)[:, :, None] * C + c[None, None, :]
+        if S == 1:
+            # Invalid rows are skipped; in invalid columns of the others, loaded as 0, these factors make zeros.
+            if BN2:
+                dy_in = ()
+                for d in tl.static_range(ND):
+                    dy_in = dy_in + (((ow0 + d >= 0) & (ow0 + d < OW)).to(tl.float32)[:, None],)
+            if BN1:
+                x_in = ()
+                for j in tl.static_range(XW):
+                    x_in = x_in + (((iw0 + j >= 0) & (iw0 + j < W)).to(tl.float32)[:, None],)
         ring = zero_blocks((D1 - D0) * ND, S, BC)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             row_dy = (oh >= D0) & (oh < OH + D0)
-            mask = mask_dy & row_dy[:, None, None]
-            dq_columns = split_columns(tl.permute(tl.load(dqn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
-            if BN2:
-                y_columns = split_columns(tl.permute(tl.load(yn + off_dy, mask=mask, other=0.0), (0, 2, 1)), CW)
-            off_dy += OW * C
-            newest = ()
-            for d in tl.static_range(ND):
-                v = dq_columns[d].to(tl.float32)
+            if any_row(row_dy):
+                mask = mask_dy & row_dy[None, :, None]
+                newest = split_columns(tl.load(dqn + off_dy, mask=mask, other=0.0), CW)
                 if BN2:
-                    y2 = y_columns[d].to(tl.float32)
-                    phi, dphi = activate_and_grad(y2 * scale2 + shift2, ACT2, FAST)
-                    v = v * slope_dq
-                    if POOLED:
-                        v += offset_dq
-                    v = v * dphi
-                    if BN2_BATCH:
-                        v += offset2 + slope2 * y2
-                    v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
-                newest = newest + (v,)
+                    y_columns = split_columns(tl.load(yn + off_dy, mask=mask, other=0.0), CW)
+                values = ()
+                for d in tl.static_range(ND):
+                    v = newest[d].to(tl.float32)
+                    if BN2:
+                        y2 = y_columns[d].to(tl.float32)
+                        phi, dphi = normalise_activate_and_grad(y2, scale2, shift2, ACT2, FAST)
+                        v = v * slope_dq
+                        if POOLED:
+                            v += offset_dq
+                        v = v * dphi
+                        if BN2_BATCH:
+                            v += offset2 + slope2 * y2
+                        if S == 1:
+                            v = v * dy_in[d]
+                        else:
+                            v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
+                    values = values + (v,)
+            else:
+                values = zero_blocks(ND, S, BC)
+            off_dy += OW * C
             for i in tl.static_range((D1 - D0 - 1) * ND):
-                newest = newest + (ring[i],)
-            ring = newest  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
+                values = values + (ring[i],)
+            ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
-                mask = mask_x & row_x[:, None, None]
-                if NEED_DW or BN1:
-                    x_columns = split_columns(tl.permute(tl.load(xn + off_x, mask=mask, other=0.0), (0, 2, 1)), XWP)
-                outputs = ()
-                for j in tl.static_range(XWP):
-                    if j >= XW:
-                        outputs = outputs + (tl.zeros([S, BC], x.dtype.element_ty),)
-                    else:
-                        if NEED_DW or BN1:
-                            x1 = x_columns[j].to(tl.float32)
-                        if BN1:
-                            inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
-                            a, slope = activate_and_grad(x1 * scale1 + shift1, ACT1, FAST)
-                            a = tl.where(inside, a, 0.0)
-                        elif NEED_DW:
-                            a = x1
-                        da = tl.zeros([S, BC], tl.float32)
-                        if NEED_DX:
-                            for i in tl.static_range(K * K):
-                                if i // K % STRIDE == r:
+                if any_row(row_x):
+                    mask = mask_x & row_x[None, :, None]
+                    if NEED_DW or BN1:
+                        x_columns = split_columns(tl.load(xn + off_x, mask=mask, other=0.0), XWP)
+                    outputs = ()
+                    for j in tl.static_range(XWP):
+                        if j >= XW:
+                            outputs = outputs + (tl.zeros([S, BC], x.dtype.element_ty),)
+                        else:
+                            if NEED_DW or BN1:
+                                x1 = x_columns[j].to(tl.float32)
+                            if BN1:
+                                a, slope = normalise_activate_and_grad(x1, scale1, shift1, ACT1, FAST)
+                                if S == 1:
+                                    inside = x_in[j]
+                                    a = a * inside
+                                    slope = slope * (inside * grad_unit(ACT1, FAST))
+                                else:
+                                    inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
+                                    a = tl.where(inside, a, 0.0)
+                                    slope = tl.where(inside, slope * grad_unit(ACT1, FAST), 0.0)
+                            elif NEED_DW:
+                                a = x1
+                            da = tl.zeros([S, BC], tl.float32)
+                            if NEED_DX:
+                                for i in tl.static_range(K * K):
+                                    if i // K % STRIDE == r:
+                                        if i % K % STRIDE == j % STRIDE:
+                                            da += ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1] * taps[i]
+                            grads = ()
+                            for i in tl.static_range((W1 - W0) * K):
+                                tap = dw[i]
+                                if (W0 + i // K) % STRIDE == r:
                                     if i % K % STRIDE == j % STRIDE:
-                                        da += ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1] * taps[i]
-                        grads = ()
-                        for i in tl.static_range((W1 - W0) * K):
-                            tap = dw[i]
-                            if (W0 + i // K) % STRIDE == r:
-                                if i % K % STRIDE == j % STRIDE:
-                                    tap += ring[((W0 + i // K) // STRIDE - D0) * ND + j // STRIDE - i % K // STRIDE + M - 1] * a
-                            grads = grads + (tap,)
-                        dw = grads
-                        if BN1 and NEED_DX:
-                            da = tl.where(inside, da * slope, 0.0)
-                            sum_dz += da
-                            sum_dzy += da * (x1 - mu1)
-                        outputs = outputs + (cast(da, x.dtype.element_ty),)
-                if NEED_DX:
-                    tl.store(dxn + off_x, tl.permute(join_columns(outputs, 0, 1, XWP), (0, 2, 1)), mask=mask)
+                                        tap += ring[((W0 + i // K) // STRIDE - D0) * ND + j // STRIDE - i % K // STRIDE + M - 1] * a
+                                grads = grads + (tap,)
+                            dw = grads
+                            if BN1 and NEED_DX:
+                                da = da * slope
+                                sum_dz += da
+                                sum_dzy += da * (x1 - mu1)
+                            outputs = outputs + (cast(da, x.dtype.element_ty),)
+                    if NEED_DX:
+                        tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask)
                 off_x += W * C
                 ih += 1
             oh += 1
@@ -389,7 +507,7 @@ def depthwise_backward_kernel(
         tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
         tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_vector(rstd1, c, mc), mask=mc)
         if MERGE:
-            block_c = tl.program_id(0) % blocks_c
+            block_c = program % blocks_c
             group = p // GROUP
             parts = tl.cdiv(P, GROUP)
             counters += block_c * (1 + parts)
@@ -404,6 +522,36 @@ def depthwise_backward_kernel(
                     finish_gradients(
                         group_sums, gamma1, mean1, rstd1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BC
                     )
+
+
+@sized_jit
+def depthwise_backward_kernel(
+    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+    counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
+    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
+    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
+    CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
+    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
+    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
+    MERGE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Each program does its tiles' whole backward, or with SPLIT one of the parts: dgrad, the upper or the lower half of wgrad."""
+    HALF: tl.constexpr = (K + 1) // 2
+    PARTS: tl.constexpr = (1 if NEED_DX else 0) + (2 if NEED_DW else 0) if SPLIT else 1
+    part = tl.program_id(0) % PARTS
+    program = tl.program_id(0) // PARTS
+    for i in tl.static_range(PARTS):
+        if part == i:
+            backward_part(
+                program, dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
+                counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
+                N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
+                K, STRIDE, CVEC, BC, S, TW, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1,
+                NEED_DX and i == 0,
+                HALF if SPLIT and i == PARTS - 1 else 0,
+                K if NEED_DW and i == PARTS - 1 else HALF if SPLIT and NEED_DW and i == PARTS - 2 else 0,
+                FAST, MERGE,
+            )  # fmt: skip
 
 
 def _check_counters(counters, P, blocks_c):
@@ -479,7 +627,8 @@ def depthwise_forward(
         weight if merge is None else counters, mean, rstd, N=N, H=H, W=W, CV=C // channel_vector_width(C), OH=OH, OW=OW,
         pad_top=top, pad_left=left, strips_w=strips_w, strips=strips, groups=groups, P=P, TH=cfg.TH,
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
-        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=triton.next_power_of_2(cfg.TW), STAGES=cfg.stages,
+        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=cfg.TW if cfg.wide else triton.next_power_of_2(cfg.TW),
+        WIDE=cfg.wide, STAGES=cfg.stages,
         PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=tiles is not None, EPILOGUE=epilogue is not None,
         ACT2=act2, POOL=pool, FAST=fast_math(x.dtype), MERGE=merge is not None, **finish, **cfg.options,
     )  # fmt: skip
@@ -501,7 +650,7 @@ def depthwise_backward(
     need_dw=True,
     counters=None,
 ):
-    """Gradients of ``depthwise_forward`` from ``dq``, in one launch up to k = 7 and three at k = 9; NHWC throughout.
+    """Gradients of ``depthwise_forward`` from ``dq``, in one launch; NHWC throughout.
 
     Args:
         dq: [N, OH, OW, C]; the gradient of y, or with ``bn2`` the gradient of the (gated) activation that follows y.
@@ -541,20 +690,15 @@ def depthwise_backward(
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
-    # Nine rows of dy beside 81 weights or 81 gradients do not fit the registers: k = 9 alone takes three launches.
-    rows_dw = K if need_dw else 0
-    parts = (
-        [(need_dx, 0, 0), (False, 0, (rows_dw + 1) // 2), (False, (rows_dw + 1) // 2, rows_dw)] if cfg.split else [(need_dx, 0, rows_dw)]
-    )
-    for dx_part, first_tap_row, last_tap_row in parts:
-        if dx_part or last_tap_row > first_tap_row:
-            depthwise_backward_kernel[(P * blocks_c,)](
-                dq, *pointers, *finish, float(N * H * W),
-                N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
-                K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
-                CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
-                BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
-                BN1=bn1 is not None, ACT1=act1, NEED_DX=dx_part, W0=first_tap_row, W1=last_tap_row,
-                FAST=fast_math(x.dtype), MERGE=dx_part and finished is not None, **cfg.options,
-            )  # fmt: skip
+    parts = need_dx + 2 * need_dw if cfg.split else 1
+    if need_dx or need_dw:
+        depthwise_backward_kernel[(P * blocks_c * parts,)](
+            dq, *pointers, *finish, float(N * H * W),
+            N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
+            K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
+            CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
+            BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
+            BN1=bn1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw, FAST=fast_math(x.dtype),
+            MERGE=finished is not None, SPLIT=cfg.split, **cfg.options,
+        )  # fmt: skip
     return dx, partials, finished

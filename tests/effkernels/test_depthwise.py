@@ -14,7 +14,7 @@ from effkernels.reference import ACTIVATIONS, depthwise_conv
 EPS = 1e-3
 # Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block of 32) are spread
 # over them, since a tile's masks do not depend on the padding rule and its loads not on k. Two images show an offset between images.
-# k = 1 and k = 9 come once each: they share every line with the others but k = 9's backward, which takes three launches.
+# k = 1 and k = 9 come once each: they share every line with the others but k = 9's backward, whose programs do a part each.
 SHAPES = [
     # k s  padding     N  H  W  C   dtype
     (3, 1, "symmetric", 2, 7, 5, 24, torch.float32),

@@ -28,6 +28,27 @@ def test_even_rows(rows, most):
     assert (each - 1) * -(-rows // most) < rows, "one row less would do"
 
 
+@given(rows=sizes, strips_w=st.integers(1, 300), S=st.sampled_from([1, 2, 4, 8]), halo=st.integers(0, 8))
+def test_strip_rows(rows, strips_w, S, halo):
+    """Never more steps for an image than with as few chunks as 16 rows allow; one strip at a time gains nothing from shorter ones."""
+
+    def steps(each):
+        return -(-strips_w * -(-rows // each) // S) * (each + halo)
+
+    each = launch.strip_rows(rows, strips_w, S, halo)
+    assert 1 <= each <= 16
+    assert steps(each) <= steps(launch.even_rows(rows, 16))
+    if S == 1 and halo:
+        assert each == launch.even_rows(rows, 16)
+
+
+def test_strips_of_small_images():
+    """7 x 7: 4 strips of 7 rows would leave half of 8 lanes idle; 14 x 14: two groups of shorter strips would take longer than one."""
+    assert launch.strip_rows(7, 4, 8, 2) == 4
+    assert launch.strip_rows(14, 7, 8, 2) == 14
+    assert launch.strip_rows(112, 56, 8, 2) == 16
+
+
 @pytest.mark.parametrize("family", ["forward", "backward"])
 @given(k=st.sampled_from([1, 3, 5, 7, 9]), stride=st.sampled_from([1, 2]), n=st.integers(1, 64), h=sizes, w=sizes, c=sizes, dtype=dtypes)
 def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
