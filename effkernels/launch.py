@@ -5,7 +5,7 @@ tests/effkernels/test_compile.py holds them to it); none has been measured on a 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class DepthwiseConfig:
     wide: 8 or 4 channels a thread, columns loaded and stored one by one as they lie in memory (else in blocks that are taken apart).
     stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or loaded when met (1).
     split: dgrad and the halves of wgrad in programs of their own (of one launch), where all together would spill.
+    warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
     maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its choice).
     """
 
@@ -48,18 +49,23 @@ class DepthwiseConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
-        """Persistent programs per channel block: a few waves, so that the tail is short and partial results stay few."""
-        return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // blocks_c)))
+        """Persistent programs per channel block: as many as are resident at once, or fewer if the longest still does as many tiles.
+
+        A second wave of programs with equal work would run with few warps an SM, waiting for memory.
+        """
+        resident = max(1, self.warps_per_sm * processor_count(device) // blocks_c)
+        return -(-tiles // -(-tiles // resident))
 
 
 # Channels of every depthwise program: its block of the counters and of the partial results.
 DEPTHWISE_CHANNELS = 32
+MOST_WARPS = 16  # per SM, of one-warp programs
 
 
 def depthwise_counters(C: int, device: torch.device) -> int:
     """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block of channels."""
     blocks_c = -(-C // DEPTHWISE_CHANNELS)
-    programs = -(-2 * DepthwiseConfig.warps_per_sm * processor_count(device) // blocks_c)
+    programs = -(-MOST_WARPS * processor_count(device) // blocks_c)
     return blocks_c * (1 + -(-programs // 32))
 
 
@@ -103,18 +109,34 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
         S, TW = 1, 8 if stride == 1 else 6
     else:
         S, TW = (2, 2) if K == 7 else (1, 4 // stride)
-    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype))
+    warps = 12 if K == 5 else 8  # 168 registers, and up to 255
+    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype), warps_per_sm=warps)
 
 
 @tuned
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
-    """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo."""
-    if K <= 5:
+    """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo.
+
+    sm_90, bf16, instructions an input element with both BNs, SiLU and the gate: 3x3 64.5 at 168 registers, 5x5 106.5 at 249; 34 and 65
+    of them multiply and add, and 4 and 12 move the ring down a row, which only a loop body k times as long would save.
+    """
+    if K == 1:
+        TW = 8  # 8 columns of dy make a 16-byte load
+    elif K <= 5:
         TW = 8 // stride
     else:
         TW = 4 if K == 9 and stride == 1 and dtype.itemsize == 2 else 2
     limit = _register_limit(K, dtype)
-    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=1, TW=TW, TH=even_rows(rows, 16), stages=1, split=K > 7, maxnreg=limit)
+    return DepthwiseConfig(
+        BC=DEPTHWISE_CHANNELS,
+        S=1,
+        TW=TW,
+        TH=even_rows(rows, 16),
+        stages=1,
+        split=K > 7,
+        maxnreg=limit,
+        warps_per_sm=12 if K <= 3 else 8,
+    )
 
 
 @dataclass(frozen=True)
@@ -293,31 +315,82 @@ def stem_backward_config(K, S, rows, dtype) -> StemConfig:
 
 @dataclass(frozen=True)
 class ExpandDepthwiseConfig:
-    """S column strips of TW outputs, TH rows, BE expanded channels; S is the height of one tensor-core product."""
+    """S column strips of TW outputs, TH rows, BE expanded channels of BI inputs a step; S is the height of one tensor-core product.
 
+    stages: rows of x in flight or in use. warps_per_sm: what the registers leave room for.
+    """
+
+    BI: int
     BE: int
     TW: int
     TH: int
     S: int = 16
     num_warps: int = 2
     stages: int = 2
-    maxnreg: int | None = None
-    warps_per_sm: int = 12
+    maxnreg: int = 255
+    warps_per_sm: int = 8
 
     @property
     def options(self) -> dict:
-        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
+        return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": self.maxnreg}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
         """Persistent programs per channel block: two waves, so that the tail is short."""
         return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // (self.num_warps * blocks_c))))
 
 
-@tuned
-def expand_depthwise_config(K, stride, I, E, OH, OW, dtype) -> ExpandDepthwiseConfig:
-    return ExpandDepthwiseConfig(BE=32, TW=4, TH=even_rows(OH, 16))
+def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> ExpandDepthwiseConfig:
+    """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of weights at k = 3.
+    Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32, more than 32 inputs.
+
+    Wider strips evaluate fewer columns twice, but ptxas keeps every column of two rows at once: 4 outputs spill at stride 2. fp32 takes
+    16 inputs a step: unrolled over more, its products spill. Few images: fewer rows a program, until the device is full.
+    """
+    narrow = dtype.itemsize == 2
+    TW = 4 if K == 3 and stride == 1 and narrow else 1 if K == 5 and stride == 2 and not narrow else 2
+    cfg = ExpandDepthwiseConfig(
+        BI=_power_of_two(I, 16, 64 if narrow else 16), BE=32, TW=TW, TH=even_rows(OH, 16),
+        num_warps=2 if K == 3 and narrow and I <= 32 else 4,
+    )  # fmt: skip
+    while cfg.TH > 4:
+        programs = N * -(-(-(-OW // TW) * -(-OH // cfg.TH)) // cfg.S) * -(-E // cfg.BE)
+        if programs * cfg.num_warps >= cfg.warps_per_sm * processor_count(device):
+            break
+        cfg = replace(cfg, TH=even_rows(OH, cfg.TH // 2))
+    return cfg
 
 
-def expand_inside(kernel_size, stride, in_channels, expanded, dtype) -> bool:
-    return False
+# Instructions of expand_depthwise's loop for each expanded element, each evaluation of an overlap included, from the machine code for
+# sm_90 with SiLU and pooling (tests/effkernels/test_expand_depthwise.py compares them with what the compiler makes). fp16 has no tanh
+# in one operation; fp32 is not here: without tensor cores it takes 54 and more.
+EXPAND_DEPTHWISE_INSTRUCTIONS = {
+    (torch.bfloat16, 3, 2): 16.5,
+    (torch.bfloat16, 3, 1): 32.1,
+    (torch.bfloat16, 5, 2): 29.8,
+    (torch.bfloat16, 5, 1): 72.2,
+    (torch.float16, 3, 2): 30.0,
+    (torch.float16, 3, 1): 54.6,
+    (torch.float16, 5, 2): 47.7,
+    (torch.float16, 5, 1): 107.9,
+}
+_BYTES_PER_SECOND = 4.3e12  # copy, measured on an H200
+_INSTRUCTIONS_PER_SECOND = 29.6e12  # of one lane: 132 SMs, 128 lanes, 1.75 GHz
+_ISSUE_SHARE = 0.7  # of the issue slots filled with the 8 warps an SM holds at 200 to 255 registers; not measured
+
+
+def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype) -> bool:
+    """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading e1.
+
+    Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2) elements. One launch:
+    its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E + 1/s^2). At k = 3, s = 2 in bf16 that is
+    0.85 ps against 1.12 ps (B0's second stage); every other case loses. More than 32 inputs: 22 instructions, and x, read again by
+    each 32 channels, takes L2 as long as e1 took DRAM.
+    """
+    instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
+    if instructions is None or in_channels > 32:
+        return False
+    x, e2 = in_channels / expanded, 1 / stride**2
+    separate = (x + 1 + 1 + e2) * dtype.itemsize / _BYTES_PER_SECOND
+    run_in = 1 + (-(-kernel_size // stride) - 1) / 16
+    issue = instructions * run_in / (_INSTRUCTIONS_PER_SECOND * _ISSUE_SHARE)
+    return max(issue, (x + e2) * dtype.itemsize / _BYTES_PER_SECOND) < separate

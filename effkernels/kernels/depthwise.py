@@ -420,12 +420,21 @@ def backward_part(
                     x_in = x_in + (((iw0 + j >= 0) & (iw0 + j < W)).to(tl.float32)[:, None],)
         ring = zero_blocks((D1 - D0) * ND, S, BC)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
+            # All loads of the iteration come first, so that a warp waits for memory once.
             row_dy = (oh >= D0) & (oh < OH + D0)
+            mask = mask_dy & row_dy[None, :, None]
+            dq_block = tl.load(dqn + off_dy, mask=mask, other=0.0)
+            if BN2:
+                y_block = tl.load(yn + off_dy, mask=mask, other=0.0)
+            off_dy += OW * C
+            x_blocks = ()
+            for r in tl.static_range(STRIDE if NEED_DW or BN1 else 0):
+                mask = mask_x & ((t >= M - 1) & (ih + r >= 0) & (ih + r < H))[None, :, None]
+                x_blocks = x_blocks + (tl.load(xn + (off_x + r * W * C), mask=mask, other=0.0),)
             if any_row(row_dy):
-                mask = mask_dy & row_dy[None, :, None]
-                newest = split_columns(tl.load(dqn + off_dy, mask=mask, other=0.0), CW)
+                newest = split_columns(dq_block, CW)
                 if BN2:
-                    y_columns = split_columns(tl.load(yn + off_dy, mask=mask, other=0.0), CW)
+                    y_columns = split_columns(y_block, CW)
                 values = ()
                 for d in tl.static_range(ND):
                     v = newest[d].to(tl.float32)
@@ -445,16 +454,14 @@ def backward_part(
                     values = values + (v,)
             else:
                 values = zero_blocks(ND, S, BC)
-            off_dy += OW * C
             for i in tl.static_range((D1 - D0 - 1) * ND):
                 values = values + (ring[i],)
             ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
                 if any_row(row_x):
-                    mask = mask_x & row_x[None, :, None]
                     if NEED_DW or BN1:
-                        x_columns = split_columns(tl.load(xn + off_x, mask=mask, other=0.0), XWP)
+                        x_columns = split_columns(x_blocks[r], XWP)
                     outputs = ()
                     for j in tl.static_range(XWP):
                         if j >= XW:
@@ -494,7 +501,7 @@ def backward_part(
                                 sum_dzy += da * (x1 - mu1)
                             outputs = outputs + (cast(da, x.dtype.element_ty),)
                     if NEED_DX:
-                        tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask)
+                        tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask_x & row_x[None, :, None])
                 off_x += W * C
                 ih += 1
             oh += 1
@@ -675,7 +682,8 @@ def depthwise_backward(
     strips = strips_w * triton.cdiv(rows, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)
     blocks_c = triton.cdiv(C, cfg.BC)
-    P = cfg.programs(N * groups, blocks_c, x.device)
+    parts = need_dx + 2 * need_dw if cfg.split else 1
+    P = cfg.programs(N * groups, blocks_c * max(parts, 1), x.device)
     dx = torch.empty_like(x) if need_dx else None
     partials = torch.empty(P, K * K + 2, C, device=x.device, dtype=torch.float32)
     y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
@@ -690,7 +698,6 @@ def depthwise_backward(
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
-    parts = need_dx + 2 * need_dw if cfg.split else 1
     if need_dx or need_dw:
         depthwise_backward_kernel[(P * blocks_c * parts,)](
             dq, *pointers, *finish, float(N * H * W),

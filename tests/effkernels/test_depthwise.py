@@ -196,8 +196,26 @@ def test_backward_real_shapes(i, k, stride, padding, N, H, W, C, dtype, device, 
 
 
 @pytest.mark.parametrize("need_dx, need_dw", [(True, False), (False, True)])
-def test_backward_of_one_side(need_dx, need_dw, device, scratch):
-    check_backward(0, 3, 2, "symmetric", 1, 5, 4, 8, torch.float32, device, need_dx, need_dw)
+@pytest.mark.parametrize("k", [3, 9])
+def test_backward_of_one_side(k, need_dx, need_dw, device, scratch):
+    check_backward(0, k, 2, "symmetric", 1, 5, 4, 8, torch.float32, device, need_dx, need_dw)
+
+
+@pytest.mark.parametrize("k", [3, 9])
+def test_backward_is_one_launch(k, device, monkeypatch):
+    from effkernels.kernels import depthwise
+
+    kernel, grids = depthwise.depthwise_backward_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(depthwise, "depthwise_backward_kernel", Counted())
+    x, weight = data(k, 1, 3, 2, 1, torch.float32, device)
+    depthwise.depthwise_backward(nhwc(x), nhwc(x), weight, 1, (k // 2,) * 4)
+    assert len(grids) == 1
 
 
 def fewer_programs(monkeypatch, programs):
@@ -298,15 +316,29 @@ def test_forward_writes_its_output_and_nothing_else(device, scratch):
     assert (buffer[:100] == 7).all() and (buffer[-100:] == 7).all()
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_nan_reaches_its_receptive_field_alone(stride, device, scratch):
-    """A masked tap must not be computed as 0 * NaN, nor a NaN pixel be lost."""
-    from effkernels.kernels.depthwise import depthwise_forward
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
+def test_nan_reaches_its_receptive_field_alone(k, stride, device, scratch):
+    """A masked tap must not be computed as 0 * NaN, nor a NaN pixel be lost; with BN and activation on load, too."""
+    from effkernels.kernels.depthwise import depthwise_backward, depthwise_forward
 
-    x, weight = data(3, 2, 4, 6, 5, torch.float32, device)
-    x[0, 1, 2, 3] = float("nan")
-    y, _, _ = depthwise_forward(nhwc(x), weight, stride, (1, 1, 1, 1))
-    assert torch.equal(nchw(y).isnan(), F.conv2d(x, weight, None, stride, 1, 1, 4).isnan())
+    x, weight = data(k, 2, 4, 6, 5, torch.float32, device)
+    x[0, 1, 2, 3], x[1, 0, 5, 4] = float("nan"), float("inf")
+    bn, pad = norm_vectors(4, device), k // 2
+    for prologue in (None, (*bn, EPS, False)):
+        a = x if prologue is None else F.silu(batch_norm(x, *bn, EPS))
+        y, _, _ = depthwise_forward(nhwc(x), weight, stride, (pad,) * 4, prologue=prologue, act1="silu")
+        assert torch.equal(nchw(y).isfinite(), F.conv2d(a, weight, None, stride, pad, 1, 4).isfinite())
+    # dz1 = dgrad * silu'(BN1(x)): not finite at such a pixel; the weight gradients of its channel are not either.
+    dq = torch.randn_like(y)
+    dz, partials, _ = depthwise_backward(dq, nhwc(x), weight, stride, (pad,) * 4, bn1=(*bn[:3], (bn[3] + EPS).rsqrt()), act1="silu")
+    assert torch.equal(nchw(dz).isfinite(), x.isfinite())
+    assert partials.sum(0)[:, 2:].isfinite().all()
+    dq[0, 1, 2, 3] = float("nan")
+    dz = depthwise_backward(dq, nhwc(x.nan_to_num(0, 0, 0)), weight, stride, (pad,) * 4)[0]
+    spread = F.conv_transpose2d(nchw(dq), weight, None, stride, pad, output_padding=0, groups=4)
+    finite = torch.ones_like(x, dtype=torch.bool)
+    finite[:, :, : spread.shape[2], : spread.shape[3]] = spread.isfinite()
+    assert torch.equal(nchw(dz).isfinite(), finite)
 
 
 def test_statistics_of_a_large_mean(device, scratch):
