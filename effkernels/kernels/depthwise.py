@@ -93,7 +93,8 @@ def normalise_activate(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled (``grad_unit``).
+    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled: callers halve a
+    factor that stays the same along the rows.
 
     With z = 2h and t = tanh(h): silu = h + h t and 2 silu' = (1 + t) (1 + h - h t).
     """
@@ -104,12 +105,6 @@ def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.con
         return h * t + h, up * (h - h * t) + up
     else:
         return activate_and_grad(x * scale + shift, ACT, FAST)
-
-
-@triton.constexpr_function
-def grad_unit(ACT, FAST):
-    """phi' over what ``normalise_activate_and_grad`` returns; multiplied into factors that do not change along the rows."""
-    return 0.5 if FAST and ACT == "silu" else 1.0
 
 
 @triton.jit
@@ -359,6 +354,8 @@ def backward_part(
     p = program // blocks_c
     mc = c < C
     NEED_DW: tl.constexpr = W1 > W0
+    UNIT1: tl.constexpr = 0.5 if FAST and ACT1 == "silu" else 1.0  # phi' over what normalise_activate_and_grad returns
+    UNIT2: tl.constexpr = 0.5 if FAST and ACT2 == "silu" else 1.0
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     ND: tl.constexpr = TW + M - 1  # columns of dy a strip needs
     D0: tl.constexpr = 0 if NEED_DX else W0 // STRIDE  # rows of dy it holds: oh - D0, ..., oh - D1 + 1
@@ -368,7 +365,7 @@ def backward_part(
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
     if BN2:
         scale2, shift2 = activation_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True, ACT2, FAST)
-        scale_dq = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)[0] * grad_unit(ACT2, FAST)
+        scale_dq = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)[0] * UNIT2
         if BN2_BATCH:
             offset2 = load_vector(k0, c, mc)[None, :]
             slope2 = load_vector(k1, c, mc)[None, :]
@@ -474,11 +471,11 @@ def backward_part(
                                 if S == 1:
                                     inside = x_in[j]
                                     a = a * inside
-                                    slope = slope * (inside * grad_unit(ACT1, FAST))
+                                    slope = slope * (inside * UNIT1)
                                 else:
                                     inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
                                     a = tl.where(inside, a, 0.0)
-                                    slope = tl.where(inside, slope * grad_unit(ACT1, FAST), 0.0)
+                                    slope = tl.where(inside, slope * UNIT1, 0.0)
                             elif NEED_DW:
                                 a = x1
                             da = tl.zeros([S, BC], tl.float32)
