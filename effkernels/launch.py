@@ -343,11 +343,12 @@ def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> Expand
     """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of weights at k = 3.
     Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32, more than 32 inputs.
 
-    Wider strips evaluate fewer columns twice, but ptxas keeps every column of two rows at once: 4 outputs spill at stride 2. fp32 takes
-    16 inputs a step: unrolled over more, its products spill. Few images: fewer rows a program, until the device is full.
+    Wider strips evaluate fewer columns twice, but ptxas keeps every column of a step at once: 4 outputs spill at stride 2, or with the
+    longer activations of fp16, and 2 in fp32 at stride 2. fp32 takes 16 inputs a step: unrolled over more, its products spill. Few
+    images: fewer rows a program, until the device is full.
     """
     narrow = dtype.itemsize == 2
-    TW = 4 if K == 3 and stride == 1 and narrow else 1 if K == 5 and stride == 2 and not narrow else 2
+    TW = 4 if K == 3 and stride == 1 and dtype == torch.bfloat16 else 1 if stride == 2 and not narrow else 2
     cfg = ExpandDepthwiseConfig(
         BI=_power_of_two(I, 16, 64 if narrow else 16), BE=32, TW=TW, TH=even_rows(OH, 16),
         num_warps=2 if K == 3 and narrow and I <= 32 else 4,
@@ -362,14 +363,14 @@ def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> Expand
 
 # Instructions of expand_depthwise's loop for each expanded element, each evaluation of an overlap included, from the machine code for
 # sm_90 with SiLU and pooling (tests/effkernels/test_expand_depthwise.py compares them with what the compiler makes). fp16 has no tanh
-# in one operation; fp32 is not here: without tensor cores it takes 54 and more.
+# in one operation; fp32 is not here: without tensor cores it takes 64 and more.
 EXPAND_DEPTHWISE_INSTRUCTIONS = {
     (torch.bfloat16, 3, 2): 16.5,
     (torch.bfloat16, 3, 1): 32.1,
     (torch.bfloat16, 5, 2): 29.8,
     (torch.bfloat16, 5, 1): 72.2,
     (torch.float16, 3, 2): 30.0,
-    (torch.float16, 3, 1): 54.6,
+    (torch.float16, 3, 1): 64.2,
     (torch.float16, 5, 2): 47.7,
     (torch.float16, 5, 1): 107.9,
 }
@@ -378,16 +379,16 @@ _INSTRUCTIONS_PER_SECOND = 29.6e12  # of one lane: 132 SMs, 128 lanes, 1.75 GHz
 _ISSUE_SHARE = 0.7  # of the issue slots filled with the 8 warps an SM holds at 200 to 255 registers; not measured
 
 
-def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype) -> bool:
+def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype, act: str = "silu") -> bool:
     """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading e1.
 
     Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2) elements. One launch:
     its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E + 1/s^2). At k = 3, s = 2 in bf16 that is
     0.85 ps against 1.12 ps (B0's second stage); every other case loses. More than 32 inputs: 22 instructions, and x, read again by
-    each 32 channels, takes L2 as long as e1 took DRAM.
+    each 32 channels, takes L2 as long as e1 took DRAM. GELU's erf alone makes it 60 instructions; the other activations are near SiLU.
     """
     instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
-    if instructions is None or in_channels > 32:
+    if instructions is None or in_channels > 32 or act == "gelu":
         return False
     x, e2 = in_channels / expanded, 1 / stride**2
     separate = (x + 1 + 1 + e2) * dtype.itemsize / _BYTES_PER_SECOND

@@ -1,0 +1,157 @@
+"""Expand 1x1 inside the depthwise convolution, for inference: the expanded tensor never reaches memory.
+
+    a1[n,h,w,e] = phi(BN1(sum_i w1[e,i] x[n,h,w,i]))                                         rounded to the compute dtype
+    a2[n,oh,ow,e] = phi(BN2(sum_{kh,kw} w[e,kh,kw] a1[n, oh*s + kh - pad_top, ow*s + kw - pad_left, e]))    a1 = 0 outside the image
+
+The sliding strips of ``depthwise``: S column strips of an image times BE expanded channels, a program goes down TH output rows with
+M = ceil(k/s) running rows of sums. Where that kernel loads column j of its strips, [S, BE], this one computes it, as the product of
+x's column [S, I] with w1^T [I, BE]: the strips are the rows of a tensor-core product, so a tap is still another tuple entry. A strip of
+TW outputs evaluates (TW - 1) * s + k columns: an element of a1 is computed (1 + (k - s) / (TW * s)) (1 + (k - s) / (TH * s)) times,
+1.29 times at k = 3, s = 2, TW = 2, TH = 16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, sized_jit
+from effkernels.kernels.depthwise import load_weights, zero_blocks
+from effkernels.kernels.pointwise import load_forward_weight
+from effkernels.launch import expand_depthwise_config
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """v (fp32) as it would come back from memory in the compute dtype.
+
+    For bf16 two values a conversion: cast up again right away, LLVM converts one by one, on the slow unit that also does tanh.
+    """
+    if dtype == tl.bfloat16 and not _INTERPRETING:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r", [v], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return cast(v, dtype).to(tl.float32)
+
+
+@sized_jit
+def expand_depthwise_kernel(
+    x, w1, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, pool, eps1, eps2,
+    N, H, W, IV, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
+    K: tl.constexpr, STRIDE: tl.constexpr, IVEC: tl.constexpr, CVEC: tl.constexpr, BI: tl.constexpr, BE: tl.constexpr,
+    S: tl.constexpr, TW: tl.constexpr, SINGLE: tl.constexpr, STAGES: tl.constexpr, ACT: tl.constexpr, POOL: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    I = IV * IVEC
+    C = CV * CVEC
+    dtype: tl.constexpr = x.dtype.element_ty
+    M: tl.constexpr = (K + STRIDE - 1) // STRIDE
+    NC: tl.constexpr = (TW - 1) * STRIDE + K
+    blocks_c = tl.cdiv(C, BE)
+    c = tl.program_id(0) % blocks_c * BE + tl.arange(0, BE)
+    p = tl.program_id(0) // blocks_c
+    mc = c < C
+    i = tl.arange(0, BI)
+    mi = i < I
+    if SINGLE:
+        weight1 = load_forward_weight(w1, c, i, I, mi[:, None] & mc[None, :], dtype)
+    taps = load_weights(w, c, mc, dtype, K * K)
+    scale1, shift1 = bn_row(gamma1, beta1, mean1, var1, eps1, c, mc, False)
+    scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps2, c, mc, False)
+    for g in range(p, N * groups, P):
+        n = g // groups
+        strip = g % groups * S + tl.arange(0, S)
+        valid = strip < strips
+        ow0 = strip % strips_w * TW
+        oh0 = strip // strips_w * TH
+        rows = tl.where(valid, tl.minimum(OH - oh0, TH), 0)
+        iw0 = ow0 * STRIDE - pad_left
+        ih = oh0 * STRIDE - pad_top
+        xn = x + n.to(tl.int64) * H * W * I
+        yn = y + n.to(tl.int64) * OH * OW * C
+        off_in = (ih * W + iw0)[:, None] * I + i[None, :]
+        off_out = ((oh0 - (M - 1)) * OW + ow0)[:, None] * C + c[None, :]
+        acc = zero_blocks(M * TW, S, BE)
+        if POOL:
+            pooled = tl.zeros([S, BE], tl.float32)
+        for t in tl.range(0, TH + M - 1, num_stages=STAGES):
+            for r in tl.static_range(STRIDE):
+                # Left of the image where the row is outside. That it changes with the row keeps the masks of all columns from being
+                # made ahead of the loop, and held in registers.
+                first_col = tl.where((ih >= 0) & (ih < H) & valid, iw0, -1024)
+                for j in tl.static_range(NC):
+                    inside = (first_col + j).to(tl.uint32, bitcast=True) < W.to(tl.uint32, bitcast=True)
+                    e = tl.zeros([S, BE], tl.float32)
+                    if SINGLE:
+                        column = tl.load(xn + off_in + j * I, mask=inside[:, None] & mi[None, :], other=0.0)
+                        e = dot(column, weight1, e, PRECISION)
+                    else:
+                        for start in range(0, I, BI):
+                            rest = start + i < I
+                            part = load_forward_weight(w1, c, start + i, I, rest[:, None] & mc[None, :], dtype)
+                            column = tl.load(xn + off_in + (j * I + start), mask=inside[:, None] & rest[None, :], other=0.0)
+                            e = dot(column, part, e, PRECISION)
+                    a = rounded(activate(e * scale1 + shift1, ACT, FAST), dtype)
+                    a = tl.where(inside[:, None], a, 0.0)
+                    summed = ()
+                    for m in tl.static_range(M):
+                        for o in tl.static_range(TW):
+                            s = acc[m * TW + o]
+                            if r + STRIDE * m < K:
+                                if j - o * STRIDE >= 0:
+                                    if j - o * STRIDE < K:
+                                        s += a * taps[(r + STRIDE * m) * K + j - o * STRIDE]
+                            summed = summed + (s,)
+                    acc = summed
+                if r == (K - 1) % STRIDE:
+                    # Row oh0 + t - (M - 1) has met all its taps.
+                    done = (t >= M - 1) & (t - (M - 1) < rows)
+                    for o in tl.static_range(TW):
+                        ok = (done & (ow0 + o < OW))[:, None]
+                        v = activate(acc[(M - 1) * TW + o] * scale2 + shift2, ACT, FAST)
+                        if POOL:
+                            pooled += tl.where(ok, v, 0.0)
+                        tl.store(yn + off_out + o * C, cast(v, dtype), mask=ok & mc[None, :])
+                off_in += W * I
+                ih += 1
+            off_out += OW * C
+            shifted = zero_blocks(TW, S, BE)
+            for b in tl.static_range((M - 1) * TW):
+                shifted = shifted + (acc[b],)
+            acc = shifted
+        if POOL:
+            tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
+
+
+def expand_depthwise(x, w1, bn1, weight, bn2, stride, pads, *, act, pool, precision="ieee"):
+    """a2 of the module docstring for x [N, H, W, I], w1 [E, I, 1, 1], depthwise weight [E, 1, k, k].
+
+    Args:
+        bn1, bn2: (gamma, beta, running_mean, running_var, eps).
+        pads: (top, bottom, left, right) zeros.
+        pool: also return fp32 sums of a2 over pixels, [N, parts, E], to be added over parts.
+        precision: of fp32 products, "ieee" or "tf32".
+
+    Returns: (a2 [N, OH, OW, E] in x's dtype, sums or None), as ``depthwise.depthwise_forward`` with epilogue and pool.
+    """
+    N, H, W, I = x.shape
+    C, K = weight.shape[0], weight.shape[-1]
+    top, bottom, left, right = pads
+    OH, OW = (H + top + bottom - K) // stride + 1, (W + left + right - K) // stride + 1
+    y = x.new_empty(N, OH, OW, C)
+    cfg = expand_depthwise_config(K, stride, N, I, C, OH, OW, x.dtype, x.device)
+    strips_w = triton.cdiv(OW, cfg.TW)
+    strips = strips_w * triton.cdiv(OH, cfg.TH)
+    groups = triton.cdiv(strips, cfg.S)
+    blocks_c = triton.cdiv(C, cfg.BE)
+    P = cfg.programs(N * groups, blocks_c, x.device)
+    sums = torch.empty(N, groups, C, device=x.device, dtype=torch.float32) if pool else None
+    expand_depthwise_kernel[(P * blocks_c,)](
+        x, w1, weight, y, *bn1[:4], *bn2[:4], weight if sums is None else sums, bn1[4], bn2[4],
+        N, H, W, I // channel_vector_width(I), C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P, cfg.TH,
+        K=K, STRIDE=stride, IVEC=channel_vector_width(I), CVEC=channel_vector_width(C), BI=cfg.BI, BE=cfg.BE,
+        S=cfg.S, TW=cfg.TW, SINGLE=I <= cfg.BI, STAGES=cfg.stages, ACT=act, POOL=pool, FAST=fast_math(x.dtype), PRECISION=precision,
+        **cfg.options,
+    )  # fmt: skip
+    return y, sums
