@@ -71,7 +71,7 @@ def climb(family: str, start, measure: Callable):
                 times[config] = measure(config)
         usable = [config for config in neighbours(family, best) if times.get(config) is not None]
         fastest = min(usable, key=times.get, default=best)
-        if times[fastest] > GAIN * times[best]:
+        if times[fastest] >= GAIN * times[best]:
             break
         best = fastest
     return best, times[best], times[start]
