@@ -343,6 +343,7 @@ class ExpandDepthwiseConfig:
         return max(1, min(tiles, -(-2 * self.warps_per_sm * processor_count(device) // (self.num_warps * blocks_c))))
 
 
+@tuned
 def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> ExpandDepthwiseConfig:
     """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of weights at k = 3.
     Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32, more than 32 inputs.
