@@ -327,13 +327,11 @@ def norm_launches(dtype, *, channels=40, size=28, images=64, training=True):
     return launches
 
 
-def module_launches(module, x, training: bool) -> list[Launch]:
-    """Launches of a fused module's call on ``x`` [N, C, H, W] of the ``meta`` device, and of its backward when training."""
-    module = module.train(training)
-    module.why_not_fused = lambda x=None: None  # no device is too small here
-    with record_launches() as launches, torch.set_grad_enabled(training):
-        out = module(x.to(memory_format=torch.channels_last).requires_grad_(training))
-        if training:
+def call_launches(call, x, backward: bool) -> list[Launch]:
+    """Launches of ``call(x)`` on x [N, C, H, W] of the ``meta`` device, and of its backward."""
+    with record_launches() as launches, torch.set_grad_enabled(backward):
+        out = call(x.to(memory_format=torch.channels_last).requires_grad_(backward))
+        if backward:
             out.backward(torch.empty_like(out))
     return launches
 
@@ -363,12 +361,31 @@ def family_blocks(width: float) -> list[tuple]:
     return blocks
 
 
-def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training, images=64, **how) -> list[Launch]:
-    """Launches of one whole MBConv block."""
+def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training, frozen=False, images=64, **how) -> list[Launch]:
+    """Launches of one whole MBConv block; frozen: training with running statistics."""
     from effkernels import FusedMBConv
 
-    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta", **how)
-    return module_launches(block, _meta(images, inputs, size, size, dtype=dtype), training)
+    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta", **how).train(training and not frozen)
+    block.why_not_fused = lambda x=None: None  # meta tensors are no reason here
+    return call_launches(block, _meta(images, inputs, size, size, dtype=dtype), training)
+
+
+def stem_and_head_launches(dtype, channels, inputs, features, *, training, images=64) -> list[Launch]:
+    """Launches of a network's first convolution, on normalised images of the compute dtype, and, in inference, of its last."""
+    from effkernels import functional
+    from effkernels.parameters import BatchNormParams
+
+    def norm(channels):
+        return BatchNormParams.of(torch.nn.BatchNorm2d(channels, device="meta").train(training))
+
+    weight, first = torch.nn.Parameter(_meta(channels, 3, 3, 3)), norm(channels)
+    launches = call_launches(lambda x: functional.stem(x, weight, first), _meta(images, 3, 224, 224, dtype=dtype), training)
+    if not training:
+        last = norm(features)
+        launches += call_launches(
+            lambda x: functional.head(x, _meta(features, inputs, 1, 1), last), _meta(images, inputs, 7, 7, dtype=dtype), False
+        )
+    return launches
 
 
 def shipped_launches(full: bool = False) -> list[Launch]:
@@ -390,6 +407,11 @@ def shipped_launches(full: bool = False) -> list[Launch]:
             launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=False)
     for dtype, training in itertools.product((bf16, fp16, fp32) if full else (bf16,), (True, False)):
         launches += mbconv_launches(dtype, 24, 40, 3, 2, 6, 56, training=training, se_ratio=0.0)
+        for channels, inputs, features in ((32, 320, 1280), (64, 640, 2560)):
+            launches += stem_and_head_launches(dtype, channels, inputs, features, training=training)
+        if training:
+            for how in ({"memory": "recompute"}, {"frozen": True}, {"frozen": True, "memory": "recompute"}):
+                launches += mbconv_launches(dtype, 40, 40, 5, 1, 6, 28, training=True, **how)
     for dtype, k, stride in itertools.product((bf16, fp16, fp32), (3, 5, 7, 9), (1, 2)):
         if full or k <= 5 or dtype != fp16:
             launches += block_launches(dtype, k, stride)
@@ -534,8 +556,10 @@ def update(path: Path, launches, arch: int, processes: int | None = None) -> tup
     dropped = len(old) - len(rows)
     todo = [launch for digest, launch in wanted.items() if digest not in rows]
     try:
-        for row in compiled_rows(todo, arch, processes):
+        for i, row in enumerate(compiled_rows(todo, arch, processes), 1):
             rows[row["digest"]] = row
+            if i % 20 == 0:
+                write_table(path, arch, rows.values())
     finally:
         write_table(path, arch, rows.values())
     return len(todo), dropped
