@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.batchnorm import bn_terms
+from effkernels.kernels.batchnorm import bn_terms, finish_gradients
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -128,10 +128,10 @@ def sum_parts(sums, n, parts, row, c, mc, C, ROWS: tl.constexpr, PB: tl.constexp
 def pool_and_gate_kernel(
     y, sums, gamma, beta, mean, rstd, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u_out, gate, s2_out, s4_out,
     rows, CV, RV, rows_per_program, parts,
-    CVEC: tl.constexpr, RVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr, ACT: tl.constexpr,
-    SE_ACT: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
+    CVEC: tl.constexpr, RVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
+    ACT: tl.constexpr, SE_ACT: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Per (n, part, c): the sums of phi(z), phi'(z), phi'(z)*yhat (sums [N, parts, 3, C]); the last program of an image goes on to its gate."""
+    """sums [N, parts, 3, C] of phi(z), phi'(z), phi'(z)*yhat; the last program of an image goes on to its gate."""
     C = CV * CVEC
     R = RV * RVEC
     blocks_c = tl.cdiv(C, BC)
@@ -167,6 +167,135 @@ def pool_and_gate_kernel(
             tl.store(s2_out + n * C + cc, sum_parts(sums, n, parts, 1, cc, mcc, C, 3, PB), mask=mcc)
             tl.store(s4_out + n * C + cc, sum_parts(sums, n, parts, 2, cc, mcc, C, 3, PB), mask=mcc)
         squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, SE_ACT, GATE)
+
+
+@triton.jit
+def sum_tile(sums, n, parts, row, c, mask, C):
+    """Row ``row`` of sums [N, parts, 3, C] at images n and channels c, over the parts: [NB, CB]."""
+    acc = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
+    at = sums + (n * parts * 3 + row)[:, None] * C + c[None, :]
+    for t in tl.range(0, parts, num_stages=4):
+        acc += tl.load(at + t * 3 * C, mask=mask, other=0.0)
+    return acc
+
+
+@triton.jit
+def gate_backward_to_units(
+    b, j, sums, gates, w_expand, dt_out, dv_out, N, parts, C, R,
+    NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """dt of NB images times CB channels, and what these channels give to dv: dv_out [channel blocks, N, R]."""
+    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
+    mn = (n < N)[:, None]
+    c = j * CB + tl.arange(0, CB)
+    mask = mn & (c < C)[None, :]
+    at = n[:, None] * C + c[None, :]
+    dt = sum_tile(sums, n, parts, 2, c, mask, C) * gate_derivative(tl.load(gates + at, mask=mask, other=0.0), GATE)
+    tl.store(dt_out + at, dt, mask=mask)
+    tl.debug_barrier()
+    for r0 in range(0, R, RB):
+        r = r0 + tl.arange(0, RB)
+        mr = (r < R)[None, :]
+        acc = tl.zeros([NB, RB], tl.float32)
+        for start in tl.range(0, CB, KB, num_stages=3):
+            k = j * CB + start + tl.arange(0, KB)
+            mk = k < C
+            left = tl.load(dt_out + n[:, None] * C + k[None, :], mask=mn & mk[None, :], other=0.0)
+            w = tl.load(w_expand + k[:, None] * R + r[None, :], mask=mk[:, None] & mr, other=0.0).to(tl.float32)
+            acc = tl.dot(left, w, acc, input_precision="ieee")
+        tl.store(dv_out + (j * N + n)[:, None] * R + r[None, :], acc, mask=mn & mr)
+
+
+@triton.jit
+def gate_backward_units(
+    b, blocks_c, dv, u_in, du_out, N, R, NB: tl.constexpr, RB: tl.constexpr, JB: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """du of NB images."""
+    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
+    jj = tl.arange(0, JB)
+    for r0 in range(0, R, RB):
+        r = r0 + tl.arange(0, RB)
+        mask = (n < N)[:, None] & (r < R)[None, :]
+        at = n[:, None] * R + r[None, :]
+        acc = tl.zeros([JB, NB, RB], tl.float32)
+        for start in range(0, blocks_c, JB):
+            j = start + jj
+            block = (j * N).to(tl.int64)[:, None, None] * R + at[None, :, :]
+            acc += tl.load(dv + block, mask=(j < blocks_c)[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
+        phi, dphi = activate_and_grad(tl.load(u_in + at, mask=mask, other=0.0), ACT, False)
+        tl.store(du_out + at, tl.sum(acc, 0) * dphi, mask=mask)
+
+
+@triton.jit
+def gate_backward_to_pool(
+    b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels,
+    NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """dpool of NB images times CB channels, and BatchNorm 2's two sums over them: partials [image blocks, 2, C]."""
+    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
+    mn = (n < N)[:, None]
+    c = j * CB + tl.arange(0, CB)
+    mc = c < C
+    mask = mn & mc[None, :]
+    acc = tl.zeros([NB, CB], tl.float32)
+    for start in tl.range(0, R, KB, num_stages=3):
+        k = start + tl.arange(0, KB)
+        mk = k < R
+        left = tl.load(du + n[:, None] * R + k[None, :], mask=mn & mk[None, :], other=0.0, cache_modifier=".cg")
+        w = tl.load(w_reduce + k[:, None] * C + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32)
+        acc = tl.dot(left, w, acc, input_precision="ieee")
+    acc *= inverse_pixels
+    at = n[:, None] * C + c[None, :]
+    tl.store(dpool + at, acc, mask=mask)
+    g = tl.load(gates + at, mask=mask, other=0.0)
+    out = partials + (b * 2).to(tl.int64) * C + c
+    db = g * sum_tile(sums, n, parts, 0, c, mask, C) + acc * tl.load(s2 + at, mask=mask, other=0.0)
+    tl.store(out, tl.sum(db, 0), mask=mc)
+    dg = g * sum_tile(sums, n, parts, 1, c, mask, C) + acc * tl.load(s4 + at, mask=mask, other=0.0)
+    tl.store(out + C, tl.sum(dg, 0), mask=mc)
+
+
+@sized_jit
+def gate_backward_kernel(
+    sums, s2, s4, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, dgamma, dbeta, k0, k1,
+    N, parts, CV, RV, inverse_pixels, count,
+    CVEC: tl.constexpr, RVEC: tl.constexpr, NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, JB: tl.constexpr,
+    BP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """From sums [N, parts, 3, C] to dpool, BatchNorm 2's gradients and batch terms; a program is NB images times CB channels.
+
+    Two stages of programs: the first ends with du, the second begins with it. Programs take their work by ticket in the order in
+    which they start, so when one of the second stage waits, all of the first are running, and wait for nothing: it ends. Counters:
+    tickets, arrivals and readers of each block of images, arrivals of each block of channels; all are left at 0.
+    """
+    C = CV * CVEC
+    R = RV * RVEC
+    blocks_n = tl.cdiv(N, NB)
+    blocks_c = tl.cdiv(C, CB)
+    stage = blocks_n * blocks_c
+    ticket = tl.atomic_add(counters, 1)
+    if ticket == 2 * stage - 1:
+        tl.store(counters, 0)
+    b = ticket % stage // blocks_c
+    j = ticket % stage % blocks_c
+    readers = counters + 1 + blocks_n + b
+    if ticket < stage:
+        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, NB, CB, KB, RB, GATE)
+        if last_to_arrive(counters + 1 + b, blocks_c):
+            gate_backward_units(b, blocks_c, dv, u, du, N, R, NB, RB, JB, ACT)
+            tl.debug_barrier()
+            tl.atomic_add(readers, 1, sem="release", scope="gpu")
+    else:
+        while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
+            pass
+        tl.debug_barrier()
+        gate_backward_to_pool(
+            b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB
+        )
+        if tl.atomic_add(readers, 1) == blocks_c:
+            tl.store(readers, 0)
+        if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
+            finish_gradients(partials, gamma, mean, rstd, dgamma, dbeta, k0, k1, blocks_n, 2 * C, C, count, j, BP, CB)
 
 
 @sized_jit
@@ -316,11 +445,41 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     R = w_reduce.shape[0]
     outs = _fp32(sums.device, N, C), _fp32(sums.device, N, R), _fp32(sums.device, N, C)
     squeeze_excite_kernel[(N,)](
-        sums, w_reduce, b_reduce, w_expand, b_expand, *outs, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
+        sums, w_reduce, b_reduce, w_expand, b_expand, *outs,
+        parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
         **_layer_blocks(C, R), ACT=act, GATE=gate, num_warps=4,
     )  # fmt: skip
     pooled, u, gates = outs
     return gates, pooled, u
+
+
+def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, counters):
+    """Backward of ``pool_and_gate`` in one launch, but for the weights' gradients; with BatchNorm 2's.
+
+    Args:
+        sums: fp32 [N, parts, 3, C], over pixels, of dq * phi'(z), dq * phi'(z) * yhat and dq * phi(z). s2, s4, gates, u: its results.
+        weights: (w_reduce, b_reduce, w_expand, b_expand). bn2: (gamma, beta, mean, rstd). pixels: h * w.
+        act: of the bottleneck. counters: int32, 0, at least ``1 + 2 * ceil(N / 16) + ceil(C / 128)``.
+
+    Returns: fp32 dt [N, C], du [N, R] (gradients before the gate function and before ``act``), dpool [N, C], which is added to every
+        pixel's gradient, and (dgamma, dbeta in the parameters' dtypes, k0, k1 fp32 [C]) of BatchNorm 2.
+    """
+    w_reduce, _, w_expand, _ = weights
+    gamma, beta, mean, rstd = bn2
+    N, parts, _, C = sums.shape
+    R = u.shape[1]
+    NB, CB = 16, 128
+    blocks_n, blocks_c = triton.cdiv(N, NB), triton.cdiv(C, CB)
+    dt, dv, du, dpool = (_fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
+    partials = _fp32(u.device, blocks_n, 2, C)
+    norm = torch.empty_like(gamma), torch.empty_like(beta), _fp32(u.device, C), _fp32(u.device, C)
+    gate_backward_kernel[(2 * blocks_n * blocks_c,)](
+        sums, s2, s4, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
+        N, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels, float(N * pixels),
+        CVEC=channel_vector_width(C), RVEC=channel_vector_width(R), NB=NB, CB=CB, KB=16, RB=32, JB=8, BP=16, ACT=act, GATE=gate,
+        num_warps=8,
+    )  # fmt: skip
+    return dt, du, dpool, norm
 
 
 def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, bn=None, act="silu", gate="sigmoid"):

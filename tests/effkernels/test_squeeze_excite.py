@@ -177,6 +177,84 @@ def test_pool_and_gate_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, devi
     check_pool_and_gate(N, C, R, H, W, dtype, act, act, gate, device)
 
 
+def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1, weight_dtype=torch.float32):
+    """From dq's sums, random, to the gradients of the gate's argument, the bottleneck, the pooling and BatchNorm 2."""
+    from effkernels.kernels.squeeze_excite import gate_backward
+
+    torch.manual_seed(0)
+    y, dq = (torch.randn(N, C, H, W).to(device, dtype) for _ in range(2))
+    weights, bn = [guarded(w.to(weight_dtype)) for w in weights_of(C, R, device)], frozen_norm(y, device)
+    pixels = H * W
+
+    def network(y):
+        """Squeeze-excite by autograd, its sums over pixels exact."""
+        yhat, z = normalized(y, bn)
+        a = ACTIVATIONS[act](z)
+        w = [t.to(y.dtype) for t in weights]
+        pooled = a.mean((2, 3))
+        u = F.linear(pooled, w[0].flatten(1), w[1])
+        t = F.linear(ACTIVATIONS[se_act](u), w[2].flatten(1), w[3])
+        gates = GATES[gate](t)
+        out = a * gates[:, :, None, None]
+        da, dz, dt, du, dpooled = torch.autograd.grad(out, (a, z, t, u, pooled), dq.to(out.dtype))
+        vectors = (bn[0], *bn[2:]) if y.dtype != torch.float64 else (v.double() for v in (bn[0], *bn[2:]))
+        results = {"dt": dt, "du": du, "dpool": dpooled / pixels}
+        return results | dict(zip(("dgamma", "dbeta", "k0", "k1"), batch_terms(dz, y, *vectors), strict=True))
+
+    yhat, z = normalized(y.double(), [v.double() for v in bn])
+    phi = ACTIVATIONS[act](z)
+    (dphi,) = torch.autograd.grad(phi.sum(), z)
+    pooled = phi.detach().mean((2, 3))
+    u = F.linear(pooled, weights[0].double().flatten(1), weights[1].double())
+    gates = GATES[gate](F.linear(ACTIVATIONS[se_act](u), weights[2].double().flatten(1), weights[3].double()))
+    sums = torch.stack([(dq.double() * t.detach()).sum((2, 3)) for t in (dphi, dphi * yhat, phi)], 1)
+    split = torch.randn(N, parts, 3, C, dtype=torch.float64, device=device)
+    split += (sums[:, None] - split.sum(1, keepdim=True)) / parts
+    vectors = (dphi.sum((2, 3)), (dphi * yhat).sum((2, 3)), gates, u)
+    counters = torch.zeros(1 + 2 * -(-N // 16) + -(-C // 128), dtype=torch.int32, device=device)
+    results = gate_backward(
+        guarded(split.float()), *(guarded(v.float()) for v in vectors), weights, bn, pixels, act=se_act, gate=gate, counters=counters
+    )
+    assert not counters.any()
+    *fused, norm = results
+    assert all(t.dtype == torch.float32 for t in (*fused, *norm))
+    fused = dict(zip(("dt", "du", "dpool", "dgamma", "dbeta", "k0", "k1"), (*fused, *norm), strict=True))
+    assert_close_to_truth(fused, network(y), network(y.double()))
+
+
+@training_cases
+def test_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, scratch):
+    check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device)
+
+
+def test_gate_backward_of_many_parts_channel_blocks_and_bf16_weights(device, scratch):
+    """More blocks of channels than one step of du sums takes, more images than a program takes, five parts an image."""
+    check_gate_backward(17, 1100, 6, 2, 2, torch.bfloat16, "silu", "silu", "sigmoid", device, parts=5, weight_dtype=torch.bfloat16)
+
+
+def test_gate_backward_keeps_the_dtype_of_batchnorms_parameters(device, scratch):
+    from effkernels.kernels.squeeze_excite import gate_backward
+
+    torch.manual_seed(0)
+    sums, vectors = torch.randn(2, 1, 3, 9).to(device), [torch.rand(2, size).to(device) for size in (9, 9, 9, 4)]
+    gamma, beta, mean, rstd = norm_vectors(9, device)
+    narrow = [gamma.bfloat16(), beta.bfloat16()]
+    weights, counters = weights_of(9, 4, device), torch.zeros(4, dtype=torch.int32, device=device)
+    norms = [
+        gate_backward(sums, *vectors, weights, (*parameters, mean, rstd), 4, act="silu", gate="sigmoid", counters=counters)[3]
+        for parameters in (narrow, [t.float() for t in narrow])
+    ]
+    for a, b, dtype in zip(*norms, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, b.to(dtype))
+
+
+@on_gpu
+@pytest.mark.parametrize("N, C, R, H, W, dtype, act, gate, has_bn", REAL_CASES)
+def test_gate_backward_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, device, scratch):
+    check_gate_backward(N, C, R, H, W, dtype, act, act, gate, device, parts=3)
+
+
 def test_pool_with_running_variance(device, scratch):
     """The variance itself and eps instead of rstd, as in inference."""
     from effkernels.kernels.squeeze_excite import pool
