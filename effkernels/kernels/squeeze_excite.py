@@ -289,9 +289,7 @@ def gate_backward_kernel(
         while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
             pass
         tl.debug_barrier()
-        gate_backward_to_pool(
-            b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB
-        )
+        gate_backward_to_pool(b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB)
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
         if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
