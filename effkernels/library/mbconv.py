@@ -103,8 +103,10 @@ def mbconv(
     counters = _counters(x, depthwise_weight.shape[0])
     statistics = _Statistics(counters)
     y1 = mean1 = rstd1 = prologue = None
-    a = x
-    if expand_weight is not None:
+    a = None
+    if expand_weight is None:
+        a = x.to(compute)
+    else:
 
         def expand(**how):
             return pointwise.pointwise_forward(x, expand_weight, dtype=compute, **how)
@@ -204,7 +206,7 @@ def mbconv_backward(
             norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
         grads["norm2"], grads["bias2"], k0, k1 = norm2
     if need_dq:
-        a = x if not expands else y1
+        a = y1 if expands else x.to(DTYPES[dtype])
         if expands and y1.numel() == 0:  # recompute
             a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=DTYPES[dtype])
         da, partials["depthwise"], norm1 = depthwise.depthwise_backward(
@@ -223,9 +225,7 @@ def mbconv_backward(
                 out_dtype=x.dtype,
             )  # fmt: skip
     elif need_da:
-        grads["x"] = da + dout if residual else da
-    elif need_x and residual:
-        grads["x"] = dout
+        grads["x"] = (da + dout if residual else da).to(x.dtype)
 
     def part(name, *rest):
         return None if partials.get(name) is None else (partials[name], *rest)
@@ -301,8 +301,9 @@ def mbconv_inference(
     has_se = se_reduce_weight is not None
     pads = pads_of(x, depthwise_weight, stride, padding)
     bn2 = (weight2, bias2, running_mean2, running_var2, eps2)
-    a = x.to(compute)
-    if expand_weight is not None:
+    if expand_weight is None:
+        a = x.to(compute)
+    else:
         bn1 = (weight1, bias1, running_mean1, running_var1, eps1)
         a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=bn1, act2=act)
     a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=bn2, act2=act, pool=has_se)

@@ -83,6 +83,49 @@ def operator_arguments(name, device):
         else:
             yield (x, weight, *vectors[:4], *settings, 1e-3)
 
+    elif name.startswith("mbconv"):
+        yield from block_arguments(name, device)
+    elif name == "head_inference":
+        yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "fp32", "silu", 1e-3)
+        yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "bf16", "relu", 1e-3)
+
+
+def block_arguments(name, device):
+    """A block of all parts (expand, squeeze-excite, residual, drop-path), and one of none of them that is partly frozen."""
+    inference = name == "mbconv_inference"
+    grad = {"requires_grad": not inference}
+
+    def n():
+        return norm(device, counter=not inference, **grad)
+
+    def weight(*shape):
+        return torch.randn(shape).to(device).requires_grad_(not inference)
+
+    x, mask = nhwc(device, N, H, W, C, **grad), torch.rand(N, device=device)
+    full = ("fp32", 1, "symmetric", "silu", "silu", "sigmoid", True)
+    bare = ("bf16", 2, "same", "relu6", "identity", "sigmoid", False)
+    expand, depthwise, project = (weight(C, C, 1, 1), *n()), (weight(C, 1, 3, 3), *n()), (weight(C, C, 1, 1), *n())
+    no_expand, se, no_se = (None,) * (5 if inference else 6), squeeze(device, not inference), (None,) * 4
+    if inference:
+        yield (x, *expand, *depthwise, *se, *project, *full, 1e-3, 1e-3, 1e-3)
+        yield (x, *no_expand, *depthwise, *no_se, *project, *bare, 1e-3, 1e-3, 1e-3)
+        return
+    batch, frozen = (True, 0.1, 1e-3), (False, 0.1, 1e-3)
+    forward = [
+        (x, *expand, *depthwise, *se, *project, mask, *full, *batch, True, None, 1e-3, *batch, False),
+        (x, *expand, *depthwise, *se, *project, None, *full, *frozen, *frozen, *batch, True),
+        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, *frozen, *batch, *frozen, False),
+    ]
+    if name == "mbconv":
+        yield from forward
+        return
+    for args, needs in zip(forward, ([True] * 14, [False] * 5 + [True] * 9, [True] + [False] * 3 + [True] * 10), strict=True):
+        with torch.no_grad():
+            out, *aux = library.mbconv(*args)
+        tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
+        needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
+        yield (torch.randn_like(out), *tensors, *aux, *args[24:31], args[31], args[34], args[37], needs)
+
 
 OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
 
