@@ -115,8 +115,7 @@ class _Recorder:
         """The memory that ``pointers`` stand for; lanes of ``active`` are recorded. Inactive lanes may come out as anything."""
         if self.names is None:
             return pointers
-        if not isinstance(active, np.ndarray) or active.shape != pointers.shape:
-            active = np.broadcast_to(active, pointers.shape)
+        active = np.broadcast_to(np.asarray(active, bool), pointers.shape)  # some masks are integers inside the interpreter
         result = pointers.copy()
         lanes = pointers[active]
         if lanes.size == 0:
