@@ -27,6 +27,7 @@ def create_model(
     padding: str | None = None,
     bn_eps: float | None = None,
     bn_momentum: float | None = None,
+    memory: str = "keep",
     device=None,
     dtype=None,
     **unknown,
@@ -44,6 +45,7 @@ def create_model(
         padding, bn_eps, bn_momentum: None for the name's own, so that timm's weights of that name give timm's logits:
             "efficientnet_*" and scalings: "symmetric", 1e-5, 0.1; "tf_efficientnet_*": "same", 1e-3, 0.1.
             (The paper trained with "same", 1e-3 and 0.01.)
+        memory: what the fused blocks keep for the backward, "keep" or "recompute", as in ``effkernels.FusedMBConv``.
         device, dtype: of the parameters; "meta" builds without memory.
 
     Raises ValueError for an unknown name or a value out of range, TypeError for an unknown keyword.
@@ -68,6 +70,7 @@ def create_model(
         in_chans=in_chans,
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
+        memory=memory,
         fused=fused,
         device=device,
         dtype=dtype,
@@ -95,6 +98,7 @@ class EfficientNet(nn.Module):
         drop_path_rate: float | None = None,
         fused: bool = True,
         *,
+        memory: str = "keep",
         device=None,
         dtype=None,
     ):
@@ -138,6 +142,7 @@ class EfficientNet(nn.Module):
                     bn_eps=config.bn_eps,
                     bn_momentum=config.bn_momentum,
                     drop_path=drop_path_rate * index / total,
+                    memory=memory,
                     **factory,
                 )
                 blocks.append(block)

@@ -9,6 +9,7 @@ depthwise convolution):
     backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
               sums | Gram matrix | expand (dz1, x -> dx) | all weight gradients                                    3 e1 + 4 e2
     inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
+              or, where the model of costs says so, expand inside the depthwise kernel                                    0 e1 + 2 e2
 """
 
 import torch
@@ -295,18 +296,25 @@ def mbconv_inference(
     dtype, stride, padding, act, se_act, gate, residual, eps1, eps2, eps3,
 ):  # fmt: skip
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
-    from effkernels.kernels import depthwise, pointwise, squeeze_excite
+    from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
+    from effkernels.launch import expand_inside
 
     compute = DTYPES[dtype]
     has_se = se_reduce_weight is not None
     pads = pads_of(x, depthwise_weight, stride, padding)
+    bn1 = (weight1, bias1, running_mean1, running_var1, eps1)
     bn2 = (weight2, bias2, running_mean2, running_var2, eps2)
-    if expand_weight is None:
-        a = x.to(compute)
+    E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
+    if expand_weight is not None and expand_inside(k, stride, x.shape[-1], E, compute, act):
+        a, sums = expand_depthwise.expand_depthwise(
+            x.to(compute), expand_weight, bn1, depthwise_weight, bn2, stride, pads, act=act, pool=has_se,
+            precision=pointwise.matmul_precision(),
+        )  # fmt: skip
     else:
-        bn1 = (weight1, bias1, running_mean1, running_var1, eps1)
-        a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=bn1, act2=act)
-    a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=bn2, act2=act, pool=has_se)
+        a = x.to(compute) if expand_weight is None else None
+        if a is None:
+            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=bn1, act2=act)
+        a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=bn2, act2=act, pool=has_se)
     gates = None
     if has_se:
         gates, _, _ = squeeze_excite.squeeze_excite_forward(

@@ -87,6 +87,8 @@ class MBConvBase(nn.Module):
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
         check_activation(x, self.conv_dw.weight, self.in_channels, self.kernel_size, self.stride, self.padding)
+        if self.training and x.shape[0] == 0:
+            raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """The block in plain PyTorch, layer by layer through the submodules (so their hooks run)."""
@@ -164,7 +166,7 @@ class FusedMBConv(MBConvBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_input(x)
-        if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
+        if (x.is_cpu and dispatch.only_plain_on_cpu()) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
             return self._plain(x)
         from effkernels import functional
 

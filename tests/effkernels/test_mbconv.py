@@ -1,0 +1,307 @@
+"""The whole block on kernels at the channel counts of real networks, and its options; test_modules.py has every kind of block small."""
+
+import copy
+
+import pytest
+import torch
+from test_modules import check_block, compare, images, random_like_output, randomise, step, twins
+from torch import nn
+from truth import assert_close_to_truth
+
+from efficientnet import MBConv
+from effkernels import FusedMBConv
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+# Blocks of B0, B1 and B4 at reduced height and width; each dtype meets k 3 and 5, stride 1 and 2, both paddings.
+REAL = [
+    # model I O k s expand H W padding dtype
+    ("b0", 32, 16, 3, 1, 1, 4, 5, "symmetric", torch.bfloat16),
+    ("b0", 16, 24, 3, 2, 6, 6, 5, "same", None),
+    ("b0", 24, 40, 5, 2, 6, 5, 6, "symmetric", torch.float16),
+    ("b0", 80, 112, 5, 1, 6, 3, 3, "symmetric", torch.bfloat16),
+    ("b0", 112, 192, 5, 2, 6, 4, 3, "same", None),
+    ("b1", 16, 16, 3, 1, 1, 5, 4, "same", torch.float16),
+    ("b1", 40, 40, 5, 1, 6, 4, 4, "symmetric", None),
+    ("b4", 24, 32, 3, 2, 6, 5, 5, "same", torch.bfloat16),
+    ("b4", 32, 56, 5, 2, 6, 6, 6, "symmetric", torch.bfloat16),
+    ("b4", 56, 56, 5, 1, 6, 4, 3, "symmetric", torch.float16),
+    ("b4", 112, 112, 3, 1, 6, 3, 3, "symmetric", None),
+]
+
+
+@pytest.mark.parametrize(("model", "I", "O", "k", "s", "expand", "H", "W", "padding", "dtype"), REAL)
+def test_real_blocks_in_training(model, I, O, k, s, expand, H, W, padding, dtype, device):
+    drop = 0.2 if s == 1 and I == O else 0.0
+    check_block(device, True, I, O, k, s, expand, 0.25, padding, "silu", drop, H, W, dtype, N=4)
+
+
+@pytest.mark.parametrize("I", [16, 24])
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_expand_inside_the_depthwise_kernel(I, padding, device, monkeypatch):
+    """Inference of the first blocks: the same numbers with e1 stored and without."""
+    from effkernels.kernels import expand_depthwise, pointwise
+
+    runs = []
+    for module, name in ((expand_depthwise, "expand_depthwise"), (pointwise, "pointwise_forward")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, f=original, **kw: (runs.append(n), f(*args, **kw))[1])
+    modules = twins(FusedMBConv, I, 24, 3, 2, 6, 0.25, padding=padding, device=device)
+    x = images(2, I, 9, 7, device=device)
+    outputs = {}
+    for name, module in modules.items():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=name != "truth"):
+            outputs[name] = module.eval()(x.double() if name == "truth" else x.bfloat16())
+    assert runs == ["expand_depthwise", "pointwise_forward"]  # the latter projects
+    assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recompute_gives_the_same_bits(dtype, device, scratch):
+    keep = twins(FusedMBConv, 16, 16, 3, 1, 4, 0.25, drop_path=0.3, device=device)["fused"]
+    again = copy.deepcopy(keep)
+    again.memory = "recompute"
+    x = images(3, 16, 4, 5, device=device)
+    gradient = torch.randn_like(x)
+    first, second = step(keep, x, gradient, dtype), step(again, x, gradient, dtype)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages saved for the backward, parameters and buffers apart, each once."""
+
+    def __init__(self, module):
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        self.storages = {}
+
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                self.storages[storage.data_ptr()] = (storage.nbytes(), t)  # kept alive, so that no address comes twice
+            return t
+
+        super().__init__(pack, lambda t: t)
+
+    @property
+    def bytes(self):
+        return sum(size for size, _ in self.storages.values())
+
+
+@pytest.mark.parametrize(("memory", "large"), [("keep", 3), ("recompute", 2)])
+def test_what_a_block_keeps(memory, large, device):
+    """x and the convolutions' outputs, in the compute dtype, and vectors; nothing else the size of an image."""
+    I, E, H, W, N = 16, 96, 8, 8, 2
+    block = FusedMBConv(I, I, 3, 1, 6, 0.25, memory=memory).to(device)
+    x = images(N, I, H, W, device=device).requires_grad_()
+    with Saved(block) as saved:
+        block(x)
+    image = 4 * N * H * W
+    wanted = sorted([image * I, image * I, *[image * E] * (large - 1)])
+    assert sorted(size for size, _ in saved.storages.values() if size > 4 * N * E * 4)[-len(wanted) :] == wanted
+    assert saved.bytes < sum(wanted) * 1.2
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_saved_activations_of_b0(memory, device):
+    """A training step of B0 at 64 pixels in bf16 keeps at most 0.36 of what plain PyTorch keeps; memory='recompute' less."""
+    from efficientnet import create_model
+
+    x = images(2, 3, 64, 64, device=device)
+    kept = {}
+    for fused in (True, False):
+        model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory).to(device)
+        with Saved(model) as saved, torch.autocast(device, torch.bfloat16):
+            model(x)
+        kept[fused] = saved.bytes
+    ratio = kept[True] / kept[False]
+    print(f"bytes kept, {memory}: {kept[True]} of {kept[False]}, {ratio:.3f}")
+    assert ratio <= (0.36 if memory == "keep" else 0.26)
+
+
+@pytest.mark.parametrize("part", ["conv_pw", "conv_dw", "conv_pwl", "se.conv_expand", "bn1", "bn2", "bn3", "x"])
+def test_gradient_of_one_part_alone(part, device, scratch):
+    """The launches that are left out change nothing in those that stay."""
+    modules = twins(FusedMBConv, 16, 16, 3, 1, 2, 0.5, device=device)
+    x = images(2, 16, 3, 4, device=device)
+    gradient = random_like_output(modules["truth"], x)
+    results = {name: step(m, x.double() if name == "truth" else x, gradient) for name, m in modules.items()}
+    block = modules["fused"]
+    for name, p in block.named_parameters():
+        p.requires_grad_(name.startswith(part + "."))
+    x.requires_grad_(part == "x")
+    block(x).backward(gradient)
+    leaves = {"x": x, **dict(block.named_parameters())}
+    for name, leaf in leaves.items():
+        assert (leaf.grad is not None) == leaf.requires_grad, name
+        if leaf.requires_grad:
+            assert_close_to_truth(leaf.grad, results["eager"][name], results["truth"][name], name)
+
+
+def test_frozen_parameters_cost_no_launch(device):
+    """Fewer wanted gradients, fewer kernels: a block of which only bn3 trains computes BatchNorm 3's sums and nothing else."""
+    pytest.importorskip("triton")
+    if device != "cpu":
+        pytest.skip("counted in the interpreter")
+    from effkernels.traffic import count_traffic
+
+    block = FusedMBConv(16, 16, 3, 1, 2, 0.5)
+    x = images(2, 16, 3, 4)
+
+    def launches(*trained):
+        for name, p in block.named_parameters():
+            p.requires_grad_(name.startswith(trained))
+        out = block(x)
+        with count_traffic() as records:
+            out.backward(torch.ones_like(out))
+        return [r.name for r in records if r.name.endswith("_kernel")]
+
+    assert launches("bn3") == ["gradient_reduce_kernel"]
+    assert launches("conv_pwl") == ["gradient_reduce_kernel", "project_backward_kernel", "weight_gradients_kernel"]
+    names = launches("conv_dw")
+    assert "expand_backward_kernel" not in names and "gram_matrix_kernel" not in names and names[-1] == "weight_gradients_kernel"
+
+
+def test_evaluation_after_more_training_is_not_stale(device, scratch):
+    """Nothing is folded ahead: eval, train, eval again sees the new statistics and weights."""
+    modules = twins(FusedMBConv, 16, 16, 3, 1, 2, 0.25, device=device)
+    x = images(3, 16, 4, 4, device=device)
+    for _ in range(2):
+        outputs = {}
+        for name, module in modules.items():
+            with torch.no_grad():
+                outputs[name] = module.eval()(x.double() if name == "truth" else x)
+            module.train()
+            module(x.double() if name == "truth" else x).square().mean().backward()
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.sub_(p.grad, alpha=0.05)
+                    p.grad = None
+        assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
+
+
+# ---- bad and odd input -----------------------------------------------------------------------------------------------------------
+
+
+def test_empty_batch(device):
+    for cls in (FusedMBConv, MBConv):
+        block = cls(8, 12, 3, 2, 2, 0.25).to(device)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            block(torch.empty(0, 8, 5, 5, device=device))
+        with torch.no_grad():
+            assert block.eval()(torch.empty(0, 8, 5, 5, device=device)).shape == (0, 12, 3, 3)
+
+
+def test_one_value_per_channel_in_training(device):
+    for cls in (FusedMBConv, MBConv):
+        block = cls(8, 8, 3, 1, 2, 0.25).to(device)
+        before = copy.deepcopy(block.state_dict())
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            block(torch.randn(1, 8, 1, 1, device=device))
+        if cls is FusedMBConv:  # nn.BatchNorm2d counts the batch before it looks at it
+            assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("training", [True, False])
+def test_non_finite_input_spreads_as_in_pytorch(bad, training, device):
+    """In training to the whole batch through the statistics; in eval to the image it is in."""
+    results = []
+    for cls in (FusedMBConv, MBConv):
+        torch.manual_seed(0)
+        block = cls(8, 8, 3, 1, 2, 0.25).to(device)
+        torch.manual_seed(1)
+        randomise(block)
+        x = images(3, 8, 4, 4, device=device)
+        x[1, 2, 1, 3] = bad
+        x.requires_grad_()
+        out = block.train(training)(x)
+        out.sum().backward()
+        results.append([t.isfinite() for t in (out, x.grad, block.conv_dw.weight.grad, block.conv_pw.weight.grad)])
+    if training:
+        assert not results[0][0].any()
+    else:
+        assert results[0][0][[0, 2]].all()
+    for fused, plain in zip(*results, strict=True):
+        assert torch.equal(fused, plain)
+
+
+@pytest.mark.parametrize("memory", ["drop", None])
+def test_unknown_memory(memory):
+    with pytest.raises(ValueError, match="memory must be 'keep' or 'recompute'"):
+        FusedMBConv(8, 8, memory=memory)
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------------------
+
+
+def test_three_steps_of_b0_follow_the_reference(device):
+    """Weights after three optimizer steps, B0 at 32 pixels: as near to float64's as plain PyTorch's are."""
+    from efficientnet import create_model
+
+    torch.manual_seed(0)
+    models = {name: create_model("efficientnet_b0", num_classes=10, drop_rate=0.0, fused=name == "fused") for name in ("fused", "eager")}
+    models["eager"].load_state_dict(models["fused"].state_dict())
+    models["truth"] = copy.deepcopy(models["eager"]).double()
+    batches = [(images(4, 3, 32, 32, device=device), torch.randint(10, (4,), device=device)) for _ in range(3)]
+    start = {name: p.detach().clone().double() for name, p in models["truth"].named_parameters()}
+    moved = {}
+    for name, model in models.items():
+        model.to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        torch.manual_seed(7)  # drop-path
+        for x, y in batches:
+            loss = nn.functional.cross_entropy(model(x.double() if name == "truth" else x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        moved[name] = torch.cat([(p.detach().double() - start[n].to(device)).flatten() for n, p in model.named_parameters()])
+        moved[name + " buffers"] = torch.cat([b.detach().double().flatten() for b in model.buffers()])
+    for what in ("", " buffers"):
+        assert_close_to_truth(*(moved[name + what] for name in ("fused", "eager", "truth")), what)
+
+
+def test_compiled_network(device):
+    """torch.compile(fullgraph=True) over stem, blocks and head: training and inference."""
+    from efficientnet import EfficientNet
+    from efficientnet.config import EfficientNetConfig, StageConfig
+
+    torch._dynamo.reset()
+    stages = (StageConfig(3, 1, 1, 8, 1), StageConfig(3, 2, 2, 8, 2))
+    model = EfficientNet(EfficientNetConfig(stages=stages, stem_channels=8, head_channels=16), num_classes=4, drop_rate=0.0).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    reference = copy.deepcopy(model)
+    x = images(2, 3, 12, 12, device=device)
+    for m, call in ((model, compiled), (reference, reference)):
+        torch.manual_seed(5)
+        call(x).square().sum().backward()
+        m.eval()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_input_layouts_of_the_network(device):
+    from efficientnet import EfficientNet
+    from efficientnet.config import EfficientNetConfig, StageConfig
+
+    config = EfficientNetConfig(stages=(StageConfig(3, 2, 2, 8, 1),), stem_channels=8, head_channels=16, padding="same")
+    model = EfficientNet(config, num_classes=4).to(device).eval()
+    x = images(2, 3, 9, 11, device=device)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(model(x.contiguous(memory_format=torch.channels_last)), expected)
+        assert torch.equal(model.to(memory_format=torch.channels_last)(x), expected)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compare_would_notice(device):
+    """The comparison of this file fails when one parameter differs by a part in a thousand."""
+    modules = twins(FusedMBConv, 16, 16, 3, 1, 2, 0.25, device=device)
+    with torch.no_grad():
+        modules["fused"].bn2.weight.mul_(1.001)
+    x = images(3, 16, 4, 4, device=device)
+    with pytest.raises(AssertionError):
+        compare(modules, x, random_like_output(modules["truth"], x))
