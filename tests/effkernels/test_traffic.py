@@ -214,8 +214,8 @@ def test_depthwise(k, stride, device, small_tiles):
 def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
     """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's included.
 
-    Training forward 2 e1 + 3 e2 in at most 8, backward 3 e1 + 4 e2 in at most 7, inference 2 e1 + 2 e2 in at most 4. A tenth more
-    would be halos or partial results; none is there now.
+    Training forward 2 e1 + 3 e2 in at most 8, backward 3 e1 + 4 e2 in at most 7, inference 2 e1 + 2 e2 in at most 4. Each byte counts
+    once a launch, so overlapping tiles are no excuse: one pass too many over the smaller tensor is 6 % or more.
     """
     from effkernels import FusedMBConv
 
@@ -235,5 +235,5 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
         over_e1, over_e2 = passes(launches, e1, e2)
         moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
         least = 0 if name == "inference" else 0.9 * budget  # which may expand inside the depthwise kernel, and store no e1
-        assert least <= moved <= 1.1 * budget, f"{name}: {over_e1:.2f} e1 + {over_e2:.2f} e2\n{summary(launches)}"
+        assert least <= moved <= 1.02 * budget, f"{name}: {over_e1:.2f} e1 + {over_e2:.2f} e2\n{summary(launches)}"
         assert len(launches) <= most_launches, f"{name}\n{summary(launches)}"
