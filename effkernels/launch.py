@@ -260,9 +260,17 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     BE = _power_of_two(E, 16, 64)
     BL = _power_of_two(O, 16, 64)
     return PointwiseConfig(
-        BM=_power_of_two(rows, 16, 32 if narrow else 16), BN=BE, BK=BK, BL=BL, BR=BE, shared=O <= BK, num_warps=4 if dtype == torch.bfloat16 else 8, stages=2, waves=2,
+        BM=_power_of_two(rows, 16, 32 if narrow else 16),
+        BN=BE,
+        BK=BK,
+        BL=BL,
+        BR=BE,
+        shared=O <= BK,
+        num_warps=4 if dtype == torch.bfloat16 else 8,
+        stages=2,
+        waves=2,
         maxnreg=None if dtype == torch.bfloat16 else 255,
-    )  # fmt: skip
+    )
 
 
 @tuned
@@ -400,3 +408,72 @@ def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int
     run_in = 1 + (-(-kernel_size // stride) - 1) / 16
     issue = instructions * run_in / (_INSTRUCTIONS_PER_SECOND * _ISSUE_SHARE)
     return max(issue, (x + e2) * dtype.itemsize / _BYTES_PER_SECOND) < separate
+
+
+@dataclass(frozen=True)
+class WeightGradientConfig:
+    """Blocks of the launch that finishes a block's weight gradients from partials; each layer's programs have their own.
+
+    Depthwise: TP partials at a time of TL values, project: BP of BL; expand: BS splits at a time of BE x BI; squeeze-excite: NB images
+    at a time of CB x RB.
+    """
+
+    BE: int
+    BI: int
+    BS: int
+    RB: int
+    TP: int = 64
+    TL: int = 32
+    BP: int = 16
+    BL: int = 128
+    NB: int = 32
+    CB: int = 16
+    num_warps: int = 4
+
+    @property
+    def blocks(self) -> dict:
+        return {name: getattr(self, name) for name in ("TP", "TL", "BP", "BL", "BE", "BI", "BS", "NB", "RB", "CB")}
+
+
+def weight_gradient_config(splits: int, R: int) -> WeightGradientConfig:
+    """Many splits come with few values (a layer of few channels), which one program must not sum one by one: 16 at a time, in small
+    blocks. Few come with wide layers, whose programs read the whole Gram matrix each: large blocks, so that they are fewer."""
+    BE, BI, BS = (16, 16, 16) if splits > 8 else (64, 32, 1)
+    return WeightGradientConfig(BE=BE, BI=BI, BS=BS, RB=_power_of_two(R, 16, 32))
+
+
+@dataclass(frozen=True)
+class SqueezeExciteConfig:
+    """Weights of both layers in blocks of RB units of the bottleneck times CB channels; PB partial sums of pooling at a time."""
+
+    RB: int
+    CB: int
+    PB: int = 8
+    num_warps: int = 4
+
+
+def squeeze_excite_config(R: int) -> SqueezeExciteConfig:
+    """Up to 64 units and 4096 weights, 32 a thread in registers and two more blocks in flight: with 64 a thread ptxas spilled."""
+    RB = _power_of_two(R, 8, 64)
+    return SqueezeExciteConfig(RB=RB, CB=min(256, 4096 // RB))
+
+
+@dataclass(frozen=True)
+class GateBackwardConfig:
+    """A program is NB images times CB channels; KB is the inner dimension of a step of either product, RB its units of the bottleneck,
+    JB blocks of channels and BP blocks of images are summed at a time."""
+
+    NB: int = 16  # the fewest rows a product takes
+    CB: int = 128
+    KB: int = 16
+    RB: int = 32
+    JB: int = 8
+    BP: int = 16
+    num_warps: int = 8  # with 4, ptxas spilled 16 bytes
+
+    def counters(self, N: int, C: int) -> int:
+        return 1 + 2 * -(-N // self.NB) + -(-C // self.CB)
+
+
+def gate_backward_config() -> GateBackwardConfig:
+    return GateBackwardConfig()

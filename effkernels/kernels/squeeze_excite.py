@@ -28,7 +28,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.launch import reduction_config
+from effkernels.launch import gate_backward_config, reduction_config, squeeze_excite_config
 
 
 @sized_jit
@@ -419,16 +419,16 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
     pool_and_gate_kernel[(blocks_c * N * parts,)](
         y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates, s2, s4,
         H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
-        BR=cfg.BR, BC=cfg.BC, **_layer_blocks(C, R), PB=8, ACT=act, SE_ACT=se_act, GATE=gate,
+        BR=cfg.BR, BC=cfg.BC, **_layers(C, R), PB=squeeze_excite_config(R).PB, ACT=act, SE_ACT=se_act, GATE=gate,
         FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return gates, pooled, u, s2, s4
 
 
-def _layer_blocks(C, R):
-    """RB covers the bottleneck up to 64 units; a block of weights is up to 4096 elements, 32 a thread."""
-    RB = min(64, max(8, triton.next_power_of_2(R)))
-    return {"RB": RB, "CB": min(256, 4096 // RB), "CVEC": channel_vector_width(C), "RVEC": channel_vector_width(R)}
+def _layers(C, R):
+    """Compile-time arguments of ``squeeze_excite_layers``."""
+    cfg = squeeze_excite_config(R)
+    return {"RB": cfg.RB, "CB": cfg.CB, "CVEC": channel_vector_width(C), "RVEC": channel_vector_width(R)}
 
 
 def _blocks(R):
@@ -445,7 +445,7 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     squeeze_excite_kernel[(N,)](
         sums, w_reduce, b_reduce, w_expand, b_expand, *outs,
         parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
-        **_layer_blocks(C, R), ACT=act, GATE=gate, num_warps=4,
+        **_layers(C, R), ACT=act, GATE=gate, num_warps=squeeze_excite_config(R).num_warps,
     )  # fmt: skip
     pooled, u, gates = outs
     return gates, pooled, u
@@ -457,7 +457,7 @@ def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, co
     Args:
         sums: fp32 [N, parts, 3, C], over pixels, of dq * phi'(z), dq * phi'(z) * yhat and dq * phi(z). s2, s4, gates, u: its results.
         weights: (w_reduce, b_reduce, w_expand, b_expand). bn2: (gamma, beta, mean, rstd). pixels: h * w.
-        act: of the bottleneck. counters: int32, 0, at least ``1 + 2 * ceil(N / 16) + ceil(C / 128)``.
+        act: of the bottleneck. counters: int32, 0, at least ``gate_backward_config().counters(N, C)``.
 
     Returns: fp32 dt [N, C], du [N, R] (gradients before the gate function and before ``act``), dpool [N, C], which is added to every
         pixel's gradient, and (dgamma, dbeta in the parameters' dtypes, k0, k1 fp32 [C]) of BatchNorm 2.
@@ -466,16 +466,16 @@ def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, co
     gamma, beta, mean, rstd = bn2
     N, parts, _, C = sums.shape
     R = u.shape[1]
-    NB, CB = 16, 128
-    blocks_n, blocks_c = triton.cdiv(N, NB), triton.cdiv(C, CB)
+    cfg = gate_backward_config()
+    blocks_n, blocks_c = triton.cdiv(N, cfg.NB), triton.cdiv(C, cfg.CB)
     dt, dv, du, dpool = (_fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
     partials = _fp32(u.device, blocks_n, 2, C)
     norm = torch.empty_like(gamma), torch.empty_like(beta), _fp32(u.device, C), _fp32(u.device, C)
     gate_backward_kernel[(2 * blocks_n * blocks_c,)](
         sums, s2, s4, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
         N, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels, float(N * pixels),
-        CVEC=channel_vector_width(C), RVEC=channel_vector_width(R), NB=NB, CB=CB, KB=16, RB=32, JB=8, BP=16, ACT=act, GATE=gate,
-        num_warps=8,
+        CVEC=channel_vector_width(C), RVEC=channel_vector_width(R), NB=cfg.NB, CB=cfg.CB, KB=cfg.KB, RB=cfg.RB, JB=cfg.JB, BP=cfg.BP,
+        ACT=act, GATE=gate, num_warps=cfg.num_warps,
     )  # fmt: skip
     return dt, du, dpool, norm
 

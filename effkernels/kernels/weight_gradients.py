@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import TL_DTYPES, activate, cast, load_vector, sized_jit
+from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, load_vector, sized_jit
+from effkernels.launch import weight_gradient_config
 
 
 @triton.jit
@@ -21,16 +22,28 @@ def sum_of_partials(pid, partials, parts, row_stride, COLS, BP: tl.constexpr, BL
     i = pid * BL + tl.arange(0, BL)
     t = tl.arange(0, BP)
     acc = tl.zeros([BP, BL], tl.float32)
-    for start in range(0, parts, BP):
+    for start in tl.range(0, parts, BP, num_stages=3):
         ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
         acc += tl.load(partials + (start + t).to(tl.int64)[:, None] * row_stride + i[None, :], mask=ok, other=0.0)
     return i, tl.sum(acc, 0)
 
 
 @triton.jit
+def sum_splits(partials, splits, stride, row, col, mask, COLS, BS: tl.constexpr):
+    """sum_s partials[s] [rows, COLS], ``stride`` apart, at rows ``row`` and columns ``col``, BS splits at a time."""
+    s = tl.arange(0, BS)
+    acc = tl.zeros([BS, row.shape[0], col.shape[0]], tl.float32)
+    at = partials + (row[:, None] * COLS + col[None, :])[None, :, :]
+    for start in tl.range(0, splits, BS, num_stages=3):
+        ok = (start + s < splits)[:, None, None] & mask[None, :, :]
+        acc += tl.load(at + (start + s).to(tl.int64)[:, None, None] * stride, mask=ok, other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
 def expand_gradient(
     pid, D, grams, w, gamma, rstd, k0, k1, out, splits, E, I,
-    BE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr,
+    BE: tl.constexpr, BI: tl.constexpr, BS: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     blocks_i = tl.cdiv(I, BI)
     i = pid % blocks_i * BI + tl.arange(0, BI)
@@ -38,23 +51,21 @@ def expand_gradient(
     mi, me = i < I, e < E
     mask = me[:, None] & mi[None, :]
     offset = e[:, None] * I + i[None, :]
-    acc = tl.zeros([BE, BI], tl.float32)
-    for s in range(0, splits):
-        acc += tl.load(D + s * tl.full([], 1, tl.int64) * E * I + offset, mask=mask, other=0.0)
+    acc = sum_splits(D, splits, E * I, e, i, mask, I, BS)
     acc *= (load_vector(gamma, e, me) * load_vector(rstd, e, me))[:, None]
     if GRAM:
         size = (I + 1) * I
         xsum = tl.zeros([BI], tl.float32)
-        for s in range(0, splits):
-            xsum += tl.load(grams + s * size + I * I + i, mask=mi, other=0.0)
+        for start in range(0, splits, 16):
+            s = start + tl.arange(0, 16)
+            sum_mask = (s < splits)[:, None] & mi[None, :]
+            xsum += tl.sum(tl.load(grams + s.to(tl.int64)[:, None] * size + I * I + i[None, :], mask=sum_mask, other=0.0), 0)
         acc += load_vector(k0, e, me)[:, None] * xsum[None, :]
         slope = load_vector(k1, e, me)
-        for start in range(0, I, BJ):
-            j = start + tl.arange(0, BJ)
+        for start in range(0, I, BI):
+            j = start + tl.arange(0, BI)
             mj = j < I
-            gram = tl.zeros([BJ, BI], tl.float32)
-            for s in range(0, splits):
-                gram += tl.load(grams + s * size + j[:, None] * I + i[None, :], mask=mj[:, None] & mi[None, :], other=0.0)
+            gram = sum_splits(grams, splits, size, j, i, mj[:, None] & mi[None, :], I, BS)
             weight = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
             weight = cast(weight, DTYPE).to(tl.float32) * slope[:, None]  # as the forward rounded it
             acc = tl.dot(weight, gram, acc, input_precision="ieee")
@@ -101,16 +112,20 @@ def weight_gradients_kernel(
     depthwise_partials, depthwise_out, project_partials, project_out,
     D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out,
     dt, du, u, pooled, dw_reduce, db_reduce, dw_expand, db_expand,
-    depthwise_parts, row_stride, C, project_parts, COLS, splits, E, I, N, R,
+    depthwise_parts, CV, project_parts, OV, splits, E, IV, N, R,
+    CVEC: tl.constexpr, OVEC: tl.constexpr, IVEC: tl.constexpr,
     TAPS: tl.constexpr, PROJECT: tl.constexpr, EXPAND: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr, SE: tl.constexpr,
-    ACT: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr,
-    CB: tl.constexpr,
+    ACT: tl.constexpr, TP: tl.constexpr, TL: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr,
+    BS: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
+    C = CV * CVEC
+    I = IV * IVEC
+    COLS = OV * OVEC
     pid = tl.program_id(0)
     if EXPAND:
         programs = tl.cdiv(E, BE) * tl.cdiv(I, BI)
         if pid < programs:
-            expand_gradient(pid, D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out, splits, E, I, BE, BI, BI, GRAM, DTYPE)
+            expand_gradient(pid, D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out, splits, E, I, BE, BI, BS, GRAM, DTYPE)
         pid -= programs
     if SE:
         se_programs = tl.cdiv(C, CB) * tl.cdiv(R, RB)
@@ -125,7 +140,7 @@ def weight_gradients_kernel(
         pid -= project_programs
     if TAPS > 0:
         if pid >= 0:
-            k, tap_total = sum_of_partials(pid, depthwise_partials, depthwise_parts, row_stride, TAPS * C, BP, BL)
+            k, tap_total = sum_of_partials(pid, depthwise_partials, depthwise_parts, (TAPS + 2) * C, TAPS * C, TP, TL)
             tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
 
 
@@ -149,25 +164,25 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
     if depthwise is None and project is None and expand is None and se is None:
         return (None,) * 4
     any_tensor = (depthwise or project or expand or squeeze_excite)[0]
-    BL, BP, BE, BI, CB = 128, 32, 64, 32, 16
-    programs, C, R, N, RB, act = 0, 1, 1, 1, 16, "identity"
-    taps, depthwise_parts, row_stride, project_parts, COLS, splits, E, I = 0, 0, 0, 0, 1, 0, 1, 1
+    programs, C, R, N, act = 0, 1, 1, 1, "identity"
+    taps, depthwise_parts, project_parts, COLS, splits, E, I = 0, 0, 0, 1, 0, 1, 1
     dtype = torch.float32
     if squeeze_excite is not None:
         (N, C), R, act = squeeze_excite[0].shape, squeeze_excite[1].shape[1], squeeze_excite[5]
-        RB = min(32, max(16, triton.next_power_of_2(R)))
-        programs += triton.cdiv(C, CB) * triton.cdiv(R, RB)
     if expand is not None:
-        splits, E, I = expand[0].shape
-        dtype = expand[7]
-        programs += triton.cdiv(E, BE) * triton.cdiv(I, BI)
+        (splits, E, I), dtype = expand[0].shape, expand[7]
+    cfg = weight_gradient_config(splits, R)
+    if se is not None:
+        programs += triton.cdiv(C, cfg.CB) * triton.cdiv(R, cfg.RB)
+    if expand is not None:
+        programs += triton.cdiv(E, cfg.BE) * triton.cdiv(I, cfg.BI)
     if project is not None:
         project_parts, COLS = project[0].shape[0], project[0][0].numel()
-        programs += triton.cdiv(COLS, BL)
+        programs += triton.cdiv(COLS, cfg.BL)
     if depthwise is not None:
-        depthwise_parts, rows, C = depthwise[0].shape
-        row_stride, taps = rows * C, depthwise[1].shape[-1] ** 2
-        programs += triton.cdiv(taps * C, BL)
+        (depthwise_parts, rows, C), taps = depthwise[0].shape, depthwise[1].shape[-1] ** 2
+        assert rows == taps + 2
+        programs += triton.cdiv(taps * C, cfg.TL)
     pointers = [
         None if depthwise is None else depthwise[0], outs[0], None if project is None else project[0], outs[1],
         *((None,) * 7 if expand is None else expand[:7]), outs[2],
@@ -175,8 +190,10 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
     ]  # fmt: skip
     weight_gradients_kernel[(programs,)](
         *(any_tensor if t is None else t for t in pointers),
-        depthwise_parts, row_stride, C, project_parts, COLS, splits, E, I, N, R,
+        depthwise_parts, C // channel_vector_width(C), project_parts, COLS // channel_vector_width(COLS), splits, E,
+        I // channel_vector_width(I), N, R,
+        CVEC=channel_vector_width(C), OVEC=channel_vector_width(COLS), IVEC=channel_vector_width(I),
         TAPS=taps, PROJECT=project is not None, EXPAND=expand is not None, GRAM=expand is not None and expand[1] is not None,
-        DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act, BP=BP, BL=BL, BE=BE, BI=BI, NB=32, RB=RB, CB=CB, num_warps=4,
+        DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act, **cfg.blocks, num_warps=cfg.num_warps,
     )  # fmt: skip
     return (*outs, se)

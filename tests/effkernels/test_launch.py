@@ -79,8 +79,11 @@ def test_rows_config(family, c, rows, others, dtype):
     # No smaller block of channels of those that still load 16 bytes a thread would waste fewer lanes.
     padded = -(-c // config.BC) * config.BC
     assert padded == min(-(-c // size) * size for size in (16, 32, 64))
-    per_program, programs = config.split(rows, others, CPU)
-    assert programs >= 1 and (programs - 1) * per_program < rows <= programs * per_program
+    for divide in (config.split, config.persistent):
+        for device in (CPU, torch.device("meta")):
+            per_program, programs = divide(rows, others, device)
+            assert programs >= 1 and (programs - 1) * per_program < rows <= programs * per_program
+    assert programs * others <= 4 * 132 or programs == 1, "resident at once"
 
 
 def test_processor_count():

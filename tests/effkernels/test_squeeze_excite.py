@@ -180,6 +180,7 @@ def test_pool_and_gate_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, devi
 def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1, weight_dtype=torch.float32):
     """From dq's sums, random, to the gradients of the gate's argument, the bottleneck, the pooling and BatchNorm 2."""
     from effkernels.kernels.squeeze_excite import gate_backward
+    from effkernels.launch import gate_backward_config
 
     torch.manual_seed(0)
     y, dq = (torch.randn(N, C, H, W).to(device, dtype) for _ in range(2))
@@ -211,7 +212,7 @@ def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1
     split = torch.randn(N, parts, 3, C, dtype=torch.float64, device=device)
     split += (sums[:, None] - split.sum(1, keepdim=True)) / parts
     vectors = (dphi.sum((2, 3)), (dphi * yhat).sum((2, 3)), gates, u)
-    counters = torch.zeros(1 + 2 * -(-N // 16) + -(-C // 128), dtype=torch.int32, device=device)
+    counters = torch.zeros(gate_backward_config().counters(N, C), dtype=torch.int32, device=device)
     results = gate_backward(
         guarded(split.float()), *(guarded(v.float()) for v in vectors), weights, bn, pixels, act=se_act, gate=gate, counters=counters
     )
