@@ -435,6 +435,7 @@ class WeightGradientConfig:
         return {name: getattr(self, name) for name in ("TP", "TL", "BP", "BL", "BE", "BI", "BS", "NB", "RB", "CB")}
 
 
+@tuned
 def weight_gradient_config(splits: int, R: int) -> WeightGradientConfig:
     """Many splits come with few values (a layer of few channels), which one program must not sum one by one: 16 at a time, in small
     blocks. Few come with wide layers, whose programs read the whole Gram matrix each: large blocks, so that they are fewer."""
@@ -452,10 +453,11 @@ class SqueezeExciteConfig:
     num_warps: int = 4
 
 
+@tuned
 def squeeze_excite_config(R: int) -> SqueezeExciteConfig:
-    """Up to 64 units and 4096 weights, 32 a thread in registers and two more blocks in flight: with 64 a thread ptxas spilled."""
+    """Up to 64 units and 2048 weights, 16 a thread in registers and more blocks in flight: with 32 a thread ptxas spilled a little."""
     RB = _power_of_two(R, 8, 64)
-    return SqueezeExciteConfig(RB=RB, CB=min(256, 4096 // RB))
+    return SqueezeExciteConfig(RB=RB, CB=min(256, 2048 // RB))
 
 
 @dataclass(frozen=True)
@@ -475,5 +477,6 @@ class GateBackwardConfig:
         return 1 + 2 * -(-N // self.NB) + -(-C // self.CB)
 
 
+@tuned
 def gate_backward_config() -> GateBackwardConfig:
     return GateBackwardConfig()
