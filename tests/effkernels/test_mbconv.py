@@ -83,6 +83,10 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
         super().__init__(pack, lambda t: t)
 
+    def __enter__(self):
+        super().__enter__()
+        return self
+
     @property
     def bytes(self):
         return sum(size for size, _ in self.storages.values())
