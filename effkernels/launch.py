@@ -246,6 +246,8 @@ def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
     BN = _power_of_two(N, 16, 256 if prologue and narrow else 128 if narrow else 64)
     BM = _power_of_two(rows, 16, 64 if narrow and BN <= 128 else 32)
     BK = _power_of_two(K, 16, 64 if narrow and BN <= 128 else 32)
+    if BK == 16:  # a row is 32 bytes: taller tiles, so that every thread still loads 16
+        BM, BN = _power_of_two(rows, 16, 128 if narrow else 64), min(BN, 64)
     warps = _warps(BM * BN, BM * BK, BN * BK)
     if (prologue and dtype == torch.float16) or not narrow:  # exp and division on load, or products without tensor cores
         warps = 8
@@ -260,7 +262,7 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     BE = _power_of_two(E, 16, 64)
     BL = _power_of_two(O, 16, 64)
     return PointwiseConfig(
-        BM=_power_of_two(rows, 16, 32 if narrow else 16),
+        BM=_power_of_two(rows, 16, (2048 if narrow else 1024) // BE),  # 16 bytes a thread and more
         BN=BE,
         BK=BK,
         BL=BL,
@@ -451,6 +453,11 @@ class SqueezeExciteConfig:
     CB: int
     PB: int = 8
     num_warps: int = 4
+    maxnreg: int = 128  # ptxas, left alone, spilled 8 bytes to stay at 72 or 96
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "maxnreg": self.maxnreg}
 
 
 @tuned

@@ -63,7 +63,7 @@ def squeeze_excite_layers(
     pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R,
     RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """u and the gate of image n (int64), whose ``pooled`` this program has stored. Two blocks of weights are in flight beside the one
+    """u and the gate of image n (int64), whose ``pooled`` this program has stored. Three blocks of weights are in flight beside the one
     in use: a single program reads them all."""
     i = tl.arange(0, RB)
     j = tl.arange(0, CB)
@@ -72,7 +72,7 @@ def squeeze_excite_layers(
         r = r0 + i
         mr = r < R
         acc = tl.zeros([RB, CB], tl.float32)
-        for start in tl.range(0, C, CB, num_stages=3):
+        for start in tl.range(0, C, CB, num_stages=4):
             c = start + j
             mc = c < C
             w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
@@ -81,7 +81,7 @@ def squeeze_excite_layers(
     tl.debug_barrier()
     blocks_r = tl.cdiv(R, RB)
     acc = tl.zeros([CB, RB], tl.float32)
-    for step in tl.range(0, tl.cdiv(C, CB) * blocks_r, num_stages=3):
+    for step in tl.range(0, tl.cdiv(C, CB) * blocks_r, num_stages=4):
         c = step // blocks_r * CB + j
         mc = c < C
         r = step % blocks_r * RB + i
@@ -420,7 +420,7 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
         y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates, s2, s4,
         H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
         BR=cfg.BR, BC=cfg.BC, **_layers(C, R), PB=squeeze_excite_config(R).PB, ACT=act, SE_ACT=se_act, GATE=gate,
-        FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
+        FAST=fast_math(y.dtype), **squeeze_excite_config(R).options,
     )  # fmt: skip
     return gates, pooled, u, s2, s4
 
@@ -445,7 +445,7 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     squeeze_excite_kernel[(N,)](
         sums, w_reduce, b_reduce, w_expand, b_expand, *outs,
         parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
-        **_layers(C, R), ACT=act, GATE=gate, num_warps=squeeze_excite_config(R).num_warps,
+        **_layers(C, R), ACT=act, GATE=gate, **squeeze_excite_config(R).options,
     )  # fmt: skip
     pooled, u, gates = outs
     return gates, pooled, u
