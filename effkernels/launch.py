@@ -125,7 +125,7 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
     elif K <= 5:
         TW = 8 // stride
     else:
-        TW = 4 if K == 9 and stride == 1 and dtype.itemsize == 2 else 2
+        TW = 1 if K == 9 and stride == 1 and dtype.itemsize == 4 else 2
     limit = _register_limit(K, dtype)
     return DepthwiseConfig(
         BC=DEPTHWISE_CHANNELS,
@@ -260,18 +260,20 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
     BK = _power_of_two(O, 16, 64 if narrow else 32)
     BE = _power_of_two(E, 16, 64)
-    BL = _power_of_two(O, 16, 64)
+    bf16 = dtype == torch.bfloat16
+    warps = (4 if bf16 else 8) // (1 if BE == 64 else 2)
+    elements = 16 if bf16 and BE > 16 else 16 // dtype.itemsize  # a thread's share of a tile: 16 bytes or more, within its registers
     return PointwiseConfig(
-        BM=_power_of_two(rows, 16, (2048 if narrow else 1024) // BE),  # 16 bytes a thread and more
+        BM=_power_of_two(rows, 16, elements * 32 * warps // BE),
         BN=BE,
         BK=BK,
-        BL=BL,
+        BL=_power_of_two(O, 16, 64),
         BR=BE,
         shared=O <= BK,
-        num_warps=4 if dtype == torch.bfloat16 else 8,
+        num_warps=warps,
         stages=2,
-        waves=2,
-        maxnreg=None if dtype == torch.bfloat16 else 255,
+        waves=2 if BE == 64 else 4,
+        maxnreg=None if bf16 else 255,
     )
 
 
