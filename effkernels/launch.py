@@ -269,11 +269,11 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
         BK=BK,
         BL=_power_of_two(O, 16, 64),
         BR=BE,
-        shared=O <= BK,
+        shared=O <= BK and (BE == 64 or BK == 16),  # 32 x 32 on two warps would spill
         num_warps=warps,
         stages=2,
         waves=2 if BE == 64 else 4,
-        maxnreg=None if bf16 else 255,
+        maxnreg=None if bf16 and BE == 64 else 255,
     )
 
 

@@ -13,6 +13,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within the
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes each")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes (--slow runs it)"))
+
+
 def _declare_torchvision_operators():
     """Let torchvision (and timm, which imports it) import although its compiled operators were built for another torch.
 
