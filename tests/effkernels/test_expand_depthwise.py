@@ -149,6 +149,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.slow  # the static table has these configurations too
 def test_compiles_for_sm90_without_spills():
     """What the cost model picks, and the configurations nearest to 255 registers; the instructions the cost model counts with."""
     pytest.importorskip("triton")

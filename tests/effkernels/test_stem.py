@@ -273,6 +273,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.slow  # the static table has these configurations too
 def test_compiles_for_sm90_without_spills():
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
