@@ -157,7 +157,7 @@ class EfficientNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``forward_head(forward_features(x))``; fused, the head's feature map is not stored in inference."""
-        if not self.fused:
+        if not self.fused or self._own_forward():
             return self.forward_head(self.forward_features(x))
         x = pooled_head(self._stages(x), self.conv_head, self.bn2, self.config.act)
         return self.classifier(F.dropout(x, self.drop_rate, self.training))
@@ -168,6 +168,11 @@ class EfficientNet(nn.Module):
         Raises TypeError or ValueError naming what is wrong with the images.
         """
         return activate(self.bn2(self.conv_head(self._stages(x))), self.config.act)
+
+    def _own_forward(self):
+        """Whether a subclass, or an attribute of this object, replaces a half of ``forward``."""
+        names = ("forward_features", "forward_head")
+        return any(name in self.__dict__ or getattr(type(self), name) is not getattr(EfficientNet, name) for name in names)
 
     def _stages(self, x):
         """Images -> the last stage's output."""

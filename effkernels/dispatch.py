@@ -113,10 +113,11 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] = (1, 1, 0)) -> str | None:
+def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] = (1, 1, 0), shape: tuple | None = None) -> str | None:
     """Why a submodule's own forward must run (hooks, a subclass, settings the kernels do not have), or None.
 
     depthwise: (kernel_size, stride, padding) that a grouped convolution, or a stem's, must have; the others must be 1x1.
+    shape: what the first two sizes of its weight must be, so that it fits its neighbours.
     """
     if has_hooks(layer):
         return f"{name} has hooks"
@@ -126,6 +127,8 @@ def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] =
         return f"{name} is a {type(layer).__name__}"
     if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
+    if shape is not None and tuple(layer.weight.shape[:2]) != shape:
+        return f"{name} does not fit its neighbours: its weight is {tuple(layer.weight.shape)}, {shape} wanted"
     if isinstance(layer, nn.Conv2d):
         grouped = name in ("conv_dw", "conv")
         k, stride, pad = depthwise if grouped or name == "conv_stem" else (1, 1, 0)
@@ -139,13 +142,16 @@ def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] =
     return None
 
 
-def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1, depthwise: tuple[int, int, int] = (1, 1, 0)) -> str | None:
+def why_not_fused(
+    x: torch.Tensor | None, layers, largest: int = 1, depthwise: tuple[int, int, int] = (1, 1, 0), shapes: dict | None = None
+) -> str | None:
     """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 
     Args:
         x: the input, or None to ask about the layers alone.
         layers: a dictionary, or an iterable of pairs, of names and the submodules the kernels stand in for.
         depthwise: kernel size, stride and padding of the layer named conv_dw or conv.
+        shapes: {name: first two sizes of the layer's weight}, for layers that must fit each other.
         largest: channels of the widest tensor inside, for the int32 offsets within an image.
 
     Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError for another
@@ -157,7 +163,7 @@ def why_not_fused(x: torch.Tensor | None, layers, largest: int = 1, depthwise: t
     reason = None if x is None else platform_problem(x.device.type, x.device.index)
     if reason is None:
         layers = dict(layers)
-        problems = (layer_problem(name, layer, depthwise) for name, layer in layers.items())
+        problems = (layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items())
         reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
         parameters = [p for layer in layers.values() for p in layer.parameters(recurse=False)]

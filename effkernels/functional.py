@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from effkernels import library
 from effkernels.dispatch import compute_dtype
-from effkernels.geometry import check_activation, check_conv_args
+from effkernels.geometry import check_activation, check_conv_args, conv_out_size
 from effkernels.library.mbconv import NAMES as DTYPE_NAMES
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_mask
@@ -135,6 +135,27 @@ def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor
     return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
 
 
+def _check_block(x, expand, depthwise, squeeze_excite, project):
+    """ValueError unless the layers of a block fit x and each other."""
+    E, O = depthwise[0].shape[0], project[0].shape[0]
+    wanted = {"depthwise weight": (depthwise[0], (E, 1, *depthwise[0].shape[2:])), "project weight": (project[0], (O, E, 1, 1))}
+    if expand:
+        wanted["expand weight"] = expand[0], (E, x.shape[1], 1, 1)
+    elif x.shape[1] != E:
+        raise ValueError(f"depthwise weight must have x's {x.shape[1]} channels, got {E}")
+    norms = {"depthwise": (depthwise[1], E), "project": (project[1], O), **({"expand": (expand[1], E)} if expand else {})}
+    for layer, (norm, C) in norms.items():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            wanted[f"{layer} norm's {name}"] = getattr(norm, name), (C,)
+    if squeeze_excite:
+        R = squeeze_excite.reduce_weight.shape[0]
+        for name, shape in zip(squeeze_excite._fields, ((R, E, 1, 1), (R,), (E, R, 1, 1), (E,)), strict=False):
+            wanted[f"squeeze_excite's {name}"] = getattr(squeeze_excite, name), shape
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got shape {tuple(tensor.shape)}")
+
+
 def mbconv(
     x: torch.Tensor,
     expand: tuple[torch.Tensor, BatchNormParams] | None,
@@ -164,10 +185,15 @@ def mbconv(
         raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {project[0].shape[0]}")
     for norm in norms:
         check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
-    shortcut = _nhwc(x) if x.dtype in (dtype, torch.float32) else _nhwc(x, dtype)
+    _check_block(x, expand, depthwise, squeeze_excite, project)
+    if x.shape[0] == 0:
+        size = (conv_out_size(n, k, stride, padding) for n in x.shape[2:])
+        return x.new_empty(0, project[0].shape[0], *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
+    shortcut = _nhwc(x)
     weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
     (weight2, norm2), (weight3, norm3) = depthwise, project
-    se = squeeze_excite[:4] if squeeze_excite else (None,) * 4
+    weight1, weight2, weight3 = (None if w is None else w.contiguous() for w in (weight1, weight2, weight3))
+    se = tuple(t.contiguous() for t in squeeze_excite[:4]) if squeeze_excite else (None,) * 4
     se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
     settings = (DTYPE_NAMES[dtype], stride, padding, act, se_act, gate, residual)
     parameters = (weight1, *norm1[:2], weight2, *norm2[:2], *se, weight3, *norm3[:2])
@@ -198,8 +224,7 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
     check_batch(norm, x.shape)
     dtype = compute_dtype(x)
     if not norm.training and not _differentiable([x, weight, *norm[:2]]):
-        x = _nhwc(x) if x.dtype in (dtype, torch.float32) else _nhwc(x, dtype)
-        args = (x, weight, *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
+        args = (_nhwc(x), weight.contiguous(), *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
         return library.run("head_inference", None, library.head_inference, args)
     _advance(norm)
     y = F.linear(_nhwc(x, dtype), weight.flatten(1).to(dtype))
@@ -220,6 +245,8 @@ def stem(
     _check_norms(norm, acts=(act,))
     n, _, *size = x.shape
     check_batch(norm, (n, weight.shape[0], *size), 3, stride, padding)
+    if n == 0:
+        return x.new_empty(0, weight.shape[0], *(conv_out_size(s, 3, stride, padding) for s in size), dtype=compute_dtype(x))
     settings = (DTYPE_NAMES[compute_dtype(x)], stride, padding, act)
     if not norm.training and not _differentiable([x, weight, *norm[:2]]):
         args = (x, weight, *norm[:4], *settings, norm.eps)

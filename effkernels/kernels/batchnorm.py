@@ -5,7 +5,7 @@
                dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y     (M values a channel)
 
 With frozen or running statistics the batch terms k0, k1 vanish. Statistics are fp32 (count, mean, M2) triples merged by Chan's
-formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no atomics.
+formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no float atomics.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from effkernels.kernels.common import (
     bn_row,
     cast,
     channel_vector_width,
+    check_counters,
     fast_math,
     last_to_arrive,
     load_vector,
@@ -442,6 +443,7 @@ def gradient_reduce(dout, y, bn, *, act="identity", mask=None, counters):
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, P = cfg.persistent(N * H * W, blocks_c, y.device)
+    check_counters(counters, blocks_c)
     sums = _fp32(y.device, P, 2, C)
     outs = torch.empty_like(gamma), torch.empty_like(beta), _fp32(y.device, C), _fp32(y.device, C)
     gradient_reduce_kernel[(blocks_c * P,)](

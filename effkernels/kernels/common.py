@@ -164,6 +164,13 @@ def last_to_arrive(counter, total):
     return last
 
 
+def check_counters(counters, needed: int) -> None:
+    """ValueError unless there are as many int32 counters as a launch's ``last_to_arrive`` indexes."""
+    if counters is None or counters.dtype != torch.int32 or counters.numel() < needed:
+        found = None if counters is None else f"{counters.dtype} and {counters.numel()}"
+        raise ValueError(f"counters must be int32 and at least {needed}, got {found}")
+
+
 def channel_vector_width(channels: int, itemsize: int = 2) -> int:
     """CVEC: the power of two, at most 16 bytes of elements, that divides the channel count."""
     return math.gcd(channels, 16 // itemsize)

@@ -31,6 +31,7 @@ from effkernels.kernels.common import (
     bn_row,
     cast,
     channel_vector_width,
+    check_counters,
     fast_math,
     last_to_arrive,
     load_vector,
@@ -558,12 +559,6 @@ def depthwise_backward_kernel(
             )  # fmt: skip
 
 
-def _check_counters(counters, P, blocks_c):
-    needed = blocks_c * (1 + triton.cdiv(P, GROUP.value))
-    if counters.dtype != torch.int32 or counters.numel() < needed:
-        raise ValueError(f"counters must be int32 and at least {needed}, got {counters.dtype} and {counters.numel()}")
-
-
 def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
     """First index, and how many, of the values (i + pad) // stride takes over i in [0, size)."""
     return pad // stride, (size - 1 + pad) // stride - pad // stride + 1
@@ -618,7 +613,7 @@ def depthwise_forward(
         statistics = tiles = (torch.empty(counts, **fp32), torch.empty(rows, C, **fp32), torch.empty(rows, C, **fp32))
     mean = rstd = weight
     if merge is not None:
-        _check_counters(counters, P, blocks_c)
+        check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
         statistics = mean, rstd = torch.empty(C, **fp32), torch.empty(C, **fp32)
         finish = merge.arguments(mean)
     else:
@@ -690,7 +685,7 @@ def depthwise_backward(
         finished = torch.empty_like(g1), torch.empty_like(b1), torch.empty_like(m1), torch.empty_like(m1)
     finish = (weight,) * 6
     if finished is not None:
-        _check_counters(counters, P, blocks_c)
+        check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
         finish = counters, torch.empty(triton.cdiv(P, GROUP.value), 2, C, device=x.device, dtype=torch.float32), *finished
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.

@@ -25,6 +25,7 @@ from effkernels.kernels.common import (
     bn_row,
     cast,
     channel_vector_width,
+    check_counters,
     dot,
     fast_math,
     last_to_arrive,
@@ -482,8 +483,8 @@ def _fp32(device, *shape):
 
 
 def matmul_precision() -> str:
-    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there too)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def pointwise_forward(
@@ -513,6 +514,8 @@ def pointwise_forward(
     per_program, P = (tiles, images) if pool else cfg.spread(images * tiles, blocks_n, x.device)
     y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
     want_stats = stats or merge is not None
+    if merge is not None:
+        check_counters(counters, blocks_n)
     tiles_out = (_fp32(x.device, blocks_n, P), _fp32(x.device, P, O), _fp32(x.device, P, O)) if want_stats else (weight,) * 3
     merged = (_fp32(x.device, O), _fp32(x.device, O)) if merge is not None else (weight, weight)
     how = (merge or Merge(epilogue[4] if epilogue else 0.0)).arguments(weight)

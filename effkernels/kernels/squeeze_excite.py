@@ -21,6 +21,7 @@ from effkernels.kernels.common import (
     bn_row,
     cast,
     channel_vector_width,
+    check_counters,
     fast_math,
     gate_derivative,
     gate_function,
@@ -410,6 +411,7 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
         phi'(z) * yhat, serve the backward.
     """
     N, H, W, C = y.shape
+    check_counters(counters, N)
     R = w_reduce.shape[0]
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
@@ -468,6 +470,7 @@ def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, co
     R = u.shape[1]
     cfg = gate_backward_config()
     blocks_n, blocks_c = triton.cdiv(N, cfg.NB), triton.cdiv(C, cfg.CB)
+    check_counters(counters, cfg.counters(N, C))
     dt, dv, du, dpool = (_fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
     partials = _fp32(u.device, blocks_n, 2, C)
     norm = torch.empty_like(gamma), torch.empty_like(beta), _fp32(u.device, C), _fp32(u.device, C)

@@ -54,9 +54,9 @@ LIB.define(
 )
 
 
-def _counters(x, C):
+def _counters(x, E, O):
     """One int32 for each image, and enough for the channel blocks and groups of programs of every kernel."""
-    return x.new_empty(x.shape[0] + 512 + C // 8, dtype=torch.int32)
+    return x.new_empty(x.shape[0] + 512 + max(E, O) // 8, dtype=torch.int32)
 
 
 class _Statistics:
@@ -101,7 +101,7 @@ def mbconv(
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
 
     compute = DTYPES[dtype]
-    counters = _counters(x, depthwise_weight.shape[0])
+    counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
     statistics = _Statistics(counters)
     y1 = mean1 = rstd1 = prologue = None
     a = None
@@ -163,7 +163,7 @@ def mbconv_fake(
     se = [absent(x) for _ in range(5)]
     if se_reduce_weight is not None:
         se = [fp32(x, N, C) for C in (E, E, se_reduce_weight.shape[0], E, E)]
-    return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se, _counters(x, E))
+    return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se, _counters(x, E, O))
 
 
 @on_its_device
@@ -185,9 +185,11 @@ def mbconv_backward(
     grads = dict.fromkeys("x expand norm1 bias1 depthwise norm2 bias2 reduce_w reduce_b expand_w expand_b project norm3 bias3".split())
 
     bn2 = (weight2, bias2, mean2, rstd2)
-    grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
-        dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, counters=counters
-    )
+    k0 = k1 = None
+    if batch3 or any(needs[12:14]):
+        grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
+            dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, counters=counters
+        )
     partials = {}
     if need_data or need_project:
         dq, sums, partials["project"] = pointwise.project_backward(
@@ -196,14 +198,14 @@ def mbconv_backward(
         )  # fmt: skip
     if need_data:
         pixels = y2.shape[1] * y2.shape[2]
-        dpool = None
+        dpool, norm2 = None, (None,) * 4
         if has_se:
             weights = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
             dt, du, dpool, norm2 = squeeze_excite.gate_backward(
                 sums, s2, s4, gates, u, weights, bn2, pixels, act=se_act, gate=gate, counters=counters
             )
             partials["se"] = (dt, du, u, pooled, weights, se_act) if any(need_se) else None
-        else:
+        elif batch2 or any(need_norm2):
             norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
         grads["norm2"], grads["bias2"], k0, k1 = norm2
     if need_dq:

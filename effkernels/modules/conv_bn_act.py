@@ -51,7 +51,8 @@ class FusedDepthwiseConvBNAct(nn.Module):
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
-        return dispatch.why_not_fused(x, self.named_children(), self.conv.in_channels, (self.kernel_size, self.stride, pad))
+        C = self.conv.in_channels
+        return dispatch.why_not_fused(x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)})
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""

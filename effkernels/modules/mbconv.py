@@ -153,8 +153,16 @@ class FusedMBConv(MBConvBase):
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
-        widest = max(self.conv_dw.in_channels, self.out_channels)
-        return dispatch.why_not_fused(x, self._layers(), widest, (self.kernel_size, self.stride, pad))
+        I, O, E = self.in_channels, self.out_channels, round(self.in_channels * self.expand_ratio)
+        shapes = {"conv_dw": (E, 1)}
+        if self.expands:
+            shapes |= {"conv_pw": (E, I), "bn1": (E,), "bn2": (E,), "conv_pwl": (O, E), "bn3": (O,)}
+        else:
+            shapes |= {"bn1": (E,), "conv_pw": (O, E), "bn2": (O,)}
+        if isinstance(self.se, SqueezeExcite) and isinstance(self.se.conv_reduce, nn.Conv2d):
+            R = self.se.conv_reduce.out_channels
+            shapes |= {"se.conv_reduce": (R, E), "se.conv_expand": (E, R)}
+        return dispatch.why_not_fused(x, self._layers(), max(E, O), (self.kernel_size, self.stride, pad), shapes)
 
     def _layers(self):
         """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay for it."""

@@ -55,7 +55,8 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
-        return dispatch.why_not_fused(x, self.named_children(), self.conv_reduce.in_channels)
+        C, R = self.conv_reduce.in_channels, self.conv_reduce.out_channels
+        return dispatch.why_not_fused(x, self.named_children(), C, shapes={"conv_reduce": (R, C), "conv_expand": (C, R)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_activation(x, self.conv_reduce.weight, self.conv_reduce.in_channels)

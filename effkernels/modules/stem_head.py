@@ -10,16 +10,22 @@ from effkernels.parameters import BatchNormParams
 from effkernels.reference import activate
 
 
-def _why_not_fused(x, conv, bn, conv_args):
+def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
+    """``dispatch.why_not_fused`` for a convolution that must have ``expected`` kernel size, stride and padding, and its BatchNorm."""
     if x.is_cpu and dispatch.only_plain_on_cpu():
         return "the input is on the CPU"
-    return dispatch.why_not_fused(x, (("conv_stem" if conv_args[0] > 1 else "conv_head", conv), ("bn", bn)), conv.out_channels, conv_args)
+    if x.shape[0] == 0:
+        return "the input is empty"
+    if conv.in_channels != x.shape[1] or getattr(bn, "num_features", None) != conv.out_channels:
+        return f"{name} does not fit its input or its BatchNorm"
+    return dispatch.why_not_fused(x, ((name, conv), ("bn", bn)), conv.out_channels, expected)
 
 
 def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, *, fused: bool = True) -> torch.Tensor:
     """``act(bn(conv(x)))`` of a k x k convolution of images; under padding "same" conv itself has none and x is padded here."""
     k, stride = conv.kernel_size[0], conv.stride[0]
-    if fused and _why_not_fused(x, conv, bn, (k, stride, conv.padding[0])) is None:
+    expected = (3, stride if stride in (1, 2) else 2, 1 if padding == "symmetric" else 0)
+    if fused and _why_not_fused(x, "conv_stem", conv, bn, expected) is None:
         from effkernels import functional
 
         return functional.stem(x, conv.weight, BatchNormParams.of(bn), stride=stride, padding=padding, act=act)
@@ -31,7 +37,7 @@ def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding
 
 def pooled_head(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str) -> torch.Tensor:
     """``act(bn(conv(x)))`` of a 1x1 convolution, averaged over the image: [N, K, H, W] -> [N, O]."""
-    if _why_not_fused(x, conv, bn, (1, 1, 0)) is None:
+    if _why_not_fused(x, "conv_head", conv, bn) is None:
         from effkernels import functional
 
         return functional.head(x, conv.weight, BatchNormParams.of(bn), act=act)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from effkernels import BatchNormParams, FusedMBConv, functional
+from effkernels import BatchNormParams, FusedMBConv, SqueezeExciteParams, functional
 
 
 def edited(edit):
@@ -35,6 +35,11 @@ def set_(path, value):
         set_("conv_pw.forward", lambda x: x),
         set_("bn1.weight", nn.Parameter(torch.tensor([2.0]).expand(16))),
         set_("bn2.running_mean", torch.zeros(16, 2)[:, 0]),
+        set_("conv_pwl", nn.Conv2d(24, 8, 1, bias=False)),
+        set_("conv_pw", nn.Conv2d(4, 16, 1, bias=False)),
+        set_("bn2", nn.BatchNorm2d(8)),
+        set_("conv_dw", nn.Conv2d(40, 40, 3, padding=1, groups=40, bias=False)),
+        set_("se.conv_expand", nn.Conv2d(3, 16, 1)),
     ],
 )
 def test_an_edited_block_is_not_fused(edit, device, monkeypatch):
@@ -70,3 +75,71 @@ def test_functional_forms_check_their_arguments(change, message, device):
     weight = torch.randn(change.pop("weight", (8, 1, 3, 3)))
     with pytest.raises(ValueError, match=message):
         functional.depthwise_conv_bn_act(torch.randn(2, 8, 5, 5), weight, norm, **change)
+
+
+def layers(I=8, E=16, O=8, R=2):
+    norm = [BatchNormParams(torch.ones(C), torch.zeros(C)) for C in (E, E, O)]
+    weights = torch.randn(E, I, 1, 1), torch.randn(E, 1, 3, 3), torch.randn(O, E, 1, 1)
+    se = SqueezeExciteParams(torch.randn(R, E, 1, 1), torch.zeros(R), torch.randn(E, R, 1, 1), torch.zeros(E))
+    return [(weights[0], norm[0]), (weights[1], norm[1]), se, (weights[2], norm[2])]
+
+
+@pytest.mark.parametrize(
+    "at, wrong, message",
+    [
+        (0, layers(I=12)[0], "expand weight must be"),
+        (0, None, "depthwise weight must have x's 8 channels"),
+        (0, (torch.randn(16, 8, 1, 1), layers(E=24)[0][1]), "expand norm's weight must be"),
+        (2, layers(E=24)[2], "squeeze_excite's reduce_weight must be"),
+        (2, layers(R=3)[2]._replace(reduce_bias=torch.zeros(2)), "squeeze_excite's reduce_bias must be"),
+        (3, layers(E=24)[3], "project weight must be"),
+        (3, (torch.randn(8, 16, 1, 1), layers(O=4)[3][1]), "project norm's weight must be"),
+    ],
+)
+def test_functional_block_checks_that_layers_fit(at, wrong, message, device):
+    arguments = layers()
+    arguments[at] = wrong
+    with pytest.raises(ValueError, match=message):
+        functional.mbconv(torch.randn(2, 8, 5, 5), *arguments)
+
+
+def test_weights_in_any_memory_format(device):
+    """Functional forms take transposed and strided weights as PyTorch does."""
+    x, norm = torch.randn(2, 8, 3, 3), BatchNormParams(torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), training=False)
+    weight = torch.randn(8, 6).t()[:, :, None, None]
+    assert torch.equal(functional.head(x, weight, norm), functional.head(x, weight.contiguous(), norm))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_precision_through_the_newer_setting(precision, device):
+    """torch.backends.cuda.matmul.fp32_precision: reading the older allow_tf32 after it raises."""
+    from effkernels.kernels.pointwise import matmul_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert matmul_precision() == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("changed", [{"padding": 0}, {"padding": 1}, {"padding": 2, "kernel_size": 5}, {"stride": 3, "padding": 1}])
+def test_an_edited_stem_is_what_plain_pytorch_makes_of_it(changed, padding, device, monkeypatch):
+    from effkernels.modules.stem_head import stem
+
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "auto")
+    conv = nn.Conv2d(3, 8, **{"kernel_size": 3, "stride": 2, "bias": False, **changed})
+    bn, x = nn.BatchNorm2d(8).eval(), torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x, conv, bn, "silu", padding), stem(x, conv, bn, "silu", padding, fused=False))
+
+
+def test_fp16_input_under_bf16_autocast(device):
+    """The residual keeps its own dtype, so the sum is fp32, as in PyTorch."""
+    block = FusedMBConv(8, 8, 3, expand_ratio=2).eval()
+    x = torch.randn(2, 8, 4, 4).half()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fused, plain = block(x), block.forward_reference(x)
+    assert fused.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05)

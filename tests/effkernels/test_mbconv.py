@@ -220,6 +220,9 @@ def test_frozen_parameters_cost_no_launch(device):
         return [r.name for r in records if r.name.endswith("_kernel")]
 
     assert launches("bn3") == ["gradient_reduce_kernel"]
+    block.bn3.eval()
+    assert launches("conv_pwl") == ["project_backward_kernel", "weight_gradients_kernel"]  # frozen BatchNorm 3: no sums either
+    block.bn3.train()
     assert launches("conv_pwl") == ["gradient_reduce_kernel", "project_backward_kernel", "weight_gradients_kernel"]
     names = launches("conv_dw")
     assert "expand_backward_kernel" not in names and "gram_matrix_kernel" not in names and names[-1] == "weight_gradients_kernel"
@@ -253,6 +256,27 @@ def test_empty_batch(device):
             block(torch.empty(0, 8, 5, 5, device=device))
         with torch.no_grad():
             assert block.eval()(torch.empty(0, 8, 5, 5, device=device)).shape == (0, 12, 3, 3)
+
+
+def test_empty_batch_through_a_network(device):
+    from efficientnet import create_model
+
+    model = create_model("efficientnet_b0", num_classes=5)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.empty(0, 3, 32, 32))
+    with torch.no_grad():
+        assert model.eval()(torch.empty(0, 3, 32, 32)).shape == (0, 5)
+
+
+def test_replaced_halves_of_forward_are_called(device):
+    from efficientnet import EfficientNet
+    from efficientnet.config import EfficientNetConfig, StageConfig
+
+    config = EfficientNetConfig(stages=(StageConfig(3, 2, 2, 8, 1),), stem_channels=8, head_channels=16)
+    model = EfficientNet(config, num_classes=4).eval()
+    original = model.forward_features
+    model.forward_features = lambda x: 0 * original(x)
+    assert torch.equal(model(torch.randn(1, 3, 8, 8)), model.classifier.bias[None])
 
 
 def test_one_value_per_channel_in_training(device):
