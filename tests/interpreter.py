@@ -8,6 +8,7 @@ fixture ``device`` of tests/effkernels. With a GPU the interpreter runs only if 
 import importlib
 import importlib.util
 import os
+import pkgutil
 
 import pytest
 import torch
@@ -18,4 +19,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", str(int(INTERPRET)))
-        importlib.import_module("effkernels.kernels.depthwise")
+        kernels = importlib.import_module("effkernels.kernels")
+        for module in pkgutil.iter_modules(kernels.__path__):  # each kernel is one or the other from the import of its file on
+            importlib.import_module(f"effkernels.kernels.{module.name}")
