@@ -155,23 +155,23 @@ def test_launches_of_b0(on_meta):
     model = create_model("efficientnet_b0", device="meta", dtype=x.dtype)
     with Operators() as operators, torch.no_grad():
         model.eval()(x)
-    assert len(on_meta) + len(operators.names) <= 70
+    assert len(on_meta) + len(operators.names) <= 65  # the goal is 70
     on_meta.clear()
     model.train()
     with Operators() as operators:
         labels = torch.empty(256, dtype=torch.long, device="meta")
         nn.functional.cross_entropy(model(x), labels).backward()
     assert on_meta.count("project_backward_kernel") == 16 and on_meta.count("gram_matrix_kernel") == 15
-    assert len(on_meta) + len(operators.names) <= 262, (len(on_meta), operators.names)
+    assert len(on_meta) + len(operators.names) <= 258, (len(on_meta), operators.names)
 
 
-@pytest.mark.parametrize(("memory", "most"), [("keep", 0.396), ("recompute", 0.25)])
-def test_saved_activations_of_b0(memory, most, on_meta):
+@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.396), (64, "recompute", 0.245), (224, "keep", 0.361)])
+def test_saved_activations_of_b0(size, memory, most, on_meta):
     """Bytes kept by a training step of B0 in bf16 as a share of plain PyTorch's. The goal of 0.36 at 64 pixels is missed by 0.04:
     squeeze-excite's fp32 vectors are 0.04 at that size (0.004 at 224 pixels), and a block keeps both y3 and, as the next block's x, out."""
     from efficientnet import create_model
 
-    x = torch.empty(256, 3, 64, 64, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
     kept = {}
     for fused in (True, False):
         model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype)
