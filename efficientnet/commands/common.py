@@ -1,0 +1,46 @@
+"""What several commands share."""
+
+import argparse
+from contextlib import contextmanager
+
+from efficientnet.settings import AMP, DEVICES, InputError
+
+
+@contextmanager
+def checking_input():
+    """Around code that reads what the user gave: there a ValueError is about that, elsewhere it would be a bug."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def add_checkpoint_arguments(sub):
+    sub.add_argument("--checkpoint", required=True, help=".safetensors, or a state_dict saved by torch (.pt, .pth)")
+    sub.add_argument("--model", help="the model's name, for a file that does not say it")
+    sub.add_argument("--img-size", type=int, help="pixels (default: as in training)")
+    sub.add_argument("--device", default="auto", choices=DEVICES)
+    sub.add_argument("--amp", default="none", choices=AMP)
+    sub.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="fused MBConv kernels where they can run")
+
+
+def load(args):
+    """(runner, model in eval, class names or None, preprocess) of --checkpoint."""
+    from dataclasses import replace
+
+    from efficientnet.checkpoints import load_checkpoint, read_metadata
+    from efficientnet.data import Preprocess
+    from efficientnet.train import Runner, pick_device
+
+    runner = Runner(pick_device(args.device), args.amp)
+    metadata = read_metadata(args.checkpoint)
+    model = runner.place(load_checkpoint(args.model, args.checkpoint, fused=args.fused)).eval()
+    if "preprocess" in metadata:
+        stored = metadata["preprocess"]
+        preprocess = Preprocess(**stored | {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    else:
+        cfg = model.pretrained_cfg
+        preprocess = Preprocess(cfg["input_size"][-1], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+    if args.img_size is not None:
+        preprocess = replace(preprocess, img_size=args.img_size)
+    return runner, model, metadata.get("classes"), preprocess
