@@ -93,10 +93,18 @@ class EfficientNetConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "EfficientNetConfig":
-        """The published variant of that name ("efficientnet_b0", "tf_efficientnet_b0", or "b0" for the former).
+        """The published variant of that name ("efficientnet_b0", "tf_efficientnet_b0", or "b0" for the former), or B0 scaled by
+        the depth, width and image size in the name ("efficientnet_d1.2_w1.1_r258", also with "tf_").
 
         Raises ValueError naming the unknown model and near names.
         """
+        if scaled := re.fullmatch(r"((?:tf_)?efficientnet_)d([\d.]+)_w([\d.]+)_r(\d+)", name):
+            prefix, *factors = scaled.groups()
+            try:
+                scaling = Scaling(float(factors[0]), float(factors[1]), int(factors[2]))
+            except ValueError:
+                raise ValueError(f"model {name!r} must name its depth, width and resolution as in efficientnet_d1.2_w1.1_r258") from None
+            return cls.from_scaling(scaling, name=name, **FLAVOURS[prefix])
         full = f"efficientnet_{name}" if name in VARIANTS else name
         if full not in list_models():
             near = difflib.get_close_matches(name, list_models(), n=3)
@@ -107,15 +115,14 @@ class EfficientNetConfig:
         return cls.from_scaling(scaling, name=full, drop_rate=drop_rate, **FLAVOURS[f"{prefix}_"])
 
     @classmethod
-    def from_scaling(cls, scaling: Scaling, **fields) -> "EfficientNetConfig":
-        """B0's table scaled by any (depth, width, resolution), e.g. ``compound_scale(1.5)``; ``fields`` set the rest.
+    def from_scaling(cls, scaling: Scaling, base: tuple[StageConfig, ...] = B0_STAGES, **fields) -> "EfficientNetConfig":
+        """The table ``base`` scaled by any (depth, width, resolution), e.g. ``compound_scale(1.5)``; ``fields`` set the rest.
 
         Stem and head scale in width only. Padding, BatchNorm and dropout default to those of "efficientnet_b0".
         """
         depth, width, resolution = scaling
         stages = tuple(
-            replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth))
-            for stage in B0_STAGES
+            replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth)) for stage in base
         )
         return cls(
             stages=stages,
@@ -124,6 +131,11 @@ class EfficientNetConfig:
             resolution=resolution,
             **fields,
         )
+
+
+def scaled_name(scaling: Scaling) -> str:
+    """What ``EfficientNetConfig.from_name`` calls B0 scaled so, to four decimals: "efficientnet_d1.2_w1.1_r258"."""
+    return f"efficientnet_d{round(scaling.depth, 4):g}_w{round(scaling.width, 4):g}_r{scaling.resolution}"
 
 
 def list_models(filter="", *, exclude_filters="") -> list[str]:

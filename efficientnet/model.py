@@ -198,6 +198,17 @@ class EfficientNet(nn.Module):
         self.classifier = self._new_classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
         _init_weights(self.classifier)
 
+    def stage_parts(self) -> list[tuple]:
+        """(operator, its submodules, kernel_size, stride, expand_ratio, channels, repeats) of stem, stages, head, classifier (if any)."""
+        config = self.config
+        parts = [("Conv", ["conv_stem", "bn1"], 3, 2, None, config.stem_channels, 1)]
+        for i, s in enumerate(config.stages):
+            parts.append(("MBConv", [f"blocks.{i}"], s.kernel_size, s.stride, s.expand_ratio, s.channels, s.repeats))
+        parts.append(("Conv", ["conv_head", "bn2"], 1, 1, None, config.head_channels, 1))
+        if isinstance(self.classifier, nn.Linear):
+            parts.append(("Pool, Linear", ["classifier"], 1, 1, None, self.num_classes, 1))
+        return parts
+
     @property
     def feature_info(self) -> list[dict]:
         """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's name."""

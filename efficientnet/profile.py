@@ -41,24 +41,14 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
 
 
 def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[StageRow]:
-    """Rows of an EfficientNet in order: stem, one for each stage, head, classifier (if any); params and MACs add up to the totals."""
+    """A row for each of ``model.stage_parts()`` (an EfficientNet's, a baseline's), in order; params and MACs add up to the totals."""
     trace = _trace(model, image_size)
-    cfg, rows, size = model.config, [], _image_hw(model, image_size)
-
-    def add(operator, layers, kernel_size, stride, expand_ratio, channels, repeats):
-        nonlocal size
+    rows, size = [], _image_hw(model, image_size)
+    for operator, layers, *description in model.stage_parts():
         inside = [traced for name, traced in trace.items() if f"{name}.".startswith(tuple(f"{layer}." for layer in layers))]
         before, size = size, inside[-1][1]
         params = sum(count_parameters(model.get_submodule(layer)) for layer in layers)
-        macs = sum(layer_macs for layer_macs, _ in inside)
-        rows.append(StageRow(operator, kernel_size, stride, expand_ratio, channels, repeats, before, size, params, macs))
-
-    add("Conv", ["conv_stem", "bn1"], 3, 2, None, cfg.stem_channels, 1)
-    for i, s in enumerate(cfg.stages):
-        add("MBConv", [f"blocks.{i}"], s.kernel_size, s.stride, s.expand_ratio, s.channels, s.repeats)
-    add("Conv", ["conv_head", "bn2"], 1, 1, None, cfg.head_channels, 1)
-    if isinstance(model.classifier, nn.Linear):
-        add("Pool, Linear", ["classifier"], 1, 1, None, model.num_classes, 1)
+        rows.append(StageRow(operator, *description, before, size, params, sum(macs for macs, _ in inside)))
     return rows
 
 
@@ -74,7 +64,7 @@ def _image_hw(model, image_size):
 
 
 def _trace(model, image_size):
-    """{layer name: (macs, (out_height, out_width))} of every Conv2d and Linear, in the order they run."""
+    """{layer name: (macs, (out_height, out_width))} of every Conv2d, Linear and MaxPool2d, in the order they run."""
     hw = _image_hw(model, image_size)
     # A copy whose tensors are all on meta: deepcopy takes what memo already holds, so no weight is read.
     memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
@@ -98,6 +88,8 @@ def _trace(model, image_size):
             module.register_forward_hook(record(name, module.weight[0].numel()))
         elif isinstance(module, nn.Linear):
             module.register_forward_hook(record(name, module.in_features))
+        elif isinstance(module, nn.MaxPool2d):
+            module.register_forward_hook(record(name, 0))  # for the size it leaves
     with torch.no_grad():
         model(torch.empty(1, channels, *hw, device="meta", dtype=next(model.parameters()).dtype))
     return trace

@@ -1,6 +1,7 @@
 """Compound scaling (Tan & Le, 2019, section 3): one number, phi, makes a network deeper, wider and its images larger together."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -10,6 +11,11 @@ class Scaling(NamedTuple):
     depth: float
     width: float
     resolution: int
+
+
+# What the paper found for B0, and the limits of the product that it wants to be about 2.
+COEFFICIENTS = (1.2, 1.1, 1.15)
+PRODUCT = (1.8, 2.2)
 
 
 def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15, base_resolution: int = 224) -> Scaling:
@@ -29,14 +35,51 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
             raise ValueError(f"{name} must be finite and >= 1, got {value!r}")
     check_count("base_resolution", base_resolution)
     product = alpha * beta**2 * gamma**2
-    if not 1.8 <= product <= 2.2:
+    low, high = PRODUCT
+    if not low <= product <= high:
         raise ValueError(
-            f"alpha * beta^2 * gamma^2 must be about 2 (1.8 to 2.2), got {product:.4g} from alpha={alpha}, beta={beta}, gamma={gamma}"
+            f"alpha * beta^2 * gamma^2 must be about 2 ({low} to {high}), got {product:.4g} from alpha={alpha}, beta={beta}, gamma={gamma}"
         )
     try:
         return Scaling(depth=alpha**phi, width=beta**phi, resolution=round(base_resolution * gamma**phi))
     except OverflowError:
         raise ValueError(f"phi is too large to compute with, got {phi!r}") from None
+
+
+def coefficient_grid(step: float = 0.05, at_most: float = 2.0) -> list[tuple[float, float, float]]:
+    """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``1.8 <= alpha * beta^2 * gamma^2 <= at_most``.
+
+    The paper searches at phi = 1 for twice the cost, so what falls far below two is left out: it would lose for being smaller.
+    Raises ValueError for a step that is not in [0.01, 0.5] or leaves no point.
+    """
+    if not 0.01 <= step <= 0.5:
+        raise ValueError(f"step must be in [0.01, 0.5], got {step!r}")
+    if not PRODUCT[0] <= at_most <= PRODUCT[1]:
+        raise ValueError(f"at_most must be in [{PRODUCT[0]}, {PRODUCT[1]}], got {at_most!r}")
+    values = [round(1 + i * step, 6) for i in range(int((at_most - 1) / step + 1e-9) + 1)]
+    grid = [(a, b, c) for a in values for b in values for c in values if PRODUCT[0] <= a * b**2 * c**2 <= at_most + 1e-9]
+    if not grid:
+        raise ValueError(f"step {step!r} leaves no alpha, beta, gamma with a product from {PRODUCT[0]} to {at_most}")
+    return grid
+
+
+def largest_phi(cost: Callable[[float], float], budget: float, step: float = 0.01, phi_max: float = 16.0) -> float | None:
+    """The largest multiple of ``step`` in [0, phi_max] whose ``cost(phi)`` is at most ``budget``; None if that of 0 is not.
+
+    ``cost`` must not fall as phi grows: parameters and MACs never do, as every rounding is monotone. Doubling, then bisection:
+    ``cost`` is never asked about a network of more than twice the phi that fits.
+    """
+    if cost(0.0) > budget:
+        return None
+    below, above = 0, round(1 / step)
+    while cost(min(above * step, phi_max)) <= budget:
+        if above * step >= phi_max:
+            return phi_max
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if cost(round(middle * step, 6)) <= budget else (below, middle)
+    return round(below * step, 6)
 
 
 def round_filters(channels: int, width: float, divisor: int = 8) -> int:

@@ -44,3 +44,23 @@ def load(args):
     if args.img_size is not None:
         preprocess = replace(preprocess, img_size=args.img_size)
     return runner, model, metadata.get("classes"), preprocess
+
+
+def print_table(table, left=()):
+    """Rows of cells in columns, numbers to the right; ``left`` are the columns of text."""
+    widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        cells = (str(cell) for cell in line)
+        print(*(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))), sep="  ")
+
+
+def print_stages(rows):
+    """What ``profile.stage_table`` returned."""
+    table = [("stage", "operator", "kernel", "stride", "expand", "channels", "layers", "input", "output", "parameters", "MACs")]
+    for i, row in enumerate(rows):
+        sizes = (f"{height}x{width}" for height, width in (row.input_size, row.output_size))
+        expand = "" if row.expand_ratio is None else f"{row.expand_ratio:g}"
+        table.append(
+            (i, row.operator, row.kernel_size, row.stride, expand, row.channels, row.repeats, *sizes, f"{row.params:,}", f"{row.macs:,}")
+        )
+    print_table(table, left=(1,))

@@ -1,6 +1,6 @@
 """``efficientnet info``."""
 
-from efficientnet.commands.common import checking_input
+from efficientnet.commands.common import checking_input, print_stages
 
 SUMMARY = "Stages, parameters and multiply-accumulates of a model; without a name, the known models."
 
@@ -23,18 +23,7 @@ def run(args):
     with checking_input():
         model = create_model(args.name, num_classes=args.num_classes, fused=False, device="meta")
         rows = stage_table(model, args.img_size)
-    table = [("stage", "operator", "kernel", "stride", "expand", "channels", "layers", "input", "output", "parameters", "MACs")]
-    for i, row in enumerate(rows):
-        sizes = (f"{height}x{width}" for height, width in (row.input_size, row.output_size))
-        expand = "" if row.expand_ratio is None else f"{row.expand_ratio:g}"
-        table.append(
-            (i, row.operator, row.kernel_size, row.stride, expand, row.channels, row.repeats, *sizes, f"{row.params:,}", f"{row.macs:,}")
-        )
-    widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        cells = [str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)]
-        cells[1] = str(line[1]).ljust(widths[1])
-        print(*cells, sep="  ")
+    print_stages(rows)
     size = args.img_size or model.config.resolution
     gmacs = count_macs(model, args.img_size) / 1e9
     print(f"\n{model.config.name}: {count_parameters(model):,} parameters, {gmacs:.3f} GMACs at {size} x {size}")
