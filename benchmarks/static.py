@@ -1,0 +1,208 @@
+"""What can be known of the kernels without running them on a GPU: launches, bytes, registers and spills, for comparing two trees.
+
+``benchmarks/static.json`` holds them for the tree that was last accepted; ``python -m benchmarks.compare --static`` compares the
+present tree with it, ``--update`` accepts the present tree (half a minute). Its sections:
+
+- ``networks``: launches of one step of B0 to B7 in bf16, PyTorch's own operators among them, and the bytes of all their tensors, each
+  once a launch, per image. Read off the launchers, which run on the ``meta`` device.
+- ``blocks``: the same of each different block of B0 and B4.
+- ``counted``: distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
+- ``machine code``: the most registers, spilled bytes and instructions of each kernel, from effkernels/tables/static_sm90.json.
+
+In training the blocks' weights are fp32, as under autocast; those of the head and classifier bf16, as autocast hands them over.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).parents[1]
+BASELINE = Path(__file__).parent / "static.json"
+TABLE = ROOT / "effkernels" / "tables" / "static_sm90.json"
+NETWORKS = tuple(f"b{i}" for i in range(8))
+BATCH = 64
+COUNTED = {"8 to 16, 3x3, stride 2": (8, 16, 3, 2), "8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is slow
+
+
+class Operators(TorchDispatchMode):
+    """PyTorch's operators that start a kernel on a GPU, with the bytes of their tensors: not views, allocations, handed-over gradients."""
+
+    FREE = ("empty", "detach", "copy_")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if not any(free in name for free in self.FREE):
+            given, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
+            storages = {t.untyped_storage()._cdata for t in given}
+            written = made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
+            if any(t.numel() for t in written):
+                self.seen.append((name, sum(t.numel() * t.element_size() for t in (*given, *written))))
+        return out
+
+
+@contextlib.contextmanager
+def recorded():
+    """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
+    from effkernels import dispatch
+    from effkernels.inspect import record_launches
+
+    original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
+    operators = Operators()
+    try:
+        with record_launches() as launches, operators:
+            yield launches, operators.seen
+    finally:
+        dispatch.why_not_fused = original
+
+
+def step_launches(module, x, training: bool):
+    """(kernel launches, operators) of a forward, and in training of a cross entropy or a given gradient and of the backward."""
+    module.train(training)
+    gradient = None
+    with recorded() as (launches, operators), torch.set_grad_enabled(training):
+        out = module(x)
+        if training and out.dim() == 2:
+            F.cross_entropy(out, torch.empty(len(x), dtype=torch.long, device=x.device)).backward()
+        elif training:
+            gradient = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
+            out.backward(gradient)
+    return launches, operators
+
+
+def _summary(launches, operators, images: int) -> dict:
+    moved = sum(launch.activation_bytes() for launch in launches) + sum(size for _, size in operators)
+    names = Counter(launch.name for launch in launches) + Counter(f"aten::{name.split('::')[-1]}" for name, _ in operators)
+    return {"launches": len(launches) + len(operators), "bytes_per_image": round(moved / images), "of": dict(sorted(names.items()))}
+
+
+def network(name: str, training: bool):
+    """(model, images) of a network on the ``meta`` device, bf16."""
+    from efficientnet import create_model
+
+    bf16 = torch.bfloat16
+    model = create_model(name, device="meta", dtype=None if training else bf16)
+    if training:
+        for layer in (model.conv_head, model.bn2, model.classifier):
+            layer.to(bf16)
+    size = model.config.resolution
+    return model, torch.empty(BATCH, 3, size, size, device="meta", dtype=bf16).to(memory_format=torch.channels_last)
+
+
+def block_summary(block, training: bool) -> dict:
+    """Of one block of benchmarks.shapes."""
+    from effkernels import FusedMBConv
+
+    args = block.in_channels, block.out_channels, block.kernel_size, block.stride, block.expand_ratio, block.se_ratio
+    module = FusedMBConv(*args, device="meta", dtype=None if training else torch.bfloat16)
+    x = torch.empty(BATCH, block.in_channels, block.size, block.size, device="meta", dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last).requires_grad_(training)
+    return _summary(*step_launches(module, x, training), BATCH)
+
+
+def machine_code() -> dict:
+    """{kernel and dtype: the most registers, spilled bytes and instructions of its configurations} of the table in git."""
+    found: dict[str, dict] = {}
+    for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"]:
+        most = found.setdefault(f"{row['kernel']} {row['dtype']}", {"registers": 0, "spills": 0, "instructions": 0})
+        for field in most:
+            most[field] = max(most[field], row[field])
+    return dict(sorted(found.items()))
+
+
+def counted() -> dict:
+    """Distinct bytes of the launches of small blocks. Triton must be interpreting (TRITON_INTERPRET=1 before its import)."""
+    from effkernels import FusedMBConv
+    from effkernels.traffic import count_traffic
+
+    found = {}
+    torch.manual_seed(0)
+    for name, (inputs, outputs, k, stride) in COUNTED.items():
+        block = FusedMBConv(inputs, outputs, k, stride, 6)
+        x = torch.randn(1, inputs, 7, 7).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+        with count_traffic() as forward:
+            out = block(x)
+        gradient = torch.randn_like(out)
+        with count_traffic() as backward:
+            out.backward(gradient)
+        with torch.no_grad(), count_traffic() as inference:
+            block.eval()(x)
+        for step, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+            read, written = (sum(getattr(launch, side) for launch in launches) for side in ("read", "written"))
+            found[f"{name}, {step}"] = {"launches": len(launches), "read": read, "written": written}
+    return found
+
+
+def _counted_in_the_interpreter() -> dict:
+    """``counted`` in a process of its own: this one compiles kernels or runs them, that one interprets."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "benchmarks.static"], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"counting bytes in the interpreter failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure() -> dict:
+    """All sections, for the present tree. Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to record."""
+    from benchmarks.shapes import blocks
+    from effkernels.dispatch import interpreting
+
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set: launches are recorded where Triton compiles; unset it")
+    networks, found = {}, {}
+    for training in (False, True):
+        step = "training" if training else "inference"
+        for name in NETWORKS:
+            model, x = network(name, training)
+            networks[f"{name} {step}"] = _summary(*step_launches(model, x, training), BATCH)
+        for name in ("b0", "b4"):
+            for block in blocks(name):
+                if (key := f"{name} {block} {step}") not in found:
+                    found[key] = block_summary(block, training)
+    return {
+        "kind": "static",
+        "networks": networks,
+        "blocks": found,
+        "counted": _counted_in_the_interpreter(),
+        "machine code": machine_code(),
+    }
+
+
+def read(path: Path) -> dict:
+    """A file that ``write`` wrote. Raises ValueError that names it if it is none."""
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict) or table.get("kind") != "static":
+        raise ValueError(f"{path} is not a table of static costs")
+    return table
+
+
+def write(table: dict, path: Path = BASELINE) -> None:
+    """One entry a line, so that a change shows as a few lines; the file is replaced as a whole."""
+    parts = [f'"kind": {json.dumps(table["kind"])}']
+    for section, entries in table.items():
+        if section != "kind":
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
+            parts.append(f"{json.dumps(section)}: {{\n{lines}\n}}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    print(json.dumps(counted()))

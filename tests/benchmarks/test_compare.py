@@ -1,0 +1,147 @@
+"""Two results side by side: what is slower, costlier or gone must be seen, and the present tree must not be worse than its baseline."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, static
+
+ROOT = Path(__file__).parents[2]
+
+
+def documents(**changed):
+    """(old, new) --benchmark-json documents of one row, the new one with other figures."""
+    figures = {"median_ms": 2.0, "device": "a GPU", "dtype": "bfloat16", "batch_size": 256, "peak_memory_mb": 100.0}
+
+    def document(extra):
+        skipped = {"fullname": "skipped", "extra_info": {}}
+        return {"benchmarks": [{"fullname": "row", "extra_info": extra}, skipped]}
+
+    return document(figures), document(figures | changed)
+
+
+def written(tmp_path, *documents):
+    paths = [tmp_path / name for name in ("old.json", "new.json")]
+    for path, document in zip(paths, documents, strict=True):
+        path.write_text(json.dumps(document))
+    return [str(path) for path in paths]
+
+
+@pytest.mark.parametrize(
+    "changed, code, shown",
+    [
+        ({}, 0, "nothing is worse"),
+        ({"median_ms": 2.19}, 0, "nothing is worse"),
+        ({"median_ms": 2.3}, 1, "worse   row: median_ms: 2 -> 2.3 (+15.0 %)"),
+        ({"median_ms": 1.0}, 0, "better  row: median_ms: 2 -> 1 (-50.0 %)"),
+        ({"peak_memory_mb": 150.0}, 1, "worse   row: peak_memory_mb"),
+    ],
+)
+def test_times(changed, code, shown, tmp_path, capsys):
+    assert compare.main(written(tmp_path, *documents(**changed))) == code
+    assert shown in capsys.readouterr().out
+
+
+def test_a_threshold(tmp_path):
+    paths = written(tmp_path, *documents(median_ms=2.3))
+    assert compare.main([*paths, "--threshold", "0.2"]) == 0
+    assert compare.main([*paths, "--threshold", "0.1"]) == 1
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [({"device": "another"}, "device is 'a GPU' in the old file and 'another'"), ({"batch_size": 8}, "batch_size is 256")],
+)
+def test_rows_that_cannot_be_compared(changed, message, tmp_path, capsys):
+    assert compare.main(written(tmp_path, *documents(**changed))) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_files(tmp_path, capsys):
+    timed, costs = documents()[0], {"kind": "static"}
+    assert compare.main(written(tmp_path, timed, costs)) == 2
+    assert compare.main(written(tmp_path, timed, {"benchmarks": []})) == 2
+    assert compare.main(written(tmp_path, timed, [])) == 2
+    assert "share no measured row" in capsys.readouterr().err
+    (tmp_path / "new.json").write_text("{")
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 2
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "none.json")]) == 2
+    assert "new.json is not JSON" in capsys.readouterr().err
+
+
+TABLE = {
+    "kind": "static",
+    "networks": {"b0 training": {"launches": 200, "bytes_per_image": 100_000_000}},
+    "blocks": {},
+    "counted": {"a block, forward": {"launches": 6, "read": 1000, "written": 500}},
+    "machine code": {"a_kernel bfloat16": {"registers": 128, "spills": 0, "instructions": 1000}},
+}
+
+
+@pytest.mark.parametrize(
+    "section, entry, field, value, worse",
+    [
+        ("networks", "b0 training", "launches", 201, True),  # one launch more
+        ("networks", "b0 training", "launches", 150, False),
+        ("networks", "b0 training", "bytes_per_image", 100_400_000, False),
+        ("networks", "b0 training", "bytes_per_image", 102_000_000, True),  # a pass over a small tensor
+        ("counted", "a block, forward", "read", 1010, True),
+        ("machine code", "a_kernel bfloat16", "spills", 8, True),
+        ("machine code", "a_kernel bfloat16", "registers", 130, False),
+        ("machine code", "a_kernel bfloat16", "registers", 168, True),
+    ],
+)
+def test_static_costs(section, entry, field, value, worse, tmp_path):
+    new = copy.deepcopy(TABLE)
+    new[section][entry][field] = value
+    (change,), alone = compare.compare(TABLE, new)
+    assert (change.worse, change.old, change.new, alone) == (worse, TABLE[section][entry][field], value, [])
+    assert compare.main(written(tmp_path, TABLE, new)) == int(worse)
+
+
+def test_entries_of_one_side():
+    new = copy.deepcopy(TABLE)
+    new["machine code"]["b_kernel float16"] = new["machine code"].pop("a_kernel bfloat16")
+    assert compare.compare(TABLE, new) == ([], ["machine code: a_kernel bfloat16 is gone", "machine code: b_kernel float16 is new"])
+
+
+def test_a_table_comes_back_as_it_was(tmp_path):
+    static.write(TABLE, tmp_path / "t.json")
+    assert static.read(tmp_path / "t.json") == TABLE
+    (tmp_path / "t.json").write_text("[]")
+    with pytest.raises(ValueError, match="t.json is not a table of static costs"):
+        static.read(tmp_path / "t.json")
+
+
+SLOWER = """
+import effkernels.modules.mbconv as m
+forward = m.FusedMBConv.forward
+m.FusedMBConv.forward = lambda self, x: forward(self, x.clone())  # a pass and a launch more in every block
+"""
+
+
+def _present(*args, before=""):
+    """``python -m benchmarks.compare --static`` on this tree, after the statements ``before``; Triton compiles there."""
+    code = f"{before}\nimport sys\nfrom benchmarks.compare import main\nsys.exit(main({['--static', *args]}))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_present_tree_is_not_worse_than_its_baseline():
+    pytest.importorskip("triton")
+    done = _present()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_one_pass_and_launch_more_is_seen():
+    pytest.importorskip("triton")
+    done = _present(before=SLOWER)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "worse   networks: b0 inference: launches: 65 -> 81" in done.stdout
+    assert "worse   blocks: b0 16to24-e6-112px-k3-s2 training: bytes_per_image" in done.stdout
