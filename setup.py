@@ -17,6 +17,11 @@ TEST = [
     "hypothesis>=6.80",
     "ruff>=0.9",
     "timm>=1.0.9",
+    "efficientnet_pytorch>=0.7.1",
+    "transformers>=5.0",
+    "onnx>=1.20",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.23",
     "huggingface_hub>=0.23",
     "pyyaml>=6.0",
 ]

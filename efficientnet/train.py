@@ -36,9 +36,9 @@ def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
     from effkernels import explain
 
     reasons = explain(model, images)
-    fused = sum(reason is None for reason in reasons.values())
-    counts = Counter(reason for reason in reasons.values() if reason is not None)
-    parts = [f"triton for {fused} of {len(reasons)} MBConv blocks"]
+    plain = dict.fromkeys(reasons.plain, "a plain block (built with fused=False)")
+    counts = Counter(reason for reason in (reasons | plain).values() if reason is not None)
+    parts = [f"triton for {reasons.fused} of {len(reasons)} MBConv blocks"]
     parts += [f"PyTorch reference for {count}: {reason}" for reason, count in counts.most_common()]
     return "; ".join(parts)
 

@@ -13,6 +13,8 @@ _HOME = {
     "FusedSqueezeExcite": "effkernels.modules.squeeze_excite",
     "BatchNormParams": "effkernels.parameters",
     "SqueezeExciteParams": "effkernels.parameters",
+    "accelerate": "effkernels.convert",
+    "restore": "effkernels.convert",
     "explain": "effkernels.convert",
     "why_not_fused": "effkernels.dispatch",
 }

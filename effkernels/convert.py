@@ -1,21 +1,208 @@
-"""Whole models: which blocks run fused, and why the others do not."""
+"""Whole models: ``accelerate`` makes the MBConv blocks of a model that exists run fused, ``restore`` undoes it, ``explain`` tells why not.
+
+A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward`` runs the
+kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers, submodules, their names, hooks on
+the block, references to it and ``isinstance`` hold without copying anything, and ``restore`` gives the class back. What a block is made
+of is read from it at every call (``effkernels.layouts``), so nothing that is edited later goes stale.
+"""
+
+import copyreg
+import functools
 
 import torch
 from torch import nn
 
+from effkernels import dispatch, layouts
 
-def explain(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, str | None]:
-    """{name of each MBConv-like module of ``model``: None if it runs fused, else the reason why not}.
 
-    With x [N, C, H, W] (an input of the MODEL) the platform, dtype and device are judged too; without it only the blocks are.
-    """
+class Swapped:
+    """What every class that ``accelerate`` makes inherits from; ``_original`` is the class it stands in for."""
+
+    _original: type
+
+    def __reduce_ex__(self, protocol):
+        make, args, *state = super().__reduce_ex__(max(protocol, 2))
+        if make is not copyreg.__newobj__ or args != (type(self),):
+            raise TypeError(f"{self._original.__name__} copies itself in its own way: restore(model) before copying or pickling")
+        return _new, (self._original,), *state
+
+
+class AcceleratedBlock(Swapped):
+    """A library's MBConv block on fused kernels; its own forward where they cannot serve (``why_not_fused(x)`` tells the reason)."""
+
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernels will serve x (or, without x, this block at all) in its present mode, else the reason why not."""
+        return _judge(self, self._reader(self), x)[0]
+
+    def forward(self, *args, **kwargs):
+        x, rest = (args[0], args[1:]) if args else (kwargs.get(self._input), ())
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
+            return super().forward(*args, **kwargs)
+        block = self._reader(self, *rest, **{name: value for name, value in kwargs.items() if name != self._input})
+        reason, verdict = _judge(self, block, x)
+        if reason is not None:
+            return super().forward(*args, **kwargs)
+        return layouts.run(x, block, verdict, self.training)
+
+
+def _judge(module, block, x):
+    """(None, settings of the kernels) or (the reason, None)."""
+    if isinstance(block, str):
+        return dispatch.why_not_fused(x, (), judge=lambda: block), None
+    layers = layouts.layers_of(block)
+    verdict = layouts.judge(module, block, layers)
+    problem = verdict if isinstance(verdict, str) else block.now
+    largest = max(layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d))
+    reason = dispatch.why_not_fused(x, [(name, layer) for _, name, layer in layers], largest, judge=lambda: problem)
+    return reason, None if reason is not None else verdict
+
+
+@functools.cache
+def accelerated_class(cls: type) -> type:
+    """The subclass of a block's class that runs it fused."""
+    base, reader = layouts.known(cls)
+    namespace = {"_original": cls, "__doc__": cls.__doc__, "__module__": __name__}
+    if reader is layouts.own:
+        from effkernels.modules.mbconv import FusedMBConv
+
+        return type(f"Accelerated{cls.__name__}", (Swapped, FusedMBConv, cls), namespace)
+    namespace |= {"_reader": staticmethod(reader), "_input": base.forward.__code__.co_varnames[1]}
+    return type(f"Accelerated{cls.__name__}", (AcceleratedBlock, cls), namespace)
+
+
+def _new(original):
+    """For copy and pickle, which cannot find the class by its name."""
+    return object.__new__(accelerated_class(original))
+
+
+def _view(module):
+    """The module as ``accelerate`` would make it, without changing it: another object with the same attributes."""
+    view = _new(type(module))
+    view.__dict__ = module.__dict__
+    return view
+
+
+def _ineligible(module, x=None, ask=True) -> str | None:
+    """Why kernels cannot serve a block of a known class, accelerated or not, or None. ask: platform and mode too."""
+    cls = type(module)._original if isinstance(module, Swapped) else type(module)
+    base, reader = layouts.known(cls)
+    if isinstance(reader, str):
+        return reader
+    if cls.forward is not base.forward:
+        return f"{cls.__name__} has a forward of its own, not {base.__name__}'s"
+    if "forward" in module.__dict__:
+        return "the block's forward was replaced"
+    view = module if isinstance(module, Swapped) else _view(module)
+    if ask:
+        return view.why_not_fused(x)
+    if reader is layouts.own:
+        return None if dispatch.requested_backend() == "reference" else view.why_not_fused()
+    block = reader(module)
+    verdict = block if isinstance(block, str) else layouts.judge(module, block, layouts.layers_of(block))
+    return verdict if isinstance(verdict, str) else None
+
+
+def _blocks(model):
+    """(name, module, whether it is one of ours that needs no accelerate) of everything that ``explain`` speaks about."""
     from effkernels.modules.conv_bn_act import FusedDepthwiseConvBNAct
-    from effkernels.modules.mbconv import FusedMBConv, MBConvBase
+    from effkernels.modules.mbconv import FusedMBConv
 
-    reasons = {}
     for name, module in model.named_modules():
-        if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)):
-            reasons[name] = module.why_not_fused(x)
-        elif isinstance(module, MBConvBase):
-            reasons[name] = "a plain block (built with fused=False)"
-    return reasons
+        if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)) and not isinstance(module, Swapped):
+            yield name, module, True
+        elif isinstance(module, Swapped) or layouts.known(type(module)) is not None:
+            yield name, module, False
+
+
+def _check_model(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
+    """Make every eligible MBConv block of ``model`` run fused, in place; returns ``model``.
+
+    Blocks: timm's InvertedResidual and DepthwiseSeparableConv (EfficientNet, MobileNetV2/V3, MnasNet, ...), torchvision's EfficientNet,
+    MobileNetV2/V3 and MnasNet, efficientnet_pytorch, transformers' EfficientNet, and efficientnet.MBConv. Parameters, buffers, submodules
+    and state_dict keys are the same objects and names, so an optimizer, a moving average, DistributedDataParallel or a checkpoint made
+    before goes on working. Padding, BatchNorm settings, activation, squeeze-excite, drop-path are read from the block. Where kernels
+    cannot serve an input (no GPU, say) the block's own forward runs. Twice is once. Before torch.jit.script or an export: ``restore``.
+
+    strict: raise ValueError, with the reason for each block, if no block is eligible; False returns the model as it is.
+    """
+    _check_model(model)
+    reasons, swaps, fused = {}, [], 0
+    for name, module, ours in _blocks(model):
+        if ours or isinstance(module, Swapped):
+            fused += 1
+        elif (reason := _ineligible(module, ask=False)) is None:
+            swaps.append(module)
+        else:
+            reasons[name] = reason
+    if strict and not swaps and not fused:
+        listed = "".join(f"\n  {name or 'the model itself'}: {reason}" for name, reason in reasons.items())
+        raise ValueError(
+            f"{type(model).__name__} has no block that effkernels can run{':' if listed else ', nor any of a known class'}{listed}"
+        )
+    for module in swaps:
+        module.__class__ = accelerated_class(type(module))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``, in place; returns ``model``. Every block is the object it always was, of its own class again."""
+    _check_model(model)
+    swapped = [module for module in model.modules() if isinstance(module, Swapped)]
+    for module in swapped:
+        if "_original" not in vars(type(module)):
+            raise TypeError(f"{type(module).__name__} was made of an accelerated block by another library: undo that first")
+    for module in swapped:
+        module.__class__ = type(module)._original
+    return model
+
+
+class Explanation(dict):
+    """{name of each block: None if kernels serve it, else the reason}; ``print`` shows it line by line.
+
+    plain: names of the blocks that ``accelerate`` has not made fused. waiting: those of them that it would.
+    """
+
+    def __init__(self, reasons, plain, kinds):
+        super().__init__(reasons)
+        self.plain, self._kinds = plain, kinds
+
+    @property
+    def waiting(self) -> set[str]:
+        return {name for name in self.plain if self[name] is None}
+
+    @property
+    def fused(self) -> int:
+        """How many blocks run fused now."""
+        return sum(reason is None for reason in self.values()) - len(self.waiting)
+
+    def __str__(self):
+        if not self:
+            return "no MBConv block of a known class"
+        width, kinds = max(len(name) for name in self), max(len(kind) for kind in self._kinds.values())
+        lines = [f"{self.fused} of {len(self)} MBConv blocks run fused"]
+        for name, reason in self.items():
+            state = reason or ("eligible, accelerate(model) fuses it" if name in self.waiting else "fused")
+            lines.append(f"  {name:{width}}  {self._kinds[name]:{kinds}}  {state}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
+    """{name of each block: None if kernels serve it as it is now, else the reason why not}, for every block of a known library.
+
+    With x [N, C, H, W] (an input of the MODEL) the platform, dtype and device are judged too; without it only the blocks are. Before
+    ``accelerate`` None means that it will make the block fused (``Explanation.waiting`` has those names), after it that it is. A block
+    is judged in its present mode: dropout of single elements, say, is a reason in training only.
+    """
+    _check_model(model)
+    reasons, plain, kinds = {}, set(), {}
+    for name, module, ours in _blocks(model):
+        reasons[name] = module.why_not_fused(x) if ours else _ineligible(module, x)
+        kinds[name] = type(module)._original.__name__ if isinstance(module, Swapped) else type(module).__name__
+        if not ours and not isinstance(module, Swapped):
+            plain.add(name)
+    return Explanation(reasons, plain, kinds)

@@ -120,37 +120,71 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def layer_problem(name: str, layer: nn.Module, depthwise: tuple[int, int, int] = (1, 1, 0), shape: tuple | None = None) -> str | None:
+def fixed_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros that a convolution puts on either side of height and width itself; None if the two sides differ."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+        return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
+    return tuple(conv.padding)
+
+
+def layer_problem(
+    name: str,
+    layer: nn.Module,
+    depthwise: tuple[int, int, int | str] = (1, 1, 0),
+    shape: tuple | None = None,
+    *,
+    role: str | None = None,
+    kind: type | None = None,
+) -> str | None:
     """Why a submodule's own forward must run (hooks, a subclass, settings the kernels do not have), or None.
 
     depthwise: (kernel_size, stride, padding) that a grouped convolution, or a stem's, must have; the others must be 1x1.
     shape: what the first two sizes of its weight must be, so that it fits its neighbours.
+    role: the layer's name in FusedMBConv, where ``name`` is another. kind: the class of torch.nn that the layer computes as, where its
+    own is another.
     """
+    role, kind = role or name, kind or type(layer)
     if has_hooks(layer):
         return f"{name} has hooks"
     if "forward" in layer.__dict__:
         return f"{name}.forward was replaced"
-    if type(layer) not in (nn.Conv2d, nn.BatchNorm2d):
+    if kind not in (nn.Conv2d, nn.BatchNorm2d):
         return f"{name} is a {type(layer).__name__}"
     if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
     if shape is not None and tuple(layer.weight.shape[:2]) != shape:
         return f"{name} does not fit its neighbours: its weight is {tuple(layer.weight.shape)}, {shape} wanted"
     if isinstance(layer, nn.Conv2d):
-        grouped = name in ("conv_dw", "conv")
-        k, stride, pad = depthwise if grouped or name == "conv_stem" else (1, 1, 0)
+        grouped = role in ("conv_dw", "conv")
+        k, stride, pad = depthwise if grouped or role == "conv_stem" else (1, 1, 0)
         groups = layer.out_channels if grouped else 1
-        expected = ((k, k), (stride, stride), (pad, pad), (1, 1), groups, layer.in_channels if not grouped else groups, "zeros")
-        found = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.in_channels, layer.padding_mode)
-        if found != expected:
-            return f"{name} was changed after it was built: {layer}"
-    if isinstance(layer, nn.Conv2d) and (layer.bias is None) == name.endswith(("conv_reduce", "conv_expand")):
+        wanted = (
+            ("kernel_size", tuple(layer.kernel_size), (k, k)),
+            ("stride", tuple(layer.stride), (stride, stride)),
+            ("padding", fixed_padding(layer), (pad, pad)),
+            ("dilation", tuple(layer.dilation), (1, 1)),
+            ("groups", layer.groups, groups),
+            ("in_channels", layer.in_channels, groups if grouped else layer.in_channels),
+            ("padding_mode", layer.padding_mode, "zeros"),
+        )
+        for setting, found, expected in wanted:
+            if found != expected:
+                return f"{name} has {setting} {found}, kernels need {expected}: {layer}"
+    if isinstance(layer, nn.Conv2d) and (layer.bias is None) == role.endswith(("conv_reduce", "conv_expand")):
         return f"{name} has {'no' if layer.bias is None else 'a'} bias"  # after BatchNorm folding, say
     return None
 
 
 def why_not_fused(
-    x: torch.Tensor | None, layers, largest: int = 1, depthwise: tuple[int, int, int] = (1, 1, 0), shapes: dict | None = None
+    x: torch.Tensor | None,
+    layers,
+    largest: int = 1,
+    depthwise: tuple[int, int, int] = (1, 1, 0),
+    shapes: dict | None = None,
+    judge=None,
 ) -> str | None:
     """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 
@@ -160,6 +194,7 @@ def why_not_fused(
         depthwise: kernel size, stride and padding of the layer named conv_dw or conv.
         shapes: {name: first two sizes of the layer's weight}, for layers that must fit each other.
         largest: channels of the widest tensor inside, for the int32 offsets within an image.
+        judge: called for the reason that the layers give, instead of ``layer_problem`` of each.
 
     Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError for another
     value of it than auto, triton, reference.
@@ -170,8 +205,11 @@ def why_not_fused(
     reason = None if x is None else platform_problem(x.device.type, x.device.index)
     if reason is None:
         layers = dict(layers)
-        problems = (layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items())
-        reason = next((problem for problem in problems if problem is not None), None)
+        if judge is not None:
+            reason = judge()
+        else:
+            problems = (layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items())
+            reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
         parameters = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
         reason = tensor_problem(x, parameters, [b for layer in layers.values() for b in layer.buffers(recurse=False)])

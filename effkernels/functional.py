@@ -170,11 +170,13 @@ def mbconv(
     drop_path: float = 0.0,
     training: bool = False,
     memory: str = "keep",
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight, BatchNormParams).
 
     x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the three
     convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
+    mask: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
     """
     dtype = compute_dtype(x)
     norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
@@ -186,9 +188,15 @@ def mbconv(
     for norm in norms:
         check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
     _check_block(x, expand, depthwise, squeeze_excite, project)
+    if mask is not None and (not residual or mask.shape != x.shape[:1] or mask.dtype != torch.float32 or mask.requires_grad):
+        raise ValueError(
+            f"mask must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {mask.dtype} {[*mask.shape]}"
+        )
     if x.shape[0] == 0:
         size = (conv_out_size(n, k, stride, padding) for n in x.shape[2:])
         return x.new_empty(0, project[0].shape[0], *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
+    if mask is None and residual and training and drop_path > 0:
+        mask = drop_path_mask(x.shape[0], drop_path, x.device)
     shortcut = _nhwc(x)
     weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
     (weight2, norm2), (weight3, norm3) = depthwise, project
@@ -197,13 +205,12 @@ def mbconv(
     se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
     settings = (DTYPE_NAMES[dtype], stride, padding, act, se_act, gate, residual)
     parameters = (weight1, *norm1[:2], weight2, *norm2[:2], *se, weight3, *norm3[:2])
-    if not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
+    if mask is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
         args = (
             shortcut, weight1, *norm1[:4], weight2, *norm2[:4], *se, weight3, *norm3[:4], *settings, norm1.eps, norm2.eps, norm3.eps,
         )  # fmt: skip
         return _nchw(library.run("mbconv_inference", None, library.mbconv_inference, args))
     _advance(*norms)
-    mask = drop_path_mask(x.shape[0], drop_path, x.device) if residual and training and drop_path > 0 else None
     batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
     args = (
         shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),

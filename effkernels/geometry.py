@@ -1,6 +1,6 @@
 """Padding and output sizes of a k x k convolution: the one place that knows "symmetric" from TensorFlow's "same"."""
 
-PADDINGS = ("symmetric", "same")
+PADDINGS = ("symmetric", "same", "same_as_even")
 
 
 def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple[int, int]:
@@ -9,10 +9,13 @@ def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple
     symmetric: ``(k - 1) // 2`` on both sides, as in timm's ``efficientnet_*`` and torchvision.
     same: TensorFlow's rule, ``total = max((ceil(n / s) - 1) * s + k - n, 0)``, ``total // 2`` before and the rest after;
     asymmetric at stride 2, and dependent on the actual input size.
+    same_as_even: what "same" gives for even sizes, at any size: the fixed padding of ported networks.
     """
     if padding == "symmetric":
         return (kernel_size - 1) // 2, (kernel_size - 1) // 2
-    if padding == "same":
+    if padding == "same_as_even":
+        size = 2 * kernel_size  # any even size that the kernel fits
+    if padding in ("same", "same_as_even"):
         total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
         return total // 2, total - total // 2
     raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")

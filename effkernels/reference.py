@@ -128,6 +128,7 @@ def mbconv(
     drop_path=0.0,
     training=False,
     memory="keep",
+    mask=None,
 ):
     """Twin of ``functional.mbconv``; ``memory`` is the kernels' business."""
     check_memory(memory)
@@ -136,7 +137,11 @@ def mbconv(
         y = activate(batch_norm(F.conv2d(y, expand[0]), expand[1]), act)
     y = depthwise_conv_bn_act(y, *depthwise, stride=stride, padding=padding, act=act, squeeze_excite=squeeze_excite)
     y = batch_norm(F.conv2d(y, project[0]), project[1])
-    return _drop_path(y, drop_path, training) + x if residual else y
+    if mask is not None:
+        y = y * mask.to(y.dtype).view(-1, 1, 1, 1)
+    elif residual:
+        y = _drop_path(y, drop_path, training)
+    return y + x if residual else y
 
 
 def head(x, weight, norm, *, act="silu"):

@@ -57,7 +57,7 @@ class FusedDepthwiseConvBNAct(nn.Module):
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""
         self.check_input(x)
-        if self.padding == "same":
+        if self.padding != "symmetric":
             return activate(self.bn(depthwise_conv(x, self.conv.weight, self.stride, self.padding)), self.act)
         return activate(self.bn(self.conv(x)), self.act)
 

@@ -99,8 +99,8 @@ class MBConvBase(nn.Module):
         y = x
         if self.expands:
             y = activate(self.bn1(self.conv_pw(y)), self.act)
-        if self.padding == "same":
-            (top, bottom), (left, right) = (pad_amounts(n, self.kernel_size, self.stride, "same") for n in x.shape[2:])
+        if self.padding != "symmetric":
+            (top, bottom), (left, right) = (pad_amounts(n, self.kernel_size, self.stride, self.padding) for n in x.shape[2:])
             if top or bottom or left or right:
                 y = F.pad(y, (left, right, top, bottom))
         y = activate(self.depthwise_norm(self.conv_dw(y)), self.act)

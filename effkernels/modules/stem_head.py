@@ -29,7 +29,7 @@ def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding
         from effkernels import functional
 
         return functional.stem(x, conv.weight, BatchNormParams.of(bn), stride=stride, padding=padding, act=act)
-    if padding == "same":
+    if padding != "symmetric":
         (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
         x = F.pad(x, (left, right, top, bottom))
     return activate(bn(conv(x)), act)

@@ -264,8 +264,9 @@ def test_layers_alone_never_raise(gate, monkeypatch):
 def test_explain(gate):
     model = nn.Sequential(FusedMBConv(8, 8), MBConv(8, 8), nn.Sequential(FusedMBConv(8, 8), FusedDepthwiseConvBNAct(8)))
     model[2][0].bn1 = OtherNorm(48)
-    reasons = {"0": None, "1": "a plain block (built with fused=False)", "2.0": "bn1 is a OtherNorm", "2.1": None}
+    reasons = {"0": None, "1": None, "2.0": "bn1 is a OtherNorm", "2.1": None}
     assert explain(model) == reasons
+    assert explain(model).waiting == {"1"}  # a plain block that accelerate would fuse
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------------------
