@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 TEST = [
     "pytest>=7.4",
     "pytest-benchmark>=4.0",
@@ -38,7 +39,7 @@ setup(
     package_data={"effkernels": ["**/*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"', "numpy>=1.26"],
-    extras_require={"train": TRAIN, "test": TRAIN + TEST},
+    extras_require={"train": TRAIN, "export": EXPORT, "test": TRAIN + EXPORT + TEST},
     entry_points={"console_scripts": ["efficientnet = efficientnet.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from efficientnet.settings import InputError
 
-COMMANDS = ("train", "validate", "predict", "info", "scale")  # modules of efficientnet.commands
+COMMANDS = ("train", "validate", "predict", "info", "scale", "export")  # modules of efficientnet.commands
 
 # Waiting OpenMP threads spin for microseconds, not milliseconds: as fast on an idle machine, several times as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# Import name -> package of the extra [train].
+# Import name -> package of the extra [train], or of [export].
 OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
 OPTIONAL |= {"tensorboard": "tensorboard"}
+EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         except (InputError, OSError) as error:
             _fail(error)
         except ModuleNotFoundError as error:
-            package = OPTIONAL.get((error.name or "").partition(".")[0])
-            if package is None:
+            name = (error.name or "").partition(".")[0]
+            if name not in (*OPTIONAL, *EXPORT):
                 raise
-            _fail(f'{package} is not installed; pip install "effkernels[train]"')
+            _fail(f'{OPTIONAL.get(name, name)} is not installed; pip install "effkernels[{"export" if name in EXPORT else "train"}]"')
     return 0
 
 

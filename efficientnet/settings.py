@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+EXPORT_FORMATS = ("onnx", "torchscript", "torch-export")
 
 
 class InputError(ValueError):
