@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
-EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+EXPORT = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"]
 TEST = [
     "pytest>=7.4",
     "pytest-benchmark>=4.0",
@@ -20,9 +20,6 @@ TEST = [
     "timm>=1.0.9",
     "efficientnet_pytorch>=0.7.1",
     "transformers>=5.0",
-    "onnx>=1.20",
-    "onnxscript>=0.5",
-    "onnxruntime>=1.23",
     "huggingface_hub>=0.23",
     "pyyaml>=6.0",
 ]

@@ -4,6 +4,7 @@ import json
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,13 @@ from efficientnet.settings import EXPORT_FORMATS, InputError
 
 METADATA_KEY = "efficientnet"  # in ONNX's metadata_props; the file efficientnet.json in the archives of the other two
 MIN_OPSET = 18  # what torch.onnx writes without converting down
+
+
+class Difference(NamedTuple):
+    """Between logits of a program and of its model: the largest, beside the largest logit."""
+
+    absolute: float
+    largest_logit: float
 
 
 def export_model(
@@ -28,7 +36,7 @@ def export_model(
     opset: int | None = None,
     metadata: dict | None = None,
     tolerance: float = 1e-4,
-) -> float:
+) -> Difference:
     """Write the model in eval, fp32, as a program images [N, in_chans, image_size, image_size] -> logits [N, num_classes].
 
     The file is written aside, read back, run on random images and compared with the model; only then does it take its name, so
@@ -42,7 +50,7 @@ def export_model(
         metadata: JSON values to keep in the file under METADATA_KEY, e.g. class names and how images are prepared.
         tolerance: accepted difference, relative to the largest logit.
 
-    Returns the largest absolute difference from the model's logits. Raises InputError for a wrong argument, a failed export, or a
+    Returns the difference that the check found. Raises InputError for a wrong argument, a failed export, or a
     difference beyond the tolerance; ModuleNotFoundError for a missing package, before any work.
     """
     path = Path(path)
@@ -65,7 +73,7 @@ def export_model(
     def images(n):
         return torch.randn(n, in_chans, image_size, image_size, generator=generator)
 
-    difference = 0.0
+    difference = Difference(0.0, 0.0)
     with torch.no_grad(), replacing(path) as temporary:
         with _failing_as(f"export to {format} failed"):
             write(model, images(2 if dynamic_batch else batch_size), temporary, dynamic_batch, opset, json.dumps(metadata or {}))
@@ -76,13 +84,13 @@ def export_model(
                 logits = read(temporary)(batch)
             if logits.shape != expected.shape:
                 raise InputError(f"the exported {format} program gives {tuple(logits.shape)} instead of {tuple(expected.shape)}")
-            off = (logits - expected).abs().max().item()
-            if not off <= tolerance * expected.abs().max().item():
+            off, largest = (logits - expected).abs().max().item(), expected.abs().max().item()
+            if not off <= tolerance * largest:
                 raise InputError(
                     f"the exported {format} program differs from the model by {off:.3g} "
-                    f"where logits reach {expected.abs().max().item():.3g} (accepted: {tolerance:g} of that)"
+                    f"where logits reach {largest:.3g} (accepted: {tolerance:g} of that)"
                 )
-            difference = max(difference, off)
+            difference = max(difference, Difference(off, largest))
     return difference
 
 

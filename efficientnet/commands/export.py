@@ -48,4 +48,4 @@ def run(args):
     batch = "any" if args.dynamic_batch else args.batch_size or 1
     size = preprocess.img_size
     print(f"{args.output}: {args.format}, {batch} x {model.in_chans} x {size} x {size} images, {Path(args.output).stat().st_size:,} bytes")
-    print(f"maximal difference from the model: {difference:.3g}")
+    print(f"maximal difference from the model: {difference.absolute:.3g} (logits reach {difference.largest_logit:.3g})")
