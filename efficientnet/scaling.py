@@ -46,20 +46,20 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
         raise ValueError(f"phi is too large to compute with, got {phi!r}") from None
 
 
-def coefficient_grid(step: float = 0.05, at_most: float = 2.0) -> list[tuple[float, float, float]]:
-    """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``1.8 <= alpha * beta^2 * gamma^2 <= at_most``.
+def coefficient_grid(step: float = 0.05, at_least: float = 1.9, at_most: float = 2.0) -> list[tuple[float, float, float]]:
+    """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``at_least <= alpha * beta^2 * gamma^2 <= at_most``.
 
-    The paper searches at phi = 1 for twice the cost, so what falls far below two is left out: it would lose for being smaller.
-    Raises ValueError for a step that is not in [0.01, 0.5] or leaves no point.
+    The paper searches at phi = 1 for twice the cost: what falls far below would lose for being smaller, not for its shape.
+    Raises ValueError for a step that is not in [0.01, 0.5], limits that are not 1.8 to 2.2, or if they leave no point.
     """
     if not 0.01 <= step <= 0.5:
         raise ValueError(f"step must be in [0.01, 0.5], got {step!r}")
-    if not PRODUCT[0] <= at_most <= PRODUCT[1]:
-        raise ValueError(f"at_most must be in [{PRODUCT[0]}, {PRODUCT[1]}], got {at_most!r}")
+    if not PRODUCT[0] <= at_least <= at_most <= PRODUCT[1]:
+        raise ValueError(f"at_least and at_most must be in order and in [{PRODUCT[0]}, {PRODUCT[1]}], got {at_least!r} and {at_most!r}")
     values = [round(1 + i * step, 6) for i in range(int((at_most - 1) / step + 1e-9) + 1)]
-    grid = [(a, b, c) for a in values for b in values for c in values if PRODUCT[0] <= a * b**2 * c**2 <= at_most + 1e-9]
+    grid = [(a, b, c) for a in values for b in values for c in values if at_least - 1e-9 <= a * b**2 * c**2 <= at_most + 1e-9]
     if not grid:
-        raise ValueError(f"step {step!r} leaves no alpha, beta, gamma with a product from {PRODUCT[0]} to {at_most}")
+        raise ValueError(f"step {step!r} leaves no alpha, beta, gamma with a product from {at_least!r} to {at_most!r}")
     return grid
 
 

@@ -6,7 +6,7 @@ import sys
 
 from efficientnet.commands.common import checking_input, print_stages, print_table
 from efficientnet.scaling import COEFFICIENTS, check_count
-from efficientnet.settings import DEVICES
+from efficientnet.settings import AMP, DEVICES, OBJECTIVES, SearchConfig
 from efficientnet.table3 import TABLE_3
 
 SUMMARY = "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other networks."
@@ -32,13 +32,32 @@ def add_arguments(parser):
     target.add_argument("--flops", type=amount, help="the largest network of at most so many multiply-accumulates (400M, 1.8G, 4.2e9)")
     target.add_argument("--params", type=amount, help="the largest network of at most so many parameters (8M)")
     target.add_argument("--latency", type=float, metavar="MS", help="the largest network of at most so many measured milliseconds")
+    target.add_argument("--search", action="store_true", help="the grid search for alpha, beta and gamma at phi 1, kept in --output")
     parser.add_argument("--base", default="efficientnet_b0", help="efficientnet_b0, mobilenet_v1, mobilenet_v2 or resnet50")
     for name, default in zip(("alpha", "beta", "gamma"), COEFFICIENTS, strict=True):
         parser.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s, the paper's)")
-    parser.add_argument("--img-size", type=int, default=224, help="pixels of the unscaled network (default: %(default)s)")
+    parser.add_argument("--img-size", type=int, help="pixels of the unscaled network (default: 224; 32 to search on digits)")
     parser.add_argument("--num-classes", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=1, help="images a forward, for --latency (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="for --latency")
+    parser.add_argument("--batch-size", type=int, help="images of a timed forward (default: 1), or of a training step (default: 64)")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="for --latency and --search")
+
+    def add(name, type, help):
+        default = getattr(SearchConfig, name)
+        search.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=f"{help} (default: %(default)s)")
+
+    search = parser.add_argument_group("search")
+    search.add_argument("--objective", choices=OBJECTIVES, help="(default: accuracy with --data, else latency)")
+    search.add_argument("--output", default="scale.json", help="results; the same command continues a search (default: %(default)s)")
+    add("step", float, "of the grid of alpha, beta and gamma")
+    add("at_least", float, "lower limit of alpha * beta^2 * gamma^2")
+    add("at_most", float, "upper limit")
+    search.add_argument("--data", help="'digits' or 'imagefolder:PATH', to train every candidate on")
+    add("epochs", int, "of each training")
+    add("lr", float, "peak learning rate")
+    add("seed", int, "of weights, order and augmentation")
+    add("amp", str, f"autocast: one of {', '.join(AMP)}")
+    add("val_fraction", float, "share of each class to hold out")
+    add("num_workers", int, "processes that load images")
 
 
 def run(args):
@@ -47,13 +66,52 @@ def run(args):
     with checking_input():
         if args.base not in BASES:
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {args.base!r}")
-        targets = (args.phi, args.flops, args.params, args.latency)
-        if any(target is not None for target in targets):
+        if args.data is not None and not args.search:
+            raise ValueError("data is for --search")
+        if args.search:
+            search = prepare_search(args)
+        elif any(target is not None for target in (args.phi, args.flops, args.params, args.latency)):
             print_scaled(args)
+            return
         elif args.base in TABLE_3:
             print_paper(args.base)
+            return
         else:
-            raise ValueError("scale needs one of --phi, --flops, --params, --latency")
+            raise ValueError("scale needs one of --phi, --flops, --params, --latency, --search")
+    print_search(search.config, search.run())
+    print(f"results  {args.output}")
+
+
+def prepare_search(args):
+    from dataclasses import fields
+
+    from efficientnet.search import Search
+
+    objective = args.objective or ("latency" if args.data is None else "accuracy")
+    settings = {field.name: getattr(args, field.name) for field in fields(SearchConfig)} | {"objective": objective}
+    if args.img_size is None:
+        settings["img_size"] = 32 if args.data == "digits" else 224
+    if args.batch_size is None:
+        settings["batch_size"] = 64 if objective == "accuracy" else 1
+    return Search(SearchConfig(**settings), args.output)
+
+
+def print_search(config, rows, top=10):
+    """The best candidates, and the paper's among them."""
+    shown = {"accuracy": ("accuracy", "loss"), "latency": ("ms", "ms_per_gmac"), "macs": ("macs_of_base",)}[config.objective]
+    names = ("alpha", "beta", "gamma")
+    table = [("rank", *names, "product", "resolution", "parameters", "MACs", *shown)]
+    for rank, row in enumerate(rows, start=1):
+        paper = all(abs(row[name] - value) < 1e-9 for name, value in zip(names, COEFFICIENTS, strict=True))
+        if rank <= top or paper:
+            figures = (f"{row[name]:.4g}" for name in ("product", "resolution"))
+            counts = f"{row['parameters']:,}", f"{row['macs']:,}"
+            table.append(
+                (f"{rank}{' (paper)' if paper else ''}", *(row[n] for n in names), *figures, *counts, *(f"{row[n]:.4f}" for n in shown))
+            )
+    print_table(table, left=(0,))
+    best = " ".join(f"--{name} {rows[0][name]:g}" for name in names)
+    print(f"\n{len(rows)} candidates; the best as options of scale: {best}")
 
 
 def print_scaled(args):
@@ -62,8 +120,10 @@ def print_scaled(args):
     from efficientnet.profile import count_macs, count_parameters, stage_table
     from efficientnet.scaling import Scaling, compound_scale, largest_phi
 
+    img_size = 224 if args.img_size is None else args.img_size
+
     def scaling_at(phi):
-        depth, width, resolution = compound_scale(phi, args.alpha, args.beta, args.gamma, args.img_size)
+        depth, width, resolution = compound_scale(phi, args.alpha, args.beta, args.gamma, img_size)
         return Scaling(round(depth, 4), round(width, 4), resolution)  # as the name says it
 
     def build(phi, fused=False, device="meta"):
@@ -108,8 +168,9 @@ class Stopwatch:
 
         if not 0 < args.latency < float("inf"):
             raise ValueError(f"latency must be a finite number of milliseconds > 0, got {args.latency!r}")
-        check_count("batch_size", args.batch_size)
-        self.batch_size, self.device, self.build, self.measured = args.batch_size, pick_device(args.device), build, {}
+        self.batch_size = 1 if args.batch_size is None else args.batch_size
+        check_count("batch_size", self.batch_size)
+        self.device, self.build, self.measured = pick_device(args.device), build, {}
 
     def __call__(self, phi):
         from tqdm import tqdm

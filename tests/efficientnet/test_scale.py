@@ -1,6 +1,12 @@
 """Compound scaling as a tool: budgets, the paper's other networks, the command."""
 
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +17,7 @@ from efficientnet import create_model
 from efficientnet.baselines import BASES, create_scaled
 from efficientnet.config import EfficientNetConfig, scaled_name
 from efficientnet.profile import count_macs, count_parameters, stage_table
-from efficientnet.scaling import Scaling, compound_scale, largest_phi
+from efficientnet.scaling import Scaling, coefficient_grid, compound_scale, largest_phi
 from efficientnet.table3 import TABLE_3
 
 
@@ -45,7 +51,7 @@ def test_largest_phi_is_the_last_that_fits():
     assert largest_phi(cost, 1e9, phi_max=3.0) == 3.0
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["efficientnet_b0", "resnet50"])
 def test_costs_never_fall_as_phi_grows(base):
     """What the bisection relies on."""
     models = [create_scaled(base, compound_scale(phi / 20), fused=False, device="meta") for phi in (0, 1, 2, 9, 10, 20, 21)]
@@ -217,10 +223,108 @@ def test_scale_prints_the_papers_table(run):  # noqa: F811
     assert "arXiv 1905.11946v5, Table 3" in out
 
 
+def test_the_grid_has_the_papers_point_and_keeps_to_the_constraint():
+    grid = coefficient_grid()
+    assert (1.2, 1.1, 1.15) in grid and len(grid) == len(set(grid)) == 51
+    assert all(1.9 <= round(a * b**2 * c**2, 9) <= 2 and min(a, b, c) >= 1 for a, b, c in grid)
+    # By brute force over a finer lattice of integers, in hundredths.
+    fine = range(100, 205, 5)
+    expected = [(a, b, c) for a in fine for b in fine for c in fine if 1.9e10 <= a * b**2 * c**2 <= 2e10]
+    assert [tuple(round(100 * x) for x in point) for point in grid] == expected
+    with pytest.raises(ValueError, match=r"step must be in \[0.01, 0.5\], got 0"):
+        coefficient_grid(0)
+    with pytest.raises(ValueError, match="at_least and at_most must be in order"):
+        coefficient_grid(0.1, 2.0, 1.9)
+    with pytest.raises(ValueError, match="leaves no alpha"):
+        coefficient_grid(0.3, 1.97, 1.98)
+
+
+SEARCH = ("scale", "--search", "--step", 0.2)  # three candidates: all into resolution, all into width, all into depth
+
+
+def test_search_by_macs(run, tmp_path):  # noqa: F811
+    """Ranked by how close rounding lets each come to twice the base."""
+    output = tmp_path / "r.json"
+    code, out, err = run("scale", "--search", "--objective", "macs", "--step", 0.1, "--output", output)
+    result = json.loads(output.read_text())
+    assert code == 0 and "9/9" in err
+    base = count_macs(create_model("b0", fused=False, device="meta"))
+    for row in result["rows"][::4]:
+        model = create_model(compound_scale(1, row["alpha"], row["beta"], row["gamma"]), fused=False, device="meta")
+        assert (row["macs"], row["parameters"]) == (count_macs(model), count_parameters(model))
+        assert row["macs_of_base"] == row["macs"] / base
+    best = min(result["rows"], key=lambda row: max(row["macs_of_base"] / 2, 2 / row["macs_of_base"]))
+    assert result["best"] == best and "9 candidates; the best as options of scale: --alpha 1 --beta 1 --gamma 1.4" in out
+    assert out.splitlines()[1].split()[:4] == ["1", "1.0", "1.0", "1.4"]
+
+
+def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
+    """A clock that makes width dear; networks that round to the same are timed once, and a second run times nothing."""
+    from efficientnet.latency import Latency
+
+    timed = []
+
+    def clock(model, image_size, device, batch_size):
+        timed.append(count_parameters(model))
+        assert batch_size == 2 and model.config.resolution == image_size
+        return Latency(count_macs(model) / 1e7 * (1 + model.config.stem_channels / 32), 0.5)
+
+    monkeypatch.setattr("efficientnet.latency.measure_latency", clock)
+    argv = ("scale", "--search", "--base", "mobilenet_v2", "--step", 0.2, "--at-least", 1.8, "--img-size", 64, "--batch-size", 2)
+    argv = (*argv, "--device", "cpu", "--output", tmp_path / "r.json")
+    code, out, _ = run(*argv)
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = result["rows"]
+    assert code == 0 and len(timed) == 3 and len(rows) == 4  # alpha 1.8 and 2 give the same repeats
+    assert all(row["ms_per_gmac"] == pytest.approx(row["ms"] / 2 / (row["macs"] / 1e9)) for row in rows)
+    assert result["best"]["beta"] == 1.0 and result["search"]["base"] == "mobilenet_v2"
+    before = (tmp_path / "r.json").read_text(), len(timed)
+    assert run(*argv)[1] == out
+    assert ((tmp_path / "r.json").read_text(), len(timed)) == before
+
+
+def test_search_by_training_survives_a_kill(run, image_folder, tmp_path):  # noqa: F811
+    """Killed within its first training and started again, a search ends with the figures of one that never stopped."""
+    options = (*SEARCH, "--data", f"imagefolder:{image_folder}", "--img-size", 8, "--epochs", 2, "--batch-size", 10, "--lr", 3e-3)
+    argv = [str(arg) for arg in (*options, "--device", "cpu", "--output")]
+    killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "efficientnet", *argv, killed], env=env, stdout=-3, stderr=-3)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("killed.json.runs/*/metrics.jsonl")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert list(tmp_path.glob("killed.json.runs/*/last.train.pt")), "it was to be killed while it trained"
+    before = json.loads(killed.read_text())
+    assert before["best"] is None and len(before["rows"]) < 3
+    for output in (killed, whole):
+        code, out, _ = run(*argv, output)
+        assert code == 0 and "3 candidates; the best as options of scale: --alpha" in out
+    result = json.loads(whole.read_text())
+    assert json.loads(killed.read_text()) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
+    assert [(row["alpha"], row["beta"], row["gamma"]) for row in result["rows"]] == [(1, 1, 1.4), (1, 1.4, 1), (2, 1, 1)]
+    assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in result["rows"])
+    assert result["best"]["accuracy"] == max(row["accuracy"] for row in result["rows"])
+
+
+def test_a_search_of_other_settings_is_not_continued(run, tmp_path):  # noqa: F811
+    output = tmp_path / "r.json"
+    argv = (*SEARCH, "--objective", "macs", "--output", output)
+    assert run(*argv)[0] == 0
+    assert_one_line(run(*argv, "--img-size", 96), r"r.json' is of a search with img_size 224, but this one has 96")
+    output.write_text("{}")
+    assert_one_line(run(*argv), "r.json' exists and is no result of a search")
+    assert output.read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "scale needs one of --phi, --flops, --params, --latency"),
+        ([], "scale needs one of --phi, --flops, --params, --latency, --search"),
         (["--base", "vgg"], "base must be one of efficientnet_b0, .*resnet50, got 'vgg'"),
         (["--phi", -1], r"phi must be in \[0, 16\], got -1.0"),
         (["--phi", "nan"], r"phi must be in \[0, 16\], got nan"),
@@ -233,8 +337,18 @@ def test_scale_prints_the_papers_table(run):  # noqa: F811
         (["--flops", "1M"], r"flops 1e\+06 is less than the 3.85815e\+08 multiply-accumulates of the unscaled efficientnet_b0"),
         (["--params", "2M", "--base", "resnet50"], "less than the 2.5557e.07 parameters of the unscaled resnet50"),
         (["--latency", "nan"], "latency must be a finite number of milliseconds > 0, got nan"),
+        (["--data", "digits", "--phi", 1], "data is for --search"),
+        (["--search", "--data", "mnist"], "data must be .*'mnist'"),
+        (["--search", "--step", 0], r"step must be in \[0.01, 0.5\], got 0.0"),
+        (["--search", "--at-least", 3], "at_least and at_most must be in order"),
+        (["--search", "--objective", "accuracy"], "data is what objective accuracy is measured on, got objective 'accuracy' and data None"),
+        (["--search", "--data", "digits", "--base", "resnet50"], "base must be efficientnet_b0 for objective accuracy, got 'resnet50'"),
+        (["--search", "--data", "digits", "--epochs", 0], "epochs must be an integer >= 1, got 0"),
+        (["--search", "--output", "/no/such/r.json"], "output '/no/such/r.json' must be a file in a folder that exists"),
         (["--latency", 5, "--batch-size", 0], "batch_size must be an integer >= 1, got 0"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, argv, message):  # noqa: F811
+def test_bad_input_is_one_line_and_exit_code_2(run, argv, message, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
     assert_one_line(run("scale", *argv), message)
+    assert not list(tmp_path.iterdir())
