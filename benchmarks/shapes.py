@@ -3,11 +3,15 @@
 import functools
 from dataclasses import dataclass, replace
 
+import torch
+from torch import nn
+
 from efficientnet import MBConv, create_model
 from efficientnet.config import EfficientNetConfig
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch
 from effkernels.geometry import conv_out_size
 from effkernels.modules.squeeze_excite import SqueezeExcite
+from effkernels.reference import activate
 
 
 class PlainDepthwiseConvBNAct(FusedDepthwiseConvBNAct):
@@ -106,6 +110,62 @@ class Block(Shape):
         return (FusedMBConv if fused else MBConv)(*args)
 
 
+class FusedPointwise(nn.Module):
+    """1x1 convolution and BatchNorm, in inference one launch of the kernel that an MBConv block runs for them; plain elsewhere."""
+
+    def __init__(self, inputs, outputs, act, gated, fused):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.act, self.fused = act, fused
+        self._gates = None
+        if gated:  # squeeze-excite's gate, the same for every image
+            self.register_buffer("gate", torch.linspace(0.1, 0.9, inputs))
+        else:
+            self.gate = None
+
+    def why_not_fused(self, x=None):
+        if not self.fused or self.training:
+            return "the fused schedule has this layer alone in inference only" if self.fused else "plain"
+        return dispatch.why_not_fused(x, (("conv_pw", self.conv), ("bn", self.bn)), self.conv.out_channels)
+
+    def forward(self, x):
+        if self.fused and self.why_not_fused(x) is None:
+            from effkernels.kernels import pointwise
+
+            bn = self.bn
+            out, _ = pointwise.pointwise_forward(
+                x.permute(0, 2, 3, 1), self.conv.weight, gate=self._gate_of(len(x)), act2=self.act,
+                epilogue=(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps),
+            )  # fmt: skip
+            return out.permute(0, 3, 1, 2)
+        if self.gate is not None:
+            x = x * self.gate.to(x.dtype)[:, None, None]
+        return activate(self.bn(self.conv(x)), self.act)
+
+    def _gate_of(self, images):
+        """fp32 [N, C], as squeeze-excite hands it over; made once, outside of what is timed."""
+        if self.gate is not None and (self._gates is None or len(self._gates) != images):
+            self._gates = self.gate.float().expand(images, -1).contiguous()
+        return self._gates
+
+
+@dataclass(frozen=True)
+class Pointwise(Shape):
+    """A block's 1x1 convolution with its BatchNorm: "expand" with SiLU after it, "project" with the gate before it."""
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    size: int
+
+    def __str__(self):
+        return f"{self.kind}-{self.in_channels}to{self.out_channels}-{self.size}px"
+
+    def build(self, fused):
+        expands = self.kind == "expand"
+        return FusedPointwise(self.in_channels, self.out_channels, "silu" if expands else "identity", not expands, fused)
+
+
 @dataclass(frozen=True)
 class Model(Shape):
     """A whole network, without dropout and drop-path (their random masks would differ from one variant to the next)."""
@@ -117,8 +177,8 @@ class Model(Shape):
     def __str__(self):
         return f"{self.name}-{self.size}px"
 
-    def build(self, fused):
-        return create_model(self.name, fused=fused, drop_rate=0.0, drop_path_rate=0.0)
+    def build(self, fused, device=None):
+        return create_model(self.name, fused=fused, drop_rate=0.0, drop_path_rate=0.0, device=device)
 
 
 def model(name: str) -> Model:
@@ -150,3 +210,21 @@ def depthwise_layers(name: str) -> list[Depthwise]:
 def squeeze_excite_layers(name: str) -> list[SqueezeExciteLayer]:
     """The distinct squeeze-excite layers of a network, in order."""
     return list(dict.fromkeys(block.squeeze_excite for block in blocks(name)))
+
+
+def kernel_of(name: str, block) -> Shape | None:
+    """The layer that a kernel of the inference schedule runs in ``block`` (anything with a Block's attributes), or None."""
+    if name == "expand":
+        return Pointwise("expand", block.in_channels, block.expanded, block.size)
+    if name == "project":
+        return Pointwise("project", block.expanded, block.out_channels, block.out_size)
+    return Depthwise(block.expanded, block.size, block.kernel_size, block.stride) if name == "depthwise" else None
+
+
+def pointwise_layers(name: str) -> list[Pointwise]:
+    """The distinct 1x1 convolutions of a network's blocks, in order."""
+    found = []
+    for block in blocks(name):
+        kinds = ("expand", "project") if block.expanded != block.in_channels else ("project",)
+        found += [kernel_of(kind, block) for kind in kinds]
+    return list(dict.fromkeys(found))

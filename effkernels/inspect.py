@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effkernels import tables
+from effkernels.gpus import GPUS, Gpu
 
 POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
@@ -572,38 +573,6 @@ def sample(rows, one_in: int = 60) -> list[dict]:
         shortest.setdefault((row["kernel"], row["dtype"]), row)
     drawn = [row for row in rows if int(row["digest"], 16) % one_in == 0]
     return list({row["digest"]: row for row in (*shortest.values(), *drawn)}.values())
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates that bound an element's time: DRAM bytes/s, streaming multiprocessors, sustained clock in Hz.
-
-    Of an SM of all four: 4 schedulers of one instruction for 32 threads a clock, 128 fp32 fused multiply-adds and 16 special
-    functions a clock (CUDA C programming guide, arithmetic instructions, compute capability 8.0: 64 FMA; 8.9 and 9.0: 128).
-    """
-
-    bandwidth: float
-    processors: int
-    clock: float
-    fma: int = 128
-
-    def floors(self, row: dict, bytes_per_element: float) -> dict[str, float]:
-        """Picoseconds an element takes at least, by resource."""
-        cycles = self.processors * self.clock / 1e12
-        return {
-            "bytes": 1e12 * bytes_per_element / self.bandwidth,
-            "issue": row["per_element"] / (128 * cycles),
-            "FMA": row["fma"] / (self.fma * cycles),
-            "SFU": row["mufu"] / (16 * cycles),
-        }
-
-
-GPUS = {
-    "h200": Gpu(4.3e12, 132, 1.755e9),  # copy bandwidth measured; clock under load (boost 1.98 GHz)
-    "h100": Gpu(0.9 * 3.35e12, 132, 1.755e9),  # SXM data sheet, 90 % of the bandwidth as on the H200
-    "a100": Gpu(0.9 * 2.039e12, 108, 1.41e9, fma=64),  # 80 GB SXM data sheet
-    "rtx4090": Gpu(0.9 * 1.008e12, 128, 2.52e9),  # data sheet
-}
 
 
 def table_lines(launches, rows, gpu: Gpu, arch: int) -> list[str]:

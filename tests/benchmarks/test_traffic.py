@@ -2,9 +2,10 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import traffic
 from benchmarks.shapes import Depthwise, SqueezeExciteLayer, blocks, model
-from benchmarks.traffic import activation_elements, step_bytes, weight_bytes
+from benchmarks.traffic import activation_elements, step_bytes
+from efficientnet import roofline
+from efficientnet.roofline import weight_bytes
 
 B0_PARAMETERS = 5_288_548
 
@@ -25,10 +26,10 @@ def test_passes_over_the_expanded_tensors():
         names = Counter(" ".join(f"{kernel.reads} {kernel.writes}" for kernel in schedule).split())
         return sum(names[e1] for e1 in ("y1", "dz1")), sum(names[e2] for e2 in ("y2", "dq"))
 
-    forward = [kernel.name for kernel in traffic.BLOCK_TRAINING].index("apply") + 1
-    assert passes(traffic.BLOCK_INFERENCE) == (2, 2)
-    assert passes(traffic.BLOCK_TRAINING[:forward]) == (2, 3)
-    assert passes(traffic.BLOCK_TRAINING[forward:]) == (3, 4)
+    forward = [kernel.name for kernel in roofline.BLOCK_TRAINING].index("apply") + 1
+    assert passes(roofline.BLOCK_INFERENCE) == (2, 2)
+    assert passes(roofline.BLOCK_TRAINING[:forward]) == (2, 3)
+    assert passes(roofline.BLOCK_TRAINING[forward:]) == (3, 4)
 
 
 def test_blocks_by_hand():

@@ -1,0 +1,219 @@
+"""What a step of a network must cost on a named GPU, kernel by kernel, beside what it was measured to cost.
+
+``python -m benchmarks.plan --model b0 --gpu h200 --mode infer`` prints, for each kernel of the fused schedule, the least time by
+resource: bytes (against the copy bandwidth), matrix products, fp32 multiply-adds, special functions, and issued instructions, where
+effkernels/tables/static_sm90.json counts those an element (depthwise, pool and apply; of others only the rest is known). The largest
+is the kernel's floor, the resource binds, and kernels follow one another. ``--results`` adds measured times; ``--plot`` draws a roofline.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import results, shapes
+from benchmarks.static import TABLE
+from benchmarks.traffic import works
+from efficientnet.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
+from effkernels.gpus import GPUS, Gpu
+
+BATCH = {"b0": 256, "b1": 256, "b2": 256, "b3": 128, "b4": 128, "b5": 64, "b6": 32, "b7": 32}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class Line:
+    """One kernel of the schedule, all blocks together: seconds by resource and in all (of each block the resource that binds)."""
+
+    kernel: str
+    count: int = 0
+    elements: int = 0
+    flops: int = 0
+    times: dict = field(default_factory=lambda: dict.fromkeys(RESOURCES, 0.0))
+    floor: float = 0.0
+    measured: float | None = None
+
+    @property
+    def binds(self) -> str:
+        return max(self.times, key=self.times.get)
+
+    @property
+    def share(self) -> float | None:
+        """Of the measured time, what the floor is."""
+        return self.floor / self.measured if self.measured else None
+
+
+class Instructions:
+    """Instructions an element of the compiled kernels, from the table in git."""
+
+    def __init__(self, dtype: str):
+        self.rows = [row for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if row["dtype"] == dtype]
+
+    def _per_element(self, kernel: str, **constants) -> float:
+        counts = [
+            row["per_element"]
+            for row in self.rows
+            if row["kernel"] == kernel
+            and row["per_element"] is not None
+            and all(row["constants"].get(name) == value for name, value in constants.items())
+        ]
+        return statistics.median(counts) if counts else 0.0
+
+    def of(self, work: Work, training: bool) -> float:
+        """Issued for one image; 0 where the table does not count the kernel."""
+        if work.block is None:
+            return 0.0
+        block, sizes = work.block, block_sizes(work.block)
+        expands = block.expanded != block.in_channels
+        shape = {"K": block.kernel_size, "STRIDE": block.stride}
+        if work.kernel == "depthwise" and not training:
+            return sizes["y2"] * self._per_element("depthwise_forward_kernel", EPILOGUE=True, ACT2="silu", **shape)
+        if work.kernel == "depthwise":
+            return sizes["y2"] * self._per_element("depthwise_forward_kernel", STATS=True, PROLOGUE=expands, **shape)
+        if work.kernel == "depthwise backward":
+            how = {"BN1": expands, "GATED": True, "NEED_DX": True, "NEED_DW": True}
+            return sizes["y1"] * self._per_element("depthwise_backward_kernel", **how, **shape)
+        if work.kernel == "pool":
+            return sizes["y2"] * self._per_element("pool_kernel", BN=True, ACT="silu")
+        if work.kernel == "apply":
+            return sizes["out"] * self._per_element("apply_kernel", ACT="identity", BN=True, GATED=False, RESIDUAL=block.residual)
+        return 0.0
+
+
+def _weights(work: Work) -> int:
+    """Elements of the weights that the kernel reads."""
+    block = work.block
+    if block is None:
+        return 0
+    of = {"expand": block.in_channels * block.expanded, "project": block.expanded * block.out_channels}
+    of["depthwise"] = block.kernel_size**2 * block.expanded
+    return of.get(work.kernel.split()[0], 0)
+
+
+def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat16", rows=()) -> list[Line]:
+    """One line a kernel of the schedule, and a last one, "step", for all; ``rows``: measured ones, of this model, mode, batch and dtype."""
+    shape, counts, lines, timed = shapes.model(model), Instructions(dtype), {}, defaultdict(list)
+    torch_dtype = getattr(torch, dtype)
+    step = "training" if training else "inference"
+    for work in works(shape, training):
+        line = lines.setdefault(work.kernel, Line(work.kernel))
+        times = floors(work, gpu, batch, torch_dtype, _weights(work), counts.of(work, training))
+        line.count += work.elements > 0
+        line.elements += work.elements
+        line.flops += 2 * (work.products + work.taps)
+        line.floor += max(times.values())
+        for resource, seconds in times.items():
+            line.times[resource] += seconds
+        if work.block is not None:
+            layer = shapes.kernel_of(work.kernel, work.block)
+            row = results.find(rows, shape=str(layer), step=step, variant="ours", batch_size=batch, dtype=dtype) if layer else None
+            timed[work.kernel].append(row["median_ms"] / 1e3 if row else None)
+    total = Line("step", flops=sum(line.flops for line in lines.values()), elements=sum(line.elements for line in lines.values()))
+    for line in lines.values():
+        total.count += line.count
+        total.floor += line.floor
+        for resource in RESOURCES:
+            total.times[resource] += line.times[resource]
+        if not training and timed[line.kernel] and None not in timed[line.kernel]:  # a training row holds several kernels
+            line.measured = sum(timed[line.kernel])
+    parameters = sum(p.numel() for p in shape.build(fused=False, device="meta").parameters())
+    if training:  # the optimizer's pass over the weights
+        seconds = weight_bytes(parameters, True, torch_dtype.itemsize, optimizer=True) / gpu.bandwidth
+        lines["optimizer"] = Line("weights, AdamW", count=1, floor=seconds)
+        lines["optimizer"].times["bytes"] = seconds
+        total.times["bytes"] += seconds
+        total.floor += seconds
+    row = results.find(rows, shape=str(shape), step=step, variant="ours", batch_size=batch, dtype=dtype)
+    total.measured = row["median_ms"] / 1e3 if row else None
+    return [*lines.values(), total]
+
+
+def table(lines, batch: int, itemsize: int) -> str:
+    """Markdown, in milliseconds a step."""
+    out = [
+        "| kernel | launches | MB an image | " + " | ".join(f"{r} ms" for r in RESOURCES) + " | floor ms | binds | measured ms | share |"
+    ]
+    out.append("|---|" + "---:|" * (3 + len(RESOURCES)) + "---|---:|---:|")
+    for line in lines:
+        times = " | ".join(f"{1e3 * line.times[r]:.3f}" if line.times[r] else "" for r in RESOURCES)
+        measured = results.NOT_YET if line.measured is None else f"{1e3 * line.measured:.3f}"
+        share = "" if line.share is None else f"{100 * line.share:.0f} %"
+        megabytes = itemsize * line.elements / 1e6
+        out.append(
+            f"| {line.kernel} | {line.count} | {megabytes:.2f} | {times} | {1e3 * line.floor:.3f} | {line.binds} | {measured} | {share} |"
+        )
+    return "\n".join(out)
+
+
+def plot(path: Path, lines, gpu: Gpu, batch: int, itemsize: int, title: str) -> None:
+    """The roofline: FLOP/s that the floor (hollow) and the measured time (filled) of each kernel allow, over FLOP a byte."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    points = [line for line in lines if line.flops and line.elements]
+    intensities = [line.flops / (itemsize * line.elements) for line in points]
+    low, high = min(intensities) / 3, max(2 * gpu.matrix / gpu.bandwidth, 2 * max(intensities))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="arithmetic intensity [FLOP/byte]", ylabel="rate [TFLOP/s]", title=title)
+    roofs = [("matrix units", gpu.matrix)] if itemsize == 2 else []
+    roofs.append(("fp32 units", 2 * gpu.per_second(gpu.fma)))
+    top = max(rate for _, rate in roofs)
+    xs = [low, top / gpu.bandwidth]
+    axes.plot(xs, [x * gpu.bandwidth / 1e12 for x in xs], color="black", label=f"memory, {gpu.bandwidth / 1e12:.2f} TB/s")
+    for (name, rate), style in zip(roofs, ("-", "--"), strict=False):
+        label = f"{name}, {rate / 1e12:.0f} TFLOP/s"
+        axes.plot([rate / gpu.bandwidth, high], [rate / 1e12] * 2, color="black", linestyle=style, label=label)
+    colors = plt.get_cmap("tab10").colors
+    for line, x, color, marker in zip(points, intensities, colors * 2, "osDv^<>pPX*hos", strict=False):
+        flops = batch * line.flops / 1e12
+        axes.plot(x, flops / line.floor, marker, color=color, fillstyle="none", ms=10, mew=1.8, ls="", label=f"{line.kernel}: {line.binds}")
+        if line.measured:
+            axes.plot(x, flops / line.measured, marker, color=color, ms=9, ls="", label=f"{line.kernel}, measured")
+    axes.grid(True, which="major", alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=9, title="floor (hollow) and what binds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Floors of a network's kernels on a GPU.")
+    parser.add_argument("--model", nargs="+", default=["b0"], choices=tuple(BATCH), help="default: b0")
+    parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="default: h200")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="measured copy bandwidth, instead of the GPU's")
+    parser.add_argument("--matrix", type=float, metavar="TFLOP/S", help="measured 16-bit matrix rate, instead of the GPU's")
+    parser.add_argument("--clock", type=float, metavar="GHZ", help="measured clock under load, instead of the GPU's")
+    parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
+    parser.add_argument("--batch-size", type=int, help="images (default: 256 for B0 to 32 for B7)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--results", type=Path, help="folder of results whose measured times are shown beside")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the roofline of the first model and mode")
+    args = parser.parse_args(argv)
+    for name in ("bandwidth", "matrix", "clock", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    gpu = GPUS[args.gpu]
+    units = {"bandwidth": 1e9, "matrix": 1e12, "clock": 1e9}
+    gpu = replace(gpu, **{name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None})
+    rows = results.load(args.results) if args.results else []
+    rows = [row for row in rows if gpu.name.split()[0].lower() in str(row.get("device", "")).lower()]
+    itemsize = getattr(torch, args.dtype).itemsize
+    for i, (model, mode) in enumerate((model, mode) for model in args.model for mode in args.mode):
+        batch = args.batch_size or BATCH[model]
+        lines = plan(model, mode == "train", gpu, batch, args.dtype, rows)
+        title = f"{shapes.model(model)} {'training' if mode == 'train' else 'inference'}, batch {batch}, {args.dtype}, {gpu.name}"
+        print(f"\n### {title}\n\n{table(lines, batch, itemsize)}\n\nat most {batch / lines[-1].floor:,.0f} images/s")
+        if i == 0 and args.plot:
+            plot(args.plot, lines, gpu, batch, itemsize, title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The least work of a step: bytes that device memory must move and arithmetic, kernel by kernel, in the fused schedule.
+
+A schedule lists the kernels of one step and the whole tensors each reads and writes, per image. It is what the kernels are to
+reach, not what they do today, and the same for every implementation: an implementation's GB/s ranks it, and the share of the copy
+bandwidth says how far it is from the schedule at full speed. Halos, per-channel vectors and per-tile sums are not counted; weights
+are, once for each use.
+
+Tensors of a block: x (input), y1 (after the expand convolution), y2 (after the depthwise), y3 (after the project convolution),
+out; each before its BatchNorm in training, after BatchNorm and activation in inference. dq is the gradient after the gate, dz1
+the one before BN1's activation; skip is the residual's share (empty where there is no residual).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from effkernels.geometry import conv_out_size
+from effkernels.gpus import Gpu
+
+
+class Kernel(NamedTuple):
+    """One kernel: the names of the tensors it reads and writes, separated by spaces, and its arithmetic as "count*name" terms.
+
+    products: multiply-accumulates of dense convolutions (tensor cores); taps: those of depthwise convolutions (fp32 units);
+    activations: evaluations of an activation or its derivative (special-function units). Names are those of ``block_sizes``.
+    """
+
+    name: str
+    reads: str
+    writes: str = ""
+    products: str = ""
+    taps: str = ""
+    activations: str = ""
+
+
+BLOCK_INFERENCE = (
+    Kernel("expand", "x", "y1", products="expand", activations="y1"),
+    Kernel("depthwise", "y1", "y2", taps="taps", activations="y2"),  # the pooled sums in its epilogue
+    Kernel("project", "y2 skip", "out", products="project"),  # the gate on load, the residual in its epilogue
+)
+BLOCK_TRAINING = (
+    Kernel("expand", "x", "y1", products="expand"),
+    Kernel("depthwise", "y1", "y2", taps="taps", activations="a1"),
+    Kernel("pool", "y2", activations="y2"),
+    Kernel("project", "y2", "y3", products="project", activations="y2"),
+    Kernel("apply", "y3 skip", "out"),
+    Kernel("BN3 sums", "dout y3"),
+    Kernel("project backward", "dout y3 y2", "dq", products="project project", activations="y2"),
+    Kernel("depthwise backward", "dq y2 y1", "dz1", taps="taps taps", activations="y2 a1"),
+    Kernel("expand backward", "dz1 x", "dx", products="expand expand gram gram"),
+    Kernel("residual backward", "skip"),  # whichever kernel writes dx also reads dout
+)
+ENDS_INFERENCE = (
+    Kernel("stem", "image", "stem", products="stem_products", activations="stem"),
+    Kernel("head", "features", products="head_products", activations="head"),  # pools in its epilogue
+)
+ENDS_TRAINING = (
+    Kernel("stem", "image", "stem", products="stem_products"),
+    Kernel("head", "features", "head", products="head_products"),
+    Kernel("head pool", "head", activations="head"),
+    Kernel("head backward", "head features", "dfeatures", products="head_products head_products", activations="head"),
+    Kernel("stem backward", "image stem dstem", products="stem_products", activations="stem"),
+)
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """Sizes of an MBConv block on square images of ``size`` pixels a side."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    expanded: int
+    size: int
+    residual: bool
+
+    @property
+    def out_size(self) -> int:
+        return conv_out_size(self.size, self.kernel_size, self.stride, "symmetric")
+
+    @property
+    def expands(self) -> bool:
+        return self.expanded != self.in_channels
+
+    def __str__(self):
+        return f"{self.in_channels}-{self.expanded}-{self.out_channels} k{self.kernel_size} s{self.stride} {self.size}px"
+
+
+class Work(NamedTuple):
+    """One kernel of one image: elements of activations and gradients moved, and arithmetic as in ``Kernel``."""
+
+    kernel: str
+    block: BlockGeometry | None  # None: stem and head
+    elements: int
+    products: int
+    taps: int
+    activations: int
+
+
+def block_sizes(block) -> dict[str, int]:
+    """Elements of each tensor of a block, and its counts of multiply-accumulates, per image."""
+    inputs, outputs = block.in_channels * block.size**2, block.out_channels * block.out_size**2
+    e1, e2 = block.expanded * block.size**2, block.expanded * block.out_size**2
+    expands = block.expanded != block.in_channels
+    sizes = {"x": inputs, "dx": inputs, "y1": e1, "dz1": e1, "y2": e2, "dq": e2, "y3": outputs, "out": outputs, "dout": outputs}
+    sizes["skip"] = inputs if block.residual else 0
+    sizes["a1"] = e1 if expands else 0  # elements that are normalised and activated before the depthwise convolution
+    sizes["taps"] = block.kernel_size**2 * e2
+    sizes |= {"expand": block.in_channels * e1, "gram": block.in_channels * inputs, "project": block.expanded * outputs}
+    return sizes
+
+
+def _sum(names: str, sizes: dict[str, int]) -> int:
+    return sum(sizes[name] for name in names.split())
+
+
+def _works(schedule, sizes, block=None) -> list[Work]:
+    found = []
+    for kernel in schedule:
+        counts = (_sum(names, sizes) for names in (f"{kernel.reads} {kernel.writes}", kernel.products, kernel.taps, kernel.activations))
+        found.append(Work(kernel.name, block, *counts))
+    return found
+
+
+def block_works(block, training: bool) -> list[Work]:
+    """The kernels of a block (a ``BlockGeometry``, or anything with its attributes)."""
+    schedule = BLOCK_TRAINING if training else BLOCK_INFERENCE
+    if block.expanded == block.in_channels:  # no expand convolution: the depthwise reads x and its backward writes dx
+        schedule = [kernel for kernel in schedule if not kernel.name.startswith("expand")]
+    return _works(schedule, block_sizes(block), block)
+
+
+def end_works(first, last, in_chans: int, image_size: int, head_channels: int, training: bool) -> list[Work]:
+    """The kernels of stem and head of a network whose first and last blocks these are."""
+    stem, features = first.in_channels * first.size**2, last.out_channels * last.out_size**2
+    head = head_channels * last.out_size**2
+    sizes = {"image": in_chans * image_size**2, "stem": stem, "dstem": stem, "features": features, "dfeatures": features, "head": head}
+    sizes |= {"stem_products": 9 * in_chans * stem, "head_products": last.out_channels * head}
+    return _works(ENDS_TRAINING if training else ENDS_INFERENCE, sizes)
+
+
+def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
+    """Every MBConv block of an EfficientNet (ours, or one with its parameter names) in order, for square images."""
+    found, size = [], conv_out_size(image_size, 3, 2, "symmetric")
+    for block in (block for stage in model.blocks for block in stage):
+        block = BlockGeometry(
+            block.in_channels, block.out_channels, block.kernel_size, block.stride, block.conv_dw.out_channels, size,
+            block.stride == 1 and block.in_channels == block.out_channels,
+        )  # fmt: skip
+        found.append(block)
+        size = block.out_size
+    return found
+
+
+def model_works(model: nn.Module, training: bool, image_size: int | None = None) -> list[Work]:
+    """The kernels of one step of an EfficientNet on one image, in order: blocks, then stem and head."""
+    image_size = image_size or model.config.resolution
+    blocks = block_geometries(model, image_size)
+    works = [work for block in blocks for work in block_works(block, training)]
+    return works + end_works(blocks[0], blocks[-1], model.in_chans, image_size, model.num_features, training)
+
+
+def elements(works) -> int:
+    """Elements of activations and gradients that one image's step moves."""
+    return sum(work.elements for work in works)
+
+
+def weight_bytes(parameters: int, training: bool, itemsize: int, optimizer: bool = False) -> int:
+    """Inference reads weights once, in the compute dtype. Training reads fp32 weights forward and backward and writes gradients;
+    AdamW reads weight, gradient and both moments and writes all but the gradient."""
+    if not training:
+        return parameters * itemsize
+    return parameters * 4 * (3 + (7 if optimizer else 0))
+
+
+def model_bytes(model: nn.Module, training: bool, batch: int, itemsize: int, image_size: int | None = None, optimizer: bool = True) -> int:
+    """Bytes of one step of an EfficientNet on ``batch`` images with ``itemsize`` bytes an element."""
+    parameters = sum(p.numel() for p in model.parameters())
+    moved = batch * itemsize * elements(model_works(model, training, image_size))
+    return moved + weight_bytes(parameters, training, itemsize, optimizer)
+
+
+RESOURCES = ("bytes", "matrix", "FMA", "SFU", "issue")
+
+
+def floors(work: Work, gpu: Gpu, batch: int, dtype: torch.dtype, weights: int = 0, instructions: float = 0.0) -> dict[str, float]:
+    """Seconds that a kernel takes at least on ``batch`` images, by resource.
+
+    An activation is one special function in bf16 and fp16 (tanh), two in fp32 (exp, reciprocal), where matrix products run on the
+    fp32 units too. ``weights``: elements read once, in the compute dtype. ``instructions``: issued by a thread for one image.
+    """
+    narrow = dtype.itemsize == 2
+    return {
+        "bytes": dtype.itemsize * (batch * work.elements + weights) / gpu.bandwidth,
+        "matrix": 2 * batch * work.products / gpu.matrix if narrow else 0.0,
+        "FMA": batch * (work.taps + (0 if narrow else work.products)) / gpu.per_second(gpu.fma),
+        "SFU": batch * work.activations * (1 if narrow else 2) / gpu.per_second(16),
+        "issue": batch * instructions / gpu.per_second(128),
+    }

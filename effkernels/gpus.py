@@ -1,0 +1,42 @@
+"""What a GPU does in a second, at best: the rates that floors are computed with."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that bound a kernel's time: DRAM bytes/s, streaming multiprocessors, sustained clock in Hz, 16-bit matrix FLOP/s.
+
+    Of an SM of all four: 4 schedulers of one instruction for 32 threads a clock, 128 fp32 fused multiply-adds and 16 special
+    functions a clock (CUDA C programming guide, arithmetic instructions, compute capability 8.0: 64 FMA; 8.9 and 9.0: 128).
+    """
+
+    name: str
+    bandwidth: float
+    processors: int
+    clock: float
+    matrix: float
+    fma: int = 128
+
+    def per_second(self, threads: int) -> float:
+        """Operations a second of a unit that serves ``threads`` threads of an SM a clock."""
+        return threads * self.processors * self.clock
+
+    def floors(self, row: dict, bytes_per_element: float) -> dict[str, float]:
+        """Picoseconds an element takes at least, by resource; ``row`` is one of effkernels.inspect's table."""
+        return {
+            "bytes": 1e12 * bytes_per_element / self.bandwidth,
+            "issue": 1e12 * row["per_element"] / self.per_second(128),
+            "FMA": 1e12 * row["fma"] / self.per_second(self.fma),
+            "SFU": 1e12 * row["mufu"] / self.per_second(16),
+        }
+
+
+# Bandwidth: that of a copy, measured on an H200; elsewhere 0.9 of the data sheet's, as there. Matrix: dense bf16, measured on an H200;
+# elsewhere 0.8 of the data sheet's, as there. Clock: under load, Hopper's (boost 1.98 GHz).
+GPUS = {
+    "h200": Gpu("H200", 4.3e12, 132, 1.755e9, 790e12),
+    "h100": Gpu("H100 SXM", 0.9 * 3.35e12, 132, 1.755e9, 790e12),
+    "a100": Gpu("A100 80 GB SXM", 0.9 * 2.039e12, 108, 1.41e9, 0.8 * 312e12, fma=64),
+    "rtx4090": Gpu("RTX 4090", 0.9 * 1.008e12, 128, 2.52e9, 0.8 * 165e12),
+}
