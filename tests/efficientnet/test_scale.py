@@ -134,7 +134,8 @@ def test_rows_add_up_to_the_totals(base):
     rows = stage_table(model)
     assert sum(r.params for r in rows) == count_parameters(model)
     assert sum(r.macs for r in rows) == count_macs(model)
-    assert rows[0].input_size == (97, 97) and [r.output_size for r in rows] == [r.input_size for r in rows[1:]] + [(1, 1)]
+    assert rows[0].input_size == (97, 97) and rows[0].output_size == ((25, 25) if base == "resnet50" else (49, 49))
+    assert [r.output_size for r in rows] == [r.input_size for r in rows[1:]] + [(1, 1)]
 
 
 @pytest.mark.parametrize("base", ["mobilenet_v1", "mobilenet_v2", "resnet50"])
@@ -283,8 +284,17 @@ def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
     assert ((tmp_path / "r.json").read_text(), len(timed)) == before
 
 
-def test_search_by_training_survives_a_kill(run, image_folder, tmp_path):  # noqa: F811
+def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeypatch):  # noqa: F811
     """Killed within its first training and started again, a search ends with the figures of one that never stopped."""
+    from efficientnet.train import Trainer
+
+    resumed = []
+
+    class Spy(Trainer):
+        def __init__(self, config):
+            super().__init__(config)
+            resumed.append(config.resume)
+
     options = (*SEARCH, "--data", f"imagefolder:{image_folder}", "--img-size", 8, "--epochs", 2, "--batch-size", 10, "--lr", 3e-3)
     argv = [str(arg) for arg in (*options, "--device", "cpu", "--output")]
     killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
@@ -299,16 +309,25 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path):  # noq
         process.wait()
     assert list(tmp_path.glob("killed.json.runs/*/last.train.pt")), "it was to be killed while it trained"
     before = json.loads(killed.read_text())
+    unfinished = [str(path.parent / "last.train.pt") for path in tmp_path.glob("*/*/metrics.jsonl") if path.read_text().count("\n") < 2]
+    monkeypatch.setattr("efficientnet.train.Trainer", Spy)
     assert before["best"] is None and len(before["rows"]) < 3
     for output in (killed, whole):
         code, out, _ = run(*argv, output)
         assert code == 0 and "3 candidates; the best as options of scale: --alpha" in out
+    assert {path for path in resumed if path} == set(unfinished)
     result = json.loads(whole.read_text())
     assert json.loads(killed.read_text()) == result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
     assert [(row["alpha"], row["beta"], row["gamma"]) for row in result["rows"]] == [(1, 1, 1.4), (1, 1.4, 1), (2, 1, 1)]
     assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in result["rows"])
-    assert result["best"]["accuracy"] == max(row["accuracy"] for row in result["rows"])
+
+    # What is best: the accuracy decides, then the loss.
+    for row, (accuracy, loss) in zip(result["rows"], ((0.2, 1.0), (0.9, 2.0), (0.9, 1.5)), strict=True):
+        row |= {"accuracy": accuracy, "loss": loss}
+    whole.write_text(json.dumps(result))
+    assert "the best as options of scale: --alpha 2 --beta 1 --gamma 1" in run(*argv, whole)[1]
+    assert json.loads(whole.read_text())["best"] == result["rows"][2]
 
 
 def test_a_search_of_other_settings_is_not_continued(run, tmp_path):  # noqa: F811
