@@ -11,8 +11,9 @@ from torch import nn
 
 from efficientnet.checkpoints import replacing
 from efficientnet.scaling import check_count
-from efficientnet.settings import EXPORT_FORMATS, InputError
+from efficientnet.settings import InputError
 
+EXPORT_FORMATS = ("onnx", "torchscript", "torch-export")
 METADATA_KEY = "efficientnet"  # in ONNX's metadata_props; the file efficientnet.json in the archives of the other two
 MIN_OPSET = 18  # what torch.onnx writes without converting down
 
@@ -54,16 +55,11 @@ def export_model(
     difference beyond the tolerance; ModuleNotFoundError for a missing package, before any work.
     """
     path = Path(path)
-    if format not in EXPORT_FORMATS:
-        raise InputError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    check_format(format, opset)
     check_count("img_size", image_size)
     check_count("batch_size", batch_size)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output {str(path)!r} must be a file in a folder that exists")
-    if format == "onnx":
-        check_opset(opset)
-    elif opset is not None:
-        raise InputError(f"opset is for format onnx, not for {format}")
     write, read = {"onnx": (_write_onnx, _read_onnx), "torchscript": (_write_torchscript, _read_torchscript)}.get(
         format, (_write_torch_export, _read_torch_export)
     )
@@ -94,15 +90,20 @@ def export_model(
     return difference
 
 
-def check_opset(opset: int | None) -> None:
-    """InputError unless the installed onnx has that opset; ModuleNotFoundError unless onnx, onnxscript and onnxruntime are there."""
-    import onnx
-    import onnxruntime  # noqa: F401
-    import onnxscript  # noqa: F401
+def check_format(format: str, opset: int | None = None) -> None:
+    """InputError unless that format, and opset of ONNX, can be written here; ModuleNotFoundError naming a package it needs."""
+    if format not in EXPORT_FORMATS:
+        raise InputError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    if format == "onnx":
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
 
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not MIN_OPSET <= opset <= newest:
-        raise InputError(f"opset must be from {MIN_OPSET} to {newest}, got {opset}")
+        newest = onnx.defs.onnx_opset_version()
+        if opset is not None and not MIN_OPSET <= opset <= newest:
+            raise InputError(f"opset must be from {MIN_OPSET} to {newest}, got {opset}")
+    elif opset is not None:
+        raise InputError(f"opset is for format onnx, not for {format}")
 
 
 @contextmanager

@@ -6,16 +6,71 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from efficientnet.baselines import create_scaled
 from efficientnet.checkpoints import replacing
 from efficientnet.profile import count_macs, count_parameters
-from efficientnet.scaling import Scaling, coefficient_grid, compound_scale
-from efficientnet.settings import InputError, SearchConfig, TrainConfig
+from efficientnet.scaling import Scaling, check_count, coefficient_grid, compound_scale
+from efficientnet.settings import InputError, TrainConfig
 
 PHI = 1.0
+OBJECTIVES = ("accuracy", "latency", "macs")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything that the result of a search depends on.
+
+    Args:
+        objective: "accuracy" of a short training on ``data``; "latency", the milliseconds that a GMAC takes on ``device``;
+            "macs", how close rounding lets the network come to twice the MACs of the base. Only the first knows about accuracy.
+            None: "accuracy" with data, else "latency".
+        base: one of ``efficientnet.baselines.BASES``; accuracy is of "efficientnet_b0" only.
+        step: of the grid; at_least, at_most: of alpha * beta^2 * gamma^2.
+        img_size: pixels of the unscaled network. None: 32 for the digits, else 224.
+        batch_size: images of a training step (None: as ``TrainConfig``), or of a timed forward (None: 1).
+        data, epochs, lr, seed, amp, val_fraction, num_workers: as ``TrainConfig``, for accuracy.
+
+    Raises InputError naming the field, its value and what is accepted.
+    """
+
+    objective: str | None = None
+    base: str = "efficientnet_b0"
+    step: float = 0.05
+    at_least: float = 1.9
+    at_most: float = 2.0
+    img_size: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    data: str | None = None
+    epochs: int = 3
+    lr: float = TrainConfig.lr
+    seed: int = 0
+    amp: str = "none"
+    val_fraction: float = TrainConfig.val_fraction
+    num_workers: int = 0
+
+    def __post_init__(self):
+        trains = self.data is not None
+        defaults = {
+            "objective": "accuracy" if trains else "latency",
+            "img_size": 32 if trains and self.data.startswith("digits") else 224,
+            "batch_size": TrainConfig.batch_size if trains else 1,
+        }
+        for field, value in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if (self.objective == "accuracy") != (self.data is not None):
+            raise InputError(f"data is what objective accuracy is measured on, got objective {self.objective!r} and data {self.data!r}")
+        if self.objective == "accuracy" and self.base != "efficientnet_b0":
+            raise InputError(f"base must be efficientnet_b0 for objective accuracy, got {self.base!r}")
+        for field, minimum in (("img_size", 1), ("batch_size", 1), ("epochs", 1), ("seed", 0), ("num_workers", 0)):
+            check_count(field, getattr(self, field), minimum)
 
 
 class Search:
@@ -37,8 +92,8 @@ class Search:
         if self.output.exists():
             self.rows = self._continue()
         if config.objective == "accuracy":
-            self._trainer(self.grid[0])  # what is wrong with the data or a setting shows before any work
-            self._clean()
+            with TemporaryDirectory() as scratch:  # what is wrong with the data or a setting shows before any work
+                self._new_trainer(self.grid[0], scratch)
         elif config.objective == "latency":
             from efficientnet.latency import describe_device
             from efficientnet.train import pick_device
@@ -114,34 +169,40 @@ class Search:
                 self._trainer(candidate).run()
             epochs = _read_rows(folder / "metrics.jsonl")
         shutil.rmtree(folder)
-        self._clean()
+        if not any(self.runs.iterdir()):
+            self.runs.rmdir()
         return {"accuracy": epochs[-1]["val_acc"], "loss": epochs[-1]["val_loss"]}
 
     def _folder(self, candidate):
         return self.runs / "a{:g}_b{:g}_g{:g}".format(*candidate)
 
     def _trainer(self, candidate):
+        """That trains a candidate, from where it was stopped; anew if its last state cannot be continued (of the last epoch, damaged)."""
+        folder = self._folder(candidate)
+        states = sorted(folder.rglob("*.train.pt"), key=lambda path: path.stat().st_mtime)
+        if states and len(_read_rows(folder / "metrics.jsonl")) < self.config.epochs:
+            try:
+                return self._new_trainer(candidate, folder, str(states[-1]))
+            except ValueError as error:
+                print(f"{folder.name} is trained anew: {error}", file=sys.stderr)
+                shutil.rmtree(folder)
+        return self._new_trainer(candidate, folder)
+
+    def _new_trainer(self, candidate, folder, resume=None):
         from efficientnet.train import Trainer
 
-        config, folder, scaling = self.config, self._folder(candidate), self._scaling(candidate)
+        config, scaling = self.config, self._scaling(candidate)
         names = ("data", "epochs", "batch_size", "lr", "seed", "device", "amp", "val_fraction", "num_workers")
-        last = folder / "last.train.pt"
         return Trainer(
             TrainConfig(
                 model=self._build(scaling).config.name,
                 img_size=scaling.resolution,
                 warmup_epochs=min(TrainConfig.warmup_epochs, config.epochs / 3),
                 output=str(folder),
-                resume=str(last) if last.exists() and len(_read_rows(folder / "metrics.jsonl")) < config.epochs else None,
+                resume=resume,
                 **{name: getattr(config, name) for name in names},
             )
         )
-
-    def _clean(self):
-        """Folders without a file in them go."""
-        for folder in (*(self.runs.iterdir() if self.runs.is_dir() else ()), self.runs):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
     def _rank(self, row):
         if self.config.objective == "accuracy":

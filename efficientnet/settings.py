@@ -3,12 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from efficientnet.scaling import check_count
-
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
-OBJECTIVES = ("accuracy", "latency", "macs")  # of a search for scaling coefficients
-EXPORT_FORMATS = ("onnx", "torchscript", "torch-export")
 
 
 class InputError(ValueError):
@@ -66,46 +62,3 @@ class TrainConfig:
             check(field, "a finite number >= 0", 0 <= getattr(self, field) < math.inf)
         check("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1)
         check("amp", f"one of {', '.join(AMP)}", self.amp in AMP)
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Everything that the result of a search depends on.
-
-    Args:
-        objective: "accuracy" of a short training on ``data``; "latency", the milliseconds that a GMAC takes on ``device``;
-            "macs", how close rounding lets the network come to twice the MACs of the base. Only the first knows about accuracy.
-        base: one of ``efficientnet.baselines.BASES``; accuracy is of "efficientnet_b0" only.
-        step: of the grid; at_least, at_most: of alpha * beta^2 * gamma^2.
-        img_size: pixels of the unscaled network.
-        batch_size: images of a training step, or of a timed forward.
-        data, epochs, lr, seed, amp, val_fraction, num_workers: as ``TrainConfig``, for accuracy.
-
-    Raises InputError naming the field, its value and what is accepted.
-    """
-
-    objective: str
-    base: str = "efficientnet_b0"
-    step: float = 0.05
-    at_least: float = 1.9
-    at_most: float = 2.0
-    img_size: int = 224
-    batch_size: int = 1
-    device: str = "auto"
-    data: str | None = None
-    epochs: int = 3
-    lr: float = TrainConfig.lr
-    seed: int = 0
-    amp: str = "none"
-    val_fraction: float = TrainConfig.val_fraction
-    num_workers: int = 0
-
-    def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if (self.objective == "accuracy") != (self.data is not None):
-            raise InputError(f"data is what objective accuracy is measured on, got objective {self.objective!r} and data {self.data!r}")
-        if self.objective == "accuracy" and self.base != "efficientnet_b0":
-            raise InputError(f"base must be efficientnet_b0 for objective accuracy, got {self.base!r}")
-        for field, minimum in (("img_size", 1), ("batch_size", 1), ("epochs", 1), ("seed", 0), ("num_workers", 0)):
-            check_count(field, getattr(self, field), minimum)

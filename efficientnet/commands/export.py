@@ -3,7 +3,6 @@
 import argparse
 
 from efficientnet.commands.common import checking_input, load
-from efficientnet.settings import EXPORT_FORMATS
 
 SUMMARY = "A checkpoint as ONNX, TorchScript or torch.export program, checked against the model before it is kept."
 
@@ -11,7 +10,7 @@ SUMMARY = "A checkpoint as ONNX, TorchScript or torch.export program, checked ag
 def add_arguments(parser):
     parser.add_argument("--checkpoint", required=True, help=".safetensors, or a state_dict saved by torch (.pt, .pth)")
     parser.add_argument("--model", help="the model's name, for a file that does not say it")
-    parser.add_argument("--format", required=True, choices=EXPORT_FORMATS)
+    parser.add_argument("--format", required=True, help="onnx, torchscript or torch-export")
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--img-size", type=int, help="pixels (default: as in training)")
     parser.add_argument("--batch-size", type=int, help="images a run of the program (default: 1)")
@@ -26,13 +25,12 @@ def run(args):
 
     import torch
 
-    from efficientnet.export import check_opset, export_model
+    from efficientnet.export import check_format, export_model
 
     with checking_input():
         if args.dynamic_batch and args.batch_size is not None:
             raise ValueError("batch_size is not for dynamic_batch, which takes any")
-        if args.format == "onnx":
-            check_opset(args.opset)
+        check_format(args.format, args.opset)
         _, model, classes, preprocess = load(args)
         difference = export_model(
             model.to(memory_format=torch.contiguous_format),

@@ -6,7 +6,7 @@ import sys
 
 from efficientnet.commands.common import checking_input, print_stages, print_table
 from efficientnet.scaling import COEFFICIENTS, check_count
-from efficientnet.settings import AMP, DEVICES, OBJECTIVES, SearchConfig
+from efficientnet.settings import DEVICES
 from efficientnet.table3 import TABLE_3
 
 SUMMARY = "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other networks."
@@ -41,23 +41,19 @@ def add_arguments(parser):
     parser.add_argument("--batch-size", type=int, help="images of a timed forward (default: 1), or of a training step (default: 64)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="for --latency and --search")
 
-    def add(name, type, help):
-        default = getattr(SearchConfig, name)
-        search.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=f"{help} (default: %(default)s)")
-
-    search = parser.add_argument_group("search")
-    search.add_argument("--objective", choices=OBJECTIVES, help="(default: accuracy with --data, else latency)")
+    search = parser.add_argument_group("search", "what is not given takes the defaults of efficientnet.search.SearchConfig")
     search.add_argument("--output", default="scale.json", help="results; the same command continues a search (default: %(default)s)")
-    add("step", float, "of the grid of alpha, beta and gamma")
-    add("at_least", float, "lower limit of alpha * beta^2 * gamma^2")
-    add("at_most", float, "upper limit")
+    search.add_argument("--objective", help="accuracy, latency or macs (default: accuracy with --data, else latency)")
+    search.add_argument("--step", type=float, help="of the grid of alpha, beta and gamma (default: 0.05)")
+    search.add_argument("--at-least", type=float, help="lower limit of alpha * beta^2 * gamma^2 (default: 1.9)")
+    search.add_argument("--at-most", type=float, help="upper limit (default: 2.0)")
     search.add_argument("--data", help="'digits' or 'imagefolder:PATH', to train every candidate on")
-    add("epochs", int, "of each training")
-    add("lr", float, "peak learning rate")
-    add("seed", int, "of weights, order and augmentation")
-    add("amp", str, f"autocast: one of {', '.join(AMP)}")
-    add("val_fraction", float, "share of each class to hold out")
-    add("num_workers", int, "processes that load images")
+    search.add_argument("--epochs", type=int, help="of each training (default: 3)")
+    search.add_argument("--lr", type=float, help="peak learning rate (default: as train)")
+    search.add_argument("--seed", type=int, help="of weights, order and augmentation (default: 0)")
+    search.add_argument("--amp", help="autocast, as train")
+    search.add_argument("--val-fraction", type=float, help="share of each class to hold out (default: as train)")
+    search.add_argument("--num-workers", type=int, help="processes that load images (default: 0)")
 
 
 def run(args):
@@ -85,15 +81,10 @@ def run(args):
 def prepare_search(args):
     from dataclasses import fields
 
-    from efficientnet.search import Search
+    from efficientnet.search import Search, SearchConfig
 
-    objective = args.objective or ("latency" if args.data is None else "accuracy")
-    settings = {field.name: getattr(args, field.name) for field in fields(SearchConfig)} | {"objective": objective}
-    if args.img_size is None:
-        settings["img_size"] = 32 if args.data == "digits" else 224
-    if args.batch_size is None:
-        settings["batch_size"] = 64 if objective == "accuracy" else 1
-    return Search(SearchConfig(**settings), args.output)
+    given = {field.name: getattr(args, field.name) for field in fields(SearchConfig)}
+    return Search(SearchConfig(**{name: value for name, value in given.items() if value is not None}), args.output)
 
 
 def print_search(config, rows, top=10):
