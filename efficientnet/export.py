@@ -135,7 +135,7 @@ def _write_onnx(model, images, path, dynamic_batch, opset, metadata):
     if opset is not None and written != opset:
         raise RuntimeError(f"torch wrote opset {written} instead of {opset}")
     program.model.metadata_props[METADATA_KEY] = metadata
-    program.save(path)  # one file: weights of 2 GB and more, which ONNX keeps apart, fail here
+    path.write_bytes(program.model_proto.SerializeToString())  # one file, where save() puts large weights beside it; 2 GiB fail here
 
 
 def _read_onnx(path):
