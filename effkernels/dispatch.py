@@ -211,8 +211,8 @@ def why_not_fused(
             problems = (layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items())
             reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
-        parameters = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
-        reason = tensor_problem(x, parameters, [b for layer in layers.values() for b in layer.buffers(recurse=False)])
+        parameters = [p for layer in layers.values() for p in layer._parameters.values() if p is not None]
+        reason = tensor_problem(x, parameters, [b for layer in layers.values() for b in layer._buffers.values() if b is not None])
         if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
             reason = "one image of the widest tensor has 2**31 elements or more"
     if reason is not None and wanted == "triton" and x is not None:

@@ -48,7 +48,6 @@ ACTIVATIONS = {
 ACTS, GATES = tuple(reference.ACTIVATIONS), tuple(reference.GATES)
 
 
-@functools.cache
 def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -357,11 +356,9 @@ def layers_of(block: Block) -> list[tuple[str, str, nn.Module]]:
 
 def judge(module: nn.Module, block: Block, layers) -> Verdict | str:
     """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are not asked."""
-    for name, inner in module.named_modules():
-        if inner is not module and dispatch.has_hooks(inner):
-            return f"{name} has hooks"
-        if "forward" in inner.__dict__:
-            return f"{name or 'the block'}.forward was replaced"
+    problem = _edited(module, "")
+    if problem is not None:
+        return problem
     for name, inner in block.identities:
         if path_of(type(inner)) != "torch.nn.modules.linear.Identity":
             return f"{name} is a {type(inner).__name__}"
@@ -398,6 +395,23 @@ def judge(module: nn.Module, block: Block, layers) -> Verdict | str:
     if block.residual and (stride != 1 or I != O):
         return f"a residual over stride {stride} and {I} -> {O} channels"
     return _acts(block, pads)
+
+
+def _edited(module, prefix):
+    """Whether somebody listens to, or stands in for, a module inside."""
+    for name, inner in module._modules.items():
+        if inner is None:
+            continue
+        name = prefix + name
+        if dispatch.has_hooks(inner):
+            return f"{name} has hooks"
+        if "forward" in inner.__dict__:
+            return f"{name}.forward was replaced"
+        if inner._modules:
+            problem = _edited(inner, f"{name}.")
+            if problem is not None:
+                return problem
+    return None
 
 
 def _type_problem(layers):

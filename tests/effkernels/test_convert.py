@@ -1,6 +1,8 @@
 """accelerate, restore and explain on whole models of every library: the same numbers, the same objects, and back again."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -160,3 +162,169 @@ def test_training_with_an_optimizer_made_before(name, twins_serve):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=key)
     plain.load_state_dict(fused.state_dict(), strict=True)
     assert torch.equal(logits(plain.eval(), x.double()), logits(restore(fused).eval(), x.double()))
+
+
+# ---- life as a module --------------------------------------------------------------------------------------------------------------
+
+
+def narrow(seed=0):
+    """timm's EfficientNet-B0, narrow, in eval mode, and images."""
+    torch.manual_seed(seed)
+    networks = pytest.importorskip("timm").models.efficientnet
+    model = networks._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, depth_multiplier=1.0, num_classes=10)
+    return model.eval(), torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("rebuild", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
+@pytest.mark.parametrize("make", [lambda: narrow()[0], lambda: create_model("b0", num_classes=10, fused=False).eval()])
+def test_copies_are_accelerated_and_of_their_own(make, rebuild):
+    model = accelerate(make())
+    if rebuild == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = rebuild(model)
+    assert explain(other).fused == explain(model).fused == 16
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in other.parameters()}
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        for p in other.parameters():
+            p.zero_()
+        assert torch.equal(model(x), expected) and not other(x).any()
+    assert [type(m) for m in restore(other).modules()] == [type(m) for m in restore(model).modules()]
+
+
+def test_a_block_that_copies_itself_in_its_own_way():
+    class Odd(type(narrow()[0].blocks[0][0])):
+        def __reduce__(self):
+            return Odd, (8, 8)
+
+    with pytest.raises(TypeError, match="Odd copies itself in its own way: restore"):
+        copy.deepcopy(accelerate(Odd(8, 8)))
+
+
+def test_moving_average_and_modes(twins_serve):
+    """timm's EMA copies the model; train() and eval() reach what is inside; half() and to() replace tensors that restore keeps."""
+    timm = pytest.importorskip("timm")
+    model, x = narrow()
+    average = timm.utils.ModelEmaV3(accelerate(model), decay=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    before = average.module.conv_stem.weight.clone()
+    average.update(model)
+    torch.testing.assert_close(average.module.conv_stem.weight, before * 1.5)
+    assert explain(average.module).fused == 16
+    model.train()
+    assert all(m.training for m in model.modules())
+    model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        assert model(x.bfloat16()).dtype == torch.bfloat16 and len(twins_serve) == 16
+    assert all(a is b for a, b in zip(restore(model).parameters(), parameters, strict=True))
+
+
+def test_hooks_on_a_block_itself_go_on():
+    model, x = narrow()
+    shapes = []
+    model.blocks[1][0].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    accelerate(model)
+    with torch.no_grad():
+        model(x)
+    assert explain(model).fused == 16 and shapes == [(2, 8, 8, 8)]
+
+
+def test_shared_blocks_and_calls_by_keyword(twins_serve):
+    model, _ = narrow()
+    block = model.blocks[1][1]
+    twice = accelerate(nn.Sequential(block, block))
+    x = torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(block(x=x), block(x)) and len(twins_serve) == 2
+        twice(x)
+    assert len(twins_serve) == 4 and list(explain(twice)) == ["0"]
+
+
+def test_distributed_wrapper(tmp_path, twins_serve):
+    """Accelerated before or after DistributedDataParallel: gradients of one process are the plain model's."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        gradients = []
+        for when in ("never", "before", "after"):
+            model, x = narrow()
+            if when == "before":
+                accelerate(model)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            if when == "after":
+                accelerate(wrapped)
+            wrapped(x).square().sum().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert len(twins_serve) == 2 * 16 and all(key.startswith("module.") for key in wrapped.state_dict())
+    finally:
+        dist.destroy_process_group()
+    for others in gradients[1:]:
+        for grad, plain in zip(others, gradients[0], strict=True):
+            torch.testing.assert_close(grad, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
+
+
+def test_made_into_another_class_since():
+    """fully_shard and the like subclass what they find: restore would lose their class, so it refuses."""
+    model, _ = narrow()
+    block = accelerate(model).blocks[0][0]
+    block.__class__ = type("Sharded", (type(block),), {})
+    with pytest.raises(TypeError, match="Sharded was made of an accelerated block by another library"):
+        restore(model)
+
+
+def test_symbolic_tracing_sees_the_plain_layers():
+    """torch.fx, on which timm's and torchvision's feature extraction stand, records the block's own layers."""
+    model = torchvision_model("mobilenet_v2")
+    plain = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
+    assert [node.target for node in torch.fx.symbolic_trace(accelerate(model)).graph.nodes] == plain
+
+
+@pytest.mark.parametrize("name", ["timm-efficientnet_b0", "torchvision-mobilenet_v3_small", "lukemelas-b0", "transformers-half"])
+def test_compiled_as_one_graph(name):
+    make, *_ = MODELS[name]
+    torch.manual_seed(0)
+    model = accelerate(make())
+    block = model.get_submodule(list(explain(model))[1]).eval()
+    inputs = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    x = torch.randn(2, inputs, 8, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+
+
+def test_onnx_export_of_a_restored_model(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = narrow()
+    accelerate(model)
+    restore(model)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_library_is_imported():
+    """Classes are known by name: accelerating our own model loads neither timm nor torchvision nor transformers."""
+    import subprocess
+    import sys
+
+    code = """
+        import sys
+        from efficientnet import create_model
+        from effkernels import accelerate, explain
+        assert explain(accelerate(create_model("b0", fused=False))).fused == 16
+        assert not {"timm", "torchvision", "transformers", "efficientnet_pytorch", "triton"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())], check=True)
