@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
+TRAIN += ["huggingface_hub>=0.23"]
 EXPORT = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"]
 TEST = [
     "pytest>=7.4",
@@ -20,7 +21,6 @@ TEST = [
     "timm>=1.0.9",
     "efficientnet_pytorch>=0.7.1",
     "transformers>=5.0",
-    "huggingface_hub>=0.23",
     "pyyaml>=6.0",
 ]
 

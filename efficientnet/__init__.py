@@ -11,6 +11,9 @@ _EXPORTS = {
     "MBConv": "efficientnet.mbconv",
     "compound_scale": "efficientnet.scaling",
     "load_checkpoint": "efficientnet.checkpoints",
+    "freeze": "efficientnet.transfer",
+    "parameter_groups": "efficientnet.transfer",
+    "list_pretrained": "efficientnet.pretrained",
 }
 __all__ = sorted(_EXPORTS)
 

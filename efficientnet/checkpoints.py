@@ -1,20 +1,30 @@
-"""Checkpoints: safetensors weights that carry, as metadata, all it takes to rebuild the model and prepare its images."""
+"""Checkpoints: ours, safetensors that carry all it takes to rebuild the model and prepare its images; and those of other libraries."""
 
+import argparse
 import errno
 import json
 import os
+import pickle
+import re
+import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from efficientnet.config import EfficientNetConfig, StageConfig
-from efficientnet.model import EfficientNet, create_model
+from efficientnet.layouts import LAYOUTS, Layout, config_plan, conventions, guess_config, recognise, tidy, translate
+from efficientnet.model import EfficientNet, adapt_input_conv, create_model
+from efficientnet.pretrained import fetch
 
 METADATA_KEY = "efficientnet"
+METADATA_SLOT = "__efficientnet__"  # in a torch file; no module has such a name
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")  # the usual names of the weights among other things
+WRAPPERS = ("state_dict", "model")
 
 
 @contextmanager
@@ -48,36 +58,206 @@ def save_checkpoint(model: nn.Module, path, **metadata) -> None:
         temporary.write_bytes(save(state, {METADATA_KEY: json.dumps(metadata)}))  # save_file would make it unreadable for others
 
 
-def load_checkpoint(model: "nn.Module | str | None", path, *, fused: bool = True) -> nn.Module:
-    """Load weights strictly: every key present, none left over, every shape equal. Returns the model.
+def _write(state, path, metadata):
+    """As ``save_checkpoint``, of a state_dict, in the format of the path's suffix."""
+    state = {key: tensor.contiguous() for key, tensor in state.items()}
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save
+
+            temporary.write_bytes(save(state, {METADATA_KEY: json.dumps(metadata)}))
+        else:
+            state = OrderedDict(state)
+            # Where state_dict() keeps versions of modules: other libraries load the file as if nothing were there.
+            state._metadata = OrderedDict({METADATA_SLOT: json.dumps(metadata)})
+            torch.save(state, temporary)
+
+
+def load_checkpoint(
+    model: "nn.Module | str | None",
+    source,
+    *,
+    fused: bool = True,
+    layout: str | None = None,
+    padding: str | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
+    use_ema: bool = True,
+) -> nn.Module:
+    """Load weights of any known layout strictly: every key present, none left over, every shape equal. Returns the model.
 
     Args:
-        model: the module to load into; or a model's name, whose classes and input channels are read off the weights; or None
-            to build the model that the file describes (files from ``save_checkpoint`` do).
-        path: .safetensors, or a state_dict saved by torch (.pt, .pth, .bin), which is read without running code from it.
+        model: the module to load into; or a model's name, whose classes and input channels are read off the weights and whose
+            padding and BatchNorm are those of the library that the weights come from; or None to build the model that the file
+            describes (files from ``save_checkpoint`` and ``convert`` do).
+        source: .safetensors, or a state_dict saved by torch (.pt, .pth, .bin; zipped or legacy), which is read without running
+            code from it, bare or under "state_dict", "model" and the like, with or without "module." and "_orig_mod." before each
+            key; or an http(s) URL; or the id of a repository on the Hugging Face Hub.
         fused: blocks of a model that is built here, as in ``create_model``.
+        layout: a name from ``efficientnet.layouts.LAYOUTS``. None: the one that knows the keys. A module that is not an
+            ``EfficientNet`` takes only its own keys.
+        padding, bn_eps, bn_momentum: what the weights were trained with, which no tensor tells. None: what the file says, else
+            what is usual with its layout (torchvision and NVIDIA: "symmetric"; lukemelas and Hugging Face: "same", 1e-3, 0.01;
+            timm's names do not say: then the model or its name decides).
+        use_ema: of a training checkpoint the averaged weights, if it has them.
 
-    Raises FileNotFoundError, or ValueError naming the file and what is wrong: unreadable or truncated, keys missing, unexpected
-    or misshapen, or weights trained with another padding, BatchNorm epsilon or activation (no shape would tell).
+    Raises FileNotFoundError, ConnectionError for a URL or id that cannot be reached, or ValueError naming the file and what is
+    wrong: unreadable, truncated or in need of code to run; of an unknown layout; keys missing, unexpected or misshapen; or weights
+    trained with another padding, BatchNorm epsilon or activation than the model has (no shape would tell, and the logits would
+    be wrong: build the model with the right ones, or say here what the weights were trained with).
     """
-    state, metadata = _read(path)
+    weights = read_weights(source, use_ema=use_ema)
+    known = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    known = {field: value for field, value in known.items() if value is not None}
     if model is None:
-        model = _build(metadata, path, fused)
+        config, sizes = _described(weights)
+        model = EfficientNet(replace(config, **known), fused=fused, **sizes)
     elif isinstance(model, str):
-        model = create_model(model, fused=fused, **_sizes(state, path))
-    if isinstance(model, EfficientNet) and "config" in metadata:
-        for field in ("padding", "bn_eps", "act"):
-            stored, actual = metadata["config"].get(field), getattr(model.config, field)
-            if stored != actual:
-                raise ValueError(f"checkpoint {str(path)!r} was trained with {field}={stored!r}, but the model has {field}={actual!r}")
-    _check_fit(model, state, path)
-    model.load_state_dict(state, strict=False)  # what strict would refuse is refused above, in one line
+        config = EfficientNetConfig.from_name(model)
+        state = weights.in_timm_names(config, layout)
+        settings = weights.trained_with(config) | known
+        settings = {field: settings[field] for field in ("padding", "bn_eps", "bn_momentum") if field in settings}
+        model = create_model(config, fused=fused, **settings, **_sizes(state, weights.path))
+    load_weights(model, weights, layout=layout, known=known)
     return model
 
 
-def read_metadata(path) -> dict:
+@dataclass
+class Weights:
+    """A checkpoint that was read: its tidy state_dict, our metadata ({} if it has none), where it came from."""
+
+    state: dict
+    metadata: dict
+    path: Path
+    raw: dict  # before its keys were tidied
+    layout: Layout | None = None
+
+    def recognise(self, name: str | None = None) -> Layout:
+        """Sets and returns the layout: the named one, or the one that knows the keys."""
+        if name is not None and name not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+        if name is not None:
+            self.layout = LAYOUTS[name]
+        elif self.layout is None:
+            try:
+                self.layout = recognise(self.state)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {str(self.path)!r} {error}") from None
+        return self.layout
+
+    def in_timm_names(self, config: EfficientNetConfig, layout: str | None = None) -> dict:
+        return translate(self.state, self.recognise(layout), LAYOUTS["timm"], config_plan(config))
+
+    def num_classes(self, config: EfficientNetConfig) -> int:
+        return _sizes(self.in_timm_names(config), self.path)["num_classes"]
+
+    def trained_with(self, config: EfficientNetConfig) -> dict:
+        """padding, bn_eps, bn_momentum, act of these weights, as far as the file says or its layout implies."""
+        stored = self.metadata.get("config", {})
+        if stored:
+            return {field: stored[field] for field in ("padding", "bn_eps", "bn_momentum", "act") if field in stored}
+        return conventions(self.recognise(), config)
+
+
+def load_weights(model: nn.Module, weights: Weights, *, layout: str | None = None, known: dict | None = None, adapt: bool = False) -> None:
+    """The second half of ``load_checkpoint``: check, then fill ``model``.
+
+    Args:
+        known: what the caller says that the weights were trained with.
+        adapt: a classifier of other classes keeps its fresh weights, with a warning; a stem of other input channels takes the
+            three-channel weights, summed for one channel, else repeated and scaled by 3 / in_chans.
+    """
+    state, path = weights.raw, weights.path
+    while isinstance(wrapped := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        model = wrapped  # of DistributedDataParallel or torch.compile
+    if isinstance(model, EfficientNet):
+        state = weights.in_timm_names(model.config, layout)
+        for field, trained in (weights.trained_with(model.config) | (known or {})).items():
+            actual = getattr(model.config, field)
+            if field != "bn_momentum" and trained != actual:  # momentum matters to further training only
+                raise ValueError(
+                    f"checkpoint {str(path)!r} ({weights.layout.name} layout) was trained with {field}={trained!r}, but the model has "
+                    f"{field}={actual!r}: build it with create_model(..., {field}={trained!r}), or, if the weights were trained "
+                    f"otherwise, load_checkpoint(..., {field}={actual!r})"
+                )
+        if adapt:
+            state = _adapt(model, dict(state), path)
+    _check_fit(model, state, path)
+    model.load_state_dict(state, strict=False)  # what strict would refuse is refused above, in one line
+
+
+def convert(
+    source, target, to: str, *, layout: str | None = None, model: str | None = None, padding=None, bn_eps=None, use_ema: bool = True
+) -> EfficientNetConfig:
+    """Write the weights of ``source`` under the names of another library; returns the network they are for.
+
+    Args:
+        source: as in ``load_checkpoint``.
+        target: a file to write: .safetensors, or .pt, .pth, .bin for ``torch.save`` of a plain state_dict. Either remembers the
+            model's description, padding and BatchNorm included, for ``load_checkpoint``.
+        to, layout: layouts by name; ``layout`` None: the one that knows the keys.
+        model: the model's name. None: what the file says, or the published variant of that size; timm's names, shared by
+            "efficientnet_*" and "tf_efficientnet_*", need it.
+        padding, bn_eps: what the weights were trained with, as in ``load_checkpoint``.
+
+    A warning says so if the other library's own model has another padding or epsilon: there the weights would give other logits.
+    Raises as ``load_checkpoint``.
+    """
+    target = Path(target)
+    if to not in LAYOUTS:
+        raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    if target.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise ValueError(f"target {str(target)!r} must end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    weights = read_weights(source, use_ema=use_ema)
+    found = weights.recognise(layout)
+    if model is not None:
+        config = EfficientNetConfig.from_name(model)
+    elif "config" in weights.metadata:
+        config, _ = _described(weights)
+    elif found.name == "timm":
+        raise ValueError(f"checkpoint {str(source)!r} has timm's names, which efficientnet_* and tf_efficientnet_* share: name the model")
+    elif (config := guess_config(weights.state, found)) is None:
+        raise ValueError(f"checkpoint {str(source)!r} is not of a published variant's size: name the model")
+    known = {"padding": padding, "bn_eps": bn_eps}
+    trained = weights.trained_with(config) | {field: value for field, value in known.items() if value is not None}
+    config = replace(config, **trained)
+    state = weights.in_timm_names(config, layout)
+    network = EfficientNet(config, fused=False, device="meta", **_sizes(state, weights.path))
+    _check_fit(network, state, weights.path)
+
+    usual = conventions(LAYOUTS[to], config)
+    if differing := [
+        f"{field}={getattr(config, field)!r}" for field in ("padding", "bn_eps") if usual.get(field) not in (None, getattr(config, field))
+    ]:
+        library = ", ".join(f"{field}={usual[field]!r}" for field in ("padding", "bn_eps"))
+        warnings.warn(
+            f"these weights were trained with {', '.join(differing)}, but {to}'s own models have {library}: there they give other logits",
+            stacklevel=2,
+        )
+    _write(translate(state, LAYOUTS["timm"], LAYOUTS[to], config_plan(config)), target, {**weights.metadata, **describe_model(network)})
+    return config
+
+
+def read_metadata(source) -> dict:
     """What ``save_checkpoint`` kept with the weights; {} for a file from elsewhere. Raises as ``load_checkpoint``."""
-    return _read(path)[1]
+    return read_weights(source).metadata
+
+
+def read_weights(source, *, use_ema: bool = True) -> Weights:
+    """Read a file, a URL or a repository of the Hub, as ``load_checkpoint`` does, and tidy its keys."""
+    path = fetch(source)
+    raw, metadata = _read(path, use_ema)
+    return Weights(tidy(raw), metadata, path, raw)
+
+
+def stored_cfg(metadata: dict) -> dict | None:
+    """``pretrained_cfg`` from the preprocessing that training keeps with a checkpoint; None if it has none."""
+    if "preprocess" not in metadata:
+        return None
+    stored, size = metadata["preprocess"], metadata["preprocess"]["img_size"]
+    cfg = {"architecture": metadata["config"]["name"], "input_size": (3, size, size)}
+    cfg |= {"interpolation": stored["interpolation"], "crop_pct": stored["crop_pct"]}
+    return cfg | {"mean": tuple(stored["mean"]), "std": tuple(stored["std"]), "first_conv": "conv_stem", "classifier": "classifier"}
 
 
 def describe_model(model: EfficientNet) -> dict:
@@ -113,7 +293,7 @@ def _existing(path):
     return path
 
 
-def _read(path):
+def _read(path, use_ema=True):
     """(state_dict, metadata) of a checkpoint file; the metadata is {} where the file has none of ours."""
     path = _existing(path)
     if path.suffix == ".safetensors":
@@ -131,31 +311,70 @@ def _read(path):
     state, metadata = _torch_load(path), {}
     if isinstance(state, dict) and isinstance(state.get("metadata"), dict):  # a training state of ours
         metadata = state["metadata"]
-    for key in ("state_dict", "model"):  # the usual names of the weights among other things
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    wrappers = EMA_WRAPPERS + WRAPPERS if use_ema else WRAPPERS + EMA_WRAPPERS
+    while isinstance(state, dict) and (inner := [state[key] for key in wrappers if isinstance(state.get(key), dict)]):
+        state = inner[0]
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"checkpoint {str(path)!r} holds no state_dict")
-    return state, metadata
+    if isinstance(described := getattr(state, "_metadata", {}).get(METADATA_SLOT), str):
+        metadata = json.loads(described)
+    return dict(state), metadata
 
 
 def _torch_load(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts keep: values, no code
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError and more
+        if refused := _refused(error):
+            raise ValueError(
+                f"checkpoint {str(path)!r} is refused: reading it would run code ({refused}). Safe: the .safetensors of these weights, or "
+                "torch.save(model.state_dict(), PATH) or safetensors.torch.save_file(model.state_dict(), PATH), written where you trust it"
+            ) from error
         raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_first_line(error)}") from error
 
 
-def _build(metadata, path, fused):
+def _refused(error):
+    """What torch's restricted reader would not do for a file, or None if the file is only damaged."""
+    text = str(error)
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    if called := re.search(r"(?:GLOBAL|class|function|instantiate) ([\w.]+\.\w+)", text):
+        return f"it calls {called[1]}"
+    # Of pickle protocol 3 and later; torch.save writes 2.
+    return f"{operand[0]}: not written by torch.save" if (operand := re.search(r"Unsupported operand (?:14[0-9]|15[01])\b", text)) else None
+
+
+def _described(weights):
+    """(config, other arguments of ``EfficientNet``) from a file's metadata."""
+    metadata, path = weights.metadata, weights.path
     if "config" not in metadata:
         raise ValueError(f"checkpoint {str(path)!r} does not say which model it is for: name the model")
     try:
         config = dict(metadata["config"])
         config["stages"] = tuple(StageConfig(**stage) for stage in config["stages"])
         sizes = {key: metadata[key] for key in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")}
-        return EfficientNet(EfficientNetConfig(**config), fused=fused, **sizes)
+        return EfficientNetConfig(**config), sizes
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}") from error
+
+
+def _adapt(model, state, path):
+    """``state`` for a model of other classes or input channels."""
+    stem, classifier = state.get("conv_stem.weight"), state.get("classifier.weight")
+    if stem is not None and stem.dim() == 4 and stem.shape[1] != model.in_chans:
+        state["conv_stem.weight"] = adapt_input_conv(stem, model.in_chans)
+    if classifier is None or classifier.shape[0] != model.num_classes:
+        found = "none" if classifier is None else classifier.shape[0]
+        for key in ("classifier.weight", "classifier.bias"):
+            state.pop(key, None)
+            if model.num_classes:
+                state[key] = model.state_dict()[key]
+        if model.num_classes:
+            warnings.warn(
+                f"classifier is re-initialised: num_classes is {model.num_classes}, but checkpoint {str(path)!r} has {found}", stacklevel=4
+            )
+    return state
 
 
 def _sizes(state, path):

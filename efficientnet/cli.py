@@ -11,14 +11,14 @@ from pathlib import Path
 
 from efficientnet.settings import InputError
 
-COMMANDS = ("train", "validate", "predict", "info", "scale", "export")  # modules of efficientnet.commands
+COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert")  # modules of efficientnet.commands
 
 # Waiting OpenMP threads spin for microseconds, not milliseconds: as fast on an idle machine, several times as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Import name -> package of the extra [train], or of [export].
 OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
-OPTIONAL |= {"tensorboard": "tensorboard"}
+OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub"}
 EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 

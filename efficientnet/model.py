@@ -1,5 +1,6 @@
 """EfficientNet (Tan & Le, 2019): stem, MBConv stages, head; parameters named as in timm, blocks fused or plain."""
 
+import os
 from dataclasses import replace
 from numbers import Real
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientnet.config import EfficientNetConfig
+from efficientnet.config import EfficientNetConfig, list_models
 from efficientnet.scaling import Scaling, check_count
 from effkernels.modules.stem_head import pooled_head, stem
 from effkernels.reference import activate
@@ -19,7 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def create_model(
     name: str | Scaling | EfficientNetConfig,
     *,
-    num_classes: int = 1000,
+    pretrained: bool | str | os.PathLike = False,
+    num_classes: int | None = None,
     in_chans: int = 3,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
@@ -28,32 +30,49 @@ def create_model(
     bn_eps: float | None = None,
     bn_momentum: float | None = None,
     memory: str = "keep",
+    features_only: bool = False,
+    out_indices: tuple[int, ...] | None = None,
+    output_stride: int = 32,
     device=None,
     dtype=None,
     **unknown,
 ) -> "EfficientNet":
-    """A network with fresh weights (``load_checkpoint`` loads trained ones; nothing is ever downloaded).
+    """A network with fresh weights, or with pretrained ones.
 
     Args:
-        name: a name from ``list_models()`` or its short form ("b0" is "efficientnet_b0"); or a ``Scaling`` such as
-            ``compound_scale(1.5)``; or an ``EfficientNetConfig``.
-        num_classes: 0 for no classifier (the model then returns pooled features).
-        in_chans: channels of the images.
+        name: a name from ``list_models()`` or its short form ("b0" is "efficientnet_b0"), also with a weight tag
+            ("efficientnet_b0.ra_in1k"); or a ``Scaling`` such as ``compound_scale(1.5)``; or an ``EfficientNetConfig``.
+        pretrained: True for the name's default weights, a tag of ``pretrained.list_pretrained(name)``, a path of any layout that
+            ``load_checkpoint`` reads, a URL or a Hugging Face Hub id. Downloads go through huggingface_hub into its cache
+            (HF_HUB_OFFLINE=1 takes only what is there). ``model.pretrained_cfg`` then says how images are prepared, and
+            ``pretrained.transform(model)`` does it. Everything is loaded strictly but the classifier, which keeps its fresh weights,
+            with a warning, if num_classes is not that of the weights; and the stem is adapted to ``in_chans``.
+        num_classes: 0 for no classifier (the model then returns pooled features). None: that of the weights, else 1000.
+        in_chans: channels of the images. From three-channel weights one channel takes their sum over channels, more or fewer take
+            them in turn, scaled by 3 / in_chans.
         drop_rate: dropout before the classifier, in [0, 1). None: the variant's (B0 0.2 to B7 0.5).
         drop_path_rate: stochastic depth, in [0, 1), growing linearly with the block index. None: 0.2.
         fused: MBConv blocks from ``effkernels.FusedMBConv``; False for plain PyTorch. Same parameters, same numbers.
-        padding, bn_eps, bn_momentum: None for the name's own, so that timm's weights of that name give timm's logits:
+        padding, bn_eps, bn_momentum: None for what the weights were trained with if they say so (by their metadata or layout), else
+            for the name's own, so that timm's weights of that name give timm's logits:
             "efficientnet_*" and scalings: "symmetric", 1e-5, 0.1; "tf_efficientnet_*": "same", 1e-3, 0.1.
             (The paper trained with "same", 1e-3 and 0.01.)
         memory: what the fused blocks keep for the backward, "keep" or "recompute", as in ``effkernels.FusedMBConv``.
+        features_only: an ``EfficientNetFeatures``, which returns the feature maps of ``out_indices`` (None: all five).
+        output_stride: 8, 16 or 32 (2 and 4 too): strides beyond it become dilation, as in timm; dilated blocks run plain layers.
         device, dtype: of the parameters; "meta" builds without memory.
 
-    Raises ValueError for an unknown name or a value out of range, TypeError for an unknown keyword.
+    Raises ValueError for an unknown name or tag or a value out of range, TypeError for an unknown keyword; with pretrained what
+    ``load_checkpoint`` raises.
     """
     if unknown:
-        hint = "; weights are loaded with load_checkpoint" if "pretrained" in unknown else ""
         names, accepted = ", ".join(map(repr, unknown)), ", ".join(create_model.__kwdefaults__)
-        raise TypeError(f"create_model() got unknown keyword {names}; accepted: {accepted}{hint}")
+        raise TypeError(f"create_model() got unknown keyword {names}; accepted: {accepted}")
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices is for features_only=True")
+    if isinstance(name, str) and name.partition(".")[0] in list_models():
+        name, _, tag = name.partition(".")
+        pretrained = tag if tag and pretrained is True else pretrained
     if isinstance(name, EfficientNetConfig):
         config = name
     elif isinstance(name, Scaling):
@@ -62,19 +81,57 @@ def create_model(
         config = EfficientNetConfig.from_name(name)
     else:
         raise TypeError(f"name must be a str, Scaling or EfficientNetConfig, got {type(name).__name__}")
-    overrides = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
-    config = replace(config, **{field: value for field, value in overrides.items() if value is not None})
-    return EfficientNet(
+    settings = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
+    settings = {field: value for field, value in settings.items() if value is not None}
+    weights = cfg = None
+    if pretrained:
+        from efficientnet import checkpoints
+        from efficientnet.pretrained import resolve
+
+        source, cfg = resolve(config.name, pretrained)
+        weights = checkpoints.read_weights(source)
+        trained = weights.trained_with(config)
+        settings = {field: trained[field] for field in ("padding", "bn_eps", "bn_momentum") if field in trained} | settings
+        if num_classes is None:
+            num_classes = weights.num_classes(config)
+    config = replace(config, **settings)
+    model = EfficientNet(
         config,
-        num_classes=num_classes,
+        num_classes=1000 if num_classes is None else num_classes,
         in_chans=in_chans,
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
         memory=memory,
+        output_stride=output_stride,
         fused=fused,
         device=device,
         dtype=dtype,
     )
+    if weights:
+        checkpoints.load_weights(model, weights, known=settings, adapt=True)
+        model.weights_cfg = cfg or checkpoints.stored_cfg(weights.metadata)
+    if features_only:
+        from efficientnet.transfer import EfficientNetFeatures
+
+        return EfficientNetFeatures(model, out_indices)
+    return model
+
+
+def adapt_input_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """The first convolution's weight [O, 3, k, k] for other images, [O, in_chans, k, k], as timm does it: the sum over channels for
+    one channel, else the three in turn, scaled by 3 / in_chans, so that the response to a grey image stays.
+
+    Raises ValueError for weights of another number of channels.
+    """
+    found = weight.shape[1]
+    if found == in_chans:
+        return weight
+    if found != 3:
+        raise ValueError(f"in_chans is {in_chans}, but the weights are for {found} channels (three can be adapted)")
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeated = weight.float().repeat(1, -(-in_chans // 3), 1, 1)[:, :in_chans]
+    return (repeated * (3 / in_chans)).to(weight.dtype)
 
 
 class EfficientNet(nn.Module):
@@ -99,6 +156,7 @@ class EfficientNet(nn.Module):
         fused: bool = True,
         *,
         memory: str = "keep",
+        output_stride: int = 32,
         device=None,
         dtype=None,
     ):
@@ -109,7 +167,11 @@ class EfficientNet(nn.Module):
         check_count("in_chans", in_chans)
         _check_rate("drop_rate", drop_rate)
         _check_rate("drop_path_rate", drop_path_rate)
+        if output_stride not in (2, 4, 8, 16, 32):
+            raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
         self.fused = fused
+        self.frozen_norms: tuple[str, ...] = ()  # names of BatchNorm layers that stay in eval (``transfer.freeze``)
+        self.weights_cfg: dict | None = None  # how the images of pretrained weights are prepared
         if fused:
             from effkernels import FusedMBConv as block_cls
         else:
@@ -125,16 +187,22 @@ class EfficientNet(nn.Module):
         self.conv_stem = nn.Conv2d(in_chans, config.stem_channels, 3, 2, symmetric, bias=False, **factory)
         self.bn1 = nn.BatchNorm2d(config.stem_channels, **norm)
 
-        stages, channels, index = [], config.stem_channels, 0
+        self.stage_reductions: list[int] = []
+        stages, channels, index, reduction, dilation = [], config.stem_channels, 0, 2, 1
         total = sum(stage.repeats for stage in config.stages)
         for stage in config.stages:
             blocks = []
+            stride, first_dilation = stage.stride, dilation
+            if reduction * stride > output_stride:  # the first block still sees its input's grid, the others a finer one than in training
+                stride, dilation = 1, dilation * stride
+            reduction *= stride
+            self.stage_reductions.append(reduction)
             for repeat in range(stage.repeats):
                 block = block_cls(
                     channels,
                     stage.channels,
                     stage.kernel_size,
-                    stage.stride if repeat == 0 else 1,
+                    stride if repeat == 0 else 1,
                     stage.expand_ratio,
                     stage.se_ratio,
                     act=config.act,
@@ -143,6 +211,7 @@ class EfficientNet(nn.Module):
                     bn_momentum=config.bn_momentum,
                     drop_path=drop_path_rate * index / total,
                     memory=memory,
+                    dilation=first_dilation if repeat == 0 else dilation,
                     **factory,
                 )
                 blocks.append(block)
@@ -168,6 +237,13 @@ class EfficientNet(nn.Module):
         Raises TypeError or ValueError naming what is wrong with the images.
         """
         return activate(self.bn2(self.conv_head(self._stages(x))), self.config.act)
+
+    def train(self, mode: bool = True) -> "EfficientNet":
+        """As ``nn.Module.train``; BatchNorm layers that ``transfer.freeze`` froze stay in eval."""
+        super().train(mode)
+        for name in self.frozen_norms:
+            self.get_submodule(name).eval()
+        return self
 
     def _own_forward(self):
         """Whether a subclass, or an attribute of this object, replaces a half of ``forward``."""
@@ -212,16 +288,19 @@ class EfficientNet(nn.Module):
     @property
     def feature_info(self) -> list[dict]:
         """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's name."""
-        info, reduction, stages = [], 2, self.config.stages
-        for i, stage in enumerate(stages):
-            reduction *= stage.stride
+        info, stages = [], self.config.stages
+        for i, (stage, reduction) in enumerate(zip(stages, self.stage_reductions, strict=True)):
             if i + 1 == len(stages) or stages[i + 1].stride > 1:
                 info.append({"stage": i + 1, "num_chs": stage.channels, "reduction": reduction, "module": f"blocks.{i}"})
         return info
 
     @property
     def pretrained_cfg(self) -> dict:
-        """How images for this variant are prepared, under timm's keys; the crop leaves the 32-pixel border of the release."""
+        """How images are prepared, under timm's keys: for pretrained weights as they were, else as is usual for this variant
+        (the crop leaves the 32-pixel border of the release)."""
+        if self.weights_cfg:
+            size = self.weights_cfg["input_size"][1:]
+            return {**self.weights_cfg, "num_classes": self.num_classes, "input_size": (self.in_chans, *size)}
         resolution = self.config.resolution
         return {
             "architecture": self.config.name,

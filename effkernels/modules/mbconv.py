@@ -35,11 +35,14 @@ class MBConvBase(nn.Module):
         bn_momentum: float | None = 0.01,
         drop_path: float = 0.0,
         memory: str = "keep",
+        dilation: int = 1,
         device=None,
         dtype=None,
     ):
         super().__init__()
         check_memory(memory)
+        if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
+            raise ValueError(f"dilation must be an integer >= 1, got {dilation!r}")
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -55,7 +58,7 @@ class MBConvBase(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.expand_ratio, self.se_ratio, self.act, self.drop_path = expand_ratio, se_ratio, act, drop_path
-        self.memory = memory
+        self.memory, self.dilation = memory, dilation
         self.has_residual = stride == 1 and in_channels == out_channels
 
         mid = round(in_channels * expand_ratio)
@@ -70,8 +73,8 @@ class MBConvBase(nn.Module):
 
         if self.expands:
             self.conv_pw, self.bn1 = pointwise(in_channels, mid), norm(mid)
-        symmetric = (kernel_size - 1) // 2 if padding == "symmetric" else 0
-        conv_dw = nn.Conv2d(mid, mid, kernel_size, stride, symmetric, groups=mid, bias=False, **factory)
+        symmetric = dilation * (kernel_size - 1) // 2 if padding == "symmetric" else 0
+        conv_dw = nn.Conv2d(mid, mid, kernel_size, stride, symmetric, dilation, groups=mid, bias=False, **factory)
         self.conv_dw = conv_dw
         setattr(self, "bn2" if self.expands else "bn1", norm(mid))
         if se_ratio > 0:
@@ -86,7 +89,7 @@ class MBConvBase(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
-        check_activation(x, self.conv_dw.weight, self.in_channels, self.kernel_size, self.stride, self.padding)
+        check_activation(x, self.conv_dw.weight, self.in_channels, self.extent, self.stride, self.padding)
         if self.training and x.shape[0] == 0:
             raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
 
@@ -100,7 +103,7 @@ class MBConvBase(nn.Module):
         if self.expands:
             y = activate(self.bn1(self.conv_pw(y)), self.act)
         if self.padding != "symmetric":
-            (top, bottom), (left, right) = (pad_amounts(n, self.kernel_size, self.stride, self.padding) for n in x.shape[2:])
+            (top, bottom), (left, right) = (pad_amounts(n, self.extent, self.stride, self.padding) for n in x.shape[2:])
             if top or bottom or left or right:
                 y = F.pad(y, (left, right, top, bottom))
         y = activate(self.depthwise_norm(self.conv_dw(y)), self.act)
@@ -108,6 +111,11 @@ class MBConvBase(nn.Module):
         if self.has_residual:
             y = drop_path(y, self.drop_path, self.training) + x
         return y
+
+    @property
+    def extent(self) -> int:
+        """Pixels that the depthwise kernel spans in each direction."""
+        return self.dilation * (self.kernel_size - 1) + 1
 
     # The layers by what they do, since timm's names shift when there is no expand convolution.
     @property
@@ -140,6 +148,7 @@ class FusedMBConv(MBConvBase):
         act: silu, relu, relu6, hard_swish, gelu or identity. padding: "symmetric" or TensorFlow's "same".
         bn_eps, bn_momentum: of every BatchNorm; momentum None is the cumulative average.
         drop_path: probability of dropping the residual branch of a sample in training.
+        dilation: of the depthwise convolution; above 1 the plain layers run.
         memory: what training keeps for the backward: "keep", the three convolutions' outputs; "recompute", not the first, which is
             computed again from x (one more pass over it for about half the memory). The plain layers keep what autograd keeps.
 

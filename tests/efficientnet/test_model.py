@@ -252,10 +252,10 @@ def test_wrong_names_and_keywords():
         create_model("efficientnet_b9")
     with pytest.raises(TypeError, match="name must be a str, Scaling or EfficientNetConfig, got float"):
         create_model(1.5)
-    with pytest.raises(TypeError, match="unknown keyword 'classes'; accepted: num_classes, in_chans, drop_rate"):
+    with pytest.raises(TypeError, match="unknown keyword 'classes'; accepted: pretrained, num_classes, in_chans, drop_rate"):
         create_model("b0", classes=10)
-    with pytest.raises(TypeError, match="'pretrained'.*load_checkpoint"):
-        create_model("b0", pretrained=True)
+    with pytest.raises(ValueError, match="out_indices is for features_only=True"):
+        create_model("b0", out_indices=(1,))
     with pytest.raises(ValueError, match="global_pool must be 'avg', got 'max'"):
         tiny().reset_classifier(3, global_pool="max")
     with pytest.raises(ValueError, match="num_classes must be"):
