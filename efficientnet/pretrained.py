@@ -55,7 +55,7 @@ def _tensorflow_sets():
     tags = {variant: ["ns_jft_in1k", "aa_in1k", "ap_in1k"] + (["in1k"] if variant <= "b5" else []) for variant in sizes if variant != "b8"}
     tags["b5"].append("ra_in1k")
     tags["b7"].append("ra_in1k")
-    tags["b8"] = ["ra_in1k", "ap_in1k"]
+    tags["b8"] = ["ap_in1k", "ra_in1k"]
     for variant, (size, crop) in sizes.items():
         for tag in tags[variant]:
             yield WeightSet(f"tf_efficientnet_{variant}", tag, size, crop, INCEPTION if tag == "ap_in1k" else IMAGENET)
