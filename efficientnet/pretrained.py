@@ -65,16 +65,16 @@ def _tensorflow_sets():
 WEIGHTS = (
     WeightSet("efficientnet_b0", "ra_in1k", 224, 0.875),
     WeightSet("efficientnet_b0", "ra4_e3600_r224_in1k", 224, 0.9, INCEPTION),
-    WeightSet("efficientnet_b1", "ft_in1k", 224, 0.875),
     WeightSet("efficientnet_b1", "ra4_e3600_r240_in1k", 240, 0.9, INCEPTION),
+    WeightSet("efficientnet_b1", "ft_in1k", 224, 0.875),
     WeightSet("efficientnet_b2", "ra_in1k", 256, 0.875),
     WeightSet("efficientnet_b3", "ra2_in1k", 288, 0.875),
     WeightSet("efficientnet_b4", "ra2_in1k", 320, 0.875),
     WeightSet("efficientnet_b5", "sw_in12k_ft_in1k", 448, 1.0, crop_mode="squash"),
     WeightSet("efficientnet_b5", "sw_in12k", 416, 0.95, num_classes=11821),
     *_tensorflow_sets(),
-    WeightSet("tf_efficientnet_l2", "ns_jft_in1k", 800, 0.96),
     WeightSet("tf_efficientnet_l2", "ns_jft_in1k_475", 475, 0.936),
+    WeightSet("tf_efficientnet_l2", "ns_jft_in1k", 800, 0.96),
 )
 
 

@@ -54,9 +54,9 @@ def _until(model, until):
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict]:
-    """Groups for a torch optimizer: ``lr * layer_decay^d`` at depth d below the head, no weight decay on biases and BatchNorm.
+    """Groups for a torch optimizer: ``lr * layer_decay^d`` at depth d below the classifier, no weight decay on biases and BatchNorm.
 
-    Layers, as in timm, are the head with the classifier (d = 0), each block from the last to the first, and the stem. Frozen parameters
+    Layers, as in timm, are the classifier (d = 0), the last block with the head (1), each block before it, and the stem. Frozen parameters
     (``requires_grad=False``) are left out, empty groups too.
 
     Args:
@@ -90,10 +90,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lay
 
 
 def _layers(model):
-    """(layer, prefixes of its parameters), from the head to the stem."""
-    blocks = [(f"blocks.{s}.{b}",) * 2 for s, stage in enumerate(model.blocks) for b in range(len(stage))]
-    layers = [("stem", ("conv_stem.", "bn1.")), *((name, f"{prefix}.") for name, prefix in blocks)]
-    return [*layers, ("head", ("conv_head.", "bn2.", "classifier."))][::-1]
+    """(layer, prefixes of its parameters), from the classifier to the stem."""
+    blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(model.blocks) for b in range(len(stage))]
+    layers = [("stem", ("conv_stem.", "bn1.")), *((name, (f"{name}.",)) for name in blocks[:-1])]
+    last = (blocks[-1], (f"{blocks[-1]}.", "conv_head.", "bn2."))
+    return [*layers, last, ("classifier", "classifier.")][::-1]
 
 
 class EfficientNetFeatures(nn.Module):
