@@ -1,12 +1,13 @@
 """How a shape is run: the variants, one timed step of each, and the check that a variant computes the right thing."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import libraries
 from benchmarks.shapes import Model, Shape
 
 IMAGES = 2  # distinct images; a batch repeats them, so that its BatchNorm statistics, hence its results, are those of the two
@@ -15,25 +16,44 @@ NUM_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Variant:
-    """Plain or fused modules, their memory format, and torch.compile's mode (None: eager)."""
+    """Plain or fused modules or a library's model, their memory format, torch.compile's mode (None: eager), and whether a step is
+    replayed from a CUDA graph (None: where it is too short to be timed otherwise)."""
 
     name: str
     fused: bool = False
     memory_format: torch.memory_format = torch.channels_last
     compile_mode: str | None = None
+    library: str | None = None
+    graph: bool | None = None
 
     def __str__(self):
         return self.name
+
+    @property
+    def layout(self) -> str:
+        return "NHWC" if self.memory_format == torch.channels_last else "NCHW"
 
 
 EAGER = Variant("eager", memory_format=torch.contiguous_format)
 CHANNELS_LAST = Variant("channels_last")
 OURS = Variant("ours", fused=True)
+COMPILE_MODES = ("default", "max-autotune", "reduce-overhead")
 
 
-def variants(compile_modes) -> list[Variant]:
-    """Eager in both memory formats, torch.compile in each mode, ours."""
-    return [EAGER, CHANNELS_LAST, *(Variant(f"compile-{mode}", compile_mode=mode) for mode in compile_modes), OURS]
+def variants(compile_modes, libraries=()) -> list[Variant]:
+    """Eager in both memory formats, torch.compile in each mode, of the plain module and of each library's; ours."""
+    found = []
+    for library in (None, *libraries):
+        prefix = f"{library}-" if library else ""
+        found += [replace(variant, name=prefix + variant.name, library=library) for variant in (EAGER, CHANNELS_LAST)]
+        found += [Variant(f"{prefix}compile-{mode}", compile_mode=mode, library=library) for mode in compile_modes]
+    return [*found, OURS]
+
+
+def latency_variants() -> list[Variant]:
+    """Each replayed from a CUDA graph: torch.compile's own in its mode reduce-overhead, ours of the rest."""
+    captured = [replace(variant, graph=True) for variant in (CHANNELS_LAST, Variant("compile-default", compile_mode="default"), OURS)]
+    return [*captured[:2], Variant("compile-reduce-overhead", compile_mode="reduce-overhead", graph=False), captured[2]]
 
 
 class Runner:
@@ -47,15 +67,23 @@ class Runner:
         self.training, self.batch, self.dtype, self.is_model = training, batch, dtype, isinstance(shape, Model)
         mixed = training and dtype in (torch.bfloat16, torch.float16)
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=True) if mixed else contextlib.nullcontext()
-        module = shape.build(variant.fused)
-        module.load_state_dict(state)
+        if variant.library is None:
+            module = shape.build(variant.fused)
+            module.load_state_dict(state)
+            self.names = [name for name, _ in module.named_parameters()]
+        else:
+            module = libraries.build(variant.library, shape.name)
+            self.names = libraries.load(module, state)
         module.to(device, torch.float32 if mixed else dtype, memory_format=variant.memory_format).train(training)
         self.fused, self.module = variant.fused, module
         self.parameters = list(module.parameters())
+        self.graphs = variant.compile_mode in ("reduce-overhead", "max-autotune")
         self.call = module if variant.compile_mode is None else torch.compile(module, mode=variant.compile_mode, dynamic=False)
+        self.images = min(IMAGES, batch)
 
         def repeat(images):
-            return images.to(device, dtype).repeat(batch // len(images), *[1] * (images.dim() - 1))
+            images = images[: self.images].to(device, dtype)
+            return images.repeat(batch // len(images), *[1] * (images.dim() - 1))
 
         self.x = repeat(x).contiguous(memory_format=variant.memory_format)
         self.dout = repeat(dout)
@@ -66,6 +94,10 @@ class Runner:
             self.labels = torch.arange(batch, device=device) % NUM_CLASSES
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if training else None
 
+    def _begin(self):
+        if self.graphs:  # outputs of the last step may be overwritten now
+            torch.compiler.cudagraph_mark_step_begin()
+
     def _forget(self):
         self.x.grad = None
         for p in self.parameters:
@@ -73,6 +105,7 @@ class Runner:
 
     def step(self) -> None:
         """What is timed."""
+        self._begin()
         if not self.training:
             with torch.no_grad():
                 self.call(self.x)
@@ -92,6 +125,7 @@ class Runner:
 
         Of what belongs to images only the first and the last IMAGES; weight gradients as if the batch had but IMAGES images.
         """
+        self._begin()
         if not self.training:
             with torch.no_grad():
                 return {"out": self._ends(self.call(self.x))}
@@ -102,13 +136,13 @@ class Runner:
         found = {"out": self._ends(out.detach())}
         if self.x.grad is not None:
             found["dx"] = self._ends(self.x.grad)
-        for name, p in self.module.named_parameters():
-            found[name] = p.grad.double().cpu() * (IMAGES / self.batch)
+        for name, p in zip(self.names, self.parameters, strict=True):
+            found[name] = p.grad.double().cpu() * (self.images / self.batch)
         self._forget()
         return found
 
     def _ends(self, images):
-        return torch.cat([images[:IMAGES], images[-IMAGES:]]).double().cpu()
+        return torch.cat([images[: self.images], images[-self.images :]]).double().cpu()
 
     def path(self) -> str:
         """What served the call: plain PyTorch, the fused kernels, or the reasons why not them."""
@@ -139,19 +173,20 @@ class Truth:
 
     @classmethod
     def of(cls, shape: Shape, training: bool, batch: int, device, dtype) -> "Truth":
-        if batch < IMAGES or batch % IMAGES:
-            raise ValueError(f"the batch size must be a multiple of {IMAGES}, got {batch}")
+        if batch < 1 or batch % IMAGES and (batch > 1 or training):
+            raise ValueError(f"the batch size must be a multiple of {IMAGES}, or 1 in inference, got {batch}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             plain = shape.build(fused=False)
             _randomize_batch_norms(plain)
             x = torch.randn(IMAGES, shape.in_channels, shape.size, shape.size)
+            _calibrate(plain, x)
             with torch.no_grad():
                 dout = torch.randn_like(plain.eval()(x))
         if not training:
             plain.to(dtype)  # the truth is that of the rounded weights
         state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
-        results = Runner(shape, training, EAGER, state, x, dout, IMAGES, device, torch.float64).results()
+        results = Runner(shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64).results()
         # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
         largest = max(t.norm() for t in results.values())
         results = {name: t for name, t in results.items() if t.norm() > 1e-9 * largest}
@@ -189,3 +224,15 @@ def _randomize_batch_norms(module: nn.Module):
                 tensor.uniform_(0.5, 1.5)
             for tensor in (m.bias.data, m.running_mean):
                 tensor.normal_(0, 0.1)
+
+
+def _calibrate(module: nn.Module, x):
+    """Running statistics near those of ``x``, as trained ones are: with others a deep network's output hardly depends on its input."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.9
+    with torch.no_grad():
+        module.train()(x)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum

@@ -1,65 +1,45 @@
 """Rows and the one fixture that runs them: skip with a reason, check against float64, then time.
 
-A benchmark module names its ``SHAPES``, by model, and its test calls ``measure()``.
+A benchmark module names its ``SHAPES``, by model, and its test calls ``gpu_benchmark()``. It may name the ``STEPS`` (training or
+not) that exist, and say that its rows are of ``LATENCY``: one image, from a CUDA graph.
 """
 
 import functools
 import gc
 import statistics
-from typing import NamedTuple
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks.baselines import CHANNELS_LAST, OURS, Truth, Variant, variants
-from benchmarks.machine import Machine, compiler_problem
+from benchmarks import campaign, libraries, shapes
+from benchmarks.baselines import CHANNELS_LAST, COMPILE_MODES, OURS, Truth, Variant, variants
+from benchmarks.machine import Machine
+from benchmarks.plan import BATCH
+from benchmarks.rows import CPU_BATCH, rows_of
 from benchmarks.traffic import step_bytes
-
-GPU_BATCH = {"b0": 256, "b4": 128}
-CPU_BATCH = 4
-COMPILED_ON_CPU = (shapes.blocks("b0")[1], False)
-
-
-class Row(NamedTuple):
-    model: str
-    shape: shapes.Shape
-    training: bool
-    variant: Variant
-
-    @property
-    def case(self):
-        model = "" if isinstance(self.shape, shapes.Model) else f"{self.model}-"
-        return f"{model}{self.shape}-{'training' if self.training else 'inference'}"
-
-    def problem(self, machine: Machine) -> str | None:
-        """Why the row cannot be measured here, or None."""
-        if machine.is_gpu:
-            return None
-        if self.model != "b0":
-            return "needs a CUDA GPU: on a CPU only B0's shapes are measured"
-        if self.variant.compile_mode is None:
-            return None
-        if (self.shape, self.training) != COMPILED_ON_CPU or self.variant.compile_mode != "default":
-            return "needs a CUDA GPU: on a CPU one block is compiled, in the default mode (the rest takes minutes)"
-        return compiler_problem()
+from efficientnet.timing import kernel_times, quantiles
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("effkernels benchmarks")
-    group.addoption("--compile-mode", action="append", metavar="MODE", help="torch.compile mode to compare with; repeatable ('default')")
+    group.addoption(
+        "--compile-mode",
+        action="append",
+        metavar="MODE",
+        help=f"torch.compile mode to compare with; repeatable ({', '.join(COMPILE_MODES)})",
+    )
+    group.addoption("--compile-models", action="store_true", help="on a CPU too compile whole models, which takes minutes each")
+    group.addoption("--save-rows", type=Path, metavar="DIR", help="write each row into a file of its own there as soon as it is measured")
     group.addoption("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    group.addoption("--batch-size", type=int, metavar="N", help=f"images a step (default: {GPU_BATCH} on a GPU, {CPU_BATCH} on a CPU)")
+    group.addoption("--batch-size", type=int, metavar="N", help=f"images a step (default: {BATCH} on a GPU, {CPU_BATCH} on a CPU)")
 
 
 def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames:
-        columns = variants(metafunc.config.getoption("compile_mode") or ["default"])
-        cases = [
-            (model, shape, training) for model, found in metafunc.module.SHAPES.items() for shape in found for training in (False, True)
-        ]
-        rows = [Row(*case, variant) for case in cases for variant in columns]
-        metafunc.parametrize("row", rows, ids=lambda row: f"{row.case}-{row.variant}")
+        rows = rows_of(metafunc.module, metafunc.config.getoption("compile_mode"))
+        metafunc.parametrize("row", rows, ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +53,17 @@ def truth_of(*args) -> Truth:
 
 
 @pytest.fixture
-def measure(request, benchmark, machine, row):
-    """``measure()`` makes one line of the table, and its figures in ``extra_info`` (README.md explains them)."""
-    if (problem := row.problem(machine)) is not None:
+def gpu_benchmark(request, benchmark, machine, row):
+    """``gpu_benchmark()`` makes one line of the table, and its figures in ``extra_info`` (README.md explains them).
+
+    In this order: build, compile (and tune) by checking the results against float64, measure memory and launches, warm up, time. A row
+    whose results are wrong fails, and has no time.
+    """
+    if (problem := row.problem(machine, request.config.getoption("compile_models"))) is not None:
         benchmark.skipped = True
         pytest.skip(problem)
-    batch = request.config.getoption("batch_size") or (GPU_BATCH[row.model] if machine.is_gpu else CPU_BATCH)
+    latency = getattr(request.module, "LATENCY", False)
+    batch = 1 if latency else request.config.getoption("batch_size") or (BATCH[row.model] if machine.is_gpu else CPU_BATCH)
     shape = row.shape.shrunk(machine.size_divisor)
 
     def run():
@@ -87,35 +72,52 @@ def measure(request, benchmark, machine, row):
         runner = truth.runner(row.variant)
         errors = truth.check(runner)
 
-        rounds = machine.rounds_for(runner.step)
+        on_gpu = {}
         if machine.is_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            runner.step()
+            on_gpu["peak_memory_mb"] = (machine.peak_memory(runner.step) - held) / 1e6
+            kernels = kernel_times(runner.step)
+            on_gpu["launches"] = sum(count for count, _ in kernels.values())
+            on_gpu["kernels_ms"] = {name: milliseconds for name, (_, milliseconds) in kernels.items()}
+        timed, timing = machine.stopwatch.prepared(runner.step, row.variant.graph)
+        rounds = machine.rounds_for(timed)
         benchmark.params = {"case": row.case, "variant": row.variant.name}
-        benchmark.group = f"{request.module.__name__.removeprefix('benchmarks.test_')} {row.case}"
-        benchmark.pedantic(runner.step, setup=machine.before_round, rounds=rounds, warmup_rounds=2)
+        benchmark.group = f"{request.module.__name__.rpartition('.')[2].removeprefix('test_')} {row.case}"
+        benchmark.pedantic(timed, setup=machine.stopwatch.before_round, rounds=rounds, warmup_rounds=2)
         if benchmark.stats is None:  # --benchmark-disable
             return
         times = benchmark.stats.stats.data
         moved = step_bytes(shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters))
         benchmark.extra_info.update(
             model=row.model,
+            kind=benchmark.group.split()[0],
             shape=str(shape),
             step="training" if row.training else "inference",
             variant=row.variant.name,
             path=runner.path(),
+            layout=row.variant.layout,
             batch_size=batch,
             dtype=str(machine.dtype).removeprefix("torch."),
+            timing=timing,
             **figures(times, batch, moved, machine.copy_bytes_per_s),
+            **on_gpu,
             errors=errors,
             eager_errors=truth.eager_errors,
             **machine.info,
         )
-        if machine.is_gpu:
-            benchmark.extra_info["peak_memory_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
-        elif row.variant is OURS and isinstance(shape, (shapes.Block, shapes.Model)):
-            benchmark.extra_info["time_over_plain"] = time_ratio(machine, runner.step, truth.runner(CHANNELS_LAST).step)
+        if not machine.is_gpu and isinstance(shape, (shapes.Block, shapes.Model)):
+            benchmark.extra_info["time_over"] = {
+                str(other): time_ratio(machine, runner.step, truth.runner(other).step)
+                for other in compared_on_cpu(row.variant, isinstance(shape, shapes.Model))
+            }
 
+    folder = request.config.getoption("save_rows")
+    if folder:
+        campaign.begin(folder, request.node.nodeid)
+    started = time.monotonic()
     yield run
+    if folder and benchmark.stats is not None and benchmark.extra_info:
+        campaign.save_row(folder, request.node.nodeid, benchmark.extra_info | {"took_s": time.monotonic() - started})
     if row.variant.compile_mode is not None:
         torch.compiler.reset()
     if machine.is_gpu:
@@ -123,20 +125,31 @@ def measure(request, benchmark, machine, row):
         torch.cuda.empty_cache()
 
 
+def compared_on_cpu(variant: Variant, is_model: bool) -> list[Variant]:
+    """What a row is timed in turns with on a CPU, where the load changes from one row to the next: the plain channels_last modules, and
+    for whole models the libraries' too."""
+    if variant not in (CHANNELS_LAST, OURS) and variant.compile_mode is None:
+        return []
+    found = [] if variant == CHANNELS_LAST else [CHANNELS_LAST]
+    if is_model:
+        installed = [library for library in libraries.LIBRARIES if libraries.problem(library) is None]
+        found += [other for other in variants([], installed) if other.library and other.layout == "NHWC"]
+    return found
+
+
 def time_ratio(machine: Machine, step, other) -> float:
     """Median ratio of the times of ``step`` and ``other``, taken in turns, either first in every second, under the same load."""
     ratios = []
     for i in range(max(30, machine.rounds_for(other))):
         first, second = (step, other) if i % 2 else (other, step)
-        ratio = machine.seconds(first) / machine.seconds(second)
+        ratio = machine.stopwatch.seconds(first) / machine.stopwatch.seconds(second)
         ratios.append(ratio if i % 2 else 1 / ratio)
     return statistics.median(ratios)
 
 
 def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:
     """What ``times`` [s] of steps on ``batch`` images that move ``moved`` bytes say."""
-    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
-    median = statistics.median(times)
+    median, p20, p80 = quantiles(times)
     return {
         "median_ms": 1e3 * median,
         "p20_ms": 1e3 * p20,

@@ -1,32 +1,16 @@
-"""The machine under the benchmarks: its clock, its copy bandwidth, its versions. Nothing here runs at import."""
+"""The machine under the benchmarks: how long and in which dtype it measures, its copy bandwidth, its versions."""
 
 import ctypes
 import gc
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import time
 from dataclasses import dataclass, field
 
 import torch
 
-from effkernels.dispatch import interpreting, triton_problem
-
-FLUSH_BYTES = 2**30  # far more than any L2, and long enough to write that the launches of a small kernel are queued meanwhile
-
-
-class CudaInstant:
-    """A point on the GPU's own time line; the difference of two is in seconds and waits for the later one only."""
-
-    def __init__(self):
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier):
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
+from efficientnet.timing import CudaInstant, Stopwatch, versions
+from effkernels.dispatch import interpreting
 
 
 def clock():
@@ -45,7 +29,7 @@ class Machine:
     rounds: tuple[int, int]
     info: dict = field(default_factory=dict)
     copy_bytes_per_s: float = 0.0
-    _flush: torch.Tensor | None = None
+    stopwatch: Stopwatch | None = None
 
     @classmethod
     def here(cls, dtype: str | None = None) -> "Machine":
@@ -57,36 +41,27 @@ class Machine:
         if gpu:
             torch.backends.cudnn.benchmark = True  # the baselines' best algorithms
             machine = cls(torch.device("cuda", torch.cuda.current_device()), chosen, 1, 0.5, (10, 200))
-            machine._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=machine.device)
         else:
             torch.set_num_threads(1)  # so that CPU time is what a step would take on an idle machine
             _keep_freed_memory()
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
-        machine.copy_bytes_per_s = machine._measure_copy()
-        machine.info = machine._versions()
+        machine.stopwatch = Stopwatch(machine.device, time.process_time)
+        machine.copy_bytes_per_s = machine.stopwatch.copy_bandwidth()
+        machine.info = versions(machine.device) | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
+        if not gpu:
+            machine.info["device"] = f"one thread of {machine.info['device']}"
         return machine
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def before_round(self):
-        """Empty the GPU's L2, and keep it busy while the next step is being queued. On a CPU nothing."""
-        if self._flush is not None:
-            self._flush.zero_()
-
-    def seconds(self, step) -> float:
-        self.before_round()
-        start = clock()
-        step()
-        return clock() - start
-
     def rounds_for(self, step) -> int:
         """How often to time ``step``, after running it often enough to be warm."""
         for _ in range(3):
             step()
         low, high = self.rounds
-        return max(low, min(high, int(self.seconds_per_row / self.seconds(step))))
+        return max(low, min(high, int(self.seconds_per_row / self.stopwatch.seconds(step))))
 
     def memory_in_use(self) -> int:
         """Bytes of GPU memory in live tensors; 0 on a CPU."""
@@ -95,23 +70,13 @@ class Machine:
         gc.collect()
         return torch.cuda.memory_allocated()
 
-    def _measure_copy(self) -> float:
-        source = torch.ones(2**30 if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        times = [self.seconds(lambda: target.copy_(source)) for _ in range(13)][3:]
-        return 2 * source.numel() / statistics.median(times)
-
-    def _versions(self) -> dict:
-        if self.is_gpu:
-            info = {"device": torch.cuda.get_device_name(self.device), "driver": _driver()}
-            info |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        else:
-            info = {"device": f"one thread of {_cpu_name()}"}
-        if triton_problem() is None:
-            import triton
-
-            info["triton"] = triton.__version__
-        return info | {"torch": torch.__version__, "python": platform.python_version(), "copy_gb_per_s": self.copy_bytes_per_s / 1e9}
+    def peak_memory(self, step) -> int:
+        """Bytes of GPU memory in live tensors at most, within one ``step``."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
 
 
 def compiler_problem() -> str | None:
@@ -127,19 +92,3 @@ def _keep_freed_memory():
     if mallopt is not None:
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(parameter, 2**30)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None

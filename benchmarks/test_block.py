@@ -8,5 +8,5 @@ SHAPES = {"b0": [blocks("b0")[i] for i in (0, 1, 9, 12)]}
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_block(measure):
-    measure()
+def test_block(gpu_benchmark):
+    gpu_benchmark()

@@ -7,5 +7,5 @@ SHAPES = {name: depthwise_layers(name) for name in ("b0", "b4")}
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_depthwise(measure):
-    measure()
+def test_depthwise(gpu_benchmark):
+    gpu_benchmark()

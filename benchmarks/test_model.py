@@ -1,11 +1,12 @@
 import pytest
 
 from benchmarks.machine import clock
+from benchmarks.plan import BATCH
 from benchmarks.shapes import model
 
-SHAPES = {name: [model(name)] for name in ("b0", "b4")}
+SHAPES = {name: [model(name)] for name in BATCH}
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_model(measure):
-    measure()
+def test_model(gpu_benchmark):
+    gpu_benchmark()

@@ -7,5 +7,5 @@ SHAPES = {name: squeeze_excite_layers(name) for name in ("b0", "b4")}
 
 
 @pytest.mark.benchmark(timer=clock)
-def test_squeeze_excite(measure):
-    measure()
+def test_squeeze_excite(gpu_benchmark):
+    gpu_benchmark()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benchmarks import libraries
 from benchmarks.baselines import EAGER, IMAGES, OURS, Runner, Truth, variants
-from benchmarks.shapes import Block, Depthwise, Model, SqueezeExciteLayer
+from benchmarks.shapes import Block, Depthwise, Model, Pointwise, SqueezeExciteLayer
 
 BLOCK = Block(8, 8, 3, 1, 6, 0.25, 48, 2, 7)
 LAYERS = [Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), BLOCK]
@@ -22,6 +23,13 @@ def test_every_eager_variant_passes(shape, training, dtype):
     for variant in variants([]):
         errors = truth.check(truth.runner(variant))
         assert set(errors) == ({"out", "dx", "weights"} if training else {"out"})
+
+
+@pytest.mark.parametrize("kind", ["expand", "project"])
+def test_a_pointwise_layer_passes(kind):
+    truth = truth_of(Pointwise(kind, 16, 24, 5), False)
+    for variant in variants([]):
+        truth.check(truth.runner(variant))
 
 
 def test_a_whole_model_passes():
@@ -87,7 +95,30 @@ def test_the_path_names_what_ran():
     assert truth.runner(OURS).path().startswith("PyTorch: ")
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_librarys_model_with_our_weights_passes(library, training):
+    if (problem := libraries.problem(library)) is not None:
+        pytest.skip(problem)
+    truth = truth_of(Model("b0", 64), training)
+    (variant,) = (v for v in variants([], [library]) if v.name == f"{library}-channels_last")
+    runner = truth.runner(variant)
+    assert type(runner.module).__module__.startswith(library)
+    truth.check(runner)
+    runner.parameters[5].data.mul_(1.01)
+    with pytest.raises(AssertionError, match="out: relative L2 error"):
+        truth.check(runner)
+
+
+def test_one_image_in_inference():
+    truth = truth_of(BLOCK, False, batch=1)
+    assert truth.runner(OURS).x.shape[0] == 1 and len(truth.results["out"]) == 2
+    truth.check(truth.runner(OURS))
+    with pytest.raises(ValueError, match="got 1"):
+        truth_of(BLOCK, True, batch=1)
+
+
 @pytest.mark.parametrize("batch", [0, 3])
 def test_a_batch_that_is_no_multiple(batch):
-    with pytest.raises(ValueError, match=f"multiple of {IMAGES}, got {batch}"):
+    with pytest.raises(ValueError, match=f"multiple of {IMAGES}, or 1 in inference, got {batch}"):
         truth_of(BLOCK, False, batch=batch)

@@ -1,0 +1,75 @@
+"""timm's and torchvision's EfficientNets as baselines, where these are installed, with our weights in them."""
+
+import functools
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+LIBRARIES = ("timm", "torchvision")
+
+
+@functools.cache
+def declare_torchvision_operators():
+    """Let torchvision (and timm, which imports it) import although its compiled operators were built for another torch.
+
+    torchvision registers shape rules for two of its operators on import and fails if they do not exist. Nothing here calls them.
+    They live as long as what this returns, which the cache keeps.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+        return None
+    except (ImportError, OSError):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+@functools.cache
+def problem(library: str) -> str | None:
+    """Why the library's models cannot be measured here, or None."""
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed"
+    declare_torchvision_operators()
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # whatever it has against this torch
+        return f"{library} cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def build(library: str, name: str) -> nn.Module:
+    """The library's network of a short name such as "b0", without dropout and drop-path, fresh weights."""
+    if library == "timm":
+        import timm
+
+        return timm.create_model(f"efficientnet_{name}", drop_rate=0.0, drop_path_rate=0.0)
+    import torchvision
+
+    model = getattr(torchvision.models, f"efficientnet_{name}")(dropout=0.0, stochastic_depth_prob=0.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps, module.momentum = 1e-5, 0.1  # ours, and torchvision's own up to B4
+    return model
+
+
+def load(model: nn.Module, state: dict) -> list[str]:
+    """Put the plain model's ``state`` into a library's, and give the plain names of its parameters, in order.
+
+    timm's names are ours; torchvision's differ, in the same order. The check of every row's results would see a mistake.
+    """
+    own = model.state_dict()
+    if set(own) != set(state):
+        if len(own) != len(state):
+            raise ValueError(f"the library's model has {len(own)} tensors, ours {len(state)}")
+        names = dict(zip(own, state, strict=True))
+    else:
+        names = {name: name for name in own}
+    model.load_state_dict({name: state[ours] for name, ours in names.items()})
+    return [names[name] for name, _ in model.named_parameters()]

@@ -1,0 +1,314 @@
+"""Tables and plots of measured results: ``python -m benchmarks.report DIR`` writes DIR/report.md, PNG files beside it, and the README's
+table between its markers. What no row says is "not yet measured"."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import plan, results, shapes
+from benchmarks.results import NOT_YET, find
+from effkernels.gpus import GPUS
+
+README = Path(__file__).parents[1] / "README.md"
+MARKERS = "<!-- measured: made by python -m benchmarks.report, do not edit -->", "<!-- end of measured -->"
+STEPS = ("inference", "training")
+LARGEST = 8  # kernels named in the stacked plot; the others are added up
+
+
+def gpu_rows(rows) -> list[dict]:
+    """Rows of a GPU, of the device that has the most of them; figures of different devices do not belong in one table."""
+    rows = [row for row in rows if row.get("cuda")]
+    devices = [row["device"] for row in rows]
+    return [row for row in rows if row["device"] == max(set(devices), key=devices.count)]
+
+
+def _of_model(rows, name: str, step: str, **wanted) -> list[dict]:
+    wanted |= {"kind": "model", "model": name, "step": step}
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def best_compiled(rows) -> dict | None:
+    """The fastest row of torch.compile, whichever mode and library."""
+    compiled = [row for row in rows if "compile-" in row["variant"]]
+    return min(compiled, key=lambda row: row["median_ms"] / row["batch_size"], default=None)
+
+
+def _number(value, form="{:,.0f}") -> str:
+    return NOT_YET if value is None else form.format(value)
+
+
+def _get(row, key):
+    return None if row is None else row.get(key)
+
+
+def _ratio(a, b):
+    return a / b if a and b else None
+
+
+def _markdown(header, lines) -> str:
+    rows = ["| " + " | ".join(map(str, line)) + " |" for line in (header, *lines)]
+    return "\n".join([rows[0], "|---" + "|---:" * (len(header) - 1) + "|", *rows[1:]])
+
+
+def model_lines(rows, step: str) -> list[tuple]:
+    """(name, ours, channels_last, best of torch.compile) rows, or None for each, of B0 to B7."""
+    lines = []
+    for name in plan.BATCH:
+        of_step = _of_model(rows, name, step)
+        lines.append((name, find(of_step, variant="ours"), find(of_step, variant="channels_last"), best_compiled(of_step)))
+    return lines
+
+
+def model_table(rows, step: str) -> str:
+    header = ("", "batch", "ours, images/s", "eager NHWC", "torch.compile, best", "speed-up over compile", "peak memory, ours / compile")
+    header += ("share of copy", "launches")
+    lines = []
+    for name, ours, eager, compiled in model_lines(rows, step):
+        speed = [_get(row, "images_per_s") for row in (ours, eager, compiled)]
+        mode = "" if compiled is None else f" ({compiled['variant']})"
+        memory = _ratio(_get(ours, "peak_memory_mb"), _get(compiled, "peak_memory_mb"))
+        lines.append(
+            (
+                name.upper(), _number(_get(ours, "batch_size"), "{}"), *map(_number, speed[:2]), _number(speed[2]) + mode,
+                _number(_ratio(speed[0], speed[2]), "{:.2f}"), _number(memory, "{:.2f}"),
+                _number(_get(ours, "share_of_copy"), "{:.0%}"), _number(_get(ours, "launches"), "{}"),
+            )
+        )  # fmt: skip
+    return _markdown(header, lines)
+
+
+def latency_table(rows) -> str:
+    columns = ("ours", "channels_last", "compile-default", "compile-reduce-overhead")
+    lines = []
+    for name in plan.BATCH:
+        found = [find(rows, kind="latency", model=name, variant=variant) for variant in columns]
+        lines.append((name.upper(), *(_number(_get(row, "median_ms"), "{:.3f}") for row in found)))
+    return _markdown(("one image, CUDA graph, ms", *columns), lines)
+
+
+def layer_table(rows, kind: str) -> str:
+    """Layers or blocks: time of ours, of the fastest other, GB/s and share of the copy bandwidth."""
+    of_kind = [row for row in rows if row.get("kind") == kind]
+    names = list(dict.fromkeys((row["model"], row["shape"], row["step"]) for row in of_kind))
+    lines = []
+    for model, shape, step in names:
+        same = [row for row in of_kind if (row["model"], row["shape"], row["step"]) == (model, shape, step)]
+        ours = find(same, variant="ours")
+        other = min((row for row in same if row["variant"] != "ours"), key=lambda row: row["median_ms"], default=None)
+        times = [_number(_get(row, "median_ms"), "{:.4f}") for row in (ours, other)]
+        named = times[1] + ("" if other is None else f" ({other['variant']})")
+        share = _number(_get(ours, "share_of_copy"), "{:.0%}")
+        lines.append((f"{model} {shape}, {step}", times[0], named, _number(_get(ours, "gb_per_s")), share))
+    header = ("", "ours, ms", "fastest other, ms", "GB/s", "share of copy")
+    return _markdown(header, lines or [("all",) + (NOT_YET,) * 4])
+
+
+def cpu_table(rows) -> str:
+    """Ratios of times on a CPU, each pair timed in turns."""
+    rows = [row for row in rows if not row.get("cuda") and row.get("kind") == "model" and row.get("time_over")]
+    others = ("channels_last", "torchvision-channels_last", "timm-channels_last")
+    lines = []
+    for row in rows:
+        ratios = [_number(row["time_over"].get(other), "{:.2f}") if other != row["variant"] else "" for other in others]
+        lines.append((f"{row['shape']} {row['step']}, {row['variant']}", f"{row['median_ms']:.1f}", *ratios))
+    header = ("CPU", "ms", "/ plain NHWC", "/ torchvision NHWC", "/ timm NHWC")
+    return _markdown(header, lines or [("all",) + (NOT_YET,) * 4])
+
+
+def machine_line(rows) -> str:
+    if not rows:
+        return f"GPU: {NOT_YET}."
+    row = rows[-1]
+    versions = ", ".join(f"{key} {row[key]}" for key in ("driver", "cuda", "cudnn", "torch", "triton") if row.get(key))
+    return f"{row['device']}, {row['dtype']}, copy bandwidth {row['copy_gb_per_s']:,.0f} GB/s measured in the same process; {versions}."
+
+
+def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
+    """The whole page."""
+    on_gpu = gpu_rows(rows)
+    correctness = folder / "correctness.json"
+    said = json.loads(correctness.read_text(encoding="utf-8"))["summary"] if correctness.exists() else NOT_YET
+    parts = ["# Results", machine_line(on_gpu), f"Tests on the GPU: {said}. Each row's results were checked against float64 first."]
+    for step in STEPS:
+        parts += [f"## Models, {step}", model_table(on_gpu, step)]
+    parts += ["## Latency", latency_table(on_gpu)]
+    for kind, title in (("depthwise", "Depthwise layers"), ("pointwise", "1x1 convolutions"), ("squeeze_excite", "Squeeze-excite")):
+        parts += [f"## {title}", layer_table(on_gpu, kind)]
+    parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_table(rows), "## Plots"]
+    parts += [f"{title}: " + (NOT_YET if path is None else f"![{title}]({path.name})") for title, path in plots.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_table(rows) -> str:
+    """What the README shows: each network's speed-up and memory against the best of torch.compile, on one GPU."""
+    on_gpu = gpu_rows(rows)
+    lines = []
+    tables = [model_lines(on_gpu, step) for step in STEPS]
+    for (name, ours, _, compiled), (_, trained, _, trained_compiled) in zip(*tables, strict=True):
+        cells = [_number(_get(ours, "images_per_s")), _number(_ratio(_get(ours, "images_per_s"), _get(compiled, "images_per_s")), "{:.2f}")]
+        cells.append(_number(_get(trained, "images_per_s")))
+        cells.append(_number(_ratio(_get(trained, "images_per_s"), _get(trained_compiled, "images_per_s")), "{:.2f}"))
+        cells.append(_number(_ratio(_get(trained, "peak_memory_mb"), _get(trained_compiled, "peak_memory_mb")), "{:.2f}"))
+        if any(cell != NOT_YET for cell in cells):
+            lines.append((name.upper(), *cells))
+    header = ("", "inference, images/s", "/ torch.compile", "training, images/s", "/ torch.compile", "training memory / torch.compile")
+    return f"{machine_line(on_gpu)}\n\n" + _markdown(header, lines or [("B0 to B7",) + (NOT_YET,) * 5])
+
+
+def update_readme(path: Path, table: str) -> bool:
+    """Put ``table`` between the markers; whether that changed the file. Raises ValueError where the markers are missing."""
+    text = path.read_text(encoding="utf-8")
+    start, end = MARKERS
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{path} must hold the markers {start!r} and {end!r} once, in this order")
+    before, rest = text.split(start)
+    new = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    if new != text:
+        path.write_text(new, encoding="utf-8")
+    return new != text
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------------------------
+
+
+def _bars(axes, names, groups, ylabel, title):
+    """Groups of bars, one of each group for each name; None leaves a gap."""
+    width = 0.8 / len(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        at = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(names))]
+        axes.bar(at, [value or 0 for value in values], width, label=label)
+    axes.set_xticks(range(len(names)), [name.upper() for name in names])
+    axes.set(ylabel=ylabel, title=title)
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _figure(panels: int):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, panels, figsize=(6.5 * panels, 4.8), layout="constrained", squeeze=False)
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def speed_plot(path: Path, rows) -> Path | None:
+    """Images a second over those of eager NHWC."""
+    lines = {step: [line for line in model_lines(rows, step) if line[1] and (line[2] or line[3])] for step in STEPS}
+    if not any(lines.values()):
+        return None
+    figure, axes = _figure(len(STEPS))
+    for panel, (step, found) in zip(axes[0], lines.items(), strict=True):
+        speeds = [[_get(row, "images_per_s") for row in line[1:]] for line in found]
+        base = [eager or compiled for _, eager, compiled in speeds]
+        groups = {
+            "ours": [ours / b for (ours, _, _), b in zip(speeds, base, strict=True)],
+            "torch.compile, best": [compiled / b if compiled else None for (_, _, compiled), b in zip(speeds, base, strict=True)],
+        }
+        _bars(panel, [line[0] for line in found], groups, "speed over eager NHWC [ratio]", step)
+        panel.axhline(1, color="black", lw=0.8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return _save(figure, path)
+
+
+def memory_plot(path: Path, rows) -> Path | None:
+    lines = {step: [line for line in model_lines(rows, step) if _get(line[1], "peak_memory_mb")] for step in STEPS}
+    if not any(lines.values()):
+        return None
+    figure, axes = _figure(len(STEPS))
+    for panel, (step, found) in zip(axes[0], lines.items(), strict=True):
+        columns = list(zip(*([_get(row, "peak_memory_mb") for row in line[1:]] for line in found), strict=True)) or [(), (), ()]
+        groups = dict(zip(("ours", "eager NHWC", "torch.compile, best"), columns, strict=True))
+        groups = {label: [value and value / 1e3 for value in values] for label, values in groups.items()}
+        _bars(panel, [line[0] for line in found], groups, "peak memory [GB]", step)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
+def kernels_plot(path: Path, rows) -> Path | None:
+    """Time of each kernel within a step, an image, stacked."""
+    found = [(f"{row['model'].upper()}\n{row['step']}", row) for row in rows if row.get("kind") == "model" and row["variant"] == "ours"]
+    found = [(name, row) for name, row in found if row.get("kernels_ms")]
+    if not found:
+        return None
+    totals: dict[str, float] = {}
+    for _, row in found:
+        whole = sum(row["kernels_ms"].values())
+        for kernel, milliseconds in row["kernels_ms"].items():
+            totals[kernel] = totals.get(kernel, 0) + milliseconds / whole
+    named = sorted(totals, key=totals.get, reverse=True)[:LARGEST]
+    figure, axes = _figure(2 if len(found) > 4 else 1)
+    panel = axes[0][0]
+    if len(axes[0]) == 2:
+        gridspec = panel.get_gridspec()
+        for extra in axes[0]:
+            extra.remove()
+        panel = figure.add_subplot(gridspec[0, :])
+    bottom = [0.0] * len(found)
+    for kernel in [*named, "others"]:
+        values = []
+        for _, row in found:
+            times, images = row["kernels_ms"], row["batch_size"]
+            mine = times.get(kernel, 0.0) if kernel in named else sum(ms for name, ms in times.items() if name not in named)
+            values.append(100 * mine / sum(times.values()) if images else 0.0)
+        label = kernel if len(kernel) <= 40 else kernel[:37] + "..."
+        panel.bar(range(len(found)), values, 0.7, bottom=bottom, label=label, color="lightgray" if kernel == "others" else None)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    ticks = [f"{name}\n{sum(row['kernels_ms'].values()):.1f} ms" for name, row in found]
+    panel.set_xticks(range(len(found)), ticks, fontsize=8)
+    panel.set(ylabel="share of the kernels' time [%]", title="Time per kernel within a step", ylim=(0, 100))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return _save(figure, path)
+
+
+def roofline_plot(path: Path, rows) -> Path:
+    """B0's inference on the GPU of the rows (an H200 where there is none); measured where it was."""
+    device = str(rows[-1]["device"]).lower() if rows else ""
+    gpu = next((gpu for name, gpu in GPUS.items() if name.removeprefix("rtx") in device.replace(" ", "")), GPUS["h200"])
+    row = find(rows, kind="model", model="b0", step="inference", variant="ours")
+    batch, dtype = (row["batch_size"], row["dtype"]) if row else (plan.BATCH["b0"], "bfloat16")
+    lines = plan.plan("b0", False, gpu, batch, dtype, rows)
+    note = "" if any(line.measured for line in lines) else f" ({NOT_YET})"
+    title = f"{shapes.model('b0')} inference, batch {batch}, {dtype}, {gpu.name}{note}"
+    plan.plot(path, lines, gpu, batch, 4 if dtype == "float32" else 2, title)
+    return path
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plots of measured results.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a campaign's folder, or one of --benchmark-json files")
+    parser.add_argument("--readme", type=Path, default=README, help="file whose table between the markers is updated")
+    parser.add_argument("--no-readme", action="store_true", help="leave the README alone")
+    args = parser.parse_args(argv)
+    try:
+        rows = results.load(args.folder)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        on_gpu = gpu_rows(rows)
+        plots = {
+            "Roofline": roofline_plot(args.folder / "roofline.png", on_gpu),
+            "Speed-up": speed_plot(args.folder / "speed.png", on_gpu),
+            "Time per kernel": kernels_plot(args.folder / "kernels.png", on_gpu),
+            "Memory": memory_plot(args.folder / "memory.png", on_gpu),
+        }
+        text = report(args.folder, rows, plots)
+        (args.folder / "report.md").write_text(text, encoding="utf-8")
+        changed = not args.no_readme and update_readme(args.readme, readme_table(rows))
+    except (ValueError, OSError) as error:
+        print(f"python -m benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    print(f"{args.folder / 'report.md'}: {len(rows)} rows{f', {args.readme} updated' if changed else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""How steps are timed, on a GPU and on a CPU; shared by ``efficientnet benchmark`` and the benchmark suite. Nothing runs at import."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+
+import torch
+
+from effkernels.dispatch import triton_problem
+
+FLUSH_BYTES = 2**30  # far more than any L2, and long enough to write that the launches of a small kernel are queued meanwhile
+GRAPH_BELOW = 100e-6  # s; shorter steps are replayed from a CUDA graph, or the time would be that of queueing them
+
+
+class CudaInstant:
+    """A point on the GPU's own time line; the difference of two is in seconds and waits for the later one only."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier):
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class Stopwatch:
+    """Times steps on a device: on a GPU with events, after a write of FLUSH_BYTES that empties the L2 and keeps the GPU busy while the
+    step is being queued; on a CPU with ``cpu_clock``."""
+
+    def __init__(self, device: torch.device, cpu_clock=time.perf_counter):
+        self.device, self.is_gpu = torch.device(device), torch.device(device).type == "cuda"
+        self.clock = CudaInstant if self.is_gpu else cpu_clock
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.is_gpu else None
+
+    def before_round(self):
+        if self._flush is not None:
+            self._flush.zero_()
+
+    def seconds(self, step) -> float:
+        self.before_round()
+        start = self.clock()
+        step()
+        return self.clock() - start
+
+    def prepared(self, step, graph: bool | None = None):
+        """(what to time instead of ``step``, how that runs): on a GPU a graph's replay, for steps under GRAPH_BELOW or as asked.
+
+        ``step`` must have run before, so that everything is compiled. A step that cannot be captured is timed as it is, and said so.
+        """
+        if not self.is_gpu:
+            return step, "process"
+        if graph is None:
+            graph = statistics.median(self.seconds(step) for _ in range(5)) < GRAPH_BELOW
+        if not graph:
+            return step, "events"
+        try:
+            return capture(step).replay, "graph"
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return step, f"events (no graph: {str(error).splitlines()[0]})"
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read plus bytes written a second by a large copy."""
+        source = torch.ones(2**30 if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        times = [self.seconds(lambda: target.copy_(source)) for _ in range(13)][3:]
+        return 2 * source.numel() / statistics.median(times)
+
+
+def capture(step):
+    """A CUDA graph of ``step``, after three runs on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def tally(events) -> dict[str, tuple[int, float]]:
+    """{kernel: (launches, milliseconds)} of a profile's events: what ran on the GPU, annotations aside."""
+    found: dict[str, list] = defaultdict(lambda: [0, 0.0])
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            found[event.name][0] += 1
+            found[event.name][1] += event.time_range.elapsed_us() / 1e3
+    return {name: (count, milliseconds) for name, (count, milliseconds) in found.items()}
+
+
+def kernel_times(step) -> dict[str, tuple[int, float]]:
+    """``tally`` of one ``step`` on a GPU, copies and fills included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    return tally(profiled.events())
+
+
+def quantiles(times) -> tuple[float, float, float]:
+    """(median, 20th, 80th percentile)."""
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), p20, p80
+
+
+def versions(device: torch.device) -> dict:
+    """GPU, driver, CUDA, cuDNN (on a CPU its name), Triton, torch, Python."""
+    if device.type == "cuda":
+        info = {"device": torch.cuda.get_device_name(device), "driver": _driver()}
+        info |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    else:
+        info = {"device": _cpu_name()}
+    if triton_problem() is None:
+        from importlib.metadata import version
+
+        info["triton"] = version("triton")
+    return info | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None

@@ -1,0 +1,164 @@
+"""A campaign ends on time, keeps what was measured, and goes on where it stopped, also when a row hangs or its process dies."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from benchmarks import campaign, results, shapes
+from benchmarks.baselines import CHANNELS_LAST, EAGER, OURS
+from benchmarks.campaign import Campaign, Job
+from benchmarks.rows import Row
+
+SHAPE = shapes.blocks("b0")[0]
+
+# Stands in for pytest: leaves files as the fixture does; a row named "hang" sleeps, "die" kills the process, "fail" leaves no result.
+WORKER = """
+import json, os, sys, time
+folder, *pairs = sys.argv[1:]
+for node, path in zip(pairs[::2], pairs[1::2]):
+    with open(folder + "/current", "w") as current:
+        current.write(node)
+    with open(folder + "/runs", "a") as runs:
+        runs.write(node + "\\n")
+    if "hang" in node:
+        time.sleep(600)
+    if "die" in node:
+        os.kill(os.getpid(), 9)
+    if "fail" not in node:
+        time.sleep(0.3)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as out:
+            json.dump({"benchmarks": [{"fullname": node, "extra_info": {"median_ms": 1.0, "device": node}}]}, out)
+"""
+
+
+def job(name, training=False, seconds=1.0, variant=OURS):
+    return Job(f"benchmarks/test_block.py::test_block[{name}]", Row("b0", SHAPE, training, variant), seconds)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(seconds) makes a campaign with the worker above, without what real processes need to get ready."""
+    monkeypatch.setattr(campaign, "START", 0.5)
+    monkeypatch.setattr(campaign, "MARGIN", 0.3)
+
+    def make(seconds, said=None):
+        def command(nodes):
+            pairs = [part for node in nodes for part in (node, str(tmp_path / "rows" / f"{campaign._file(node)}.json"))]
+            return [sys.executable, "-S", "-c", WORKER, str(tmp_path), *pairs]
+
+        say = (lambda line: said.append(line)) if said is not None else (lambda line: None)
+        return Campaign(tmp_path, time.monotonic() + seconds, command, say)
+
+    return make
+
+
+def runs(folder):
+    return [line.split("[")[1][:-1] for line in (folder / "runs").read_text().splitlines()]
+
+
+def measured(folder):
+    return sorted(row["device"].split("[")[1][:-1] for row in results.load(folder))
+
+
+def test_rows_run_in_order_and_once(start, tmp_path):
+    todo = [job("a"), job("b", training=True), job("c")]
+    start(60).run(todo)
+    assert runs(tmp_path) == ["a", "c", "b"], "those of one case in one process"
+    assert measured(tmp_path) == ["a", "b", "c"]
+    start(60).run([*todo, job("d")])
+    assert runs(tmp_path) == ["a", "c", "b", "d"]
+
+
+def test_a_row_that_fails_or_dies_does_not_stop_the_rest(start, tmp_path):
+    todo = [job("a"), job("fail"), job("b"), job("die"), job("c")]
+    one = start(60)
+    one.run(todo)
+    assert measured(tmp_path) == ["a", "b", "c"]
+    assert {node.split("[")[1][:-1]: what for node, what in one.state.items()} == {
+        "fail": "failed; see log.txt", "die": "the process died with exit code -9",
+    }  # fmt: skip
+    start(60).run(todo)
+    assert runs(tmp_path) == ["a", "fail", "b", "die", "c"], "neither is run again"
+
+
+def test_a_row_that_hangs_is_ended(start, tmp_path):
+    said = []
+    one = start(60, said)
+    began = time.monotonic()
+    one.run([job("a"), job("hang", seconds=0.2), job("b")])
+    assert time.monotonic() - began < 20
+    assert measured(tmp_path) == ["a", "b"]
+    assert [what for what in one.state.values()] == ["hung: took over 2 s"] and "hung" in "".join(said)
+
+
+def test_the_end_is_kept_when_a_row_hangs(start, tmp_path):
+    began = time.monotonic()
+    one = start(4)
+    one.run([job("a"), job("hang", seconds=2)])
+    assert time.monotonic() - began < 5
+    assert measured(tmp_path) == ["a"] and one.state == {}, "the time was up: it may be tried again"
+
+
+def test_rows_that_do_not_fit_are_left_out(start, tmp_path):
+    said = []
+    start(5, said).run([job("long", seconds=100), job("short", training=True, seconds=0.2)])
+    assert runs(tmp_path) == ["short"] and said[-1].startswith("1 rows left: none fits")
+
+
+def test_a_process_that_cannot_start_is_not_tried_for_ever(start):
+    one = start(60)
+    one.command = lambda nodes: [sys.executable, "-c", "raise SystemExit(4)"]
+    one.run([job("a"), job("b")])
+    assert len(one.state) == 2 and all("exit code 4" in what for what in one.state.values())
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match="state.json is not a campaign's state"):
+        Campaign(tmp_path, 0)
+    assert campaign.main(["--minutes", "1", "--out", str(tmp_path), "--only", "nothing-of-this-name"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--minutes", "0"], "minutes must be above 0"), (["--minutes", "1", "--only", "("], "--only")]
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        campaign.main([*arguments, "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_most_important_rows_come_first():
+    on_gpu = [str(job.row) for job in campaign.jobs(gpu=True)]
+    assert on_gpu[:4] == [f"b0-224px-inference-{name}" for name in ("ours", "channels_last", "compile-default", "eager")]
+    first = {
+        name: on_gpu.index(f"{name}-ours")
+        for name in ("b0-224px-training", "b4-380px-inference", "b4-380px-training", "b7-600px-inference")
+    }
+    assert list(first) == sorted(first, key=first.get)
+    assert len(on_gpu) == len(set(on_gpu)) + 4 * 8, "a latency row is told from a model's by its file"
+    must = [job for job in campaign.jobs(gpu=True) if job.row.model in campaign.MUST]
+    seconds = 0.0
+    for job_ in must[: on_gpu.index("b4-380px-training-compile-default") + 1]:
+        seconds += job_.seconds
+    assert seconds < 9 * 60, "B0 and B4 against torch.compile fit one call of nine minutes"
+
+
+def test_without_a_gpu_only_what_runs_there():
+    found = campaign.jobs(gpu=False, only="test_block|test_model")
+    assert {job.row.model for job in found} == {"b0"} and all(job.row.variant.graph is None for job in found)
+    assert {EAGER, CHANNELS_LAST, OURS} <= {job.row.variant for job in found}
+
+
+@pytest.mark.slow
+def test_a_real_one(tmp_path):
+    """The suite's own rows in processes of their own, on this machine's CPU."""
+    out = tmp_path / "c"
+    arguments = ["--minutes", "1.5", "--out", str(out), "--only", r"test_block.py.*192to192.*inference-(eager|ours)"]
+    assert campaign.main(arguments) == 0
+    rows = results.load(out)
+    assert {row["variant"] for row in rows} == {"eager", "ours"} and all(row["median_ms"] > 0 for row in rows)
+    assert not json.loads((out / "state.json").read_text())["rows"] if (out / "state.json").exists() else True

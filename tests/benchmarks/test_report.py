@@ -1,0 +1,102 @@
+"""Tables and plots of results: of none, of a GPU's, of a CPU's. The rows here are made up, and only here."""
+
+import json
+
+import pytest
+
+from benchmarks import plan, report, shapes
+from benchmarks.results import NOT_YET
+
+GPU = {"device": "NVIDIA H200", "cuda": "13.0", "driver": "580", "cudnn": 9, "torch": "2.13", "triton": "3.7", "dtype": "bfloat16"}
+GPU |= {"copy_gb_per_s": 4300.0}
+
+
+def model_row(name, step, variant, factor, **more):
+    batch = plan.BATCH[name]
+    milliseconds = factor * (1 + 3 * (step == "training")) * (1 + int(name[1]))
+    row = {"kind": "model", "model": name, "shape": str(shapes.model(name)), "step": step, "variant": variant, "batch_size": batch}
+    row |= {"median_ms": milliseconds, "images_per_s": 1e3 * batch / milliseconds, "peak_memory_mb": 1e3 * factor, "share_of_copy": 0.5}
+    return GPU | row | {"launches": 65, "gb_per_s": 2000.0} | more
+
+
+def kernels(count):
+    return {f"{'a_rather_long_name_of_a_kernel_that_does_much' if i == 2 else 'kernel'}_{i}": 1.0 / (1 + i) for i in range(count)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of B0 to B4 on an H200: ours 2, torch.compile 4 and 5, eager 8 ms and so on."""
+    rows = []
+    for name in ("b0", "b1", "b2", "b3", "b4"):
+        for step in report.STEPS:
+            rows.append(model_row(name, step, "ours", 2.0, kernels_ms=kernels(12)))
+            rows.append(model_row(name, step, "channels_last", 8.0))
+            rows += [model_row(name, step, f"compile-{mode}", factor) for mode, factor in (("default", 5.0), ("max-autotune", 4.0))]
+    rows.append(model_row("b0", "inference", "ours", 0.1) | {"kind": "latency", "batch_size": 1})
+    layer = {"kind": "depthwise", "shape": str(shapes.blocks("b0")[0].depthwise), "step": "inference"}
+    rows += [model_row("b0", "inference", name, f) | layer for name, f in (("ours", 0.02), ("eager", 0.08))]
+    rows.append({k: v for k, v in model_row("b0", "inference", "ours", 1e-6).items() if k != "cuda"} | {"device": "one thread of a CPU"})
+    (tmp_path / "results").mkdir()
+    benchmarks = [{"fullname": str(i), "extra_info": row} for i, row in enumerate(rows)]
+    (tmp_path / "results" / "all.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    return tmp_path / "results"
+
+
+def readme(path, body="old"):
+    path.write_text(f"# Title\n\n{report.MARKERS[0]}\n{body}\n{report.MARKERS[1]}\n\nrest\n")
+    return path
+
+
+def test_without_results(tmp_path, capsys):
+    page = readme(tmp_path / "README.md")
+    assert report.main([str(tmp_path / "none"), "--readme", str(page)]) == 0
+    text = (tmp_path / "none" / "report.md").read_text()
+    for line in text.splitlines():
+        assert not (line.startswith(("| B", "| all", "GPU", "Speed", "Time", "Memory", "Tests")) and NOT_YET not in line), line
+    assert not any(character.isdigit() for line in text.splitlines() if line.startswith("| B") for character in line.split("|", 2)[2])
+    assert page.read_text().count(NOT_YET) == 6 and "old" not in page.read_text() and page.read_text().endswith("\nrest\n")
+    assert [path.name for path in (tmp_path / "none").glob("*.png")] == ["roofline.png"], "floors need no measurement"
+
+
+def test_tables(folder, tmp_path, capsys):
+    page = readme(tmp_path / "README.md")
+    assert report.main([str(folder), "--readme", str(page)]) == 0
+    text = (folder / "report.md").read_text()
+    # 256 images in 2 ms; in 8 ms; in 4 ms, the better of two modes: 2 times as fast, half the memory.
+    expected = "| B0 | 256 | 128,000 | 32,000 | 64,000 (compile-max-autotune) | 2.00 | 0.50 | 50% | 65 |"
+    assert expected in text and "| B0 | 0.100 | not yet measured" in text and "| B7 | not yet measured |" in text
+    assert "c32-112px-k3-s1, inference | 0.0200 | 0.0800 (eager) | 2,000 | 50% |" in text
+    assert "NVIDIA H200, bfloat16, copy bandwidth 4,300 GB/s" in text and "driver 580, cuda 13.0, cudnn 9" in text
+    assert "| B0 | 128,000 | 2.00 | 32,000 | 2.00 | 0.50 |" in page.read_text() and "B7" not in page.read_text()
+    assert sorted(path.name for path in folder.glob("*.png")) == ["kernels.png", "memory.png", "roofline.png", "speed.png"]
+    before = page.read_text()
+    assert report.main([str(folder), "--readme", str(page)]) == 0 and page.read_text() == before
+    assert "updated" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_devices_are_not_mixed(folder):
+    other = GPU | {"device": "another"} | {"kind": "model", "variant": "ours", "model": "b0", "step": "inference", "median_ms": 1}
+    rows = report.results.load(folder)
+    assert {row["device"] for row in report.gpu_rows([*rows, other])} == {"NVIDIA H200"}
+    assert report.gpu_rows([row for row in rows if "cuda" not in row]) == []
+
+
+def test_ratios_on_a_cpu():
+    row = {"kind": "model", "shape": "b0-112px", "step": "training", "variant": "ours", "median_ms": 100.0}
+    table = report.cpu_table([row | {"time_over": {"channels_last": 1.01, "torchvision-channels_last": 0.98}}])
+    assert f"| b0-112px training, ours | 100.0 | 1.01 | 0.98 | {NOT_YET} |" in table
+
+
+@pytest.mark.parametrize("text", ["no markers", "{1}\n{0}", "{0}\n{0}\n{1}"])
+def test_a_readme_without_markers(text, folder, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(text.format(*report.MARKERS))
+    assert report.main([str(folder), "--readme", str(page)]) == 2
+    assert "must hold the markers" in capsys.readouterr().err and page.read_text() == text.format(*report.MARKERS)
+
+
+def test_the_projects_readme_holds_what_its_results_say():
+    rows = report.results.load(report.README.parent / "benchmarks" / "results")
+    text = report.README.read_text(encoding="utf-8")
+    shown = text.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0].strip("\n")
+    assert shown == report.readme_table(rows), "run python -m benchmarks.report benchmarks/results"
