@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import nn
 
-from effkernels import dispatch, layouts
+from effkernels import dispatch, layouts, networks
 
 
 class Swapped:
@@ -57,11 +57,43 @@ def _judge(module, block, x):
     return reason, None if reason is not None else verdict
 
 
+class AcceleratedNetwork(Swapped):
+    """A library's network with its stem and head on fused kernels; its own forward where they cannot serve."""
+
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernels will serve stem and head for x (or, without x, at all), else the reason why not."""
+        return self._why_not(self._reader(self), x)
+
+    @staticmethod
+    def _why_not(network, x):
+        layers = () if isinstance(network, str) else networks.layers_of(network)
+        return dispatch.why_not_fused(x, layers, judge=lambda: networks.judge(network))
+
+    def _forward(self, x):
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
+            return super().forward(x)
+        network = self._reader(self)
+        if self._why_not(network, x) is not None:
+            return super().forward(x)
+        return networks.run(x, network)
+
+
+# A network's only argument keeps its name.
+_FORWARDS = {
+    "x": lambda self, x: self._forward(x),
+    "inputs": lambda self, inputs: self._forward(inputs),
+    "pixel_values": lambda self, pixel_values: self._forward(pixel_values),
+}
+
+
 @functools.cache
 def accelerated_class(cls: type) -> type:
-    """The subclass of a block's class that runs it fused."""
-    base, reader = layouts.known(cls)
+    """The subclass of a block's or network's class that runs it fused."""
     namespace = {"_original": cls, "__doc__": cls.__doc__, "__module__": __name__}
+    if (network := networks.known(cls)) is not None:
+        namespace |= {"_reader": staticmethod(network[0]), "forward": _FORWARDS[networks.argument_of(cls)]}
+        return type(f"Accelerated{cls.__name__}", (AcceleratedNetwork, cls), namespace)
+    base, reader = layouts.known(cls)
     if reader is layouts.own:
         from effkernels.modules.mbconv import FusedMBConv
 
@@ -102,6 +134,24 @@ def _ineligible(module, x=None, ask=True) -> str | None:
     return verdict if isinstance(verdict, str) else None
 
 
+def _network_problem(module, x=None, ask=True) -> str | None:
+    """Why kernels cannot serve a known network's stem and head, or None. ask: platform too."""
+    cls = type(module)._original if isinstance(module, Swapped) else type(module)
+    reader, reason = networks.known(cls)
+    if reason is not None:
+        return reason
+    if "forward" in module.__dict__:
+        return "the network's forward was replaced"
+    return AcceleratedNetwork._why_not(reader(module), x) if ask else networks.judge(reader(module))
+
+
+def _networks(model):
+    """(name, module) of every network whose stem and head might be fused."""
+    for name, module in model.named_modules():
+        if networks.known(type(module)._original if isinstance(module, Swapped) else type(module)) is not None:
+            yield name, module
+
+
 def _blocks(model):
     """(name, module, whether it is one of ours that needs no accelerate) of everything that ``explain`` speaks about."""
     from effkernels.modules.conv_bn_act import FusedDepthwiseConvBNAct
@@ -110,7 +160,7 @@ def _blocks(model):
     for name, module in model.named_modules():
         if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)) and not isinstance(module, Swapped):
             yield name, module, True
-        elif isinstance(module, Swapped) or layouts.known(type(module)) is not None:
+        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or layouts.known(type(module)) is not None:
             yield name, module, False
 
 
@@ -120,7 +170,7 @@ def _check_model(model):
 
 
 def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
-    """Make every eligible MBConv block of ``model`` run fused, in place; returns ``model``.
+    """Make every eligible MBConv block of ``model`` run fused, and stem and head around them, in place; returns ``model``.
 
     Blocks: timm's InvertedResidual and DepthwiseSeparableConv (EfficientNet, MobileNetV2/V3, MnasNet, ...), torchvision's EfficientNet,
     MobileNetV2/V3 and MnasNet, efficientnet_pytorch, transformers' EfficientNet, and efficientnet.MBConv. Parameters, buffers, submodules
@@ -144,6 +194,8 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no block that effkernels can run{':' if listed else ', nor any of a known class'}{listed}"
         )
+    if swaps or fused:
+        swaps += [m for _, m in _networks(model) if not isinstance(m, Swapped) and _network_problem(m, ask=False) is None]
     for module in swaps:
         module.__class__ = accelerated_class(type(module))
     return model
@@ -165,11 +217,12 @@ class Explanation(dict):
     """{name of each block: None if kernels serve it, else the reason}; ``print`` shows it line by line.
 
     plain: names of the blocks that ``accelerate`` has not made fused. waiting: those of them that it would.
+    ends: {name of each network's stem or head: None if kernels serve it, else the reason}, which are not blocks.
     """
 
-    def __init__(self, reasons, plain, kinds):
+    def __init__(self, reasons, plain, kinds, ends):
         super().__init__(reasons)
-        self.plain, self._kinds = plain, kinds
+        self.plain, self._kinds, self.ends = plain, kinds, ends
 
     @property
     def waiting(self) -> set[str]:
@@ -188,6 +241,7 @@ class Explanation(dict):
         for name, reason in self.items():
             state = reason or ("eligible, accelerate(model) fuses it" if name in self.waiting else "fused")
             lines.append(f"  {name:{width}}  {self._kinds[name]:{kinds}}  {state}")
+        lines += [f"  {name}: {reason or 'kernels serve it'}" for name, reason in self.ends.items()]
         return "\n".join(lines)
 
 
@@ -205,4 +259,12 @@ def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
         kinds[name] = type(module)._original.__name__ if isinstance(module, Swapped) else type(module).__name__
         if not ours and not isinstance(module, Swapped):
             plain.add(name)
-    return Explanation(reasons, plain, kinds)
+    ends = {}
+    for name, module in _networks(model):
+        problem, network = _network_problem(module, x), None
+        if problem is None:
+            network = networks.known(type(module)._original if isinstance(module, Swapped) else type(module))[0](module)
+        prefix = f"{name}." if name else ""
+        ends[f"{prefix}stem"] = problem
+        ends[f"{prefix}head"] = problem if network is None or not isinstance(network.head, str) else network.head
+    return Explanation(reasons, plain, kinds, ends)

@@ -356,7 +356,7 @@ def layers_of(block: Block) -> list[tuple[str, str, nn.Module]]:
 
 def judge(module: nn.Module, block: Block, layers) -> Verdict | str:
     """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are not asked."""
-    problem = _edited(module, "")
+    problem = edited(module, "")
     if problem is not None:
         return problem
     for name, inner in block.identities:
@@ -397,7 +397,7 @@ def judge(module: nn.Module, block: Block, layers) -> Verdict | str:
     return _acts(block, pads)
 
 
-def _edited(module, prefix):
+def edited(module, prefix):
     """Whether somebody listens to, or stands in for, a module inside."""
     for name, inner in module._modules.items():
         if inner is None:
@@ -408,7 +408,7 @@ def _edited(module, prefix):
         if "forward" in inner.__dict__:
             return f"{name}.forward was replaced"
         if inner._modules:
-            problem = _edited(inner, f"{name}.")
+            problem = edited(inner, f"{name}.")
             if problem is not None:
                 return problem
     return None

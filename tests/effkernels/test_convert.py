@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -86,13 +87,17 @@ def twins_serve(monkeypatch):
     """CPU tensors pass the gate, and what the kernels would compute the plain twins of ``effkernels.reference`` do: blocks so run."""
     served = []
 
-    def twin(*args, **kwargs):
-        served.append(args[0].shape)
-        return reference.mbconv(*args, **kwargs)
+    def twin(name):
+        def call(*args, **kwargs):
+            served.append(name)
+            return getattr(reference, name)(*args, **kwargs)
+
+        return call
 
     monkeypatch.setattr(dispatch, "only_plain_on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "platform_problem", lambda *device: None)
-    monkeypatch.setattr(functional, "mbconv", twin)
+    for name in ("mbconv", "stem", "head"):
+        monkeypatch.setattr(functional, name, twin(name))
     monkeypatch.setattr(dispatch, "COMPUTE_DTYPES", (*dispatch.COMPUTE_DTYPES, torch.float64))
     return served
 
@@ -110,7 +115,9 @@ def test_a_model_and_back(name, twins_serve):
         assert accelerate(model) is model
         fused = logits(model, x)
     assert relative_error(fused, plain.double()) < 1e-5
-    assert len(twins_serve) == eligible
+    ends = [end.rpartition(".")[2] for end, reason in before.ends.items() if reason is None]
+    assert Counter(twins_serve) == Counter(["mbconv"] * eligible + ends)
+    assert "stem" in ends or "own" in name
 
     after = explain(model)
     assert before == after and len(after) == blocks and after.fused == eligible
@@ -154,7 +161,8 @@ def test_training_with_an_optimizer_made_before(name, twins_serve):
             logits(trained, x.double()).square().sum().backward()
             optimizer.step()
         results.append(trained)
-    assert len(twins_serve) == 2 * eligible
+    assert twins_serve.count("mbconv") == 2 * eligible
+    assert twins_serve.count("stem") == (0 if "own" in name else 2)
     plain, fused = results
     for key, value in fused.state_dict().items():
         assert relative_error(value, plain.state_dict()[key]) < 1e-6, key
@@ -223,7 +231,7 @@ def test_moving_average_and_modes(twins_serve):
     model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
     parameters = list(model.parameters())
     with torch.no_grad():
-        assert model(x.bfloat16()).dtype == torch.bfloat16 and len(twins_serve) == 16
+        assert model(x.bfloat16()).dtype == torch.bfloat16 and twins_serve.count("mbconv") == 16
     assert all(a is b for a, b in zip(restore(model).parameters(), parameters, strict=True))
 
 
@@ -264,7 +272,7 @@ def test_distributed_wrapper(tmp_path, twins_serve):
                 accelerate(wrapped)
             wrapped(x).square().sum().backward()
             gradients.append([p.grad for p in model.parameters()])
-        assert len(twins_serve) == 2 * 16 and all(key.startswith("module.") for key in wrapped.state_dict())
+        assert twins_serve.count("mbconv") == 2 * 16 and all(key.startswith("module.") for key in wrapped.state_dict())
     finally:
         dist.destroy_process_group()
     for others in gradients[1:]:

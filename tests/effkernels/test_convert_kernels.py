@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from test_modules import compare, images, random_like_output, randomise
+from test_modules import compare, images, random_like_output, randomise, step
 from torch import nn
 from truth import assert_close_to_truth, relative_error
 
@@ -138,3 +138,136 @@ def test_drop_connect_is_drawn_as_the_library_draws(device):
     dropped = [torch.equal(a, b) for a, b in zip(outs["fused"], x, strict=True)]
     assert dropped == [torch.equal(a, b) for a, b in zip(outs["eager"], x, strict=True)] and 0 < sum(dropped) < 6
     assert relative_error(outs["fused"], outs["eager"]) < 1e-5
+
+
+# ---- stem and head -----------------------------------------------------------------------------------------------------------------
+
+
+def timm_network(**settings):
+    timm = pytest.importorskip("timm")
+    blocks = timm.models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
+    kind = timm.models.efficientnet.EfficientNet
+    return kind(blocks, num_classes=8, num_features=24, stem_size=16, pad_type="same", act_layer=nn.SiLU, drop_rate=0.3, **settings)
+
+
+def timm_mobilenet():
+    timm = pytest.importorskip("timm")
+    blocks = timm.models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
+    return timm.models.mobilenetv3.MobileNetV3(blocks, num_classes=8, num_features=24, stem_size=16, act_layer=nn.Hardswish)
+
+
+def torchvision_network():
+    models = pytest.importorskip("torchvision").models
+    model = models.MobileNetV2(num_classes=8, inverted_residual_setting=[[1, 16, 1, 1]], width_mult=0.25)
+    model.features[-1] = models.mobilenetv2.Conv2dNormActivation(8, 24, kernel_size=1)  # not the 1280 channels that it has at any width
+    model.classifier = nn.Linear(24, 8)
+    return model
+
+
+def lukemelas_network():
+    package = pytest.importorskip("efficientnet_pytorch")
+    blocks, settings = package.utils.efficientnet(
+        width_coefficient=0.25, depth_coefficient=1.0, dropout_rate=0.0, drop_connect_rate=0.0, image_size=8, num_classes=8
+    )
+    return package.EfficientNet(blocks[:1], settings)
+
+
+def transformers_stem():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings
+
+    block = transformers_block(3, 1, 16, 16, 1, True)
+    return nn.Sequential(EfficientNetEmbeddings(transformers.EfficientNetConfig(width_coefficient=0.5)), block)
+
+
+NETWORKS = {
+    "timm": (timm_network, ["stem", "mbconv", "bn_act_add"]),
+    "timm-mobilenetv3": (timm_mobilenet, ["stem", "mbconv"]),
+    "torchvision": (torchvision_network, ["stem", "mbconv", "bn_act_add"]),
+    "lukemelas": (lukemelas_network, ["stem", "mbconv", "bn_act_add"]),
+    "transformers": (transformers_stem, ["stem", "mbconv"]),
+}
+INFERENCE = {"stem": "stem_inference", "mbconv": "mbconv_inference", "bn_act_add": "head_inference"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stem_and_head(name, device, scratch, monkeypatch):
+    """One launch each in inference; numbers, gradients and statistics of the library's network in both modes."""
+    make, operators = NETWORKS[name]
+    modules, runs = triple(make), kernels_of(monkeypatch)
+    x = images(3, 3, 9, 8)
+    outputs = {}
+    with torch.no_grad():
+        for key, module in modules.items():
+            outputs[key] = module.eval()(x.double() if key == "truth" else x)
+    assert runs == [INFERENCE[operator] for operator in operators]
+    assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
+    runs.clear()
+    for module in modules.values():
+        module.train()
+        if hasattr(module, "drop_rate"):
+            module.drop_rate = 0.0  # its draw depends on the dtype
+    gradient, results = torch.randn(outputs["truth"].shape), {}
+    for key, module in modules.items():
+        found = step(module, x.double() if key == "truth" else x, gradient)
+        found = {name: value for name, value in found.items() if not name.endswith("num_batches_tracked")}
+        gradients = [found.pop(name).flatten() for name in ("x", *dict(module.named_parameters()))]
+        results[key] = {**found, "gradients": torch.cat(gradients)}  # some vanish, before a BatchNorm, so all together
+    assert_close_to_truth(*(results[key] for key in ("fused", "eager", "truth")))
+    assert runs == operators
+
+
+def edit_stem(model):
+    model.conv_stem = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
+
+
+@pytest.mark.parametrize(
+    "make, edit, reason",
+    [
+        (timm_network, edit_stem, "conv_stem has kernel_size 7 and stride 2, kernels have 3 and stride 1 or 2"),
+        (timm_network, lambda m: m.bn1.register_forward_hook(lambda *args: None), "bn1 has hooks"),
+        (timm_network, lambda m: m.bn2.act.register_forward_hook(lambda *args: None), "bn2.act has hooks"),
+        (timm_network, lambda m: setattr(m.bn2, "act", nn.Tanh()), "bn2.act is Tanh(), not one of silu"),
+        (timm_network, lambda m: m.set_grad_checkpointing(), "grad_checkpointing is on"),
+        (timm_network, lambda m: setattr(m, "forward", m.forward), "the network's forward was replaced"),
+        (torchvision_network, lambda m: m.features.register_forward_hook(lambda *args: None), "features has hooks"),
+        (
+            torchvision_network,
+            lambda m: setattr(m.features, "2", nn.Conv2d(8, 24, 1)),
+            "features does not begin and end with a convolution",
+        ),
+        (torchvision_network, lambda m: setattr(m.features[0][0], "dilation", (2, 2)), "features.0.0 has dilation"),
+        (lukemelas_network, lambda m: setattr(m._conv_head, "bias", nn.Parameter(torch.zeros(320))), "_conv_head has a bias"),
+    ],
+)
+def test_why_stem_and_head_are_not_fused(make, edit, reason):
+    model = make().eval()
+    edit(model)
+    kind, x = type(model), torch.randn(1, 3, 9, 8)
+    assert explain(model).ends["stem"].startswith(reason), explain(model).ends
+    with torch.no_grad():
+        plain = model(x)
+        assert type(accelerate(model)) is kind and torch.equal(model(x), plain)
+
+
+def test_networks_own_forward():
+    """A subclass with another forward keeps its stem, another pooling than the mean's the head."""
+    base = type(timm_network())
+
+    class Other(base):
+        def forward_features(self, x):
+            return super().forward_features(x * 2)
+
+    blocks = pytest.importorskip("timm").models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
+    assert explain(Other(blocks, stem_size=16)).ends["stem"] == "Other has a forward of its own"
+    assert explain(timm_network(global_pool="max")).ends == {"stem": None, "head": explain(timm_network(global_pool="max")).ends["head"]}
+    assert "global_pool is" in explain(timm_network(global_pool="avgmax")).ends["head"]
+
+
+def test_a_forward_that_the_library_has_changed(monkeypatch):
+    from effkernels import networks
+
+    path = "timm.models.efficientnet.EfficientNet"
+    reader, methods, names = networks.NETWORKS[path]
+    monkeypatch.setitem(networks.NETWORKS, path, (reader, methods, names + " another_layer"))
+    assert explain(timm_network()).ends["stem"] == "EfficientNet's forward is not the one known here"

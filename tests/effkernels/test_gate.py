@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from effkernels import BatchNormParams, FusedMBConv, SqueezeExciteParams, functional
+from effkernels import BatchNormParams, FusedMBConv, SqueezeExciteParams, functional, reference
 
 
 def edited(edit):
@@ -143,3 +143,40 @@ def test_fp16_input_under_bf16_autocast(device):
         fused, plain = block(x), block.forward_reference(x)
     assert fused.dtype == plain.dtype == torch.float32
     torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05)
+
+
+def test_mask_of_the_caller(device):
+    """In place of drop-path's draw: the residual branch of each sample times its factor, with and without batch statistics."""
+    arguments, x, mask = layers(), torch.randn(3, 8, 4, 4), torch.tensor([0.0, 2.0, 0.5])
+
+    def freeze(weight, norm):
+        C = weight.shape[0]
+        return weight, norm._replace(training=False, running_mean=torch.zeros(C), running_var=torch.ones(C))
+
+    frozen = [a if i == 2 else freeze(*a) for i, a in enumerate(arguments)]
+    for given in (arguments, frozen):
+        with torch.no_grad():
+            branch = reference.mbconv(x, *given, residual=True) - x
+            for twin in (functional, reference):
+                out = twin.mbconv(x, *given, residual=True, mask=mask)
+                torch.testing.assert_close(out, x + branch * mask.view(3, 1, 1, 1), rtol=1e-4, atol=1e-4)
+    for wrong in (mask.double(), mask[:2], mask.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="mask must be fp32"):
+            functional.mbconv(x, *arguments, residual=True, mask=wrong)
+    with pytest.raises(ValueError, match="of a block with residual"):
+        functional.mbconv(x, *arguments, mask=mask)
+
+
+def test_drop_path_with_frozen_statistics_and_no_gradient(device):
+    block = FusedMBConv(8, 8, 3, expand_ratio=2, drop_path=0.5).train()
+    for layer in block.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    x = torch.randn(8, 8, 3, 3)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        fused = block(x)
+        torch.manual_seed(0)
+        plain = block.forward_reference(x)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    assert 0 < sum(torch.equal(a, b) for a, b in zip(fused, x, strict=True)) < 8

@@ -50,3 +50,23 @@ def test_same_as_timm(timm):
                 x = torch.randn(1, 1, height, width)
                 (top, bottom), (left, right) = (pad_amounts(n, k, stride, "same") for n in (height, width))
                 assert torch.equal(F.pad(x, (left, right, top, bottom)), pad_same(x, (k, k), (stride, stride)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", KERNELS)
+def test_same_as_even_is_same_of_even_sizes_at_any_size(k, stride):
+    amounts = {pad_amounts(size, k, stride, "same") for size in SIZES if size % 2 == 0}
+    assert {pad_amounts(size, k, stride, "same_as_even") for size in SIZES} == amounts and len(amounts) == 1
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_modules_pad_by_every_rule(size):
+    from effkernels import FusedDepthwiseConvBNAct, FusedMBConv
+
+    x = torch.randn(1, 8, size, size)
+    with torch.no_grad():
+        for module in (FusedDepthwiseConvBNAct(8, 3, 2, padding="same_as_even"), FusedMBConv(8, 8, 3, 2, 1, 0, padding="same_as_even")):
+            out = module.eval()(x)
+            for layer in module.modules():
+                layer.padding = (0, 0) if isinstance(layer, torch.nn.Conv2d) else "symmetric"
+            assert torch.equal(out, module(F.pad(x, (0, 1, 0, 1))))
