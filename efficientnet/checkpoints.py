@@ -153,8 +153,8 @@ class Weights:
 
     def trained_with(self, config: EfficientNetConfig) -> dict:
         """padding, bn_eps, bn_momentum, act of these weights, as far as the file says or its layout implies."""
-        stored = self.metadata.get("config", {})
-        if stored:
+        stored = self.metadata.get("config")
+        if isinstance(stored, dict) and "padding" in stored:  # ours; other programs keep a "config" too
             return {field: stored[field] for field in ("padding", "bn_eps", "bn_momentum", "act") if field in stored}
         return conventions(self.recognise(), config)
 
@@ -262,13 +262,14 @@ def stored_cfg(metadata: dict) -> dict | None:
 
 def describe_model(model: EfficientNet) -> dict:
     """All that ``load_checkpoint(None, path)`` needs to build the model again, as JSON values."""
-    return {
+    description = {
         "config": json.loads(json.dumps(asdict(model.config))),
         "num_classes": model.num_classes,
         "in_chans": model.in_chans,
         "drop_rate": model.drop_rate,
         "drop_path_rate": model.drop_path_rate,
     }
+    return description if model.output_stride == 32 else {**description, "output_stride": model.output_stride}
 
 
 def save_training_state(path, state: dict) -> None:
@@ -354,6 +355,7 @@ def _described(weights):
         config = dict(metadata["config"])
         config["stages"] = tuple(StageConfig(**stage) for stage in config["stages"])
         sizes = {key: metadata[key] for key in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")}
+        sizes["output_stride"] = metadata.get("output_stride", 32)
         return EfficientNetConfig(**config), sizes
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}") from error

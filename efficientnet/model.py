@@ -85,6 +85,8 @@ def create_model(
     settings = {field: value for field, value in settings.items() if value is not None}
     weights = cfg = None
     if pretrained:
+        if device is not None and torch.device(device).type == "meta":
+            raise ValueError("device 'meta' holds no weights: pretrained must be False for it")
         from efficientnet import checkpoints
         from efficientnet.pretrained import resolve
 
@@ -169,7 +171,7 @@ class EfficientNet(nn.Module):
         _check_rate("drop_path_rate", drop_path_rate)
         if output_stride not in (2, 4, 8, 16, 32):
             raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
-        self.fused = fused
+        self.fused, self.output_stride = fused, output_stride
         self.frozen_norms: tuple[str, ...] = ()  # names of BatchNorm layers that stay in eval (``transfer.freeze``)
         self.weights_cfg: dict | None = None  # how the images of pretrained weights are prepared
         if fused:

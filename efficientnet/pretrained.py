@@ -193,5 +193,6 @@ def _from_hub(repo, revision=None):
     cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     line = " ".join(str(cause).split())
     raise ConnectionError(
-        f"cannot fetch {' or '.join(HUB_FILES)} of {repo!r} from the Hub ({line}), nor from the cache {str(cache)!r}"
+        f"cannot fetch {' or '.join(HUB_FILES)} of {repo!r} from the Hub ({line}), nor from the cache {str(cache)!r}; "
+        "there is no such file here either"
     ) from cause

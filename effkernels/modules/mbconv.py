@@ -161,6 +161,8 @@ class FusedMBConv(MBConvBase):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
+        if self.dilation != 1:
+            return f"the depthwise convolution has dilation {self.dilation}, kernels need 1"
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
         I, O, E = self.in_channels, self.out_channels, round(self.in_channels * self.expand_ratio)
         shapes = {"conv_dw": (E, 1)}

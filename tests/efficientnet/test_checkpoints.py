@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_channels_last_weights_survive(tmp_path, model):
     assert same_state(strided, load_checkpoint(None, tmp_path / "m.safetensors"))
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "args": Namespace(lr=1)}, lambda s: {"model": s}])
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 def test_torch_files(tmp_path, model, wrap, suffix):
     path = tmp_path / f"m{suffix}"

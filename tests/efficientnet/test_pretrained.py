@@ -131,6 +131,8 @@ def test_unknown_tags_name_the_known():
         create_model("efficientnet_b0", pretrained="ra9")
     with pytest.raises(ValueError, match="weights True of 'efficientnet_b8' are not known; none is published"):
         create_model("efficientnet_b8", pretrained=True)
+    with pytest.raises(ValueError, match="device 'meta' holds no weights"):
+        create_model("efficientnet_b0", pretrained=True, device="meta")
 
 
 def test_hub_ids_that_cannot_be_reached(offline):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from efficientnet import create_model, freeze, parameter_groups
+from efficientnet import create_model, freeze, load_checkpoint, parameter_groups
+from efficientnet.checkpoints import save_checkpoint
 from efficientnet.transfer import EfficientNetFeatures
-from effkernels import explain
+from effkernels import accelerate, explain
 from effkernels.modules.mbconv import MBConvBase
 
 PARTS = ["conv_stem", "bn1", *(f"blocks.{i}" for i in range(7)), "conv_head", "bn2", "classifier"]
@@ -121,15 +122,20 @@ def test_feature_maps_are_timms(timm, name, stride, size):
         assert [info[key] for info in ours.feature_info] == numbers
 
 
-def test_dilated_blocks_say_why_they_are_plain():
+def test_dilated_blocks_say_why_they_are_plain(tmp_path):
     model = create_model("b0", num_classes=5, output_stride=8)
     reasons = [reason for reason in explain(model).values() if reason]
     dilated = [m for m in model.modules() if isinstance(m, MBConvBase) and m.dilation > 1]
-    assert len(dilated) == 10  # but for the stage 3's first block, all of the stages at 1/16 and 1/32
-    assert sum("dilation" in reason for reason in reasons) == 10
+    assert len(dilated) == 10  # all blocks at 1/16 and 1/32 but the first, whose input has the grid of 1/8
+    assert sum(reason.startswith("the depthwise convolution has dilation") for reason in reasons) == 10
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert model.eval().forward_features(x).shape[2:] == (8, 8)
+        expected = model.eval().forward_features(x)
+        assert expected.shape[2:] == (8, 8)
+        save_checkpoint(model, tmp_path / "dilated.safetensors")
+        loaded = load_checkpoint(None, tmp_path / "dilated.safetensors", fused=False).eval()
+        assert torch.equal(loaded.forward_features(x), expected)
+        torch.testing.assert_close(accelerate(loaded).forward_features(x), expected)
 
 
 def test_out_indices(model):
