@@ -135,7 +135,7 @@ def test_a_failed_export_leaves_nothing(run, checkpoint, tmp_path, format, monke
         (["--format", "onnx", "--checkpoint", "/no/such.safetensors"], "no such checkpoint file: '/no/such.safetensors'"),
         (["--format", "onnx", "--output", "/no/such/m.onnx"], "output '/no/such/m.onnx' must be a file in a folder that exists"),
         (["--format", "onnx", "--output", "/"], "output '/' must be a file in a folder that exists"),
-        (["--format", "onnx", "--model", "b0"], "was trained with padding='same', but the model has"),
+        (["--format", "onnx", "--model", "b4"], "does not fit the model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, checkpoint, tmp_path, argv, message):  # noqa: F811
