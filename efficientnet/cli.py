@@ -11,7 +11,7 @@ from pathlib import Path
 
 from efficientnet.settings import InputError
 
-COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert")  # modules of efficientnet.commands
+COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")  # modules of efficientnet.commands
 
 # Waiting OpenMP threads spin for microseconds, not milliseconds: as fast on an idle machine, several times as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

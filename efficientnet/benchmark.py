@@ -1,0 +1,272 @@
+"""Speed and memory of a network on this machine, for ``efficientnet benchmark``, under the keys of timm's benchmark.py and some more."""
+
+import csv
+import gc
+import io
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from efficientnet.config import EfficientNetConfig
+from efficientnet.model import create_model
+from efficientnet.profile import count_macs, count_parameters
+from efficientnet.roofline import model_bytes
+from efficientnet.settings import InputError
+from efficientnet.timing import Stopwatch, kernel_times, quantiles, versions
+
+MODES = ("infer", "train")
+FORMATS = ("md", "json", "csv")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+# torch.compile's mode (None: eager) and memory format of the plain network.
+BASELINES = {
+    "eager": (None, torch.channels_last),
+    "eager-nchw": (None, torch.contiguous_format),
+    "compile": ("default", torch.channels_last),
+    "compile-max-autotune": ("max-autotune", torch.channels_last),
+    "compile-reduce-overhead": ("reduce-overhead", torch.channels_last),
+}
+# Relative L2 difference of the fused and the plain network's outputs that rounding explains, through up to 55 blocks.
+MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure. ``batch_size`` is where the search for one that fits begins; ``img_size`` None: the model's own.
+
+    Raises InputError naming the field, its value and what is accepted.
+    """
+
+    model: str = "efficientnet_b0"
+    mode: str = "infer"
+    batch_size: int = 256
+    img_size: int | None = None
+    num_classes: int = 1000
+    dtype: str = "auto"
+    num_warm_iter: int = 10
+    num_bench_iter: int = 40
+    cuda_graph: bool = False
+
+    def __post_init__(self):
+        def check(field, accepted, ok):
+            if not ok:
+                raise InputError(f"{field} must be {accepted}, got {getattr(self, field)!r}")
+
+        check("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
+        check("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
+        least = 2 if self.mode == "train" else 1  # one image of one pixel has no batch statistics
+        check("batch_size", f"an integer >= {least}", self.batch_size >= least)
+        check("img_size", "an integer >= 32", self.img_size is None or self.img_size >= 32)
+        check("num_classes", "an integer >= 1", self.num_classes >= 1)
+        check("num_warm_iter", "an integer >= 1", self.num_warm_iter >= 1)
+        check("num_bench_iter", "an integer >= 2", self.num_bench_iter >= 2)
+        check("cuda_graph", "off in training", not (self.cuda_graph and self.training))
+        object.__setattr__(self, "img_size", self.img_size or EfficientNetConfig.from_name(self.model).resolution)
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "train"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may help."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+
+
+def smaller_batch(batch_size: int) -> int:
+    """Three quarters, a multiple of 8 where there is one; 0 at the end."""
+    smaller = 3 * batch_size // 4
+    return smaller // 8 * 8 if smaller >= 8 else smaller
+
+
+def with_decay(call: Callable[[int], dict], batch_size: int, least: int = 1, say=lambda line: None) -> dict:
+    """``call(batch size)`` with the largest of decaying batch sizes that memory holds. Raises InputError if none does."""
+    while batch_size >= least:
+        try:
+            return call(batch_size)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not out_of_memory(error):
+                raise
+        # Out of the handler, whose traceback keeps the step's tensors alive.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        smaller = smaller_batch(batch_size)
+        say(f"batch size {batch_size} does not fit into memory, trying {smaller}")
+        batch_size = smaller
+    raise InputError("not even the smallest batch fits into memory; a smaller --img-size or --model may")
+
+
+class Benchmark:
+    """Measures networks on one device; ``progress(total)`` gives a context manager whose value's update() counts steps."""
+
+    def __init__(self, device: torch.device, progress=None, say=lambda line: None):
+        self.device, self.say = device, say
+        self.progress = progress or (lambda total, name: nullcontext())
+        self.stopwatch = Stopwatch(device)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self.copy_bandwidth = self.stopwatch.copy_bandwidth()
+        self.machine = versions(device)
+
+    def dtype(self, config: BenchmarkConfig) -> torch.dtype:
+        name = config.dtype
+        if name == "auto":
+            name = "bfloat16" if self.device.type == "cuda" else "float32"
+        return getattr(torch, name)
+
+    def run(self, config: BenchmarkConfig, baseline: str | None = None) -> list[dict]:
+        """A record of ours, and one of ``baseline`` at ours's batch size, where that fits; ours then has "<mode>_speedup"."""
+        if baseline is not None and baseline not in BASELINES:
+            raise InputError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+        difference = self.difference(config)
+        least = 2 if config.training else 1
+        ours = with_decay(lambda batch: self.measure(config, batch), config.batch_size, least, self.say)
+        ours[f"{config.mode}_difference"] = float(f"{difference:.3g}")
+        if baseline is None:
+            return [ours]
+        batch = ours[f"{config.mode}_batch_size"]
+        other = with_decay(lambda batch: self.measure(config, batch, baseline), batch, least, self.say)
+        key = f"{config.mode}_samples_per_sec"
+        ours[f"{config.mode}_speedup"] = round(ours[key] / other[key], 3)
+        if peak := other.get(f"{config.mode}_peak_memory_mb"):
+            ours[f"{config.mode}_memory_ratio"] = round(ours[f"{config.mode}_peak_memory_mb"] / peak, 3)
+        return [ours, other]
+
+    def _network(self, config, baseline: str | None, drop: bool = True):
+        compile_mode, memory_format = BASELINES[baseline] if baseline else (None, torch.channels_last)
+        rates = {} if drop else {"drop_rate": 0.0, "drop_path_rate": 0.0}
+        torch.manual_seed(0)
+        model = create_model(config.model, num_classes=config.num_classes, fused=baseline is None, **rates)
+        dtype = self.dtype(config)
+        model.to(self.device, torch.float32 if config.training else dtype, memory_format=memory_format).train(config.training)
+        call = model if compile_mode is None else torch.compile(model, mode=compile_mode, dynamic=False)
+        return model, call, memory_format
+
+    def _images(self, config, batch: int, memory_format):
+        images = torch.randn(batch, 3, config.img_size, config.img_size, device=self.device)
+        return images.to(self.dtype(config), memory_format=memory_format)
+
+    def _autocast(self, config):
+        dtype = self.dtype(config)
+        mixed = config.training and dtype != torch.float32
+        return torch.autocast(self.device.type, dtype) if mixed else nullcontext()
+
+    def difference(self, config: BenchmarkConfig) -> float:
+        """Relative L2 difference of our and the plain network's outputs on two images. Raises RuntimeError where rounding does not
+        explain it: what is wrong is not timed."""
+        outs = []
+        for baseline in (None, "eager"):
+            model, _, memory_format = self._network(config, baseline, drop=False)
+            torch.manual_seed(1)
+            images = self._images(config, 2, memory_format)
+            with torch.no_grad(), self._autocast(config):
+                outs.append(model(images).double())
+        difference = ((outs[0] - outs[1]).norm() / outs[1].norm()).item()
+        bound = MOST_DIFFERENCE[self.dtype(config)]
+        if not difference <= bound:
+            raise RuntimeError(
+                f"{config.model}: the outputs differ from plain PyTorch's by {difference:.3g}, more than {bound:g}; not timed"
+            )
+        return difference
+
+    def measure(self, config: BenchmarkConfig, batch: int, baseline: str | None = None) -> dict:
+        """One record. Raises torch.OutOfMemoryError."""
+        is_gpu, mode = self.device.type == "cuda", config.mode
+        gc.collect()
+        held = torch.cuda.memory_allocated() if is_gpu else 0
+        model, call, memory_format = self._network(config, baseline)
+        images = self._images(config, batch, memory_format)
+        labels = torch.arange(batch, device=self.device) % config.num_classes
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if config.training else None
+        graphs = bool(baseline) and BASELINES[baseline][0] in ("max-autotune", "reduce-overhead")
+
+        def step():
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            if not config.training:
+                with torch.no_grad():
+                    call(images)
+                return
+            optimizer.zero_grad()
+            with self._autocast(config):
+                loss = F.cross_entropy(call(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        name = f"{config.model} {mode} {baseline or 'ours'} x{batch}"
+        with self.progress(config.num_warm_iter + config.num_bench_iter, name) as bar:
+            extra = {}
+            for i in range(config.num_warm_iter):
+                step()
+                if i == 0 and is_gpu:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    step()
+                    torch.cuda.synchronize()
+                    extra[f"{mode}_peak_memory_mb"] = round((torch.cuda.max_memory_allocated() - held) / 1e6, 1)
+                    extra[f"{mode}_launches"] = sum(count for count, _ in kernel_times(step).values())
+                if bar is not None:
+                    bar.update()
+            timed, timing = self.stopwatch.prepared(step, True if config.cuda_graph and not graphs else None)
+            times = []
+            for _ in range(config.num_bench_iter):
+                times.append(self.stopwatch.seconds(timed))
+                if bar is not None:
+                    bar.update()
+        median, p20, p80 = quantiles(times)
+        moved = model_bytes(model, config.training, batch, self.dtype(config).itemsize, config.img_size)
+        record = {
+            "model": config.model,
+            "implementation": baseline or "ours",
+            f"{mode}_samples_per_sec": round(batch / median, 2),
+            f"{mode}_step_time": round(1e3 * median, 3),
+            f"{mode}_batch_size": batch,
+            f"{mode}_img_size": config.img_size,
+        }
+        if not config.training:
+            record["infer_gmacs"] = round(count_macs(model, config.img_size) / 1e9, 2)
+        record["param_count"] = round(count_parameters(model) / 1e6, 2)
+        record |= {
+            f"{mode}_step_time_p20": round(1e3 * p20, 3),
+            f"{mode}_step_time_p80": round(1e3 * p80, 3),
+            f"{mode}_gb_per_s": round(moved / median / 1e9, 1),
+            f"{mode}_share_of_copy": round(moved / median / self.copy_bandwidth, 3),
+        }
+        if baseline is None:
+            from efficientnet.train import describe_backend
+
+            with self._autocast(config):
+                extra["backend"] = describe_backend(model, images)
+        return record | extra | {"timing": timing, "dtype": str(self.dtype(config)).removeprefix("torch."), **self.machine}
+
+
+def columns(records) -> list[str]:
+    """Every key, in the order of first sight."""
+    return list(dict.fromkeys(key for record in records for key in record))
+
+
+def formatted(records, form: str) -> str:
+    """Records as "json" (a list of objects), "csv", or "md": a Markdown table without what all records share, which is said below it."""
+    if form == "json":
+        return json.dumps(records, indent=2) + "\n"
+    names = columns(records)
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return out.getvalue()
+    shared = [] if len(records) < 2 else [n for n in names[2:] if len({str(record.get(n)) for record in records}) == 1]
+    own = [name for name in names if name not in shared and name != "backend"]
+    lines = ["| " + " | ".join(own) + " |", "|" + "---|" * len(own)]
+    lines += ["| " + " | ".join(str(record.get(name, "")) for name in own) + " |" for record in records]
+    lines += ["", *(f"- {name}: {records[0][name]}" for name in shared)]
+    lines += [f"- {record['model']}: {record['backend']}" for record in records if "backend" in record]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""``efficientnet benchmark``."""
+
+import sys
+
+from efficientnet.commands.common import checking_input
+from efficientnet.settings import DEVICES
+
+SUMMARY = "Speed and memory of models on this machine, under the keys of timm's benchmark.py and more."
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", nargs="+", default=["efficientnet_b0"], metavar="NAME", help="b0 to b8, l2 (default: efficientnet_b0)")
+    parser.add_argument("--mode", default="infer", choices=("infer", "train"), help="a forward, or a whole training step with AdamW")
+    baselines = ("eager", "eager-nchw", "compile", "compile-max-autotune", "compile-reduce-overhead")
+    parser.add_argument("--baseline", choices=baselines, help="also measure the plain network so, at the same batch size")
+    parser.add_argument("--batch-size", type=int, help="images a step, fewer if memory is short (default: 256, on a CPU 16)")
+    parser.add_argument("--img-size", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="training autocasts to it (default: bfloat16, on a CPU float32)")
+    parser.add_argument("--num-warm-iter", type=int, help="steps before timing (default: 10, on a CPU 2)")
+    parser.add_argument("--num-bench-iter", type=int, help="timed steps (default: 40, on a CPU 10)")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay inference from a CUDA graph (latency of small batches)")
+    parser.add_argument("--results-format", default="md", choices=("md", "json", "csv"), help="default: md")
+    parser.add_argument("--results-file", metavar="FILE", help="write there too, after each model (a whole file at every moment)")
+
+
+def run(args):
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted
+    from efficientnet.checkpoints import replacing
+    from efficientnet.settings import InputError
+    from efficientnet.train import pick_device
+
+    device = pick_device(args.device)
+    if args.cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device, and the device is a CPU")
+    if args.results_file and not Path(args.results_file).resolve().parent.is_dir():
+        raise InputError(f"--results-file {args.results_file!r}: no such folder")
+    cpu = {"batch_size": 16, "num_warm_iter": 2, "num_bench_iter": 10} if device.type == "cpu" else {}
+    given = {name: getattr(args, name) for name in ("batch_size", "img_size", "num_warm_iter", "num_bench_iter")}
+    fields = {"mode": args.mode, "dtype": args.dtype, "num_classes": args.num_classes, "cuda_graph": args.cuda_graph} | cpu
+    with checking_input():
+        fields |= {name: value for name, value in given.items() if value is not None}
+        configs = [BenchmarkConfig(model=name, **fields) for name in args.model]
+
+    def progress(total, name):
+        return tqdm(total=total, desc=name, unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
+
+    benchmark = Benchmark(device, progress, lambda line: print(line, file=sys.stderr))
+    records = []
+    for config in configs:
+        records += benchmark.run(config, args.baseline)
+        if args.results_file:
+            with replacing(Path(args.results_file)) as temporary:
+                Path(temporary).write_text(formatted(records, args.results_format), encoding="utf-8")
+    print(formatted(records, args.results_format), end="")

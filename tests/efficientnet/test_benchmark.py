@@ -1,0 +1,147 @@
+"""``efficientnet benchmark``: records under timm's keys, batch sizes that decay, wrong networks that are not timed."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+
+from efficientnet import benchmark, cli
+from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted, out_of_memory, smaller_batch, with_decay
+from efficientnet.settings import InputError
+
+SMALL = {"img_size": 32, "batch_size": 2, "num_warm_iter": 1, "num_bench_iter": 3}
+# Of timm's benchmark.py, without the profilers that it can use.
+TIMM = {"model", "{}_samples_per_sec", "{}_step_time", "{}_batch_size", "{}_img_size", "param_count"}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Benchmark(torch.device("cpu"))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_records(bench, mode):
+    ours, eager = bench.run(BenchmarkConfig("b0", mode, **SMALL), "eager")
+    for record in (ours, eager):
+        assert {key.format(mode) for key in TIMM} <= set(record)
+        assert record["param_count"] == 5.29 and record[f"{mode}_batch_size"] == 2 and record[f"{mode}_img_size"] == 32
+        time = record[f"{mode}_step_time"]
+        assert 0 < record[f"{mode}_step_time_p20"] <= time <= record[f"{mode}_step_time_p80"]
+        assert record[f"{mode}_samples_per_sec"] == pytest.approx(2e3 / time, rel=0.01)
+        assert record[f"{mode}_gb_per_s"] / 1e-9 / bench.copy_bandwidth == pytest.approx(record[f"{mode}_share_of_copy"], abs=0.02)
+        assert record["dtype"] == "float32" and record["timing"] == "process" and record["torch"] == torch.__version__
+    assert (ours["implementation"], eager["implementation"]) == ("ours", "eager")
+    assert "PyTorch reference for 16" in ours["backend"] and "backend" not in eager
+    assert ours[f"{mode}_speedup"] == pytest.approx(eager[f"{mode}_step_time"] / ours[f"{mode}_step_time"], rel=0.02)
+    assert ours[f"{mode}_difference"] < 1e-5 and f"{mode}_peak_memory_mb" not in ours, "memory is a GPU's"
+    assert ours.get("infer_gmacs") == (0.01 if mode == "infer" else None)
+
+
+def test_a_wrong_network_is_not_timed(bench, monkeypatch):
+    build = benchmark.create_model
+
+    def wrong(*args, fused, **kwargs):
+        model = build(*args, fused=fused, **kwargs)
+        if fused:
+            model.conv_head.weight.data[:, 3] *= 1.5
+        return model
+
+    monkeypatch.setattr(benchmark, "create_model", wrong)
+    monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
+    with pytest.raises(RuntimeError, match="outputs differ from plain PyTorch's by .*; not timed"):
+        bench.run(BenchmarkConfig("b0", **SMALL))
+
+
+def memory(error, fits):
+    """A measurement of which batches above ``fits`` end with ``error``, and the batches it was asked for."""
+    asked = []
+
+    def measure(batch):
+        asked.append(batch)
+        if batch > fits:
+            raise error
+        return {"infer_batch_size": batch}
+
+    return measure, asked
+
+
+def test_the_batch_decays_until_it_fits():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+        measure, asked = memory(error, 30)
+        said = []
+        assert with_decay(measure, 100, say=said.append) == {"infer_batch_size": 24}
+        assert asked == [100, 72, 48, 32, 24] and said[0] == "batch size 100 does not fit into memory, trying 72"
+    measure, asked = memory(torch.OutOfMemoryError(""), 0)
+    with pytest.raises(InputError, match="not even the smallest batch"):
+        with_decay(measure, 9)
+    assert asked == [9, 6, 4, 3, 2, 1]
+    measure, asked = memory(ValueError("another"), 1)
+    with pytest.raises(ValueError, match="another"):
+        with_decay(measure, 9)
+    assert not out_of_memory(RuntimeError("a bug")) and [smaller_batch(n) for n in (256, 8, 1)] == [192, 6, 0]
+
+
+def test_the_baseline_starts_at_our_batch(bench, monkeypatch):
+    asked = []
+
+    def measure(config, batch, baseline=None):
+        asked.append((baseline, batch))
+        if batch > (8 if baseline is None else 6):
+            raise torch.OutOfMemoryError("")
+        return {"infer_batch_size": batch, "infer_samples_per_sec": 10.0 if baseline else 25.0, "infer_peak_memory_mb": 4.0}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "difference", lambda config: 1e-7)
+    ours, other = bench.run(BenchmarkConfig("b0", batch_size=12, img_size=32), "compile")
+    assert asked == [(None, 12), (None, 8), ("compile", 8), ("compile", 6)]
+    assert ours["infer_speedup"] == 2.5 and ours["infer_memory_ratio"] == 1.0 and other["infer_batch_size"] == 6
+
+
+def test_formats():
+    records = [
+        {"model": "b0", "implementation": "ours", "a": 1, "torch": "2"},
+        {"model": "b0", "implementation": "eager", "a": 2, "torch": "2"},
+    ]
+    records[0] |= {"backend": "triton", "b": 3}
+    assert json.loads(formatted(records, "json")) == records
+    rows = list(csv.DictReader(io.StringIO(formatted(records, "csv"))))
+    assert rows[0] == {"model": "b0", "implementation": "ours", "a": "1", "torch": "2", "backend": "triton", "b": "3"}
+    assert rows[1]["b"] == ""
+    table = formatted(records, "md").splitlines()
+    assert table[0] == "| model | implementation | a | b |" and table[3] == "| b0 | eager | 2 |  |"
+    assert table[-2:] == ["- torch: 2", "- b0: triton"]
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    arguments = "--img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 2 --results-format json --device cpu --num-classes 10"
+    assert cli.main(["benchmark", "--model", "b0", "b1", *arguments.split(), "--results-file", str(path)]) == 0
+    out = capsys.readouterr()
+    records = json.loads(out.out)
+    assert [record["model"] for record in records] == ["b0", "b1"] and json.loads(path.read_text()) == records
+    assert "b0 infer ours x2" in out.err, "a progress bar"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--model b9", "b9"),
+        ("--batch-size 0", "batch_size must be an integer >= 1, got 0"),
+        ("--mode train --batch-size 1", "batch_size must be an integer >= 2, got 1"),
+        ("--img-size 8", "img_size must be an integer >= 32, got 8"),
+        ("--num-bench-iter 1", "num_bench_iter must be an integer >= 2"),
+        ("--baseline quick", "invalid choice: 'quick'"),
+        ("--cuda-graph --device cpu", "needs a CUDA device"),
+        ("--results-file /no/such/folder/x --img-size 32 --batch-size 1 --num-warm-iter 1 --num-bench-iter 2", "no such folder"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["benchmark", *arguments.split()])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.lower() in error.lower() and error.count("\n") == 1
