@@ -1,6 +1,5 @@
 """The machine under the benchmarks: how long and in which dtype it measures, its copy bandwidth, its versions."""
 
-import ctypes
 import gc
 import os
 import shutil
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from efficientnet.timing import CudaInstant, Stopwatch, versions
+from efficientnet.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
 from effkernels.dispatch import interpreting
 
 
@@ -43,7 +42,7 @@ class Machine:
             machine = cls(torch.device("cuda", torch.cuda.current_device()), chosen, 1, 0.5, (10, 200))
         else:
             torch.set_num_threads(1)  # so that CPU time is what a step would take on an idle machine
-            _keep_freed_memory()
+            keep_freed_memory()
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
         machine.stopwatch = Stopwatch(machine.device, time.process_time)
         machine.copy_bytes_per_s = machine.stopwatch.copy_bandwidth()
@@ -83,12 +82,3 @@ def compiler_problem() -> str | None:
     """Why torch.compile cannot build code for the CPU, or None."""
     compiler = os.environ.get("CXX", "g++")
     return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, and there is no {compiler}"
-
-
-def _keep_freed_memory():
-    """Tell glibc to reuse what is freed. Otherwise it may hand memory back after a step and fetch it page by page in the next, which
-    makes some rows three times as slow as others that do the same."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)

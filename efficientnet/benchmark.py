@@ -16,7 +16,7 @@ from efficientnet.model import create_model
 from efficientnet.profile import count_macs, count_parameters
 from efficientnet.roofline import model_bytes
 from efficientnet.settings import InputError
-from efficientnet.timing import Stopwatch, kernel_times, quantiles, versions
+from efficientnet.timing import Stopwatch, keep_freed_memory, kernel_times, quantiles, versions
 
 MODES = ("infer", "train")
 FORMATS = ("md", "json", "csv")
@@ -112,6 +112,8 @@ class Benchmark:
         self.stopwatch = Stopwatch(device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+        else:
+            keep_freed_memory()
         self.copy_bandwidth = self.stopwatch.copy_bandwidth()
         self.machine = versions(device)
 
