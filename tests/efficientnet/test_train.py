@@ -257,8 +257,9 @@ def test_a_stopped_run_can_be_resumed(trained, tmp_path, signum, delay):
     if signum == signal.SIGKILL:
         assert code == -signum
     else:
-        assert code == 128 + signum and "Traceback" not in text
-        last = text.splitlines()[-1]
+        # A data worker may see its end of the pipe close, and then Python prints that worker's traceback; ours never is one of them.
+        assert code == 128 + signum and "efficientnet/cli.py" not in text
+        last = [line for line in text.splitlines() if line.startswith("efficientnet: ")][-1]
         assert last == f"efficientnet: stopped by {signum.name}; continue with --resume {tmp_path / 'last.train.pt'}"
     trainer = Trainer(replace(config, epochs=done + 1, resume=str(tmp_path / "last.train.pt"), num_workers=0))
     trainer.run()
