@@ -8,8 +8,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
-TRAIN = ["scikit-learn>=1.3", "tqdm>=4.60", "safetensors>=0.4", "pillow>=9.1", "matplotlib>=3.7", "tensorboard>=2.13", "torchvision>=0.24"]
-TRAIN += ["huggingface_hub>=0.23"]
+TRAIN = [
+    "scikit-learn>=1.3",
+    "tqdm>=4.60",
+    "safetensors>=0.4",
+    "pillow>=9.1",
+    "matplotlib>=3.7",
+    "tensorboard>=2.13",
+    "torchvision>=0.24",
+    "huggingface_hub>=0.23",
+    'tomli>=2; python_version < "3.11"',
+]
 EXPORT = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"]
 TEST = [
     "pytest>=7.4",
@@ -33,7 +42,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["effkernels*", "efficientnet*"]),
-    package_data={"effkernels": ["**/*.json"]},
+    package_data={"effkernels": ["**/*.json"], "efficientnet": ["recipes/*.toml"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"', "numpy>=1.26"],
     extras_require={"train": TRAIN, "export": EXPORT, "test": TRAIN + EXPORT + TEST},

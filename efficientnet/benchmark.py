@@ -242,7 +242,7 @@ class Benchmark:
             f"{mode}_share_of_copy": round(moved / median / self.copy_bandwidth, 3),
         }
         if baseline is None:
-            from efficientnet.train import describe_backend
+            from efficientnet.engine import describe_backend
 
             with self._autocast(config):
                 extra["backend"] = describe_backend(model, images)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from efficientnet.settings import InputError
+from efficientnet.settings import InputError, Interrupted, TrainingStopped
 
 COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")  # modules of efficientnet.commands
 
@@ -18,7 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Import name -> package of the extra [train], or of [export].
 OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
-OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub"}
+OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub", "torchvision": "torchvision"}
 EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -30,6 +30,13 @@ def main(argv: list[str] | None = None) -> int:
             args.run(args)
         except (InputError, OSError) as error:
             _fail(error)
+        except Interrupted as stop:
+            print(
+                f"\nefficientnet: stopped by {signal.Signals(stop.signum).name}; continue with --resume {stop.checkpoint}", file=sys.stderr
+            )
+            return 128 + stop.signum
+        except TrainingStopped as error:
+            _fail(error, code=1)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
             if name not in (*OPTIONAL, *EXPORT):
@@ -54,11 +61,11 @@ def _parser():
     return parser
 
 
-def _fail(error):
+def _fail(error, code=2):
     # A worker of the data loader sends its whole traceback; the last line is the error.
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     print(f"efficientnet: error: {line.removeprefix('efficientnet.settings.InputError: ')}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @contextmanager
@@ -71,8 +78,8 @@ def _leaving_at_once(output):
 
     def leave(signum, frame):
         if os.getpid() == pid:  # a worker of the data loader inherits the handler and leaves in silence
-            last = Path(output or ".") / "last.train.pt"
-            hint = f"; continue with --resume {last}" if output and last.is_file() else ""
+            saved = output and any((Path(output) / "checkpoints").glob("step-*.train.pt"))
+            hint = "; continue with --resume auto" if saved else ""
             os.write(2, f"\nefficientnet: stopped by {signal.Signals(signum).name}{hint}\n".encode())
         os._exit(128 + signum)
 

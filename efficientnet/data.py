@@ -1,19 +1,31 @@
-"""Data sets of labelled images: scikit-learn's real digits, and folders of image files. One path from pixels to the model's input."""
+"""Data sets of labelled images: digits, folders, sets of torchvision. One path from pixels to the model's input."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from efficientnet.augment import torchvision_module
 from efficientnet.model import IMAGENET_MEAN, IMAGENET_STD
-from efficientnet.settings import InputError
+from efficientnet.settings import INTERPOLATIONS, InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 DIGITS_MEAN, DIGITS_STD = (0.305,) * 3, (0.324,) * 3  # of the training images
-INTERPOLATIONS = ("bilinear", "bicubic")
+# name: (class, arguments of the training parts, of the held-out part)
+TORCHVISION_SETS = {
+    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}),
+    "cifar100": ("CIFAR100", [{"train": True}], {"train": False}),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], {"split": "test"}),
+    "oxfordiiitpet": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}),
+    "food101": ("Food101", [{"split": "train"}], {"split": "test"}),
+}
+KINDS = ("digits[:CLASSES]", "imagefolder:PATH", *(f"{name}:ROOT" for name in TORCHVISION_SETS), "webdataset:SHARDS")
 
 
 @dataclass(frozen=True)
@@ -37,37 +49,133 @@ class Preprocess:
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [3, H, W] -> float32 [3, img_size, img_size]."""
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: torch.Tensor, img_size: int | None = None, crop_pct: float | None = None) -> torch.Tensor:
+        """uint8 [3, H, W] -> uint8 [3, img_size, img_size]."""
+        img_size, crop_pct = img_size or self.img_size, crop_pct or self.crop_pct
         height, width = image.shape[1:]
-        scale = self.img_size / self.crop_pct / min(height, width)
-        size = [max(self.img_size, round(n * scale)) for n in (height, width)]
-        x = image.float().unsqueeze(0) / 255
-        x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True)[0].clamp(0, 1)  # bicubic overshoots
-        top, left = ((n - self.img_size) // 2 for n in size)
-        x = x[:, top : top + self.img_size, left : left + self.img_size]
-        return (x - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+        if (height, width) == (img_size, img_size) and crop_pct == 1:
+            return image
+        scale = img_size / crop_pct / min(height, width)
+        size = [max(img_size, round(n * scale)) for n in (height, width)]
+        x = F.interpolate(image.float().unsqueeze(0), size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+        top, left = ((n - img_size) // 2 for n in size)
+        x = x[:, top : top + img_size, left : left + img_size]
+        return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [..., 3, H, W] on any device -> float32, ``(x / 255 - mean) / std``; the memory format is kept."""
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+
+class Draw(NamedTuple):
+    """A training image, and all besides the seed that it depends on: workers, processes and resumed runs see the same pixels."""
+
+    index: int
+    epoch: int
+    img_size: int
 
 
 class ImageSet(Dataset):
-    """Labelled images, each decoded when asked for: item i is (float32 [3, img_size, img_size], class index).
+    """Labelled images, each decoded when asked for: item i is (uint8 [3, img_size, img_size], class index).
+
+    Item ``Draw(...)`` is image ``index`` augmented, a function of the seed and the draw alone; item i without augmentation.
 
     Args:
-        images: paths, or uint8 tensors [3, H, W].
-        augment: uint8 image -> uint8 image, drawn from torch's generator; None for none.
+        images: paths, uint8 tensors [3, H, W], or images of Pillow.
+        augment: uint8 image -> uint8 image, before it is resized; None for none.
+        finish: the same, after. Both draw from torch's global generator.
     """
 
-    def __init__(self, images, labels: list[int], preprocess: Preprocess, augment: Callable | None = None):
-        self.images, self.labels, self.preprocess, self.augment = images, labels, preprocess, augment
+    def __init__(
+        self, images, labels: list[int], preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed=0
+    ):
+        self.images, self.labels, self.preprocess = images, labels, preprocess
+        self.augment, self.finish, self.seed = augment, finish, seed
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, item):
+        index = item.index if isinstance(item, Draw) else item
         image = self.images[index]
         if not isinstance(image, torch.Tensor):
-            image = read_image(image)
+            image = to_rgb(image) if hasattr(image, "convert") else read_image(image)
+        if not isinstance(item, Draw):
+            return self.preprocess.pixels(image), self.labels[index]
+        with drawing_from(f"{self.seed} {item.epoch} {index}"):
+            return self.augmented(image, item.img_size), self.labels[index]
+
+    def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
         if self.augment:
             image = self.augment(image)
-        return self.preprocess(image), self.labels[index]
+        image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
+        return self.finish(image) if self.finish else image
+
+    def name(self, index: int) -> str:
+        """How an error message calls the image."""
+        image = self.images[index] if isinstance(self.images, list) else None
+        return str(image) if isinstance(image, (str, Path)) else f"image {index}"
+
+
+@contextmanager
+def drawing_from(key: str):
+    """Torch's CPU generator starts from a hash of ``key`` within, and goes on as before after."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(zlib.crc32(key.encode()))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class TrainingOrder:
+    """A batch sampler: lists of Draws, a new order every epoch, that of one process of ``world``.
+
+    Update s of an epoch takes images ``order[s * images : (s + 1) * images]``; of those, process r takes for its accumulated batch a
+    slice ``a * world + r`` of batch_size images. The order is a function of (seed, epoch), so a position is two numbers; images left
+    over at the end of an epoch are not seen in it.
+
+    Raises InputError if the data set has fewer images than an update (one process without accumulation then takes them all).
+    """
+
+    def __init__(self, total: int, batch_size: int, accum: int = 1, rank: int = 0, world: int = 1, seed: int = 0, size_of=None):
+        if total < batch_size and accum * world == 1:
+            batch_size = total
+        self.total, self.batch_size, self.accum, self.rank, self.world = total, batch_size, accum, rank, world
+        self.images = batch_size * accum * world  # of an update
+        self.steps = total // self.images
+        self.seed, self.size_of = seed, size_of
+        self.epoch, self.start = 0, 0
+        if self.steps == 0:
+            raise InputError(
+                f"an update takes {self.images} images (batch_size {batch_size} x {accum} accumulated x {world} processes), "
+                f"but the training set has {total}: lower batch_size"
+            )
+
+    def begin(self, epoch: int, step: int) -> None:
+        """What the next iteration yields: the epoch's batches from update ``step`` on."""
+        self.epoch, self.start = epoch, step
+
+    def __len__(self):
+        return (self.steps - self.start) * self.accum
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order, size, epoch = self._permutation(self.epoch), self.size_of(self.epoch), self.epoch
+        for step in range(self.start, self.steps):
+            for a in range(self.accum):
+                at = step * self.images + (a * self.world + self.rank) * self.batch_size
+                yield [Draw(index, epoch, size) for index in order[at : at + self.batch_size]]
+
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """The images of an update, all processes'."""
+        return self._permutation(epoch)[step * self.images : (step + 1) * self.images]
+
+    def _permutation(self, epoch):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        return torch.randperm(self.total, generator=generator).tolist()
 
 
 @dataclass
@@ -80,40 +188,79 @@ class Data:
     preprocess: Preprocess
 
 
-def load_data(name: str, img_size: int, val_fraction: float = 0.2) -> Data:
+def load_data(name: str, img_size: int, val_fraction: float = 0.2, *, val_data: str | None = None, **prepare) -> Data:
     """The data set of that name, split the same way every time.
 
     Args:
-        name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8; or "imagefolder:PATH" with images in
-            PATH/<class>/, or already split in PATH/train/<class>/ and PATH/val/<class>/.
+        name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8, or some of its classes ("digits:0-4", "digits:1,3,7-9");
+            "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/ and PATH/val/<class>/;
+            "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet, food101), a set of torchvision that is in ROOT already.
         img_size: pixels of the square the model sees.
-        val_fraction: share of each class to hold out, in (0, 1); unused if the folder is split already.
+        val_fraction: share of each class to hold out, in (0, 1); unused if the set is split already.
+        val_data: the held-out images, a name as above with the same classes; then all of ``name`` is for training.
+        prepare: further fields of Preprocess.
 
     Raises InputError (a ValueError) for an unknown name, no images, fewer than two classes, or nothing held out.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must be in (0, 1), got {val_fraction!r}")
-    kind, _, path = name.partition(":")
-    if name == "digits":
-        return _digits(img_size, val_fraction)
-    if kind == "imagefolder" and path:
-        return _imagefolder(Path(path), img_size, val_fraction)
-    raise InputError(f"data must be 'digits' or 'imagefolder:PATH', got {name!r}")
+    source = _source(name)
+    preprocess = Preprocess(img_size, **source.normalization, **prepare)
+    if val_data is not None:
+        held_out = _source(val_data)
+        if held_out.classes != source.classes:
+            raise InputError(f"val_data {val_data!r} has other classes than data {name!r}")
+        train, val = source.train, held_out.val or held_out.train
+    elif source.val is not None:
+        train, val = source.train, source.val
+    else:
+        images, labels = source.train
+        train, val = ([[part[i] for i in indices] for part in (images, labels)] for indices in stratified_split(labels, val_fraction))
+        if not val[1]:
+            raise InputError(f"no class has the two images it takes to hold one out ({len(labels)} images, {len(source.classes)} classes)")
+    return Data(ImageSet(*train, preprocess, source.augment), ImageSet(*val, preprocess), source.classes, preprocess)
+
+
+@dataclass
+class _Source:
+    """(images, labels) of a set's parts; ``val`` is None where it is not split."""
+
+    classes: list[str]
+    train: tuple
+    val: tuple | None
+    augment: Callable
+    normalization: dict
+
+
+def _source(name):
+    kind, colon, rest = name.partition(":")
+    if kind == "digits" and (rest or not colon):
+        return _digits(rest)
+    if kind == "imagefolder" and rest:
+        return _imagefolder(Path(rest))
+    if kind in TORCHVISION_SETS and rest:
+        return _torchvision(kind, Path(rest))
+    raise InputError(f"data must be one of {', '.join(KINDS)}, got {name!r}")
 
 
 def read_image(path) -> torch.Tensor:
     """Decode an image file with Pillow: uint8 RGB [3, H, W]. Raises InputError naming a file that is no image or is damaged."""
-    import numpy as np
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            return to_rgb(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"cannot decode image {str(path)!r} ({type(error).__name__}: {error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_rgb(image) -> torch.Tensor:
+    """An image of Pillow in any mode -> uint8 RGB [3, H, W]."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def stratified_split(labels: list[int], val_fraction: float) -> tuple[list[int], list[int]]:
@@ -149,7 +296,7 @@ def random_crop_flip(image: torch.Tensor, min_side: float = 0.6) -> torch.Tensor
     return crop.flip(2) if flip < 0.5 else crop
 
 
-def _digits(img_size, val_fraction):
+def _digits(selection):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -157,35 +304,78 @@ def _digits(img_size, val_fraction):
     pixels = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear", align_corners=False)
     images = (pixels * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    preprocess = Preprocess(img_size, DIGITS_MEAN, DIGITS_STD)
-    classes = [str(digit) for digit in digits.target_names]
-    return _split(list(images), digits.target.tolist(), classes, preprocess, random_shift, val_fraction)
+    chosen = _chosen_digits(selection)
+    labels = digits.target.tolist()
+    kept = [i for i, label in enumerate(labels) if label in chosen]
+    part = [images[i] for i in kept], [chosen.index(labels[i]) for i in kept]
+    return _Source([str(digit) for digit in chosen], part, None, random_shift, {"mean": DIGITS_MEAN, "std": DIGITS_STD})
 
 
-def _imagefolder(root, img_size, val_fraction):
-    preprocess = Preprocess(img_size)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        classes, images, labels = _scan(root / "train")
-        val_classes, val_images, val_labels = _scan(root / "val")
-        unknown = sorted(set(val_classes) - set(classes))
-        if unknown:
-            raise InputError(f"class {unknown[0]!r} of {str(root / 'val')!r} is not in {str(root / 'train')!r}")
-        val_labels = [classes.index(val_classes[label]) for label in val_labels]
-        _check_classes(classes, root / "train")
-        return Data(
-            ImageSet(images, labels, preprocess, random_crop_flip), ImageSet(val_images, val_labels, preprocess), classes, preprocess
-        )
-    classes, images, labels = _scan(root)
-    _check_classes(classes, root)
-    return _split(images, labels, classes, preprocess, random_crop_flip, val_fraction)
+def _chosen_digits(selection):
+    """ "0-4,7" -> [0, 1, 2, 3, 4, 7]; "" -> all."""
+    if not selection:
+        return list(range(10))
+    chosen = set()
+    for part in selection.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)) or not 0 <= int(first) <= int(last or first) <= 9:
+            raise InputError(f"classes of the digits must look like 0-4 or 1,3,7-9, got {selection!r}")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    if len(chosen) < 2:
+        raise InputError(f"classes of the digits must be at least 2, got {selection!r}")
+    return sorted(chosen)
 
 
-def _split(images, labels, classes, preprocess, augment, val_fraction):
-    train, val = stratified_split(labels, val_fraction)
-    if not val:
-        raise InputError(f"no class has the two images it takes to hold one out ({len(images)} images, {len(classes)} classes)")
-    parts = [([images[i] for i in part], [labels[i] for i in part], preprocess) for part in (train, val)]
-    return Data(ImageSet(*parts[0], augment), ImageSet(*parts[1]), classes, preprocess)
+def _imagefolder(root):
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        classes, images, labels = _scan(root)
+        _check_classes(classes, root)
+        return _Source(classes, (images, labels), None, random_crop_flip, {})
+    classes, images, labels = _scan(root / "train")
+    val_classes, val_images, val_labels = _scan(root / "val")
+    unknown = sorted(set(val_classes) - set(classes))
+    if unknown:
+        raise InputError(f"class {unknown[0]!r} of {str(root / 'val')!r} is not in {str(root / 'train')!r}")
+    _check_classes(classes, root / "train")
+    val_labels = [classes.index(val_classes[label]) for label in val_labels]
+    return _Source(classes, (images, labels), (val_images, val_labels), random_crop_flip, {})
+
+
+def _torchvision(kind, root):
+    name, train_parts, val_part = TORCHVISION_SETS[kind]
+    make = getattr(torchvision_module("datasets"), name)
+    try:
+        train, val = [make(root, **part) for part in train_parts], make(root, **val_part)
+    except RuntimeError as error:  # what torchvision raises where the files are not there, or are not whole
+        calls = "; ".join(f"{name}({str(root)!r}, download=True, **{part})" for part in train_parts + [val_part])
+        raise InputError(
+            f"{kind} is not in {str(root)!r}; nothing is downloaded in training: "
+            f'run python -c "from torchvision.datasets import {name}; {calls}"'
+        ) from error
+    classes = getattr(val, "classes", None) or [str(i) for i in range(1 + max(_labels(val)))]
+    images = [(part, i) for part in train for i in range(len(part))]
+    return _Source(
+        list(classes),
+        (_Pictures(images), [label for part in train for label in _labels(part)]),
+        (_Pictures([(val, i) for i in range(len(val))]), _labels(val)),
+        random_crop_flip,
+        {},
+    )
+
+
+class _Pictures:
+    """Pictures of torchvision's data sets, read when asked for."""
+
+    def __init__(self, places):
+        self.places = places
+
+    def __getitem__(self, index):
+        dataset, i = self.places[index]
+        return dataset[i][0]
+
+
+def _labels(dataset):
+    return list(getattr(dataset, "targets", None) or dataset._labels)  # the newer sets have no public name for them
 
 
 def _scan(root):

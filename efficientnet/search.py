@@ -95,8 +95,8 @@ class Search:
             with TemporaryDirectory() as scratch:  # what is wrong with the data or a setting shows before any work
                 self._new_trainer(self.grid[0], scratch)
         elif config.objective == "latency":
+            from efficientnet.engine import pick_device
             from efficientnet.latency import describe_device
-            from efficientnet.train import pick_device
 
             self.device = pick_device(config.device)
             for stored in {row["device"] for row in self.rows} - {describe_device(self.device)}:
@@ -177,16 +177,16 @@ class Search:
         return self.runs / "a{:g}_b{:g}_g{:g}".format(*candidate)
 
     def _trainer(self, candidate):
-        """That trains a candidate, from where it was stopped; anew if its last state cannot be continued (of the last epoch, damaged)."""
+        """That trains a candidate, from where it was stopped; anew if no state of it can be continued."""
         folder = self._folder(candidate)
-        states = sorted(folder.rglob("*.train.pt"), key=lambda path: path.stat().st_mtime)
-        if states and len(_read_rows(folder / "metrics.jsonl")) < self.config.epochs:
-            try:
-                return self._new_trainer(candidate, folder, str(states[-1]))
-            except ValueError as error:
-                print(f"{folder.name} is trained anew: {error}", file=sys.stderr)
-                shutil.rmtree(folder)
-        return self._new_trainer(candidate, folder)
+        try:
+            return self._new_trainer(candidate, folder, "auto")
+        except ValueError as error:
+            if not folder.exists():
+                raise
+            print(f"{folder.name} is trained anew: {error}", file=sys.stderr)
+            shutil.rmtree(folder)
+            return self._new_trainer(candidate, folder)
 
     def _new_trainer(self, candidate, folder, resume=None):
         from efficientnet.train import Trainer

@@ -1,64 +1,155 @@
-"""What a training run depends on. No torch here: the command line reads its defaults from this file."""
+"""What a training run depends on. No torch here: the command line makes its options, with defaults and checks, from this file."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from numbers import Real
 
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+OPTIMIZERS = ("adamw", "rmsproptf", "sgd")
+SCHEDULES = ("cosine", "step")
+DIST_BN = ("reduce", "broadcast")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what, and what can."""
 
 
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on; the message says why, and how to continue."""
+
+
+class Interrupted(TrainingStopped):
+    """A run that was asked to stop by a signal, and has saved its state in ``checkpoint``."""
+
+    def __init__(self, signum: int, checkpoint):
+        super().__init__(f"stopped by signal {signum}; {checkpoint}")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+def option(default, help, *aliases, **argparse):
+    """A field of TrainConfig and the option made from it: ``--field-name`` and its ``aliases`` (timm's name where it differs)."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "argparse": argparse})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run depends on. The defaults are tuned for ``data="digits"`` on two CPU cores.
 
-    The optimizer is AdamW (no decay on biases and BatchNorm), its learning rate a linear warm-up and then a half cosine to zero.
-
-    Args:
-        img_size: pixels; None: 32 for the digits, the model's own size for image folders.
-        amp: autocast to "bf16" or "fp16" (with loss scaling), or "none".
-        resume: a ``last.train.pt`` to continue from; the other fields should be those of the run that wrote it, and then the
-            result is that of the run had it never stopped (on one machine, with deterministic operators).
-        drop_rate, drop_path_rate: as ``create_model``.
+    One process's update is ``grad_accum_steps`` batches of ``batch_size`` images; an update of the run, of all processes.
 
     Raises InputError (a ValueError) naming the field, its value and what is accepted.
     """
 
-    data: str = "digits"
-    model: str = "efficientnet_b0"
-    img_size: int | None = None
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 6e-3
-    weight_decay: float = 0.01
-    warmup_epochs: float = 2.0
-    label_smoothing: float = 0.1
-    drop_rate: float | None = None
-    drop_path_rate: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    amp: str = "none"
-    fused: bool = True
-    channels_last: bool = True
-    num_workers: int = 0
-    val_fraction: float = 0.2
-    output: str = "runs/train"
-    resume: str | None = None
-    tensorboard: bool = False
+    data: str = option("digits", "digits[:CLASSES], imagefolder:PATH, cifar10:ROOT (and other sets of torchvision), webdataset:SHARDS")
+    val_data: str | None = option(None, "held-out images, as --data (default: a share of --data, or its own held-out part)")
+    val_fraction: float = option(0.2, "share of each class to hold out, where --data has no held-out part")
+    max_corrupt: int = option(10, "unreadable images to skip before giving up")
+    train_num_samples: int | None = option(None, "images of an epoch, for webdataset")
+    num_classes: int | None = option(None, "classes, for webdataset")
+    num_workers: int = option(0, "processes that load images", "--workers", "-j")
+
+    model: str = option("efficientnet_b0", "a name that `efficientnet info` lists")
+    img_size: int | None = option(None, "pixels (default: 32 for digits, else the model's own)")
+    drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
+    drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the model's own)", "--drop-path")
+    bn_momentum: float | None = option(None, "of BatchNorm, as PyTorch has it (default: the model's own)")
+    bn_eps: float | None = option(None, "of BatchNorm (default: the model's own)")
+
+    epochs: int = option(10, "passes over the training images")
+    batch_size: int = option(64, "images of one process at a time", "-b")
+    global_batch_size: int | None = option(None, "images of an update, all processes and accumulated batches; sets --batch-size")
+    grad_accum_steps: int = option(1, "batches added up for an update")
+    auto_batch: bool = option(False, "halve the batch, and accumulate more of them, until a step fits the memory")
+    opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
+    opt_eps: float | None = option(None, "of the optimizer (default: adamw 1e-8, rmsproptf 1e-3)")
+    momentum: float = option(0.9, "of rmsproptf and sgd")
+    alpha: float = option(0.9, "decay of rmsproptf's mean square")
+    weight_decay: float = option(0.01, "not on biases and BatchNorm")
+    clip_grad: float | None = option(None, "largest norm of the gradient (default: any)")
+    lr: float = option(6e-3, "peak learning rate")
+    lr_base: float | None = option(None, "learning rate at --lr-base-size images an update, scaled to the update's; overrides --lr")
+    lr_base_size: int = option(256, "see --lr-base")
+    sched: str = option("cosine", "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs", choices=SCHEDULES)
+    warmup_epochs: float = option(2.0, "of a learning rate that grows linearly")
+    decay_epochs: float = option(2.4, "see --sched step")
+    decay_rate: float = option(0.97, "see --sched step")
+    model_ema: bool = option(False, "also average the weights exponentially; the average is evaluated and kept")
+    model_ema_decay: float = option(0.9999, "of the average, less in the first updates: (1 + updates) / (10 + updates)")
+
+    label_smoothing: float = option(0.1, "of the training loss", "--smoothing")
+    aa: str | None = option(None, "auto (AutoAugment) or rand[-mMAGNITUDE][-nOPERATIONS] (RandAugment)")
+    scale: tuple | None = option(None, "crops of this share of the image's area (default: the data set's own crop)", type=float, nargs=2)
+    hflip: float = option(0.5, "share of the images mirrored, with --scale")
+    reprob: float = option(0.0, "share of the images with a random rectangle erased")
+    mixup: float = option(0.0, "alpha of mixup, 0 for none")
+    cutmix: float = option(0.0, "alpha of cutmix, 0 for none")
+    progressive_size: int | None = option(None, "pixels of the first of the progressive stages; the last has --img-size")
+    progressive_stages: int = option(4, "see --progressive-size")
+    interpolation: str = option("bilinear", "of resized images", choices=INTERPOLATIONS)
+    crop_pct: float = option(1.0, "share of the image that evaluation sees")
+
+    device: str = option("auto", f"one of {', '.join(DEVICES)}", choices=DEVICES)
+    amp: str = option("none", f"autocast: one of {', '.join(AMP)}", choices=AMP)
+    tf32: bool = option(False, "TF32 products of fp32 on the GPU")
+    fused: bool = option(True, "fused MBConv kernels where they can run (default: yes)")
+    channels_last: bool = option(True, "NHWC memory format (default: yes)")
+    compile: bool = option(False, "torch.compile the model", "--torchcompile")
+    cuda_graphs: bool = option(False, "replay the forward and backward pass as one CUDA graph")
+    sync_bn: bool = option(False, "BatchNorm over the batches of all processes")
+    dist_bn: str = option("reduce", "running statistics of processes: averaged, or those of the first", choices=DIST_BN)
+
+    output: str = option("runs/train", "folder for checkpoints, metrics and curves")
+    resume: str | None = option(None, "continue from this file, or 'auto': from the newest whole one in --output", metavar="FILE|auto")
+    checkpoint_interval: int | None = option(None, "updates between checkpoints within an epoch (default: only at its end)")
+    checkpoint_hist: int = option(3, "checkpoints to keep, besides the best weights")
+    skip_nonfinite: int = option(0, "updates with a loss or gradient that is NaN or infinite to leave out before giving up")
+    log_interval: int = option(10, "updates between rows of steps.jsonl")
+    tensorboard: bool = option(False, "also log to OUTPUT/tensorboard")
+    seed: int = option(0, "of weights, order and augmentation")
 
     def __post_init__(self):
-        def check(field, accepted, ok):
-            if not ok:
-                raise InputError(f"{field} must be {accepted}, got {getattr(self, field)!r}")
+        def check(name, accepted, ok):
+            value = getattr(self, name)
+            try:
+                fine = ok(value)
+            except TypeError:  # a value that cannot be compared
+                fine = False
+            if not fine:
+                raise InputError(f"{name} must be {accepted}, got {value!r}")
 
-        for field, minimum in (("epochs", 1), ("batch_size", 2), ("seed", 0), ("num_workers", 0)):
-            value = getattr(self, field)
-            check(field, f"an integer >= {minimum}", isinstance(value, int) and not isinstance(value, bool) and value >= minimum)
-        check("lr", "a finite number > 0", 0 < self.lr < math.inf)
-        for field in ("weight_decay", "warmup_epochs"):
-            check(field, "a finite number >= 0", 0 <= getattr(self, field) < math.inf)
-        check("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1)
-        check("amp", f"one of {', '.join(AMP)}", self.amp in AMP)
+        def integer(minimum, **names):
+            for name in names:
+                check(name, f"an integer >= {minimum}", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum)
+
+        def number(accepted, ok, *names):
+            for name in names:
+                check(name, accepted, lambda v: isinstance(v, Real) and not isinstance(v, bool) and ok(v))
+
+        given = {f.name: True for f in fields(self) if getattr(self, f.name) is not None}
+
+        def optional(*names):
+            return {name: True for name in names if name in given}
+
+        integer(1, epochs=1, grad_accum_steps=1, lr_base_size=1, checkpoint_hist=1, log_interval=1, progressive_stages=1)
+        integer(1, **optional("checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size"))
+        integer(2, batch_size=1, **optional("num_classes"))
+        integer(0, seed=1, num_workers=1, max_corrupt=1, skip_nonfinite=1)
+        number("a finite number > 0", lambda v: 0 < v < math.inf, "lr", "decay_epochs", *optional("lr_base", "clip_grad", "opt_eps"))
+        number("a finite number >= 0", lambda v: 0 <= v < math.inf, "weight_decay", "warmup_epochs", "mixup", "cutmix")
+        number("in [0, 1)", lambda v: 0 <= v < 1, "label_smoothing", "momentum", "alpha", "model_ema_decay")
+        number("in [0, 1]", lambda v: 0 <= v <= 1, "hflip", "reprob")
+        number("in (0, 1]", lambda v: 0 < v <= 1, "decay_rate", "crop_pct")
+        for name, choices in (
+            ("amp", AMP), ("opt", OPTIMIZERS), ("sched", SCHEDULES), ("dist_bn", DIST_BN), ("interpolation", INTERPOLATIONS),
+        ):  # fmt: skip
+            check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
+        if self.scale is not None:
+            object.__setattr__(self, "scale", tuple(self.scale))  # a list, from a recipe
+            check("scale", "two numbers, 0 < smallest <= largest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
+
+
+def option_names(name: str) -> list[str]:
+    """The options of a field, its own first."""
+    return ["--" + name.replace("_", "-"), *TrainConfig.__dataclass_fields__[name].metadata["aliases"]]

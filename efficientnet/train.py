@@ -1,271 +1,540 @@
-"""Training and evaluation: one process, one device, files that are whole at every moment."""
+"""A training run: every update can be the last, and a resumed run goes on as if it never stopped."""
 
-import json
 import math
+import os
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
-from efficientnet.checkpoints import describe_model, load_training_state, replacing, save_checkpoint, save_training_state
+from efficientnet.augment import mixing, training_crop, training_finish
+from efficientnet.checkpoints import describe_model, replacing, save_checkpoint
 from efficientnet.config import EfficientNetConfig
-from efficientnet.data import Data, ImageSet, load_data
+from efficientnet.data import Data, TrainingOrder, load_data
+from efficientnet.distributed import join, lost_process, share_running_statistics, synchronize_batch_norm, without_reduction, wrap
+from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device
+from efficientnet.logs import Log, plot_curves
 from efficientnet.model import create_model
+from efficientnet.optim import average_of, create_optimizer, decay_groups, learning_rate
 from efficientnet.profile import count_parameters
-from efficientnet.settings import DEVICES, InputError, TrainConfig
+from efficientnet.run_state import RunStates, read_state
+from efficientnet.settings import InputError, Interrupted, TrainConfig, TrainingStopped
 
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises InputError for "cuda" without."""
-    if name not in DEVICES:
-        raise InputError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for, but torch sees no CUDA device; accepted here: auto, cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
-    """Which kernels the model's MBConv blocks run for such images, and why not the fused ones where they do not."""
-    from effkernels import explain
-
-    reasons = explain(model, images)
-    plain = dict.fromkeys(reasons.plain, "a plain block (built with fused=False)")
-    counts = Counter(reason for reason in (reasons | plain).values() if reason is not None)
-    parts = [f"triton for {reasons.fused} of {len(reasons)} MBConv blocks"]
-    parts += [f"PyTorch reference for {count}: {reason}" for reason, count in counts.most_common()]
-    return "; ".join(parts)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    loss: float
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    def __str__(self):
-        return f"{100 * self.accuracy:.2f} % ({self.correct}/{self.total})"
-
-
-class Runner:
-    """How batches reach a model: device, memory format, autocast. Shared by training and evaluation."""
-
-    def __init__(self, device: torch.device, amp: str = "none", channels_last: bool = True):
-        self.device, self.dtype = device, AMP_DTYPES[amp]
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def place(self, model):
-        return model.to(device=self.device, memory_format=self.memory_format)
-
-    def batches(self, dataset: ImageSet, batch_size: int, num_workers: int = 0, train: bool = False):
-        """A loader of (images, labels) on the CPU; in training shuffled, without a remainder (one image has no batch statistics)."""
-        pinned = self.device.type == "cuda"
-        drop_last = train and len(dataset) >= batch_size
-        return DataLoader(dataset, batch_size, shuffle=train, drop_last=drop_last, num_workers=num_workers, pin_memory=pinned)
-
-    def to_device(self, images, labels):
-        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        return images, labels.to(self.device, non_blocking=True)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
-    @torch.no_grad()
-    def evaluate(self, model, loader) -> Evaluation:
-        """Mean cross entropy and number of correct top classes."""
-        model.eval()
-        loss, correct, total = 0.0, 0, 0
-        for batch in loader:
-            images, labels = self.to_device(*batch)
-            with self.autocast():
-                logits = model(images)
-            loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
-            total += len(labels)
-        return Evaluation(loss / total, correct, total)
+# Settings that may change when a run is resumed without changing its result.
+FREE_SETTINGS = {
+    "output", "resume", "device", "num_workers", "max_corrupt", "tensorboard", "log_interval", "checkpoint_interval", "checkpoint_hist",
+    "auto_batch", "batch_size", "global_batch_size", "grad_accum_steps", "skip_nonfinite",
+}  # fmt: skip
 
 
 class Trainer:
     """A training run. The constructor reads and checks all input; ``run`` trains.
 
-    Files in ``config.output``, each whole at every moment, so that a run may be stopped at any:
+    Files in ``config.output``, each whole at every moment:
 
-    - ``last.safetensors``, ``best.safetensors``: weights of the last epoch and of the best held-out accuracy (``load_checkpoint``);
-    - ``last.train.pt``: all that ``resume`` needs, weights included;
-    - ``metrics.jsonl``: one row an epoch; at the end ``curves.png``: loss and accuracy; ``samples/``: held-out digits to predict on.
+    - ``checkpoints/step-*.train.pt``: all that ``resume`` needs, weights included, the newest ``checkpoint_hist``;
+    - ``last.safetensors``, ``best.safetensors``: weights (averaged, with ``model_ema``) of the last epoch and of the best held-out
+      accuracy, for ``load_checkpoint``;
+    - ``metrics.jsonl``, ``steps.jsonl``: rows of epochs and of updates; at the end ``curves.png``; ``samples/``: held-out digits.
     """
 
     def __init__(self, config: TrainConfig):
-        self.config, self.output = config, Path(config.output)
-        self.runner = Runner(pick_device(config.device), config.amp, config.channels_last)
-        img_size = config.img_size
-        if img_size is None:
-            img_size = 32 if config.data == "digits" else EfficientNetConfig.from_name(config.model).resolution
-        self.data: Data = load_data(config.data, img_size, config.val_fraction)
-        self.loader = self.runner.batches(self.data.train, config.batch_size, config.num_workers, train=True)
-        self.val_loader = self.runner.batches(self.data.val, 2 * config.batch_size, config.num_workers)
+        device = pick_device(config.device)
+        self.processes = join(device.type)
+        world, self.output = self.processes.world, Path(config.output)
+        config = self.config = _with_batch_size(config, world)
+        if device.type == "cuda":
+            device = torch.device("cuda", self.processes.local_rank)
+            precision = "tf32" if config.tf32 else "ieee"
+            torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
+        elif config.cuda_graphs:
+            raise InputError("cuda_graphs needs a CUDA device, and this run is on the CPU; leave --cuda-graphs out")
+        if config.sync_bn and world == 1:
+            raise InputError("sync_bn needs several processes (torchrun --nproc-per-node N -m efficientnet train ...), this run has one")
+        self.runner = Runner(device, config.amp, config.channels_last, self.processes)
 
         torch.manual_seed(config.seed)
+        self.model = self._create_model()
+        self.unreadable = Unreadable(config.max_corrupt, self.say)
+        self.mix = mixing(config, len(self.data.classes))
+        if config.auto_batch:
+            config = self.config = self._fit_memory()
+        self.order = self._order(config)
+        self.loader = self.runner.batches(self.data.train, num_workers=config.num_workers, order=self.order, unreadable=self.unreadable)
+        self.val_loader = self.runner.batches(self.data.val, 2 * config.batch_size, config.num_workers, unreadable=self.unreadable)
+        self.steps = self.order.steps
+
+        self.average = average_of(self.model, config.model_ema_decay) if config.model_ema else None
+        self.forward = wrap(self.model, self.processes)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self.optimizer = create_optimizer(config, decay_groups(self.model, config.weight_decay))
+        self.scaler = torch.amp.GradScaler(self.runner.device.type, enabled=config.amp == "fp16")
+        self.graph = None  # of forward and backward, captured at the first update
+
+        self.step, self.skipped = 0, 0  # updates behind us; those of them left out
+        self.history: list[dict] = []
+        # Of the present epoch: sum of losses, seconds, seconds waited; and of the rows of steps.jsonl: sum of losses.
+        self.sums = {"epoch": self._zero(), "row": self._zero()}
+        self.seconds = {"epoch": 0.0, "wait": 0.0}
+        torch.manual_seed(config.seed * 1_000_003 + 1 + self.processes.rank)  # dropout and drop-path of this process
+        self.states = RunStates(self.output / "checkpoints", config.checkpoint_hist)
+        self.signal = None
+        resumed = self._resume() if config.resume else False
+        self._check_output()
+        if not resumed and self.processes.first:
+            self._set_aside()
+
+    def _create_model(self):
+        """The data set and a model for it."""
+        config = self.config
+        img_size = config.img_size
+        if img_size is None:
+            img_size = 32 if config.data.startswith("digits") else EfficientNetConfig.from_name(config.model).resolution
+        prepare = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
+        self.data: Data = load_data(config.data, img_size, config.val_fraction, val_data=config.val_data, **prepare)
+        train = self.data.train
+        train.seed, train.finish = config.seed, training_finish(config, self.data.preprocess.mean)
+        train.augment = training_crop(config) or train.augment
+        if config.progressive_size is not None and config.progressive_size > img_size:
+            raise InputError(f"progressive_size must be at most img_size {img_size}, got {config.progressive_size}")
         model = create_model(
             config.model,
             num_classes=len(self.data.classes),
             drop_rate=config.drop_rate,
             drop_path_rate=config.drop_path_rate,
+            bn_momentum=config.bn_momentum,
+            bn_eps=config.bn_eps,
             fused=config.fused,
         )
         # The release's classifier starts at +-1 / sqrt(classes): fine for 1000, but with 10 the first logits are so large and wrong
         # that it takes hundreds of steps to unlearn them (12 epochs of the digits at lr 3e-3: 81 % so, 97 % from zero).
         torch.nn.init.zeros_(model.classifier.weight)
-        self.model = self.runner.place(model)
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-        self.scaler = torch.amp.GradScaler(self.runner.device.type, enabled=config.amp == "fp16")
-        self.history: list[dict] = []
-        if config.resume:
-            self._resume(config.resume)
-        self.output.mkdir(parents=True, exist_ok=True)
+        if config.sync_bn:
+            model = synchronize_batch_norm(model)
+        return self.runner.place(model)
+
+    def _order(self, config):
+        place = (self.processes.rank, self.processes.world)
+        return TrainingOrder(len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size)
+
+    def img_size(self, epoch: int) -> int:
+        """Pixels of training images: from progressive_size to the model's in equal stages, in multiples of 8."""
+        config, last = self.config, self.data.preprocess.img_size
+        stage = min(config.progressive_stages - 1, epoch * config.progressive_stages // config.epochs)
+        if config.progressive_size is None or stage == config.progressive_stages - 1:
+            return last
+        size = config.progressive_size + (last - config.progressive_size) * stage / (config.progressive_stages - 1)
+        return max(8, round(size / 8) * 8)
+
+    # Training
 
     def run(self) -> Evaluation:
         """Train to the end, print as it goes, and return the evaluation of the final weights on the held-out images."""
         from tqdm import tqdm
 
+        total, interval = self.config.epochs * self.steps, 0.1 if sys.stderr.isatty() else 5  # seconds; a log file needs no film
+        self.log = Log(self.output, self.step, self.config.tensorboard) if self.processes.first else None
+        if self.log and self.history:
+            self.log.rewrite(self.history)
         self._announce()
         self._write_samples()
-        writer = self._tensorboard()
-        done, steps, evaluation = len(self.history), len(self.loader), None
-        interval = 0.1 if sys.stderr.isatty() else 5  # seconds; a log file needs no film
-        with tqdm(total=self.config.epochs * steps, initial=done * steps, unit="batch", mininterval=interval, dynamic_ncols=True) as bar:
-            for epoch in range(done, self.config.epochs):
-                started = time.perf_counter()
-                train_loss = self._train_epoch(epoch, bar)
-                seconds = time.perf_counter() - started
-                evaluation = self.runner.evaluate(self.model, self.val_loader)
-                row = {
-                    "epoch": epoch + 1,
-                    "train_loss": train_loss,
-                    "val_loss": evaluation.loss,
-                    "val_acc": evaluation.accuracy,
-                    "lr": self._lr(epoch * steps + steps - 1),
-                    "images_per_s": len(self.loader) * self._batch() / seconds,
-                    "seconds": seconds,
-                }
-                self.history.append(row)
-                self._save()
-                bar.write(
-                    f"epoch {epoch + 1:3d}/{self.config.epochs}  train loss {train_loss:.3f}  held-out loss {evaluation.loss:.3f}  "
-                    f"accuracy {100 * evaluation.accuracy:6.2f} %  {row['images_per_s']:.0f} images/s"
-                )
-                sys.stdout.flush()
-                if writer:
-                    for key in ("train_loss", "val_loss", "val_acc", "lr", "images_per_s"):
-                        writer.add_scalar(key, row[key], epoch + 1)
-                    writer.flush()
-        with replacing(self.output / "curves.png") as path:
-            plot_curves(self.history, path)
-        print(f"checkpoint  {self.output / 'last.safetensors'}")
-        print(f"test accuracy: {evaluation}", flush=True)
+        bar = tqdm(total=total, initial=self.step, unit="batch", mininterval=interval, dynamic_ncols=True, disable=not self.processes.first)
+        evaluation = None
+        with bar, self._noticing_signals(), lost_process(self.processes, self._how_to_continue()):
+            self.bar = bar
+            while len(self.history) < self.config.epochs:
+                epoch = len(self.history)
+                if self.step < (epoch + 1) * self.steps:
+                    self._train_epoch(epoch)
+                evaluation = self._finish_epoch(epoch)
+        del self.bar
+        if evaluation is None:  # resumed after its end
+            row = self.history[-1]
+            evaluation = Evaluation(row["val_loss"], row["val_correct"], row["val_total"])
+        if self.processes.first:
+            with replacing(self.output / "curves.png") as path:
+                plot_curves(self.history, path)
+            best = max(self.history, key=lambda row: row["val_acc"])
+            self.say(f"checkpoint  {self.output / 'last.safetensors'}")
+            self.say(f"best        {100 * best['val_acc']:.2f} % in epoch {best['epoch']}, {self.output / 'best.safetensors'}")
+            self.say(f"time        {sum(row['seconds'] for row in self.history):.0f} s of training, {self.skipped} updates left out")
+            self.say(f"test accuracy: {evaluation}")
         return evaluation
 
-    def _train_epoch(self, epoch, bar):
-        """Mean training loss. Each epoch draws from a seed of its own, so a resumed run repeats what the whole run would have done."""
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch + 1)
+    def _train_epoch(self, epoch):
+        config, first = self.config, self.step - epoch * self.steps
+        self.order.begin(epoch, first)
         self.model.train()
-        total = torch.zeros((), device=self.runner.device)
-        for step, batch in enumerate(self.loader):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._lr(epoch * len(self.loader) + step)
-            images, labels = self.runner.to_device(*batch)
-            with self.runner.autocast():
-                logits = self.model(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
+        batches = iter(self.loader)
+        for step in range(first, self.steps):
+            started, waited = time.perf_counter(), self.loader.wait
+            self._update(batches)
+            self.step += 1
+            self.seconds["epoch"] += time.perf_counter() - started
+            self.seconds["wait"] += self.loader.wait - waited
+            self._log_step(epoch, step)
+            if self.signal is not None:
+                self._save_and_leave()
+            if config.checkpoint_interval and self.step % config.checkpoint_interval == 0 and step + 1 < self.steps:
+                self._save_state()
+
+    def _update(self, batches):
+        """One update of the weights from ``grad_accum_steps`` batches."""
+        config = self.config
+        lr = learning_rate(config, self.step, self.steps, self.order.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else None
+        try:
+            loss = self._gradients(batches)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not out_of_memory(error):
+                raise
+            half = max(1, config.batch_size // 2)
+            raise TrainingStopped(
+                f"out of memory with batches of {config.batch_size}: try --batch-size {half} --grad-accum-steps "
+                f"{config.grad_accum_steps * config.batch_size // half}, or --auto-batch; {self._how_to_continue()}"
+            ) from error
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # The same in every process, since the gradients are. It decides for the loss too, which is not: a loss that is not finite
+        # has no finite gradient.
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(torch.isfinite(norm))
+        if not finite and self.scaler.get_scale() <= 1.0:  # under loss scaling, an overflow only asks for a smaller scale
+            self._not_finite(loss, norm, buffers)
+        else:
+            if config.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_([p for p in self.model.parameters() if p.grad is not None], config.clip_grad, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            total += loss.detach()
-            if step % 10 == 0:  # reading the loss waits for the device
-                bar.set_postfix_str(f"epoch {epoch + 1}/{self.config.epochs}, loss {loss.item():.3f}", refresh=False)
-            bar.update()
-        mean = total.item() / len(self.loader)
-        if not math.isfinite(mean):
-            raise InputError(f"training diverged (loss {mean} in epoch {epoch + 1}): lr {self.config.lr} is too large for it")
-        return mean
+            if self.average is not None and finite:
+                self.average.update_parameters(self.model)
+            for sum_ in self.sums.values():
+                sum_ += loss
+        self.norm = norm
 
-    def _lr(self, step):
-        """Linear warm-up, then a half cosine that reaches zero after the last step."""
-        steps = self.config.epochs * len(self.loader)
-        warmup = min(self.config.warmup_epochs * len(self.loader), steps - 1)
-        if step < warmup:
-            return self.config.lr * (step + 1) / (warmup + 1)
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    def _gradients(self, batches):
+        """Mean loss of the accumulated batches; their gradients are in the parameters."""
+        accum = self.config.grad_accum_steps
+        loss = self._zero()
+        self.optimizer.zero_grad()
+        for a in range(accum):
+            images, labels = next(batches)
+            if self.mix:
+                images, labels = self.mix(images, labels)
+            with without_reduction(self.forward, a + 1 < accum):
+                loss += self._forward_backward(images, labels, accum)
+        return loss
 
-    def _batch(self):
-        return min(self.config.batch_size, len(self.data.train))
+    def _forward_backward(self, images, labels, accum=1):
+        with self.runner.autocast():
+            logits = self.forward(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing) / accum
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _not_finite(self, loss, norm, buffers):
+        self.skipped += 1
+        epoch, step = divmod(self.step, self.steps)
+        names = [self.data.train.name(index) for index in self.order.indices(epoch, step)]
+        what = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+        where = f"step {self.step + 1} (epoch {epoch + 1}, batch {step + 1}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        if self.skipped > self.config.skip_nonfinite:
+            already = f" after {self.skipped - 1} others that were left out" if self.skipped > 1 else ""
+            raise TrainingStopped(
+                f"{what} in {where}{already}: a lower --lr or --clip-grad may help, --skip-nonfinite leaves such updates out; "
+                + self._how_to_continue()
+            )
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):  # BatchNorm has seen the batch
+            buffer.copy_(before)
+        self.say(f"left out, {self.skipped} of at most {self.config.skip_nonfinite}: {what} in {where}")
+
+    def _finish_epoch(self, epoch) -> Evaluation:
+        share_running_statistics(self.model, self.processes, self.config.dist_bn)
+        if self.average is not None:
+            share_running_statistics(self.average.module, self.processes, self.config.dist_bn)
+        try:
+            evaluation = self.runner.evaluate(self.evaluated, self.val_loader, lambda: self.signal is not None)
+        except InterruptedError:
+            self._save_and_leave()
+        images = self.steps * self.order.images
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": self._mean(self.sums["epoch"], self.steps),
+            "val_loss": evaluation.loss,
+            "val_acc": evaluation.accuracy,
+            "val_acc5": evaluation.accuracy5,
+            "val_correct": evaluation.correct,
+            "val_total": evaluation.total,
+            "lr": learning_rate(self.config, self.step - 1, self.steps, self.order.images),
+            "images_per_s": images / self.seconds["epoch"],
+            "data_wait": self.seconds["wait"] / self.seconds["epoch"],
+            "seconds": self.seconds["epoch"],
+        }
+        self.history.append(row)
+        self.sums["epoch"].zero_()
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        if self.processes.first:
+            self._save_weights(row)
+        self._save_state()
+        if self.log:
+            self.log.epoch(self.history, self.step)
+            self.say(
+                f"epoch {epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out loss {evaluation.loss:.3f}  "
+                f"accuracy {100 * evaluation.accuracy:6.2f} %  {row['images_per_s']:.0f} images/s, {100 * row['data_wait']:.0f} % waiting"
+            )
+        return evaluation
+
+    def _log_step(self, epoch, step):
+        self.bar.update()
+        if self.step % self.config.log_interval:
+            return
+        loss = self._mean(self.sums["row"], self.config.log_interval)
+        self.sums["row"].zero_()
+        if self.log:
+            rate = (step + 1) * self.order.images / self.seconds["epoch"]
+            self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.config.epochs}, loss {loss:.3f}", refresh=False)
+            lr = learning_rate(self.config, self.step - 1, self.steps, self.order.images)
+            row = {"step": self.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "grad_norm": self.norm.item()}
+            self.log.step(row | {"images_per_s": rate, "data_wait": self.seconds["wait"] / self.seconds["epoch"]})
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The model whose weights are evaluated and kept."""
+        return self.model if self.average is None else self.average.module
+
+    def _zero(self):
+        return torch.zeros((), device=self.runner.device)
+
+    def _mean(self, total, count):
+        """Of a sum that every process has of its own batches."""
+        return self.processes.sum(total.double().clone()).item() / count / self.processes.world
+
+    def say(self, text: str) -> None:
+        if not self.processes.first:
+            text = f"process {self.processes.rank}: {text}"
+        if getattr(self, "bar", None) is not None:
+            self.bar.write(text)
+        else:
+            print(text)
+        sys.stdout.flush()
+
+    # Nothing lost
 
     def _metadata(self):
         return {"classes": self.data.classes, "preprocess": asdict(self.data.preprocess)}
 
-    def _save(self):
-        row, metadata = self.history[-1], self._metadata()
-        metadata |= {"epoch": row["epoch"], "metrics": row}
-        save_checkpoint(self.model, self.output / "last.safetensors", **metadata)
-        if row["val_acc"] > max((earlier["val_acc"] for earlier in self.history[:-1]), default=-1.0):
-            save_checkpoint(self.model, self.output / "best.safetensors", **metadata)
-        state = {
-            "model": self.model.state_dict(),
-            "metadata": describe_model(self.model) | self._metadata(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "history": self.history,
-        }
-        save_training_state(self.output / "last.train.pt", state)
-        with replacing(self.output / "metrics.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+    def _save_weights(self, row):
+        metadata = self._metadata() | {"epoch": row["epoch"], "metrics": row}
+        try:
+            save_checkpoint(self.evaluated, self.output / "last.safetensors", **metadata)
+            if row["val_acc"] > max((earlier["val_acc"] for earlier in self.history[:-1]), default=-1.0):
+                save_checkpoint(self.evaluated, self.output / "best.safetensors", **metadata)
+        except OSError as error:
+            raise TrainingStopped(f"cannot write weights: {error}; {self._how_to_continue()}") from error
 
-    def _resume(self, path):
-        state = load_training_state(path)
+    def _save_state(self):
+        # What differs between processes: random numbers, and running statistics until they are shared.
+        local = {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.runner.device.type == "cuda" else None,
+            "sums": {name: sum_.cpu() for name, sum_ in self.sums.items()},
+            "unreadable": self.unreadable.seen,
+        }
+        if self.processes.world > 1:
+            local["buffers"] = [{k: v.cpu() for k, v in model.named_buffers()} for model in self._models()]
+        everyone = self.processes.gather(local)
+        if not self.processes.first:
+            return
+        self.states.save(
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "processes": everyone,
+                "order": self._order_description(),
+                "history": self.history,
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+                "settings": asdict(self.config),
+                "metadata": describe_model(self.model) | self._metadata(),
+            }
+        )
+
+    def _models(self):
+        return [self.model] if self.average is None else [self.model, self.average.module]
+
+    def _order_description(self):
+        return {"images an update": self.order.images, "updates an epoch": self.steps, "processes": self.processes.world}
+
+    def _resume(self) -> bool:
+        path = self.config.resume
+        if path == "auto":
+            found = self.states.newest(self.say) if self.processes.first else None
+            path = self.processes.from_first(None if found is None else str(found[0]))
+            if path is None:
+                return False
+            state = found[1] if found is not None else read_state(path)
+        else:
+            state = read_state(path)
         stored, ours = (_flat(described) for described in (state["metadata"], describe_model(self.model) | self._metadata()))
         for field in ("name", *ours):  # the name first: it explains the rest
             if field != "preprocess" and stored[field] != ours[field]:
                 raise InputError(f"resume {str(path)!r} was trained with {field} {stored[field]!r}, but this run has {ours[field]!r}")
+        for what, value in self._order_description().items():
+            if state["order"][what] != value:
+                raise InputError(f"resume {str(path)!r} was trained with {state['order'][what]} {what}, but this run has {value}")
         done = len(state["history"])
-        if done >= self.config.epochs:
+        if self.config.resume != "auto" and done >= self.config.epochs:
             raise InputError(f"resume {str(path)!r} has {done} epochs behind it; epochs must be more, got {self.config.epochs}")
+        if (state["average"] is None) != (self.average is None):
+            raise InputError(f"resume {str(path)!r} was trained {'without' if state['average'] is None else 'with'} model_ema")
+        for name, value in state["settings"].items():
+            if name not in FREE_SETTINGS and (now := getattr(self.config, name, None)) != value and self.processes.first:
+                self.say(f"resume: {name} was {value!r}, is {now!r} from here on")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise InputError(f"resume {str(path)!r} has another optimizer: {error}") from error
         self.scaler.load_state_dict(state["scaler"])
-        self.history = state["history"]
+        self.step, self.history, self.skipped = state["step"], state["history"], state["skipped"]
+        self.seconds = state["seconds"]
+        local = state["processes"][self.processes.rank]
+        self.unreadable.seen = local["unreadable"]
+        self.sums = {name: sum_.to(self.runner.device) for name, sum_ in local["sums"].items()}
+        for model, buffers in zip(self._models(), local.get("buffers", ()), strict=False):
+            model.load_state_dict(buffers, strict=False)
+        torch.set_rng_state(local["rng"])
+        if local["cuda_rng"] is not None and self.runner.device.type == "cuda":
+            torch.cuda.set_rng_state(local["cuda_rng"])
+        if self.processes.first:
+            epoch, step = divmod(self.step, self.steps)
+            self.say(f"resumed     {path}: epoch {epoch + 1}, batch {step + 1}")
+        return True
+
+    def _check_output(self):
+        """Whether files can be written, found out before any work."""
+        if not self.processes.first:
+            return
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with replacing(self.output / "writable") as probe:
+                probe.write_bytes(b"x")
+            (self.output / "writable").unlink()
+        except OSError as error:
+            raise InputError(f"output {str(self.output)!r} cannot be written: {error.strerror or error}") from error
+
+    def _set_aside(self):
+        """A new run in an old run's folder: the old checkpoints must not be taken for its own, nor be lost."""
+        if self.states.paths():
+            old = self.output / "checkpoints.old"
+            if old.exists():
+                shutil.rmtree(old)
+            os.replace(self.states.folder, old)
+            self.say(f"note        the checkpoints of an earlier run are now in {old}")
+
+    def _how_to_continue(self):
+        last = next(iter(self.states.paths()), None)
+        return f"the last good checkpoint is {last}, continue with --resume auto" if last else "no checkpoint exists yet"
+
+    @contextmanager
+    def _noticing_signals(self):
+        """Alone, a process that is asked to stop (once) finishes its update and saves it; among several, it leaves at once."""
+        if self.processes.world > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        pid, before = os.getpid(), {}
+
+        def notice(signum, frame):
+            if os.getpid() != pid:  # a worker of the data loader: Ctrl-C reaches it too, and the last update may need its images
+                if signum == signal.SIGTERM:
+                    os._exit(128 + signum)
+                return
+            self.signal = signum
+            for number, handler in before.items():
+                signal.signal(number, handler)  # a second signal does not wait
+
+        before.update({signum: signal.signal(signum, notice) for signum in (signal.SIGINT, signal.SIGTERM)})
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _save_and_leave(self):
+        self._save_state()
+        raise Interrupted(self.signal, self.states.paths()[0])
+
+    def _fit_memory(self) -> TrainConfig:
+        """The configuration with the batch halved, and twice as many accumulated, until forward and backward fit every process."""
+        config = self.config
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        size = self.data.preprocess.img_size
+        while True:
+            try:
+                with torch.random.fork_rng():
+                    images = torch.zeros(config.batch_size, 3, size, size, dtype=torch.uint8)
+                    batch = self.runner.to_device(images, torch.zeros(config.batch_size, dtype=torch.long), self.data.preprocess)
+                    with self.runner.autocast():
+                        logits = self.model.train()(batch[0])
+                    F.cross_entropy(logits.float(), batch[1]).backward()
+                fits = True
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                fits = False
+            self.model.zero_grad()
+            if self.runner.device.type == "cuda":
+                torch.cuda.empty_cache()
+            too_large = self.processes.sum(torch.tensor(0.0 if fits else 1.0, device=self.runner.device)).item()
+            if not too_large:
+                break
+            if config.batch_size % 2 or config.batch_size < 4:
+                raise InputError(f"auto_batch: not even batches of {config.batch_size} images fit the memory, and that cannot be halved")
+            config = replace(config, batch_size=config.batch_size // 2, grad_accum_steps=2 * config.grad_accum_steps)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self.processes.first:
+            self.say(f"auto-batch  {config.batch_size} images at a time, {config.grad_accum_steps} accumulated")
+        return config
+
+    # What is printed and kept besides
 
     def _announce(self):
-        images, _ = self.runner.to_device(*next(iter(self.val_loader)))
+        if not self.processes.first:
+            return
+        size, config = self.data.preprocess.img_size, self.config
+        images = torch.zeros(2, 3, size, size, device=self.runner.device).to(memory_format=self.runner.memory_format)
         with self.runner.autocast():
             backend = describe_backend(self.model.train(), images)
         device = self.runner.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        size, classes = self.data.preprocess.img_size, len(self.data.classes)
-        print(f"model       {self.config.model}, {count_parameters(self.model):,} parameters, {classes} classes")
-        print(f"data        {self.config.data}, {len(self.data.train)} training and {len(self.data.val)} held-out images, {size} x {size}")
-        print(f"device      {where}, amp {self.config.amp}")
+        if self.processes.world > 1:
+            where = f"{self.processes.world} processes, {where}"
+        counts = f"{len(self.data.train)} training and {len(self.data.val)} held-out images"
+        print(f"model       {config.model}, {count_parameters(self.model):,} parameters, {len(self.data.classes)} classes")
+        print(f"data        {config.data}, {counts}, {size} x {size}")
+        print(f"device      {where}, amp {config.amp}")
         print(f"backend     {backend}")
         print(f"output      {self.output}", flush=True)
 
     def _write_samples(self):
         """One held-out digit of each class as a PNG, for ``predict``."""
-        if self.config.data != "digits":
+        if not self.config.data.startswith("digits") or not self.processes.first:
             return
         from PIL import Image
 
@@ -275,32 +544,23 @@ class Trainer:
             image = self.data.val.images[self.data.val.labels.index(label)]
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
 
-    def _tensorboard(self):
-        if not self.config.tensorboard:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.output / "tensorboard", purge_step=len(self.history) + 1)
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _with_batch_size(config, world):
+    """global_batch_size, turned into the batch_size of one process."""
+    if config.global_batch_size is None:
+        return config
+    parts = world * config.grad_accum_steps
+    if config.global_batch_size % parts or config.global_batch_size < 2 * parts:
+        raise InputError(
+            f"global_batch_size must be divisible into batches of 2 or more for {world} processes x {config.grad_accum_steps} accumulated, "
+            f"got {config.global_batch_size}; try {max(2, math.ceil(config.global_batch_size / parts)) * parts}"
+        )
+    return replace(config, batch_size=config.global_batch_size // parts)
 
 
 def _flat(description):
     return {**description["config"], **{key: value for key, value in description.items() if key != "config"}}
-
-
-def plot_curves(history: list[dict], path) -> None:
-    """Loss and held-out accuracy by epoch, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", label="training (smoothed labels)")
-    loss.plot(epochs, [row["val_loss"] for row in history], marker=".", label="held-out")
-    loss.set(xlabel="epoch", ylabel="cross entropy", title="Loss")
-    loss.legend()
-    accuracy.plot(epochs, [100 * row["val_acc"] for row in history], marker=".", color="tab:orange")
-    accuracy.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Accuracy: {100 * history[-1]['val_acc']:.2f} %")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, format="png", dpi=120)

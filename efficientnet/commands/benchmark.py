@@ -33,8 +33,8 @@ def run(args):
 
     from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted
     from efficientnet.checkpoints import replacing
+    from efficientnet.engine import pick_device
     from efficientnet.settings import InputError
-    from efficientnet.train import pick_device
 
     device = pick_device(args.device)
     if args.cuda_graph and device.type != "cuda":

@@ -30,7 +30,7 @@ def load(args):
 
     from efficientnet.checkpoints import load_checkpoint, read_metadata
     from efficientnet.data import Preprocess
-    from efficientnet.train import Runner, pick_device
+    from efficientnet.engine import Runner, pick_device
 
     runner = Runner(pick_device(args.device), args.amp)
     metadata = read_metadata(args.checkpoint)

@@ -155,7 +155,7 @@ class Stopwatch:
     """Milliseconds of a forward at a phi, measured once each: a cost for ``largest_phi``."""
 
     def __init__(self, args, build):
-        from efficientnet.train import pick_device
+        from efficientnet.engine import pick_device
 
         if not 0 < args.latency < float("inf"):
             raise ValueError(f"latency must be a finite number of milliseconds > 0, got {args.latency!r}")

@@ -4,45 +4,43 @@ import argparse
 from dataclasses import fields
 
 from efficientnet.commands.common import checking_input
-from efficientnet.settings import AMP, DEVICES, TrainConfig
+from efficientnet.settings import InputError, TrainConfig, option_names
 
 SUMMARY = "Train a model; write checkpoints, metrics and curves."
+TYPES = {"int": int, "float": float, "str": str}
 
 
 def add_arguments(parser):
-    """One option for each field of TrainConfig, which owns the defaults and the checks."""
-
-    def add(option, help, **kwargs):
-        default = getattr(TrainConfig, option[2:].replace("-", "_"))
-        shown = "" if default is None or isinstance(default, bool) else " (default: %(default)s)"
-        parser.add_argument(option, default=default, help=help + shown, **kwargs)
-
-    add("--data", "'digits' (scikit-learn's) or 'imagefolder:PATH'")
-    add("--model", "a name that `efficientnet info` lists")
-    add("--img-size", "pixels (default: 32 for digits, else the model's own)", type=int)
-    add("--epochs", "passes over the training images", type=int)
-    add("--batch-size", "images a step", type=int)
-    add("--lr", "peak learning rate of AdamW", type=float)
-    add("--weight-decay", "not on biases and BatchNorm", type=float)
-    add("--warmup-epochs", "linear, before the cosine", type=float)
-    add("--label-smoothing", "of the training loss", type=float)
-    add("--drop-rate", "dropout before the classifier (default: the model's own)", type=float)
-    add("--drop-path-rate", "stochastic depth of the last block (default: the model's own)", type=float)
-    add("--seed", "of weights, order and augmentation", type=int)
-    add("--device", f"one of {', '.join(DEVICES)}", choices=DEVICES)
-    add("--amp", f"autocast: one of {', '.join(AMP)}", choices=AMP)
-    add("--fused", "fused MBConv kernels where they can run (default: yes)", action=argparse.BooleanOptionalAction)
-    add("--channels-last", "NHWC memory format (default: yes)", action=argparse.BooleanOptionalAction)
-    add("--num-workers", "processes that load images", type=int)
-    add("--val-fraction", "share of each class to hold out", type=float)
-    add("--output", "folder for checkpoints, metrics and curves")
-    add("--resume", "continue the run that wrote this file", metavar="LAST.TRAIN.PT")
-    add("--tensorboard", "also log to OUTPUT/tensorboard", action="store_true")
+    """--recipe, and one option for each field of TrainConfig, which owns the defaults and the checks."""
+    parser.add_argument("--recipe", help="settings to start from, which options override: a .toml file, or paper-b0 to paper-b7, digits")
+    for field in fields(TrainConfig):
+        help, kwargs = field.metadata["help"], dict(field.metadata["argparse"])
+        kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
+        if kind == "bool":
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif field.default is not None:
+            help += f" (default: {field.default})"
+        kwargs.setdefault("type", TYPES.get(kind))
+        if kind == "bool":
+            del kwargs["type"]
+        # Not there unless given: then a recipe's setting counts, or TrainConfig's default.
+        parser.add_argument(*option_names(field.name), dest=field.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **kwargs)
 
 
 def run(args):
+    from efficientnet.distributed import leave
+    from efficientnet.recipes import load_recipe
     from efficientnet.train import Trainer
 
-    with checking_input():
-        trainer = Trainer(TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)}))
-    trainer.run()
+    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
+    try:
+        with checking_input():
+            settings = load_recipe(args.recipe) if args.recipe else {}
+            try:
+                config = TrainConfig(**settings | given)
+            except InputError as error:
+                raise InputError(f"{error} (recipe {args.recipe!r})" if args.recipe else str(error)) from error
+            trainer = Trainer(config)
+        trainer.run()
+    finally:
+        leave()

@@ -3,9 +3,18 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.data import ImageSet, Preprocess, load_data, random_crop_flip, random_shift, read_image, stratified_split
+from efficientnet.data import (
+    Draw,
+    ImageSet,
+    Preprocess,
+    load_data,
+    random_crop_flip,
+    random_shift,
+    read_image,
+    stratified_split,
+)
+from efficientnet.engine import Runner
 from efficientnet.settings import InputError
-from efficientnet.train import Runner
 
 
 def image_of(height, width):
@@ -34,7 +43,7 @@ def test_digits_are_scikit_learns():
     assert len(nearest.unique()) > 1790
     assert digits.target[nearest].tolist() == labels
     x, label = data.val[5]
-    assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and torch.equal(x[0], x[2]) and label == data.val.labels[5]
+    assert x.shape == (3, 32, 32) and x.dtype == torch.uint8 and torch.equal(x[0], x[2]) and label == data.val.labels[5]
 
 
 def test_digits_are_normalised():
@@ -111,7 +120,9 @@ def test_random_crop_flip_takes_squares_of_the_image():
 def test_training_images_are_augmented_and_held_out_ones_are_not():
     data = load_data("digits", 32)
     torch.manual_seed(0)
-    assert any(not torch.equal(data.train[i][0], data.train[i][0]) for i in range(5))
+    draws = [[data.train[Draw(i, epoch, 32)][0] for i in range(5)] for epoch in (0, 1, 0)]
+    assert any(not torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[2], strict=True))  # whatever was drawn in between
     assert all(torch.equal(data.val[i][0], data.val[i][0]) for i in range(5))
 
 
@@ -130,7 +141,7 @@ def test_image_folder(image_folder):
     for part in (data.train, data.val):
         assert [path.parent.name for path in part.images] == [data.classes[label] for label in part.labels]
     x, label = data.val[0]
-    assert x.shape == (3, 16, 16) and data.classes[label] == "blue" and x.mean((1, 2)).argmax() == 2
+    assert x.shape == (3, 16, 16) and data.classes[label] == "blue" and x.float().mean((1, 2)).argmax() == 2
 
 
 def test_image_folder_that_is_split_already(tmp_path):
@@ -169,9 +180,9 @@ def test_image_folder_without_enough_to_learn_from(tmp_path, counts, message):
         load_data(make_folder(tmp_path, **counts), 8)
 
 
-@pytest.mark.parametrize("name", ["", "digit", "imagefolder", "imagefolder:", "cifar10:x"])
+@pytest.mark.parametrize("name", ["", "digit", "digits:", "imagefolder", "imagefolder:", "cifar10", "mnist:x"])
 def test_unknown_data(name):
-    with pytest.raises(InputError, match=f"data must be 'digits' or 'imagefolder:PATH', got '{name}'"):
+    with pytest.raises(InputError, match=rf"data must be one of digits\[:CLASSES\], imagefolder:PATH, cifar10:ROOT, .*got '{name}'"):
         load_data(name, 8)
 
 

@@ -297,8 +297,8 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
 
     class Spy(Trainer):
         def __init__(self, config):
-            resumed.append(config.resume)
             super().__init__(config)
+            resumed.append((self.output.name, self.step))
 
     options = (*SEARCH, "--data", f"imagefolder:{image_folder}", "--img-size", 8, "--epochs", 2, "--batch-size", 10, "--lr", 3e-3)
     argv = [str(arg) for arg in (*options, "--device", "cpu", "--output")]
@@ -315,13 +315,13 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
     assert list(tmp_path.rglob("*.train.pt")), "it was to be killed while it trained"
     before = json.loads(killed.read_text())
     unfinished = [path.parent for path in tmp_path.glob("*/*/metrics.jsonl") if path.read_text().count("\n") < 2]
-    unfinished = [str(max(folder.rglob("*.train.pt"), key=os.path.getmtime)) for folder in unfinished]
+    steps = {folder.name: int(re.search(r"\d+", max(path.name for path in folder.rglob("*.train.pt")))[0]) for folder in unfinished}
     monkeypatch.setattr("efficientnet.train.Trainer", Spy)
     assert before["best"] is None and len(before["rows"]) < 3
     for output in (killed, whole):
         code, out, _ = run(*argv, output)
         assert code == 0 and "3 candidates; the best as options of scale: --alpha" in out
-    assert {path for path in resumed if path} == set(unfinished)
+    assert {name: step for name, step in resumed if step} == steps
     result = json.loads(whole.read_text())
     assert json.loads(killed.read_text()) == result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]

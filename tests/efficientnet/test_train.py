@@ -1,11 +1,6 @@
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,23 +8,28 @@ import torch.nn.functional as F
 from PIL import Image
 
 from efficientnet import create_model, load_checkpoint
-from efficientnet.checkpoints import load_training_state, read_metadata
+from efficientnet.checkpoints import read_metadata
 from efficientnet.data import load_data
+from efficientnet.engine import Evaluation, Runner, describe_backend, pick_device
+from efficientnet.run_state import RunStates, read_state
 from efficientnet.settings import InputError, TrainConfig
-from efficientnet.train import Evaluation, Runner, Trainer, describe_backend, pick_device
+from efficientnet.train import Trainer
 
 
 def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def last_state(output):
+    return RunStates(output / "checkpoints").paths()[0]
+
+
 def test_it_learns_digits(tmp_path):
-    """A third of the main job's images and of its steps: the loss falls, and most held-out digits are told apart."""
-    trainer = Trainer(TrainConfig(epochs=6, warmup_epochs=1, batch_size=32, device="cpu", output=str(tmp_path)))
-    trainer.data.train.labels = trainer.data.train.labels[:480]
-    trainer.loader = trainer.runner.batches(trainer.data.train, 32, train=True)
+    """A third of the main job's images: the loss falls, and most held-out digits are told apart."""
+    config = TrainConfig("digits:0-4", epochs=6, warmup_epochs=1, batch_size=32, val_fraction=0.5, device="cpu", output=str(tmp_path))
+    trainer = Trainer(config)
     evaluation = trainer.run()
-    assert evaluation.accuracy > 0.6 and evaluation.total == 359
+    assert evaluation.accuracy > 0.7 and evaluation.total > 400
     assert trainer.history[-1]["train_loss"] < 0.6 * trainer.history[0]["train_loss"]
 
 
@@ -45,7 +45,7 @@ def test_metrics_of_a_run(trained):
 def test_files_of_a_run(trained):
     config, output, evaluation = trained
     assert {path.name for path in output.iterdir()} == {
-        "last.safetensors", "best.safetensors", "last.train.pt", "metrics.jsonl", "curves.png",
+        "last.safetensors", "best.safetensors", "checkpoints", "metrics.jsonl", "steps.jsonl", "curves.png",
     }  # fmt: skip
     with Image.open(output / "curves.png") as image:
         assert image.format == "PNG" and image.width > 500
@@ -55,34 +55,10 @@ def test_files_of_a_run(trained):
     best = max(rows, key=lambda row: row["val_acc"])  # the first of equals
     assert read_metadata(output / "best.safetensors")["metrics"] == best
     weights = load_checkpoint(None, output / "last.safetensors").state_dict()
-    assert same_state(weights, load_training_state(output / "last.train.pt")["model"])
-    assert same_state(weights, load_checkpoint(None, output / "last.train.pt").state_dict())
-
-
-def test_a_resumed_run_is_the_run_that_never_stopped(trained, tmp_path, monkeypatch):
-    """Stopped in the third epoch and continued in another process's place: the same weights, bit for bit."""
-    config, output, evaluation = trained
-    config = replace(config, output=str(tmp_path))
-    whole_epoch = Trainer._train_epoch
-
-    def stopped(self, epoch, bar):
-        loss = whole_epoch(self, epoch, bar)
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return loss
-
-    monkeypatch.setattr(Trainer, "_train_epoch", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(config).run()
-    monkeypatch.undo()
-    assert read_metadata(tmp_path / "last.safetensors")["epoch"] == 2
-    torch.manual_seed(99)
-    resumed = Trainer(replace(config, resume=str(tmp_path / "last.train.pt"))).run()
-    assert resumed == evaluation
-    assert same_state(*(load_checkpoint(None, folder / "last.safetensors").state_dict() for folder in (output, tmp_path)))
-    rows, whole = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path, output))
-    for row, other in zip(rows, whole, strict=True):
-        assert all(row[key] == other[key] for key in ("epoch", "train_loss", "val_loss", "val_acc", "lr"))
+    paths = RunStates(output / "checkpoints").paths()
+    assert [path.name for path in paths] == [f"step-{step:08d}.train.pt" for step in (12, 9, 6)]  # 3 updates an epoch
+    assert same_state(weights, read_state(paths[0])["model"])
+    assert same_state(weights, load_checkpoint(None, paths[0]).state_dict())
 
 
 def test_another_seed_is_another_run(trained, tmp_path):
@@ -103,18 +79,9 @@ def test_another_seed_is_another_run(trained, tmp_path):
 )
 def test_resume_refuses_another_run(trained, tmp_path, change, message):
     config, output, _ = trained
-    settings = {"epochs": 20, "output": str(tmp_path), "resume": str(output / "last.train.pt")} | change
+    settings = {"epochs": 20, "output": str(tmp_path), "resume": str(last_state(output))} | change
     with pytest.raises(InputError, match=message):
         Trainer(replace(config, **settings))
-
-
-def test_learning_rate_warms_up_then_falls_to_zero(trained, tmp_path):
-    config, *_ = trained
-    trainer = Trainer(replace(config, epochs=10, warmup_epochs=2, lr=1.0, output=str(tmp_path)))
-    rates = [trainer._lr(step) for step in range(30)]
-    assert rates[:6] == pytest.approx([(i + 1) / 7 for i in range(6)]) and rates[6] == 1.0
-    assert all(a > b for a, b in zip(rates[6:], rates[7:], strict=False)) and 0 < rates[-1] < 0.01
-    assert rates[18] == pytest.approx(0.5)  # half-way down
 
 
 def test_decay_spares_biases_and_norms(trained, tmp_path):
@@ -134,6 +101,7 @@ def test_evaluation_counts_every_held_out_image(image_folder):
     torch.manual_seed(3)
     model = create_model("b0", num_classes=3).eval()
     images, labels = (torch.stack([torch.as_tensor(item[i]) for item in data.val]) for i in (0, 1))
+    images = data.preprocess.normalize(images)
     with torch.no_grad():
         logits = model(images)
     for batch_size in (4, 100):
@@ -144,21 +112,14 @@ def test_evaluation_counts_every_held_out_image(image_folder):
     assert str(Evaluation(0.1, 350, 360)) == "97.22 % (350/360)"
 
 
-def test_training_drops_the_remainder_but_never_everything(image_folder):
-    data, runner = load_data(f"imagefolder:{image_folder}", 8), Runner(torch.device("cpu"))
-    assert [len(y) for _, y in runner.batches(data.train, 7, train=True)] == [7] * 4
-    assert [len(y) for _, y in runner.batches(data.train, 64, train=True)] == [30]
-    first, second = ([y for _, y in runner.batches(data.train, 30, train=True)][0].tolist() for _ in range(2))
-    assert first != second and sorted(first) == sorted(second) == sorted(data.train.labels)
-
-
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_amp_trains(trained, tmp_path, amp):
     config, *_ = trained
-    trainer = Trainer(replace(config, epochs=1, batch_size=16, amp=amp, num_workers=1, output=str(tmp_path)))
+    # Not 8 pixels: oneDNN's bf16 weight gradient of a 5x5 depthwise convolution on 1x1 maps reads memory that it did not write (2.13).
+    trainer = Trainer(replace(config, img_size=32, epochs=1, batch_size=16, amp=amp, num_workers=1, output=str(tmp_path)))
     before = trainer.model.blocks[3][1].conv_pwl.weight.clone()
     with trainer.runner.autocast():
-        assert trainer.model(torch.zeros(2, 3, 8, 8)).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        assert trainer.model(torch.zeros(2, 3, 32, 32)).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     trainer.run()
     assert trainer.model.blocks[3][1].conv_pwl.weight.dtype == torch.float32
     assert not torch.equal(before, trainer.model.blocks[3][1].conv_pwl.weight)
@@ -168,19 +129,9 @@ def test_memory_format(trained, tmp_path):
     config, *_ = trained
     for flag in (True, False):
         trainer = Trainer(replace(config, channels_last=flag, output=str(tmp_path)))
-        images, _ = trainer.runner.to_device(*next(iter(trainer.loader)))
+        images, _ = next(iter(trainer.loader))
         assert images.is_contiguous(memory_format=torch.channels_last) is flag
         assert trainer.model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) is flag
-
-
-def test_divergence_ends_the_run_and_keeps_the_last_epoch(trained, tmp_path, monkeypatch):
-    config, *_ = trained
-    trainer = Trainer(replace(config, output=str(tmp_path)))
-    rate = trainer._lr
-    monkeypatch.setattr(trainer, "_lr", lambda step: rate(step) if step < 3 else 1e38)
-    with pytest.raises(InputError, match="training diverged .loss (nan|inf) in epoch 2.: lr 0.003 is too large"):
-        trainer.run()
-    assert read_metadata(tmp_path / "last.safetensors")["epoch"] == 1
 
 
 def test_backend_is_told_for_every_block():
@@ -224,44 +175,3 @@ def test_cuda_without_a_gpu():
     assert pick_device("auto").type == "cpu"
     with pytest.raises(InputError, match="device 'cuda' was asked for, but torch sees no CUDA device"):
         pick_device("cuda")
-
-
-def command(config):
-    """The command line of a run with these settings."""
-    options = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value is not None and not isinstance(value, bool):
-            options += ["--" + field.name.replace("_", "-"), str(value)]
-    return [sys.executable, "-m", "efficientnet", "train", *options]
-
-
-@pytest.mark.parametrize(("signum", "delay"), [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.9), (signal.SIGKILL, 0.6)])
-def test_a_stopped_run_can_be_resumed(trained, tmp_path, signum, delay):
-    config, *_ = trained
-    config = replace(config, epochs=1000, output=str(tmp_path), num_workers=1 if signum == signal.SIGTERM else 0)
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(command(config), stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(delay)
-        process.send_signal(signum)
-        code = process.wait(20)
-        log.seek(0)
-        text = log.read()
-    state = load_training_state(tmp_path / "last.train.pt")
-    done = len(state["history"])
-    assert done >= 1 and load_checkpoint(None, tmp_path / "best.safetensors").num_classes == 3
-    assert read_metadata(tmp_path / "last.safetensors")["epoch"] in (done, done + 1)  # the weights are written first
-    if signum == signal.SIGKILL:
-        assert code == -signum
-    else:
-        # A data worker may see its end of the pipe close, and then Python prints that worker's traceback; ours never is one of them.
-        assert code == 128 + signum and "efficientnet/cli.py" not in text
-        last = [line for line in text.splitlines() if line.startswith("efficientnet: ")][-1]
-        assert last == f"efficientnet: stopped by {signum.name}; continue with --resume {tmp_path / 'last.train.pt'}"
-    trainer = Trainer(replace(config, epochs=done + 1, resume=str(tmp_path / "last.train.pt"), num_workers=0))
-    trainer.run()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == done + 1
-    assert not list(tmp_path.glob(".*.tmp"))

@@ -1,0 +1,91 @@
+"""Augmentation of training images, from torchvision.transforms.v2, and how torchvision is imported next to any torch."""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from efficientnet.settings import InputError, TrainConfig
+
+_libraries = []  # declared operators live as long as this does
+
+
+def torchvision_module(name: str):
+    """``torchvision.NAME``, also where torchvision's compiled operators were built for another torch and cannot be loaded.
+
+    It gives two of them shape rules when it is imported, and fails if they do not exist; images need neither, so they are declared.
+    """
+    spec = find_spec("torchvision")
+    if spec is not None and spec.origin and not hasattr(torch.ops.torchvision, "nms"):
+        try:
+            torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+        except (ImportError, OSError):
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _libraries.append(library)
+    try:
+        return import_module(f"torchvision.{name}")
+    except (ImportError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
+            raise
+        raise InputError(f"torchvision does not fit torch {torch.__version__} ({error}); pip install -U torchvision") from error
+
+
+def training_crop(config: TrainConfig) -> Callable | None:
+    """uint8 image -> uint8 crop, mirrored or not; None for the data set's own."""
+    if config.scale is None:
+        return None
+    v2 = torchvision_module("transforms.v2")
+    # Only the box is drawn here: resizing is Preprocess's, at whatever size the epoch has.
+    draw, flip = v2.RandomResizedCrop(1, config.scale), v2.RandomHorizontalFlip(config.hflip)
+
+    def crop(image):
+        box = draw.make_params([image])
+        top, left, height, width = (box[key] for key in ("top", "left", "height", "width"))
+        return flip(image[:, top : top + height, left : left + width])
+
+    return crop
+
+
+def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | None:
+    """uint8 image at the model's size -> the same, after AutoAugment or RandAugment and random erasing; None for neither."""
+    steps = []
+    if config.aa is not None:
+        steps.append(_policy(config.aa))
+    if config.reprob > 0:
+        v2 = torchvision_module("transforms.v2")
+        steps.append(v2.RandomErasing(config.reprob, value=[round(255 * m) for m in mean]))
+    if not steps:
+        return None
+
+    def finish(image):
+        for step in steps:
+            image = step(image)
+        return image
+
+    return finish
+
+
+def _policy(name):
+    if name in ("auto", "original", "v0"):  # the last two are timm's names
+        return torchvision_module("transforms.v2").AutoAugment()
+    found = re.fullmatch(r"rand(?:-(m)(\d+))?(?:-(n)(\d+))?(?:-mstd[\d.]+)?(?:-inc1)?", name)
+    magnitude, operations = (int(found[i] or default) for i, default in ((2, 9), (4, 2))) if found else (-1, 0)
+    if not 0 <= magnitude <= 10 or operations < 1:
+        raise InputError(f"aa must be auto or rand[-mMAGNITUDE][-nOPERATIONS] with a magnitude of 0 to 10, got {name!r}")
+    # torchvision spreads the magnitudes over 31 bins, timm over 10.
+    return torchvision_module("transforms.v2").RandAugment(operations, 3 * magnitude)
+
+
+def mixing(config: TrainConfig, num_classes: int) -> Callable | None:
+    """(images, labels) -> (images, probabilities [N, classes]) by mixup or cutmix, each half of the time where both are on."""
+    if not config.mixup and not config.cutmix:
+        return None
+    v2 = torchvision_module("transforms.v2")
+    choices = [v2.MixUp(alpha=config.mixup, num_classes=num_classes)] if config.mixup else []
+    choices += [v2.CutMix(alpha=config.cutmix, num_classes=num_classes)] if config.cutmix else []
+    return choices[0] if len(choices) == 1 else v2.RandomChoice(choices)

@@ -1,0 +1,97 @@
+"""Optimizers, the learning rate as a function of the update, and the average of the weights."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from efficientnet.settings import TrainConfig
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow has it, which the paper's hyper-parameters are for.
+
+    With ``g = grad + weight_decay * p``: ``s += (1 - alpha) * (g^2 - s)``, ``m = momentum * m + lr * g / sqrt(s + eps)``, ``p -= m``.
+    Unlike in ``torch.optim.RMSprop`` epsilon is inside the root, s starts at 1, and the learning rate is inside the momentum.
+    """
+
+    def __init__(self, params, lr: float, alpha: float = 0.9, momentum: float = 0.9, eps: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["square_avg"] = torch.ones_like(p)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            squares, buffers = ([self.state[p][key] for p in params] for key in ("square_avg", "momentum_buffer"))
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            torch._foreach_mul_(squares, group["alpha"])
+            torch._foreach_addcmul_(squares, grads, grads, 1 - group["alpha"])
+            roots = torch._foreach_add(squares, group["eps"])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_addcdiv_(buffers, grads, roots, group["lr"])
+            torch._foreach_sub_(params, buffers)
+        return loss
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups: weights of convolutions and linear layers decay, biases and BatchNorm do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    groups = [group for group in groups if group["params"]]
+    lr = config.lr
+    if config.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)
+    if config.opt == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    return RMSpropTF(groups, lr, config.alpha, config.momentum, 1e-3 if config.opt_eps is None else config.opt_eps)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: int) -> float:
+    """Of update ``step`` (from 0): a linear warm-up, then half a cosine that reaches zero after the last update, or a staircase.
+
+    The staircase counts its epochs from the first update on, as the TensorFlow release does.
+    images: of an update, for ``config.lr_base``.
+    """
+    peak = config.lr if config.lr_base is None else config.lr_base * images / config.lr_base_size
+    total = config.epochs * steps_per_epoch
+    warmup = min(config.warmup_epochs * steps_per_epoch, total - 1)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.sched == "step":
+        return peak * config.decay_rate ** math.floor(step / (config.decay_epochs * steps_per_epoch))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """``average = d * average + (1 - d) * model`` of weights and running statistics, d = min(decay, (1 + updates) / (10 + updates))."""
+
+    @torch.no_grad()
+    def update(averages, current, updates):
+        if not averages[0].is_floating_point():  # counters
+            for average, value in zip(averages, current, strict=True):
+                average.copy_(value)
+            return
+        n = int(updates)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -1,0 +1,42 @@
+"""Presets of TrainConfig: TOML files in efficientnet/recipes, or a user's own, whose keys are the fields."""
+
+import difflib
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from efficientnet.settings import InputError, TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*-*.toml")) + ["digits"]
+
+
+def load_recipe(name: str) -> dict:
+    """Settings of the recipe of that name, or of a .toml file; ``extends`` names a recipe whose settings it adds to.
+
+    Raises InputError for an unknown recipe (naming near ones), a file that is not TOML, or a key that is no setting.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, list_recipes(), n=2) or list_recipes()
+        raise InputError(f"unknown recipe {name!r}; accepted: a .toml file, or one of {', '.join(near)}")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {str(path)!r} is not TOML: {error}") from error
+    base = settings.pop("extends", None)
+    known = [field.name for field in fields(TrainConfig)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"recipe {str(path)!r} has the unknown setting {key!r}{hint}")
+    return (load_recipe(base) if base else {}) | settings

@@ -1,0 +1,106 @@
+"""Training states on disk: written whole, checked when read, the newest few kept, a damaged one passed over."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from efficientnet.checkpoints import load_training_state, replacing
+from efficientnet.settings import InputError, TrainingStopped
+
+NAME = re.compile(r"step-(\d{8})\.train\.pt")
+
+
+class RunStates:
+    """The training states of one run, ``folder/step-NNNNNNNN.train.pt``, of which the newest ``keep`` stay."""
+
+    def __init__(self, folder, keep: int = 3):
+        self.folder, self.keep = Path(folder), keep
+
+    def paths(self) -> list[Path]:
+        """Newest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
+
+    def save(self, state: dict) -> Path:
+        """Write ``state``, durable before older ones go. Raises TrainingStopped, older states untouched, where it cannot be written."""
+        path = self.folder / f"step-{state['step']:08d}.train.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary, _Writer(temporary) as writer:
+                try:
+                    torch.save(state, writer)
+                except RuntimeError as error:  # torch's own words for a write that failed
+                    raise writer.error or error from None
+            _sync_folder(self.folder)
+            for old in self.paths()[self.keep :]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            last = next(iter(self.paths()), None)
+            hint = f"the last good checkpoint is {last}; make room and continue with --resume auto" if last else "no checkpoint exists yet"
+            raise TrainingStopped(f"cannot write checkpoint {str(path)!r}: {error.strerror or error}; {hint}") from error
+        return path
+
+    def newest(self, say=print) -> tuple[Path, dict] | None:
+        """The newest state that is whole; ``say`` hears of every one that is not. None where there is none at all.
+
+        Raises InputError where there are files but none is whole.
+        """
+        paths = self.paths()
+        for path in paths:
+            try:
+                return path, read_state(path)
+            except ValueError as error:
+                say(f"{error}; falling back to the one before")
+        if paths:
+            raise InputError(f"no checkpoint in {str(self.folder)!r} can be read; move them away to start anew")
+        return None
+
+
+def read_state(path) -> dict:
+    """A training state on the CPU. Raises FileNotFoundError, or ValueError for a file that is damaged or is something else."""
+    state = load_training_state(path)
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
+    if bad is not None:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: the checksum of {bad!r} is wrong")
+    if "step" not in state:
+        raise ValueError(f"{str(path)!r} was written by another version of this program")
+    return state
+
+
+class _Writer:
+    """A file that remembers its own error, which torch.save replaces by one of its own."""
+
+    def __init__(self, path):
+        self.file, self.error = open(path, "wb"), None  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def _sync_folder(folder):
+    """Make new names in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
