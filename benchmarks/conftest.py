@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.utils import get_commit_info
 
 from benchmarks import campaign, libraries, shapes
 from benchmarks.baselines import CHANNELS_LAST, COMPILE_MODES, OURS, Truth, Variant, variants
@@ -41,16 +40,6 @@ def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames:
         rows = rows_of(metafunc.module, metafunc.config.getoption("compile_mode"))
         metafunc.parametrize("row", rows, ids=str)
-
-
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info.pop("node")  # results are published; what a row needs to know of its machine is in its extra_info
-
-
-def pytest_benchmark_generate_commit_info():
-    """The commit and whether files differ from it, without names of branches and folders."""
-    info = get_commit_info()
-    return {key: info[key] for key in ("id", "time", "dirty")}
 
 
 @pytest.fixture(scope="session")
@@ -148,22 +137,14 @@ def compared_on_cpu(variant: Variant, is_model: bool) -> list[Variant]:
     return found
 
 
-def time_ratio(machine: Machine, step, other) -> dict:
-    """How many times as long ``step`` takes as ``other``, taken in turns, either first in every second pair, under the same load."""
+def time_ratio(machine: Machine, step, other) -> float:
+    """Median ratio of the times of ``step`` and ``other``, taken in turns, either first in every second, under the same load."""
     ratios = []
     for i in range(max(30, machine.rounds_for(other))):
         first, second = (step, other) if i % 2 else (other, step)
         ratio = machine.stopwatch.seconds(first) / machine.stopwatch.seconds(second)
         ratios.append(ratio if i % 2 else 1 / ratio)
-    return median_interval(ratios)
-
-
-def median_interval(values) -> dict:
-    """Median and its 95 % confidence interval, whatever the distribution: by rank, 0.98 sqrt(n) from the middle."""
-    values = sorted(values)
-    ranks = 0.98 * len(values) ** 0.5
-    low, high = max(0, int(len(values) / 2 - ranks)), min(len(values) - 1, int(len(values) / 2 + ranks))
-    return {"median": statistics.median(values), "low": values[low], "high": values[high], "pairs": len(values)}
+    return statistics.median(ratios)
 
 
 def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:

@@ -5,11 +5,9 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 
 import torch
 
-from benchmarks import libraries
 from efficientnet.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
 from effkernels.dispatch import interpreting
 
@@ -48,8 +46,7 @@ class Machine:
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
         machine.stopwatch = Stopwatch(machine.device, time.process_time)
         machine.copy_bytes_per_s = machine.stopwatch.copy_bandwidth()
-        machine.info = versions(machine.device) | libraries.versions() | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
-        machine.info["date"] = datetime.now(timezone.utc).date().isoformat()
+        machine.info = versions(machine.device) | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
         if not gpu:
             machine.info["device"] = f"one thread of {machine.info['device']}"
         return machine

@@ -46,6 +46,8 @@ class Preprocess:
             raise InputError(f"img_size must be an integer >= 1, got {self.img_size!r}")
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(f"interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct must be in (0, 1], got {self.crop_pct!r}")
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [3, H, W] -> float32 [3, img_size, img_size]."""

@@ -61,8 +61,8 @@ class Evaluation:
 class Unreadable:
     """Images that could not be read: named once each, and an InputError when they are more than ``limit``."""
 
-    def __init__(self, limit: int = 0, say=print):
-        self.limit, self.say, self.seen = limit, say, []
+    def __init__(self, limit: int = 0, say=print, hint: str = "; --max-corrupt allows more"):
+        self.limit, self.say, self.hint, self.seen = limit, say, hint, []
 
     def record(self, problems: list[str]) -> None:
         for problem in problems:
@@ -71,7 +71,7 @@ class Unreadable:
             self.seen.append(problem)
             if len(self.seen) > self.limit:
                 more = f" (after {self.limit} others that were skipped)" if self.limit else ""
-                raise InputError(f"{problem}{more}; --max-corrupt allows more")
+                raise InputError(f"{problem}{more}{self.hint}")
             self.say(f"skipped, {len(self.seen)} of at most {self.limit}: {problem}")
 
 

@@ -1,37 +1,97 @@
 """``efficientnet predict``."""
 
 import json
+import sys
+from itertools import chain
+from pathlib import Path
 
 from efficientnet.commands.common import add_checkpoint_arguments, checking_input, load
+from efficientnet.settings import InputError
 
 SUMMARY = "The most probable classes of images."
 
 
 def add_arguments(parser):
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder with images in any depth, or - for paths on stdin")
     parser.add_argument("--topk", type=int, default=5, help="classes to print (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object an image")
+    parser.add_argument("--contact-sheet", metavar="FILE.png", help="also draw the images with their classes; 96 a page")
+    parser.add_argument("--batch-size", "-b", type=int, default=32)
+    parser.add_argument("--num-workers", "-j", type=int, default=0, help="processes that load images")
+    parser.add_argument("--max-corrupt", type=int, default=10, help="unreadable images to skip before giving up (default: %(default)s)")
     add_checkpoint_arguments(parser)
 
 
 def run(args):
-    import torch
-
-    from efficientnet.data import read_image
+    from efficientnet.contact_sheet import ContactSheet
+    from efficientnet.data import ImageSet, read_image
+    from efficientnet.engine import Unreadable
 
     with checking_input():
-        if args.topk < 1:
-            raise ValueError(f"topk must be an integer >= 1, got {args.topk}")
+        for name, minimum in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0)):
+            if getattr(args, name) < minimum:
+                raise ValueError(f"{name} must be an integer >= {minimum}, got {getattr(args, name)}")
+        sheet = ContactSheet(args.contact_sheet, lines=1 + min(args.topk, 3)) if args.contact_sheet else None
         runner, model, classes, preprocess = load(args)
         if model.num_classes == 0:
             raise ValueError(f"checkpoint {args.checkpoint!r} has no classifier")
-    for path in args.images:
-        images = preprocess(read_image(path)).unsqueeze(0).to(runner.device, memory_format=runner.memory_format)
-        with torch.no_grad(), runner.autocast():
-            probabilities = model(images)[0].float().softmax(0)
-        values, indices = (t.tolist() for t in probabilities.topk(min(args.topk, model.num_classes)))
-        top = [(classes[i] if classes else str(i), p) for i, p in zip(indices, values, strict=True)]
-        if args.json:
-            print(json.dumps({"image": path, "top": [{"class": name, "probability": p} for name, p in top]}))
+        paths = _paths(args.images)
+    limit, hint = args.max_corrupt, {}
+    if limit >= len(paths):  # where no image can be read, that is the error
+        limit, hint = len(paths) - 1, {"hint": ""}
+    unreadable = Unreadable(limit, lambda text: print(text, file=sys.stderr), **hint)
+    images = ImageSet(paths, range(len(paths)), preprocess)
+    batches = runner.batches(images, args.batch_size, args.num_workers, unreadable=unreadable)
+    problems = iter(unreadable.seen)
+    for path, probabilities in _in_order(paths, runner, model, batches):
+        row = {"image": path}
+        if probabilities is None:
+            row["error"] = next(problems)
         else:
-            print(path, *(f"  {100 * p:6.2f} %  {name}" for name, p in top), sep="\n")
+            top = zip(*(t.tolist() for t in probabilities.topk(min(args.topk, model.num_classes))), strict=True)
+            row["top"] = [{"class": classes[i] if classes else str(i), "index": i, "probability": p} for p, i in top]
+        lines = [f"{100 * top['probability']:6.2f} %  {top['class']}" for top in row.get("top", ())] or ["unreadable"]
+        if args.json:
+            print(json.dumps(row))
+        else:
+            print(path, *(f"  {line}" for line in lines), sep="\n")
+        if sheet:
+            sheet.add(None if probabilities is None else read_image(path), path, *lines)
+    if sheet:
+        sheet.close()
+        print("contact sheet", *sheet.pages, file=sys.stderr)
+
+
+def _paths(names):
+    """Every image meant, once. Raises FileNotFoundError or InputError."""
+    from efficientnet.data import IMAGE_SUFFIXES
+
+    listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in names else []
+    if "-" in names and not any(listed):
+        raise InputError("standard input has no path; - wants one a line")
+    paths = []
+    for name in filter(None, chain.from_iterable(listed if name == "-" else [name] for name in names)):
+        if Path(name).is_dir():
+            found = sorted(str(p) for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not found:
+                raise InputError(f"folder {name!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            paths += found
+        else:
+            Path(name).stat()
+            paths.append(name)
+    return list(dict.fromkeys(paths))
+
+
+def _in_order(paths, runner, model, batches):
+    """(path, probabilities [classes], or None where the image cannot be read) of every path."""
+    import torch
+
+    done = 0
+    for images, indices in batches:
+        with torch.no_grad(), runner.autocast():
+            probabilities = model(images).float().softmax(1).cpu()
+        for index, row in zip(indices.tolist(), probabilities, strict=True):
+            yield from ((path, None) for path in paths[done:index])
+            yield paths[index], row
+            done = index + 1
+    yield from ((path, None) for path in paths[done:])

@@ -141,9 +141,8 @@ def test_bad_images_and_checkpoints(run, trained, image_folder, tmp_path):
     checkpoint = output / "last.safetensors"
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = image_folder / "red" / "00.png"
-    assert_one_line(run("predict", "--checkpoint", checkpoint, tmp_path / "bad.png"), "cannot decode image '.*bad.png'")
+    assert_one_line(run("predict", "--checkpoint", checkpoint, tmp_path / "bad.png"), r"cannot decode image '.*bad.png' \(.*\)$")
     assert_one_line(run("predict", "--checkpoint", checkpoint, tmp_path / "none.png"), "No such file or directory: '.*none.png'")
-    assert_one_line(run("predict", "--checkpoint", checkpoint, tmp_path), "Is a directory")
     assert_one_line(run("predict", "--checkpoint", checkpoint, good, "--topk", 0), "topk must be an integer >= 1, got 0")
     assert_one_line(run("predict", "--checkpoint", checkpoint, good, "--model", "b1"), "does not fit the model")
     (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:5000])
