@@ -22,3 +22,26 @@ if HAS_TRITON:
         kernels = importlib.import_module("effkernels.kernels")
         for module in pkgutil.iter_modules(kernels.__path__):  # each kernel is one or the other from the import of its file on
             importlib.import_module(f"effkernels.kernels.{module.name}")
+
+
+def _search_language_once_a_launch():
+    """Triton's interpreter searches its own language again at each call of a helper in a kernel: a third of all time."""
+    from triton.runtime import interpreter
+
+    search, searched = interpreter._patch_lang, set()
+
+    def patch(fn):
+        if id(fn.__globals__) in searched:
+            return None  # a helper's: only the launch, which comes first, uses what is returned
+        scope = search(fn)
+        if not searched:
+            restore = scope.restore
+            scope.restore = lambda: (searched.clear(), restore())
+        searched.add(id(fn.__globals__))
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+if HAS_TRITON and INTERPRET:
+    _search_language_once_a_launch()
