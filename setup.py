@@ -17,6 +17,7 @@ TRAIN = [
     "tensorboard>=2.13",
     "torchvision>=0.24",
     "huggingface_hub>=0.23",
+    "webdataset>=1.0",
     'tomli>=2; python_version < "3.11"',
 ]
 EXPORT = ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"]

@@ -18,7 +18,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Import name -> package of the extra [train], or of [export].
 OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
-OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub", "torchvision": "torchvision"}
+OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub"}
+OPTIONAL |= {"torchvision": "torchvision", "webdataset": "webdataset"}
 EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from efficientnet.augment import torchvision_module
 from efficientnet.model import IMAGENET_MEAN, IMAGENET_STD
 from efficientnet.settings import INTERPOLATIONS, InputError
 
+if TYPE_CHECKING:
+    from efficientnet.shards import ShardSet
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT_FOLDERS = ("val", "validation", "valid", "test")
 DIGITS_MEAN, DIGITS_STD = (0.305,) * 3, (0.324,) * 3  # of the training images
 # name: (class, arguments of the training parts, of the held-out part)
 TORCHVISION_SETS = {
@@ -80,22 +84,37 @@ class Draw(NamedTuple):
     img_size: int
 
 
-class ImageSet(Dataset):
+class Prepared:
+    """How a data set prepares its images, in evaluation and in training.
+
+    Args:
+        augment: uint8 image -> uint8 image, before it is resized; None for none.
+        finish: the same, after. Both draw from torch's global generator.
+    """
+
+    def __init__(self, preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed: int = 0):
+        self.preprocess, self.augment, self.finish, self.seed = preprocess, augment, finish, seed
+
+    def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
+        if self.augment:
+            image = self.augment(image)
+        image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
+        return self.finish(image) if self.finish else image
+
+
+class ImageSet(Prepared, Dataset):
     """Labelled images, each decoded when asked for: item i is (uint8 [3, img_size, img_size], class index).
 
     Item ``Draw(...)`` is image ``index`` augmented, a function of the seed and the draw alone; item i without augmentation.
 
     Args:
-        images: paths, uint8 tensors [3, H, W], or images of Pillow.
-        augment: uint8 image -> uint8 image, before it is resized; None for none.
-        finish: the same, after. Both draw from torch's global generator.
+        images: paths, or uint8 tensors [3, H, W].
+        preprocess, augment: as in Prepared.
     """
 
-    def __init__(
-        self, images, labels: list[int], preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed=0
-    ):
-        self.images, self.labels, self.preprocess = images, labels, preprocess
-        self.augment, self.finish, self.seed = augment, finish, seed
+    def __init__(self, images, labels: list[int], preprocess: Preprocess, augment: Callable | None = None):
+        super().__init__(preprocess, augment)
+        self.images, self.labels = images, labels
 
     def __len__(self):
         return len(self.labels)
@@ -104,22 +123,20 @@ class ImageSet(Dataset):
         index = item.index if isinstance(item, Draw) else item
         image = self.images[index]
         if not isinstance(image, torch.Tensor):
-            image = to_rgb(image) if hasattr(image, "convert") else read_image(image)
+            image = read_image(image)
         if not isinstance(item, Draw):
             return self.preprocess.pixels(image), self.labels[index]
         with drawing_from(f"{self.seed} {item.epoch} {index}"):
             return self.augmented(image, item.img_size), self.labels[index]
 
-    def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
-        if self.augment:
-            image = self.augment(image)
-        image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
-        return self.finish(image) if self.finish else image
+    @property
+    def size(self) -> str:
+        return str(len(self))
 
     def name(self, index: int) -> str:
         """How an error message calls the image."""
-        image = self.images[index] if isinstance(self.images, list) else None
-        return str(image) if isinstance(image, (str, Path)) else f"image {index}"
+        image = self.images[index]
+        return f"image {index}" if isinstance(image, torch.Tensor) else str(image)
 
 
 @contextmanager
@@ -184,84 +201,119 @@ class TrainingOrder:
 class Data:
     """A data set, split: ``train`` to learn from, ``val`` held out; a label indexes ``classes``."""
 
-    train: ImageSet
-    val: ImageSet
+    train: "ImageSet | ShardSet"
+    val: "ImageSet | ShardSet"
     classes: list[str]
     preprocess: Preprocess
 
 
-def load_data(name: str, img_size: int, val_fraction: float = 0.2, *, val_data: str | None = None, **prepare) -> Data:
+def load_data(
+    name: str,
+    img_size: int,
+    val_fraction: float = 0.2,
+    *,
+    val_data: str | None = None,
+    num_classes: int | None = None,
+    num_samples: int | None = None,
+    download: bool = False,
+    **prepare,
+) -> Data:
     """The data set of that name, split the same way every time.
 
     Args:
         name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8, or some of its classes ("digits:0-4", "digits:1,3,7-9");
-            "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/ and PATH/val/<class>/;
-            "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet, food101), a set of torchvision that is in ROOT already.
+            "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/ and PATH/val/<class>/
+            (or validation, valid, test);
+            "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet, food101), a set of torchvision, where ``download`` leaves it;
+            "webdataset:SHARDS" such as "webdataset:/data/train-{000..146}.tar" (see ``shards``), whose held-out images are ``val_data``.
         img_size: pixels of the square the model sees.
         val_fraction: share of each class to hold out, in (0, 1); unused if the set is split already.
         val_data: the held-out images, a name as above with the same classes; then all of ``name`` is for training.
+        num_classes, num_samples: of a webdataset, the second for one epoch; None: counted, where the shards are local files.
+        download: let torchvision fetch a set of its own into ROOT.
         prepare: further fields of Preprocess.
 
     Raises InputError (a ValueError) for an unknown name, no images, fewer than two classes, or nothing held out.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must be in (0, 1), got {val_fraction!r}")
-    source = _source(name)
+    source = _source(name, download, num_classes, num_samples)
     preprocess = Preprocess(img_size, **source.normalization, **prepare)
     if val_data is not None:
-        held_out = _source(val_data)
-        if held_out.classes != source.classes:
+        held_out = _source(val_data, download, len(source.classes) if val_data.startswith("webdataset:") else None)
+        if held_out.classes != source.classes and held_out.kind is ImageSet:
             raise InputError(f"val_data {val_data!r} has other classes than data {name!r}")
-        train, val = source.train, held_out.val or held_out.train
+        kind, train, val = held_out.kind, source.train, held_out.val or held_out.train
     elif source.val is not None:
-        train, val = source.train, source.val
+        kind, train, val = ImageSet, source.train, source.val
+    elif source.kind is not ImageSet:
+        raise InputError(f"data {name!r} cannot be split: name its held-out images with --val-data")
     else:
-        images, labels = source.train
+        kind, (images, labels) = ImageSet, source.train
         train, val = ([[part[i] for i in indices] for part in (images, labels)] for indices in stratified_split(labels, val_fraction))
         if not val[1]:
             raise InputError(f"no class has the two images it takes to hold one out ({len(labels)} images, {len(source.classes)} classes)")
-    return Data(ImageSet(*train, preprocess, source.augment), ImageSet(*val, preprocess), source.classes, preprocess)
+    if source.kind is not ImageSet and source.train[-1] is None:
+        raise InputError(f"samples of {name!r} cannot be counted beforehand: give --train-num-samples")
+    return Data(source.kind(*train, preprocess, source.augment), kind(*val, preprocess), source.classes, preprocess)
 
 
 @dataclass
 class _Source:
-    """(images, labels) of a set's parts; ``val`` is None where it is not split."""
+    """Parts of a set: (images, labels), or what else comes first in ``kind``; ``val`` is None where it is not split."""
 
     classes: list[str]
     train: tuple
     val: tuple | None
     augment: Callable
     normalization: dict
+    kind: type = ImageSet
 
 
-def _source(name):
+def _source(name, download=False, num_classes=None, num_samples=None):
     kind, colon, rest = name.partition(":")
+    if kind == "webdataset" and rest:
+        return _webdataset(rest, num_classes, num_samples)
+    for option, value in (("num_classes", num_classes), ("train_num_samples", num_samples)):
+        if value is not None:
+            raise InputError(f"{option} is for webdataset:SHARDS only, and data is {name!r}")
     if kind == "digits" and (rest or not colon):
         return _digits(rest)
     if kind == "imagefolder" and rest:
         return _imagefolder(Path(rest))
     if kind in TORCHVISION_SETS and rest:
-        return _torchvision(kind, Path(rest))
+        return _torchvision(kind, Path(rest), download)
     raise InputError(f"data must be one of {', '.join(KINDS)}, got {name!r}")
 
 
 def read_image(path) -> torch.Tensor:
     """Decode an image file with Pillow: uint8 RGB [3, H, W]. Raises InputError naming a file that is no image or is damaged."""
+    return decode(path, path)
+
+
+def decode(file, name) -> torch.Tensor:
+    """``read_image`` of a path or an open file, which ``name`` stands for in the error."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return to_rgb(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise InputError(f"cannot decode image {str(path)!r} ({type(error).__name__}: {error})") from error
+        detail = str(error).replace(repr(file), "")  # of an open file that is an address
+        raise InputError(f"cannot decode image {str(name)!r} ({type(error).__name__}: {detail.strip()})") from error
 
 
 def to_rgb(image) -> torch.Tensor:
-    """An image of Pillow in any mode -> uint8 RGB [3, H, W]."""
+    """An image of Pillow in any mode -> uint8 RGB [3, H, W]. 16 bits become 8; Pillow itself would clip them at 255."""
     import numpy as np
 
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of an unknown range")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -329,55 +381,61 @@ def _chosen_digits(selection):
 
 
 def _imagefolder(root):
-    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+    held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or held_out is None:
         classes, images, labels = _scan(root)
         _check_classes(classes, root)
         return _Source(classes, (images, labels), None, random_crop_flip, {})
     classes, images, labels = _scan(root / "train")
-    val_classes, val_images, val_labels = _scan(root / "val")
+    val_classes, val_images, val_labels = _scan(held_out)
     unknown = sorted(set(val_classes) - set(classes))
     if unknown:
-        raise InputError(f"class {unknown[0]!r} of {str(root / 'val')!r} is not in {str(root / 'train')!r}")
+        raise InputError(f"class {unknown[0]!r} of {str(held_out)!r} is not in {str(root / 'train')!r}")
     _check_classes(classes, root / "train")
     val_labels = [classes.index(val_classes[label]) for label in val_labels]
     return _Source(classes, (images, labels), (val_images, val_labels), random_crop_flip, {})
 
 
-def _torchvision(kind, root):
+def _torchvision(kind, root, download):
+    if download and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise InputError("download is for one process: fetch the data set in a run without torchrun")
     name, train_parts, val_part = TORCHVISION_SETS[kind]
     make = getattr(torchvision_module("datasets"), name)
     try:
-        train, val = [make(root, **part) for part in train_parts], make(root, **val_part)
+        train, val = [make(root, download=download, **part) for part in train_parts], make(root, download=download, **val_part)
     except RuntimeError as error:  # what torchvision raises where the files are not there, or are not whole
-        calls = "; ".join(f"{name}({str(root)!r}, download=True, **{part})" for part in train_parts + [val_part])
-        raise InputError(
-            f"{kind} is not in {str(root)!r}; nothing is downloaded in training: "
-            f'run python -c "from torchvision.datasets import {name}; {calls}"'
-        ) from error
+        if download:
+            raise InputError(f"{kind} cannot be fetched into {str(root)!r}: {error}") from error
+        raise InputError(f"{kind} is not there, or not whole, in {str(root)!r}; --download fetches it") from error
     classes = getattr(val, "classes", None) or [str(i) for i in range(1 + max(_labels(val)))]
-    images = [(part, i) for part in train for i in range(len(part))]
-    return _Source(
-        list(classes),
-        (_Pictures(images), [label for part in train for label in _labels(part)]),
-        (_Pictures([(val, i) for i in range(len(val))]), _labels(val)),
-        random_crop_flip,
-        {},
-    )
+    images, labels = ([x for part in train for x in of(part)] for of in (_images, _labels))
+    return _Source(list(classes), (images, labels), (_images(val), _labels(val)), random_crop_flip, {})
 
 
-class _Pictures:
-    """Pictures of torchvision's data sets, read when asked for."""
-
-    def __init__(self, places):
-        self.places = places
-
-    def __getitem__(self, index):
-        dataset, i = self.places[index]
-        return dataset[i][0]
+def _images(dataset):
+    """Paths, or the pixels themselves."""
+    if hasattr(dataset, "data"):  # CIFAR's array [N, 32, 32, 3]
+        return list(torch.from_numpy(dataset.data).permute(0, 3, 1, 2))
+    return list(dataset._images if hasattr(dataset, "_images") else dataset._image_files)
 
 
 def _labels(dataset):
     return list(getattr(dataset, "targets", None) or dataset._labels)  # the newer sets have no public name for them
+
+
+def _webdataset(pattern, num_classes, num_samples):
+    from efficientnet.shards import ShardSet, count_samples, find_shards, is_local
+
+    shards = find_shards(pattern)
+    if (num_classes is None or num_samples is None) and all(map(is_local, shards)):
+        counted = count_samples(shards)
+        num_samples, num_classes = num_samples or counted[0], num_classes or counted[1]
+    if num_classes is None:
+        raise InputError(f"classes of {shards[0]!r} cannot be counted beforehand: give --num-classes, and --train-num-samples")
+    if num_samples == 0 or num_classes < 2:
+        raise InputError(f"webdataset:{pattern} must have samples of 2 classes or more, got {num_samples} of {num_classes}")
+    part = shards, num_classes, num_samples
+    return _Source([str(i) for i in range(num_classes)], part, None, random_crop_flip, {}, ShardSet)
 
 
 def _scan(root):

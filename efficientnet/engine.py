@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 from efficientnet.data import ImageSet
 from efficientnet.distributed import Processes
 from efficientnet.settings import DEVICES, InputError
+from efficientnet.shards import ShardLoader, ShardSet
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -109,8 +110,16 @@ class Batches:
     def __init__(self, dataset, loader: DataLoader, runner: "Runner", unreadable: Unreadable):
         self.dataset, self.loader, self.runner, self.unreadable, self.wait = dataset, loader, runner, unreadable, 0.0
 
-    def __len__(self):
-        return len(self.loader)
+    def names(self, epoch: int, step: int) -> list[str]:
+        """Images of an update, in training: all processes', or of shards this one's."""
+        if isinstance(self.loader, ShardLoader):
+            return self.loader.names(epoch, step)
+        return [self.dataset.name(index) for index in self.loader.batch_sampler.indices(epoch, step)]
+
+    @property
+    def description(self) -> dict:
+        """What the images of an update depend on besides the settings, for a run that is resumed."""
+        return self.loader.description if isinstance(self.loader, ShardLoader) else {}
 
     def __iter__(self):
         batches = iter(self.loader)
@@ -137,9 +146,13 @@ class Runner:
 
     def batches(self, dataset: ImageSet, batch_size: int = 1, num_workers: int = 0, order=None, unreadable=None) -> Batches:
         """Training batches in the given ``order`` (a batch sampler); without one, this process's share of the images, each once."""
-        where = {"num_workers": num_workers, "pin_memory": self.device.type == "cuda", "collate_fn": _collate}
+        where = {"num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
         # Its own generator: the model's random numbers do not depend on how often a loader was started.
-        where |= {"persistent_workers": num_workers > 0, "generator": torch.Generator().manual_seed(0)}
+        where["generator"] = torch.Generator().manual_seed(0)
+        if isinstance(dataset, ShardSet):
+            loader = ShardLoader(dataset, batch_size, order, self.processes.rank, self.processes.world, **where)
+            return Batches(dataset, loader, self, unreadable or Unreadable())
+        where |= {"persistent_workers": num_workers > 0, "collate_fn": _collate}
         if order is None:
             order = list(range(self.processes.rank, len(dataset), self.processes.world))
             order = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

@@ -45,9 +45,10 @@ class TrainConfig:
     data: str = option("digits", "digits[:CLASSES], imagefolder:PATH, cifar10:ROOT (and other sets of torchvision), webdataset:SHARDS")
     val_data: str | None = option(None, "held-out images, as --data (default: a share of --data, or its own held-out part)")
     val_fraction: float = option(0.2, "share of each class to hold out, where --data has no held-out part")
+    download: bool = option(False, "let torchvision fetch a data set of its own", "--dataset-download")
     max_corrupt: int = option(10, "unreadable images to skip before giving up")
-    train_num_samples: int | None = option(None, "images of an epoch, for webdataset")
-    num_classes: int | None = option(None, "classes, for webdataset")
+    train_num_samples: int | None = option(None, "images of an epoch of webdataset (default: counted, if local)")
+    num_classes: int | None = option(None, "classes of webdataset (default: counted, if local)")
     num_workers: int = option(0, "processes that load images", "--workers", "-j")
 
     model: str = option("efficientnet_b0", "a name that `efficientnet info` lists")

@@ -31,6 +31,7 @@ from efficientnet.settings import InputError, Interrupted, TrainConfig, Training
 FREE_SETTINGS = {
     "output", "resume", "device", "num_workers", "max_corrupt", "tensorboard", "log_interval", "checkpoint_interval", "checkpoint_hist",
     "auto_batch", "batch_size", "global_batch_size", "grad_accum_steps", "skip_nonfinite",
+    "download",
 }  # fmt: skip
 
 
@@ -99,7 +100,9 @@ class Trainer:
         if img_size is None:
             img_size = 32 if config.data.startswith("digits") else EfficientNetConfig.from_name(config.model).resolution
         prepare = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
-        self.data: Data = load_data(config.data, img_size, config.val_fraction, val_data=config.val_data, **prepare)
+        sizes = {"num_classes": config.num_classes, "num_samples": config.train_num_samples}
+        part = {"val_data": config.val_data, "download": config.download}
+        self.data: Data = load_data(config.data, img_size, config.val_fraction, **part, **sizes, **prepare)
         train = self.data.train
         train.seed, train.finish = config.seed, training_finish(config, self.data.preprocess.mean)
         train.augment = training_crop(config) or train.augment
@@ -245,7 +248,7 @@ class Trainer:
     def _not_finite(self, loss, norm, buffers):
         self.skipped += 1
         epoch, step = divmod(self.step, self.steps)
-        names = [self.data.train.name(index) for index in self.order.indices(epoch, step)]
+        names = self.loader.names(epoch, step)
         what = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
         where = f"step {self.step + 1} (epoch {epoch + 1}, batch {step + 1}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         if self.skipped > self.config.skip_nonfinite:
@@ -376,7 +379,8 @@ class Trainer:
         return [self.model] if self.average is None else [self.model, self.average.module]
 
     def _order_description(self):
-        return {"images an update": self.order.images, "updates an epoch": self.steps, "processes": self.processes.world}
+        description = {"images an update": self.order.images, "updates an epoch": self.steps, "processes": self.processes.world}
+        return description | self.loader.description
 
     def _resume(self) -> bool:
         path = self.config.resume
@@ -393,8 +397,8 @@ class Trainer:
             if field != "preprocess" and stored[field] != ours[field]:
                 raise InputError(f"resume {str(path)!r} was trained with {field} {stored[field]!r}, but this run has {ours[field]!r}")
         for what, value in self._order_description().items():
-            if state["order"][what] != value:
-                raise InputError(f"resume {str(path)!r} was trained with {state['order'][what]} {what}, but this run has {value}")
+            if state["order"].get(what) != value:
+                raise InputError(f"resume {str(path)!r} was trained with {state['order'].get(what)} {what}, but this run has {value}")
         done = len(state["history"])
         if self.config.resume != "auto" and done >= self.config.epochs:
             raise InputError(f"resume {str(path)!r} has {done} epochs behind it; epochs must be more, got {self.config.epochs}")
@@ -525,7 +529,7 @@ class Trainer:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         if self.processes.world > 1:
             where = f"{self.processes.world} processes, {where}"
-        counts = f"{len(self.data.train)} training and {len(self.data.val)} held-out images"
+        counts = f"{self.data.train.size} training and {self.data.val.size} held-out images"
         print(f"model       {config.model}, {count_parameters(self.model):,} parameters, {len(self.data.classes)} classes")
         print(f"data        {config.data}, {counts}, {size} x {size}")
         print(f"device      {where}, amp {config.amp}")

@@ -37,7 +37,10 @@ def run(args):
         runner, model, classes, preprocess = load(args)
         given = {name: getattr(args, name) for name in ("crop_pct", "interpolation") if getattr(args, name) is not None}
         preprocess = replace(preprocess, **given)
-        data = load_data(args.data, preprocess.img_size, args.val_fraction)
+        shards = {"val_data": args.data, "num_classes": model.num_classes} if args.data.startswith("webdataset:") else {}
+        data = load_data(args.data, preprocess.img_size, args.val_fraction, **shards)
+        if shards:  # classes have no names there
+            data.classes = classes or data.classes
         if classes is None and len(data.classes) != model.num_classes:
             raise InputError(f"data {args.data!r} has {len(data.classes)} classes, but the checkpoint has {model.num_classes}")
         if classes is not None and classes != data.classes:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from efficientnet.data import (
     stratified_split,
 )
 from efficientnet.engine import Runner
-from efficientnet.settings import InputError
+from efficientnet.settings import InputError, TrainConfig
+from efficientnet.train import Trainer
 
 
 def image_of(height, width):
@@ -133,6 +136,17 @@ def test_read_image_gives_rgb_for_every_mode(tmp_path, mode):
     assert torch.equal(read_image(path), torch.full((3, 3, 5), 255, dtype=torch.uint8))
 
 
+def test_sixteen_bits_become_eight(tmp_path):
+    """Pillow itself clips them: white, but for the darkest."""
+    levels = np.array([[0, 255, 256], [1000, 40000, 65535]], dtype=np.uint16)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert torch.equal(read_image(tmp_path / name), torch.from_numpy((levels >> 8).astype(np.uint8)).expand(3, -1, -1))
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match="cannot decode image '.*float.tif' .*floating-point"):
+        read_image(tmp_path / "float.tif")
+
+
 def test_image_folder(image_folder):
     data = load_data(f"imagefolder:{image_folder}", 16, val_fraction=0.25)
     assert data.classes == ["blue", "green", "red"]
@@ -144,17 +158,18 @@ def test_image_folder(image_folder):
     assert x.shape == (3, 16, 16) and data.classes[label] == "blue" and x.float().mean((1, 2)).argmax() == 2
 
 
-def test_image_folder_that_is_split_already(tmp_path):
-    for part, names in (("train", ("a", "b", "c")), ("val", ("b", "c"))):
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_image_folder_that_is_split_already(tmp_path, held_out):
+    for part, names in (("train", ("a", "b", "c")), (held_out, ("b", "c"))):
         for name in names:
             (tmp_path / part / name / "deeper").mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / part / name / "deeper" / "x.JPG")
             (tmp_path / part / name / "notes.txt").write_text("not an image")
     data = load_data(f"imagefolder:{tmp_path}", 8)
     assert (data.classes, data.train.labels, data.val.labels) == (["a", "b", "c"], [0, 1, 2], [1, 2])
-    (tmp_path / "val" / "unheard-of").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "unheard-of" / "x.png")
-    with pytest.raises(InputError, match="class 'unheard-of' of .*val.* is not in .*train"):
+    (tmp_path / held_out / "unheard-of").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / held_out / "unheard-of" / "x.png")
+    with pytest.raises(InputError, match=f"class 'unheard-of' of .*{held_out}.* is not in .*train"):
         load_data(f"imagefolder:{tmp_path}", 8)
 
 
@@ -211,6 +226,31 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, damage, num_workers)
     assert images[0][0].shape == (3, 8, 8)
     with pytest.raises(InputError, match="cannot decode image .*bad.png"):
         list(Runner(torch.device("cpu")).batches(images, 2, num_workers))
+
+
+def test_a_folder_with_damaged_images_trains(tmp_path, capsys):
+    """A truncated JPEG and a text file called .png are named and skipped, a CMYK JPEG is an image like others."""
+    rng, colours = np.random.default_rng(0), {"cyan": (20, 200, 220), "orange": (230, 120, 20)}
+    for name, colour in colours.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 10, (24, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert("CMYK" if i == 5 else "RGB").save(tmp_path / "images" / name / f"{i}.jpg", quality=95)
+    for name, colour in colours.items():
+        path = tmp_path / "images" / name / "5.jpg"
+        assert Image.open(path).mode == "CMYK"
+        assert np.abs(read_image(path).float().mean((1, 2)).numpy() - colour).max() < 8
+    cut, text = tmp_path / "images" / "cyan" / "0.jpg", tmp_path / "images" / "orange" / "text.png"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    text.write_text("not an image")
+    name = f"imagefolder:{tmp_path / 'images'}"
+    config = TrainConfig(name, img_size=8, epochs=3, batch_size=3, device="cpu", output=str(tmp_path / "run"), max_corrupt=2)
+    Trainer(config).run()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped, ")]
+    assert [line[:21] for line in said] == ["skipped, 1 of at most", "skipped, 2 of at most"]  # once each, in three epochs
+    assert sum(f"cannot decode image '{cut}'" in line for line in said) == sum(f"'{text}'" in line for line in said) == 1
+    with pytest.raises(InputError, match="cannot decode image '.*' .* \\(after 1 others that were skipped\\); --max-corrupt allows more"):
+        Trainer(replace(config, output=str(tmp_path / "other"), max_corrupt=1)).run()
 
 
 def test_missing_image_is_a_file_not_found_error():

@@ -1,0 +1,241 @@
+"""Shards in webdataset's format: tar files of samples, read as streams, for data sets that are larger than one disk.
+
+A sample is the files that share a name: ``KEY.jpg`` (or another image) and ``KEY.cls``, its class as a number. Shards are local files
+or whatever the webdataset library opens: http, s3, gs, hf, and ``pipe:COMMAND``.
+"""
+
+import io
+import random
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import chain, count, islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from efficientnet.data import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
+from efficientnet.settings import InputError
+
+SHUFFLE = 1000  # samples a worker holds, to draw the next one from
+PATIENCE = 100  # unreadable samples in a row before a worker gives up
+
+
+class ShardSet(Prepared):
+    """Labelled images in ``shards``. Class names are numbers: shards have no others.
+
+    Args:
+        num_samples: images of a training epoch; None where nobody needs to know.
+    """
+
+    def __init__(self, shards: list[str], num_classes: int, num_samples: int | None, preprocess: Preprocess, augment=None):
+        super().__init__(preprocess, augment)
+        self.shards, self.num_classes, self.num_samples = shards, num_classes, num_samples
+
+    def __len__(self):
+        return self.num_samples
+
+    @property
+    def size(self) -> str:
+        return f"{self.num_samples or 'some'} (in {len(self.shards)} shards)"
+
+    def sample(self, raw: dict) -> tuple[torch.Tensor, int]:
+        """(uint8 [3, H, W], class index). Raises InputError naming a sample that cannot be used."""
+        name = _name(raw)
+        suffix = next((field for field in raw if f".{field}" in IMAGE_SUFFIXES), None)
+        if suffix is None or "cls" not in raw:
+            fields = ", ".join(field for field in raw if not field.startswith("__"))
+            raise InputError(f"sample {name!r} must have an image and a class (.cls), got {fields}")
+        text = raw["cls"].strip()
+        if not text.isdigit() or int(text) >= self.num_classes:
+            raise InputError(
+                f"class of sample {name!r} must be a number from 0 to {self.num_classes - 1}, got {text.decode(errors='replace')!r}"
+            )
+        return decode(io.BytesIO(raw[suffix]), name), int(text)
+
+
+def find_shards(pattern: str) -> list[str]:
+    """``{0000..0099}`` spelled out by webdataset, ``*`` by what is there. Raises InputError for local files that do not exist."""
+    from webdataset.shardlists import expand_urls
+
+    shards = []
+    for url in expand_urls(pattern):
+        found = sorted(glob(url)) if is_local(url) and has_magic(url) else [url]
+        if not found or is_local(url) and not Path(found[0]).is_file():
+            raise InputError(f"shard {url!r} does not exist")
+        shards += found
+    if len(set(shards)) < len(shards):
+        raise InputError(f"webdataset pattern {pattern!r} names a shard twice")
+    return shards
+
+
+def count_samples(shards: list[str]) -> tuple[int, int]:
+    """(samples, classes) of local shards, from the headers and .cls files alone. Raises InputError for what is no tar file."""
+    samples, largest = 0, -1
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.endswith(".cls"):
+                        samples += 1
+                        text = tar.extractfile(member).read().strip()
+                        largest = max(largest, int(text) if text.isdigit() else -1)
+        except (tarfile.TarError, EOFError) as error:
+            if "end of data" not in str(error):  # a truncated shard is counted as far as it goes, and named when it is read
+                raise InputError(f"shard {shard!r} is no tar file") from error
+    return samples, largest + 1
+
+
+class ShardLoader:
+    """Iterating yields (batch or None, problems), as ``engine.Batches`` wants them.
+
+    In training, process r of ``world`` and worker w of ``workers`` read every (world * workers)-th shard of the epoch's own order of
+    them, drawn from (seed, epoch), through a shuffle buffer; who is through with his shards begins again. So an update is a function of
+    seed, epoch and update for a given number of processes and workers: a resumed run reads over what the epoch has had, without decoding.
+    A sample that cannot be read gives way to a neighbour. Without ``order``, in evaluation, each sample comes once.
+
+    Raises InputError if there are fewer shards than readers.
+    """
+
+    def __init__(self, dataset: ShardSet, batch_size: int, order=None, rank: int = 0, world: int = 1, num_workers: int = 0, **loading):
+        self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
+        self.batch_size = order.batch_size if order else batch_size
+        self.workers, self.loading = max(1, num_workers), {"num_workers": num_workers, **loading}
+        if order is not None and len(dataset.shards) < world * self.workers:
+            raise InputError(
+                f"{len(dataset.shards)} shards are too few for {world} processes with {self.workers} loading processes each: "
+                "lower --num-workers, or make more and smaller shards"
+            )
+
+    def __iter__(self):
+        reader = _Reader(self.dataset, self.batch_size, self.rank, self.world, _Plan.of(self.order) if self.order else None)
+        return iter(DataLoader(reader, batch_size=None, **self.loading))
+
+    @property
+    def description(self) -> dict:
+        return {"shards": len(self.dataset.shards), "data workers": self.workers}
+
+    def names(self, epoch: int, step: int) -> list[str]:
+        """This process's samples of an update."""
+        order, names = self.order, []
+        for batch in range(step * order.accum, (step + 1) * order.accum):
+            plan = _Plan(epoch, batch, batch + 1, 0)
+            reader = _Reader(self.dataset, self.batch_size, self.rank, self.world, plan)
+            names += [_name(raw) for _, raw in islice(reader.stream(batch % self.workers, self.workers, []), self.batch_size)]
+        return names
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Batches ``start`` to ``stop`` of a process's epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+    img_size: int
+
+    @classmethod
+    def of(cls, order):
+        return cls(order.epoch, order.start * order.accum, order.steps * order.accum, order.size_of(order.epoch))
+
+
+@dataclass
+class _Reader(IterableDataset):
+    dataset: ShardSet
+    batch_size: int
+    rank: int
+    world: int
+    plan: _Plan | None
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return self._evaluation(worker, workers) if self.plan is None else self._training(worker, workers)
+
+    def _evaluation(self, worker, workers):
+        problems = []
+        samples = self._samples(self.dataset.shards[self.rank * workers + worker :: self.world * workers], problems)
+        while raws := list(islice(samples, self.batch_size)):
+            items = []
+            for raw in raws:
+                try:
+                    image, label = self.dataset.sample(raw)
+                    items.append((self.dataset.preprocess.pixels(image), label))
+                except InputError as error:
+                    problems.append(str(error))
+            yield default_collate(items) if items else None, problems[:]
+            problems.clear()
+        if problems:
+            yield None, problems
+
+    def _training(self, worker, workers):
+        plan, problems = self.plan, []
+        # Batch b comes from stream b modulo workers; the loader asks worker 0 first, whatever the first batch is.
+        samples, ahead = self.stream((plan.start + worker) % workers, workers, problems), deque()
+
+        def look_ahead():
+            for i in range(PATIENCE):
+                if i == len(ahead):
+                    ahead.append(next(samples))
+                yield ahead[i]
+            raise InputError(f"{PATIENCE} samples in a row cannot be read, the last: {problems[-1]}")
+
+        def first_readable(candidates):
+            for turn, raw in candidates:
+                try:
+                    return f"{turn} {_name(raw)}", *self.dataset.sample(raw)
+                except InputError as error:
+                    problems.append(str(error))
+
+        for _ in range(plan.start + worker, plan.stop, workers):
+            drawn, items = [ahead.popleft() if ahead else next(samples) for _ in range(self.batch_size)], []
+            for i in range(self.batch_size):
+                # Else the rest of the batch, its beginning, or what comes next, which stays in the stream.
+                key, image, label = first_readable(chain(drawn[i:], drawn[:i], look_ahead()))
+                with drawing_from(f"{self.dataset.seed} {plan.epoch} {key}"):
+                    items.append((self.dataset.augmented(image, plan.img_size), label))
+            yield default_collate(items), problems[:]
+            problems.clear()
+
+    def stream(self, stream: int, workers: int, problems: list[str]) -> Iterator[tuple[int, dict]]:
+        """(turn, sample) from batch ``plan.start`` on, without end: turn counts the passes over the stream's shards."""
+        drawn = self._turns(stream, workers, problems)
+        behind = len(range(stream, self.plan.start, workers)) * self.batch_size
+        return islice(drawn, behind, None)
+
+    def _turns(self, stream, workers, problems):
+        from webdataset import shuffle
+
+        key = f"{self.dataset.seed} {self.plan.epoch}"
+        shards = random.Random(key).sample(self.dataset.shards, len(self.dataset.shards))
+        shards = shards[self.rank * workers + stream :: self.world * workers]
+        for turn in count():
+            draw, empty = random.Random(f"{key} {self.rank} {stream} {turn}"), True
+            for raw in shuffle(SHUFFLE, rng=draw)(self._samples(draw.sample(shards, len(shards)), problems)):
+                empty = False
+                yield turn, raw
+            if empty:
+                raise InputError(f"no sample in shard {shards[0]!r}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+
+    @staticmethod
+    def _samples(shards, problems):
+        """Raw samples of shards, in their order. A shard that cannot be read on is named among the problems and left."""
+        from webdataset import tarfile_samples
+
+        for shard in shards:
+            try:
+                yield from tarfile_samples([{"url": shard}])
+            except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+                detail = str(error.args[0] if error.args else "").partition(" @ ")[0]  # webdataset adds the stream
+                problems.append(f"cannot read shard {shard!r} to its end ({type(error).__name__}: {detail})")
+
+
+def _name(raw):
+    return f"{raw['__url__'].rpartition('/')[2]}:{raw['__key__']}"
+
+
+def is_local(url):
+    return "://" not in url and not url.startswith("pipe:")
