@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from benchmarks import campaign, libraries, shapes
 from benchmarks.baselines import CHANNELS_LAST, COMPILE_MODES, OURS, Truth, Variant, variants
@@ -19,7 +20,7 @@ from benchmarks.machine import Machine
 from benchmarks.plan import BATCH
 from benchmarks.rows import CPU_BATCH, rows_of
 from benchmarks.traffic import step_bytes
-from efficientnet.timing import kernel_times, quantiles
+from efficientnet.timing import kernel_times, peak_memory, quantiles
 
 
 def pytest_addoption(parser):
@@ -42,6 +43,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("row", rows, ids=str)
 
 
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.pop("node")  # results are published; what a row needs to know of its machine is in its extra_info
+
+
+def pytest_benchmark_generate_commit_info():
+    """The commit and whether files differ from it, without names of branches and folders."""
+    info = get_commit_info()
+    return {key: info[key] for key in ("id", "time", "dirty")}
+
+
 @pytest.fixture(scope="session")
 def machine(request):
     return Machine.here(request.config.getoption("dtype"))
@@ -56,8 +67,8 @@ def truth_of(*args) -> Truth:
 def gpu_benchmark(request, benchmark, machine, row):
     """``gpu_benchmark()`` makes one line of the table, and its figures in ``extra_info`` (README.md explains them).
 
-    In this order: build, compile (and tune) by checking the results against float64, measure memory and launches, warm up, time. A row
-    whose results are wrong fails, and has no time.
+    In this order: build, compile (and tune) by checking the results against float64, measure memory, warm up, time, count launches. A
+    row whose results are wrong fails, and has no time.
     """
     if (problem := row.problem(machine, request.config.getoption("compile_models"))) is not None:
         benchmark.skipped = True
@@ -74,18 +85,20 @@ def gpu_benchmark(request, benchmark, machine, row):
 
         on_gpu = {}
         if machine.is_gpu:
-            runner.step()
-            on_gpu["peak_memory_mb"] = (machine.peak_memory(runner.step) - held) / 1e6
-            kernels = kernel_times(runner.step)
-            on_gpu["launches"] = sum(count for count, _ in kernels.values())
-            on_gpu["kernels_ms"] = {name: milliseconds for name, (_, milliseconds) in kernels.items()}
-        timed, timing = machine.stopwatch.prepared(runner.step, row.variant.graph)
+            for _ in range(3):  # the compiler's graphs are recorded in the second or third
+                runner.step()
+            on_gpu["peak_memory_mb"] = (peak_memory(runner.step, runner.graphs) - held) / 1e6
+        timed, timing = machine.stopwatch.prepared(runner.step, row.timing, capturable=not runner.graphs)
         rounds = machine.rounds_for(timed)
         benchmark.params = {"case": row.case, "variant": row.variant.name}
         benchmark.group = f"{request.module.__name__.rpartition('.')[2].removeprefix('test_')} {row.case}"
         benchmark.pedantic(timed, setup=machine.stopwatch.before_round, rounds=rounds, warmup_rounds=2)
         if benchmark.stats is None:  # --benchmark-disable
             return
+        if machine.is_gpu:  # last: a profiler may leave launches slower
+            kernels = kernel_times(runner.step)
+            on_gpu["launches"] = sum(count for count, _ in kernels.values())
+            on_gpu["kernels_ms"] = {name: milliseconds for name, (_, milliseconds) in kernels.items()}
         times = benchmark.stats.stats.data
         moved = step_bytes(shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters))
         benchmark.extra_info.update(
@@ -137,14 +150,22 @@ def compared_on_cpu(variant: Variant, is_model: bool) -> list[Variant]:
     return found
 
 
-def time_ratio(machine: Machine, step, other) -> float:
-    """Median ratio of the times of ``step`` and ``other``, taken in turns, either first in every second, under the same load."""
+def time_ratio(machine: Machine, step, other) -> dict:
+    """How many times as long ``step`` takes as ``other``, taken in turns, either first in every second pair, under the same load."""
     ratios = []
-    for i in range(max(30, machine.rounds_for(other))):
+    for i in range(max(60, machine.rounds_for(other))):
         first, second = (step, other) if i % 2 else (other, step)
         ratio = machine.stopwatch.seconds(first) / machine.stopwatch.seconds(second)
         ratios.append(ratio if i % 2 else 1 / ratio)
-    return statistics.median(ratios)
+    return median_interval(ratios)
+
+
+def median_interval(values) -> dict:
+    """Median and its 95 % confidence interval, whatever the distribution: by rank, 0.98 sqrt(n) from the middle."""
+    values = sorted(values)
+    ranks = 0.98 * len(values) ** 0.5
+    low, high = max(0, int(len(values) / 2 - ranks)), min(len(values) - 1, int(len(values) / 2 + ranks))
+    return {"median": statistics.median(values), "low": values[low], "high": values[high], "pairs": len(values)}
 
 
 def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:

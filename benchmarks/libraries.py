@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def problem(library: str) -> str | None:
     except Exception as error:  # whatever it has against this torch
         return f"{library} cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+def versions() -> dict[str, str]:
+    """Of those that are installed."""
+    return {library: importlib.metadata.version(library) for library in LIBRARIES if importlib.util.find_spec(library) is not None}
 
 
 def build(library: str, name: str) -> nn.Module:

@@ -5,9 +5,11 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
 import torch
 
+from benchmarks import libraries
 from efficientnet.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
 from effkernels.dispatch import interpreting
 
@@ -46,7 +48,8 @@ class Machine:
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
         machine.stopwatch = Stopwatch(machine.device, time.process_time)
         machine.copy_bytes_per_s = machine.stopwatch.copy_bandwidth()
-        machine.info = versions(machine.device) | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
+        machine.info = versions(machine.device) | libraries.versions() | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
+        machine.info["date"] = datetime.now(timezone.utc).date().isoformat()
         if not gpu:
             machine.info["device"] = f"one thread of {machine.info['device']}"
         return machine
@@ -68,14 +71,6 @@ class Machine:
             return 0
         gc.collect()
         return torch.cuda.memory_allocated()
-
-    def peak_memory(self, step) -> int:
-        """Bytes of GPU memory in live tensors at most, within one ``step``."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
 
 
 def compiler_problem() -> str | None:

@@ -20,7 +20,7 @@ from benchmarks import results, shapes
 from benchmarks.static import TABLE
 from benchmarks.traffic import works
 from efficientnet.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
-from effkernels.gpus import GPUS, Gpu
+from effkernels.gpus import GPUS, Gpu, gpu_of
 
 BATCH = {"b0": 256, "b1": 256, "b2": 256, "b3": 128, "b4": 128, "b5": 64, "b6": 32, "b7": 32}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -199,11 +199,11 @@ def main(argv=None) -> int:
     for name in ("bandwidth", "matrix", "clock", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    gpu = GPUS[args.gpu]
+    gpu = named = GPUS[args.gpu]
     units = {"bandwidth": 1e9, "matrix": 1e12, "clock": 1e9}
     gpu = replace(gpu, **{name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None})
     rows = results.load(args.results) if args.results else []
-    rows = [row for row in rows if gpu.name.split()[0].lower() in str(row.get("device", "")).lower()]
+    rows = [row for row in rows if row.get("cuda") and gpu_of(row["device"]) is named]
     itemsize = getattr(torch, args.dtype).itemsize
     for i, (model, mode) in enumerate((model, mode) for model in args.model for mode in args.mode):
         batch = args.batch_size or BATCH[model]

@@ -4,11 +4,12 @@ table between its markers. What no row says is "not yet measured"."""
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import plan, results, shapes
 from benchmarks.results import NOT_YET, find
-from effkernels.gpus import GPUS
+from effkernels.gpus import GPUS, gpu_of
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- measured: made by python -m benchmarks.report, do not edit -->", "<!-- end of measured -->"
@@ -104,24 +105,48 @@ def layer_table(rows, kind: str) -> str:
     return _markdown(header, lines or [("all",) + (NOT_YET,) * 4])
 
 
+def _versions(row) -> str:
+    return ", ".join(f"{key} {row[key]}" for key in ("driver", "cuda", "cudnn", "torch", "triton", "torchvision", "timm") if row.get(key))
+
+
+CPU_OTHERS = ("channels_last", "torchvision-channels_last", "timm-channels_last")
+
+
+def cpu_rows(rows) -> list[dict]:
+    """Rows of whole networks on a CPU that were timed in turns with others."""
+    return [row for row in rows if not row.get("cuda") and row.get("kind") == "model" and row.get("time_over")]
+
+
+def _interval(ratio: dict | None) -> str:
+    return NOT_YET if ratio is None else "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
+
+
 def cpu_table(rows) -> str:
-    """Ratios of times on a CPU, each pair timed in turns."""
-    rows = [row for row in rows if not row.get("cuda") and row.get("kind") == "model" and row.get("time_over")]
-    others = ("channels_last", "torchvision-channels_last", "timm-channels_last")
+    """Ratios of times on a CPU, each pair timed in turns, with the 95 % confidence interval of their median."""
     lines = []
-    for row in rows:
-        ratios = [_number(row["time_over"].get(other), "{:.2f}") if other != row["variant"] else "" for other in others]
+    for row in cpu_rows(rows):
+        ratios = [_interval(row["time_over"].get(other)) if other != row["variant"] else "" for other in CPU_OTHERS]
         lines.append((f"{row['shape']} {row['step']}, {row['variant']}", f"{row['median_ms']:.1f}", *ratios))
     header = ("CPU", "ms", "/ plain NHWC", "/ torchvision NHWC", "/ timm NHWC")
     return _markdown(header, lines or [("all",) + (NOT_YET,) * 4])
+
+
+def cpu_line(rows) -> str:
+    """Where ``cpu_table`` was measured."""
+    found = cpu_rows(rows)
+    if not found:
+        return f"CPU: {NOT_YET}."
+    row = found[-1]
+    where = f"{row['device']}, {row['dtype']}, batch {row['batch_size']}; {_versions(row)}; {row['date']}"
+    return f"CPU: {where}. Times, and ratios of times taken in turns, with the 95 % confidence interval of their median:"
 
 
 def machine_line(rows) -> str:
     if not rows:
         return f"GPU: {NOT_YET}."
     row = rows[-1]
-    versions = ", ".join(f"{key} {row[key]}" for key in ("driver", "cuda", "cudnn", "torch", "triton") if row.get(key))
-    return f"{row['device']}, {row['dtype']}, copy bandwidth {row['copy_gb_per_s']:,.0f} GB/s measured in the same process; {versions}."
+    where = f"{row['device']}, {row['dtype']}, copy bandwidth {row['copy_gb_per_s']:,.0f} GB/s measured in the same process"
+    return f"{where}; {_versions(row)}."
 
 
 def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
@@ -135,13 +160,13 @@ def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
     parts += ["## Latency", latency_table(on_gpu)]
     for kind, title in (("depthwise", "Depthwise layers"), ("pointwise", "1x1 convolutions"), ("squeeze_excite", "Squeeze-excite")):
         parts += [f"## {title}", layer_table(on_gpu, kind)]
-    parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_table(rows), "## Plots"]
+    parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_line(rows), cpu_table(rows), "## Plots"]
     parts += [f"{title}: " + (NOT_YET if path is None else f"![{title}]({path.name})") for title, path in plots.items()]
     return "\n\n".join(parts) + "\n"
 
 
 def readme_table(rows) -> str:
-    """What the README shows: each network's speed-up and memory against the best of torch.compile, on one GPU."""
+    """What the README shows: each network's speed-up and memory against the best of torch.compile, on one GPU; what a CPU's path costs."""
     on_gpu = gpu_rows(rows)
     lines = []
     tables = [model_lines(on_gpu, step) for step in STEPS]
@@ -153,7 +178,8 @@ def readme_table(rows) -> str:
         if any(cell != NOT_YET for cell in cells):
             lines.append((name.upper(), *cells))
     header = ("", "inference, images/s", "/ torch.compile", "training, images/s", "/ torch.compile", "training memory / torch.compile")
-    return f"{machine_line(on_gpu)}\n\n" + _markdown(header, lines or [("B0 to B7",) + (NOT_YET,) * 5])
+    on_gpu_table = _markdown(header, lines or [("B0 to B7",) + (NOT_YET,) * 5])
+    return "\n\n".join([machine_line(on_gpu), on_gpu_table, cpu_line(rows), cpu_table(rows)])
 
 
 def update_readme(path: Path, table: str) -> bool:
@@ -271,9 +297,10 @@ def kernels_plot(path: Path, rows) -> Path | None:
 
 
 def roofline_plot(path: Path, rows) -> Path:
-    """B0's inference on the GPU of the rows (an H200 where there is none); measured where it was."""
-    device = str(rows[-1]["device"]).lower() if rows else ""
-    gpu = next((gpu for name, gpu in GPUS.items() if name.removeprefix("rtx") in device.replace(" ", "")), GPUS["h200"])
+    """B0's inference on the GPU of the rows, at its measured copy bandwidth; the plan for an H200 where there is none, or another."""
+    gpu = gpu_of(rows[-1]["device"]) if rows else None
+    rows = rows if gpu else []
+    gpu = replace(gpu, bandwidth=1e9 * rows[-1]["copy_gb_per_s"]) if gpu else GPUS["h200"]
     row = find(rows, kind="model", model="b0", step="inference", variant="ours")
     batch, dtype = (row["batch_size"], row["dtype"]) if row else (plan.BATCH["b0"], "bfloat16")
     lines = plan.plan("b0", False, gpu, batch, dtype, rows)

@@ -25,6 +25,14 @@ class Row(NamedTuple):
         model = "" if isinstance(self.shape, shapes.Model) else f"{self.model}-"
         return f"{model}{self.shape}-{'training' if self.training else 'inference'}"
 
+    @property
+    def timing(self) -> str:
+        """What is timed on a GPU (``Stopwatch.prepared``): of a layer or block its kernels, of a network a step as a program runs it, of
+        its latency a CUDA graph; the mode reduce-overhead has graphs of its own."""
+        if self.variant.graph:
+            return "graph"
+        return "step" if isinstance(self.shape, shapes.Model) and self.variant.graph is None else "kernels"
+
     def problem(self, machine, compile_models: bool = False) -> str | None:
         """Why the row cannot be measured here, or None."""
         if self.variant.library and (problem := libraries.problem(self.variant.library)) is not None:

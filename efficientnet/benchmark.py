@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from efficientnet.config import EfficientNetConfig
 from efficientnet.model import create_model
-from efficientnet.profile import count_macs, count_parameters
+from efficientnet.profile import count_activations, count_macs, count_parameters
 from efficientnet.roofline import model_bytes
 from efficientnet.settings import InputError
-from efficientnet.timing import Stopwatch, keep_freed_memory, kernel_times, quantiles, versions
+from efficientnet.timing import Stopwatch, keep_freed_memory, kernel_times, peak_memory, quantiles, versions
 
 MODES = ("infer", "train")
 FORMATS = ("md", "json", "csv")
@@ -31,6 +31,10 @@ BASELINES = {
 }
 # Relative L2 difference of the fused and the plain network's outputs that rounding explains, through up to 55 blocks.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+class WrongOutputs(RuntimeError):
+    """A network whose outputs are not those of its plain twin."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Benchmark:
         return torch.autocast(self.device.type, dtype) if mixed else nullcontext()
 
     def difference(self, config: BenchmarkConfig) -> float:
-        """Relative L2 difference of our and the plain network's outputs on two images. Raises RuntimeError where rounding does not
+        """Relative L2 difference of our and the plain network's outputs on two images. Raises WrongOutputs where rounding does not
         explain it: what is wrong is not timed."""
         outs = []
         for baseline in (None, "eager"):
@@ -173,13 +177,20 @@ class Benchmark:
         difference = ((outs[0] - outs[1]).norm() / outs[1].norm()).item()
         bound = MOST_DIFFERENCE[self.dtype(config)]
         if not difference <= bound:
-            raise RuntimeError(
+            raise WrongOutputs(
                 f"{config.model}: the outputs differ from plain PyTorch's by {difference:.3g}, more than {bound:g}; not timed"
             )
         return difference
 
     def measure(self, config: BenchmarkConfig, batch: int, baseline: str | None = None) -> dict:
         """One record. Raises torch.OutOfMemoryError."""
+        try:
+            return self._measure(config, batch, baseline)
+        finally:
+            if baseline and BASELINES[baseline][0] is not None:
+                torch.compiler.reset()  # what it compiled counts towards a limit, beyond which it runs eager and says nothing
+
+    def _measure(self, config, batch, baseline):
         is_gpu, mode = self.device.type == "cuda", config.mode
         gc.collect()
         held = torch.cuda.memory_allocated() if is_gpu else 0
@@ -205,27 +216,25 @@ class Benchmark:
         name = f"{config.model} {mode} {baseline or 'ours'} x{batch}"
         with self.progress(config.num_warm_iter + config.num_bench_iter, name) as bar:
             extra = {}
-            for i in range(config.num_warm_iter):
+            for _ in range(config.num_warm_iter):
                 step()
-                if i == 0 and is_gpu:
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                    step()
-                    torch.cuda.synchronize()
-                    extra[f"{mode}_peak_memory_mb"] = round((torch.cuda.max_memory_allocated() - held) / 1e6, 1)
-                    extra[f"{mode}_launches"] = sum(count for count, _ in kernel_times(step).values())
                 if bar is not None:
                     bar.update()
-            timed, timing = self.stopwatch.prepared(step, True if config.cuda_graph and not graphs else None)
+            if is_gpu:
+                extra[f"{mode}_peak_memory_mb"] = round((peak_memory(step, graphs) - held) / 1e6, 1)
+            how = ("kernels" if graphs else "graph") if config.cuda_graph else "step"
+            timed, timing = self.stopwatch.prepared(step, how, capturable=not graphs)
             times = []
             for _ in range(config.num_bench_iter):
                 times.append(self.stopwatch.seconds(timed))
                 if bar is not None:
                     bar.update()
+        if is_gpu:  # last: a profiler may leave launches slower
+            extra[f"{mode}_launches"] = sum(count for count, _ in kernel_times(step).values())
         median, p20, p80 = quantiles(times)
         moved = model_bytes(model, config.training, batch, self.dtype(config).itemsize, config.img_size)
         record = {
-            "model": config.model,
+            "model": EfficientNetConfig.from_name(config.model).name,
             "implementation": baseline or "ours",
             f"{mode}_samples_per_sec": round(batch / median, 2),
             f"{mode}_step_time": round(1e3 * median, 3),
@@ -234,6 +243,7 @@ class Benchmark:
         }
         if not config.training:
             record["infer_gmacs"] = round(count_macs(model, config.img_size) / 1e9, 2)
+            record["infer_macts"] = round(count_activations(model, config.img_size) / 1e6, 2)
         record["param_count"] = round(count_parameters(model) / 1e6, 2)
         record |= {
             f"{mode}_step_time_p20": round(1e3 * p20, 3),

@@ -37,7 +37,12 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
         model: any image model; an EfficientNet, fused or not, knows its channels and size.
         image_size: pixels, or (height, width). None: ``model.config.resolution``.
     """
-    return sum(macs for macs, _ in _trace(model, image_size).values())
+    return sum(macs for macs, *_ in _trace(model, image_size).values())
+
+
+def count_activations(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+    """Numbers that one image makes every nn.Conv2d and nn.Linear put out ("activations" of the RegNet paper, timm's macts)."""
+    return sum(outputs for *_, outputs in _trace(model, image_size).values())
 
 
 def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[StageRow]:
@@ -48,7 +53,7 @@ def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = Non
         inside = [traced for name, traced in trace.items() if f"{name}.".startswith(tuple(f"{layer}." for layer in layers))]
         before, size = size, inside[-1][1]
         params = sum(count_parameters(model.get_submodule(layer)) for layer in layers)
-        rows.append(StageRow(operator, *description, before, size, params, sum(macs for macs, _ in inside)))
+        rows.append(StageRow(operator, *description, before, size, params, sum(macs for macs, *_ in inside)))
     return rows
 
 
@@ -64,7 +69,8 @@ def _image_hw(model, image_size):
 
 
 def _trace(model, image_size):
-    """{layer name: (macs, (out_height, out_width))} of every Conv2d, Linear and MaxPool2d, in the order they run."""
+    """{layer name: (macs, (out_height, out_width), numbers put out)} of every Conv2d, Linear and MaxPool2d, in the order they run; the
+    latter put out none."""
     hw = _image_hw(model, image_size)
     # A copy whose tensors are all on meta: deepcopy takes what memo already holds, so no weight is read.
     memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
@@ -74,8 +80,8 @@ def _trace(model, image_size):
 
     def record(name, taps):
         def hook(layer, args, out):
-            macs, _ = trace.get(name, (0, None))
-            trace[name] = macs + out.numel() * taps, tuple(out.shape[2:]) or (1, 1)
+            macs, _, outputs = trace.get(name, (0, None, 0))
+            trace[name] = macs + out.numel() * taps, tuple(out.shape[2:]) or (1, 1), outputs + (out.numel() if taps else 0)
 
         return hook
 

@@ -11,8 +11,9 @@ import torch
 
 from effkernels.dispatch import triton_problem
 
-FLUSH_BYTES = 2**30  # far more than any L2, and long enough to write that the launches of a small kernel are queued meanwhile
-GRAPH_BELOW = 100e-6  # s; shorter steps are replayed from a CUDA graph, or the time would be that of queueing them
+FLUSH_BYTES = 2**30  # far more than any L2, and a third of a millisecond for a GPU to write
+GRAPH_BELOW = 100e-6  # s; kernels that take less are replayed from a CUDA graph
+MOST_WRITES = 100  # of FLUSH_BYTES before a step: 30 ms, for launches that take the host as long
 
 
 class CudaInstant:
@@ -28,17 +29,19 @@ class CudaInstant:
 
 
 class Stopwatch:
-    """Times steps on a device: on a GPU with events, after a write of FLUSH_BYTES that empties the L2 and keeps the GPU busy while the
+    """Times steps on a device: on a GPU with events, after writes of FLUSH_BYTES that empty the L2 and keep the GPU busy while the
     step is being queued; on a CPU with ``cpu_clock``."""
 
     def __init__(self, device: torch.device, cpu_clock=time.perf_counter):
         self.device, self.is_gpu = torch.device(device), torch.device(device).type == "cuda"
         self.clock = CudaInstant if self.is_gpu else cpu_clock
+        self.writes = 1
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.is_gpu else None
 
     def before_round(self):
         if self._flush is not None:
-            self._flush.zero_()
+            for _ in range(self.writes):
+                self._flush.zero_()
 
     def seconds(self, step) -> float:
         self.before_round()
@@ -46,26 +49,47 @@ class Stopwatch:
         step()
         return self.clock() - start
 
-    def prepared(self, step, graph: bool | None = None):
-        """(what to time instead of ``step``, how that runs): on a GPU a graph's replay, for steps under GRAPH_BELOW or as asked.
+    def prepared(self, step, how: str = "step", capturable: bool = True):
+        """(what to time instead of ``step``, what that measures): on a GPU
 
-        ``step`` must have run before, so that everything is compiled. A step that cannot be captured is timed as it is, and said so.
+        - how "step": the step as a program runs it, with the time that the GPU waits for the host, if it does;
+        - "kernels": the GPU's part alone: replayed from a graph if that takes less than GRAPH_BELOW, else queued ahead;
+        - "graph": a graph's replay.
+
+        ``step`` must have run before, so that everything is compiled. One that cannot be captured is queued ahead, and that is said;
+        ``capturable`` False: it holds graphs of its own and need not be tried.
         """
+        self.writes = 1
         if not self.is_gpu:
             return step, "process"
-        if graph is None:
-            graph = statistics.median(self.seconds(step) for _ in range(5)) < GRAPH_BELOW
-        if not graph:
+        if how == "step":
             return step, "events"
-        try:
-            return capture(step).replay, "graph"
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            return step, f"events (no graph: {str(error).splitlines()[0]})"
+        self.writes = self._writes_to_queue(step)
+        why_not = "" if capturable else ", graphs of its own"
+        if capturable and (how == "graph" or statistics.median(self.seconds(step) for _ in range(5)) < GRAPH_BELOW):
+            try:
+                replay = capture(step).replay
+                self.writes = 1
+                return replay, "graph"
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                why_not = f", no graph: {str(error).splitlines()[0]}"
+        return step, f"events, queued ahead{why_not}"
+
+    def _writes_to_queue(self, step) -> int:
+        """How many writes the GPU is busy with for half as long again as the host needs to queue ``step``."""
+        start = self.clock()
+        self._flush.zero_()
+        write = self.clock() - start  # waits until the GPU is idle
+        began = time.perf_counter()
+        step()
+        queued = time.perf_counter() - began
+        torch.cuda.synchronize()
+        return min(MOST_WRITES, 1 + int(1.5 * queued / write))
 
     def copy_bandwidth(self) -> float:
         """Bytes read plus bytes written a second by a large copy."""
-        source = torch.ones(2**30 if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)
+        source = torch.ones(FLUSH_BYTES if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         times = [self.seconds(lambda: target.copy_(source)) for _ in range(13)][3:]
         return 2 * source.numel() / statistics.median(times)
@@ -104,6 +128,20 @@ def kernel_times(step) -> dict[str, tuple[int, float]]:
         step()
         torch.cuda.synchronize()
     return tally(profiled.events())
+
+
+def peak_memory(step, graphs: bool = False) -> int:
+    """Bytes of GPU memory within one ``step`` at most: those of live tensors, and of a step that holds CUDA ``graphs`` of its own what
+    these keep from everybody else, which no tensor owns while they are replayed."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    if not graphs:
+        return peak
+    torch.cuda.empty_cache()  # of what remains reserved no tensor's, all but the rounding of segments belongs to the graphs
+    return peak + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def quantiles(times) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 """What a GPU does in a second, at best: the rates that floors are computed with."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -40,3 +41,10 @@ GPUS = {
     "a100": Gpu("A100 80 GB SXM", 0.9 * 2.039e12, 108, 1.41e9, 0.8 * 312e12, fma=64),
     "rtx4090": Gpu("RTX 4090", 0.9 * 1.008e12, 128, 2.52e9, 0.8 * 165e12),
 }
+
+
+def gpu_of(device: str) -> Gpu | None:
+    """The GPU that CUDA calls ``device`` ("NVIDIA H100 80GB HBM3"), or None if it is none of ``GPUS``."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    found = (gpu for name, gpu in GPUS.items() if name.removeprefix("rtx") in words)
+    return None if "laptop" in words else next(found, None)

@@ -1,5 +1,6 @@
 """``efficientnet benchmark``."""
 
+import re
 import sys
 
 from efficientnet.commands.common import checking_input
@@ -9,7 +10,7 @@ SUMMARY = "Speed and memory of models on this machine, under the keys of timm's 
 
 
 def add_arguments(parser):
-    parser.add_argument("--model", nargs="+", default=["efficientnet_b0"], metavar="NAME", help="b0 to b8, l2 (default: efficientnet_b0)")
+    parser.add_argument("--model", nargs="+", default=["b0"], metavar="NAME", help="b0, b0..b7 for all these, l2 (default: b0)")
     parser.add_argument("--mode", default="infer", choices=("infer", "train"), help="a forward, or a whole training step with AdamW")
     baselines = ("eager", "eager-nchw", "compile", "compile-max-autotune", "compile-reduce-overhead")
     parser.add_argument("--baseline", choices=baselines, help="also measure the plain network so, at the same batch size")
@@ -26,12 +27,22 @@ def add_arguments(parser):
     parser.add_argument("--results-file", metavar="FILE", help="write there too, after each model (a whole file at every moment)")
 
 
+def _names(given):
+    """Each name, "b0..b7" as eight."""
+    for name in given:
+        found = re.fullmatch(r"(\w*b)(\d)\.\.\w*b(\d)", name)
+        if found and found[2] <= found[3]:
+            yield from (f"{found[1]}{i}" for i in range(int(found[2]), int(found[3]) + 1))
+        else:
+            yield name
+
+
 def run(args):
     from pathlib import Path
 
     from tqdm import tqdm
 
-    from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted
+    from efficientnet.benchmark import Benchmark, BenchmarkConfig, WrongOutputs, formatted
     from efficientnet.checkpoints import replacing
     from efficientnet.engine import pick_device
     from efficientnet.settings import InputError
@@ -46,7 +57,7 @@ def run(args):
     fields = {"mode": args.mode, "dtype": args.dtype, "num_classes": args.num_classes, "cuda_graph": args.cuda_graph} | cpu
     with checking_input():
         fields |= {name: value for name, value in given.items() if value is not None}
-        configs = [BenchmarkConfig(model=name, **fields) for name in args.model]
+        configs = [BenchmarkConfig(model=name, **fields) for name in _names(args.model)]
 
     def progress(total, name):
         return tqdm(total=total, desc=name, unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
@@ -54,8 +65,15 @@ def run(args):
     benchmark = Benchmark(device, progress, lambda line: print(line, file=sys.stderr))
     records = []
     for config in configs:
-        records += benchmark.run(config, args.baseline)
+        try:
+            records += benchmark.run(config, args.baseline)
+        except (InputError, WrongOutputs) as error:  # too large for the memory, or wrong: the others go on
+            records.append({"model": config.model, "error": str(error)})
         if args.results_file:
             with replacing(Path(args.results_file)) as temporary:
                 Path(temporary).write_text(formatted(records, args.results_format), encoding="utf-8")
-    print(formatted(records, args.results_format), end="")
+    failed = [f"{record['model']}: {record['error']}" for record in records if "error" in record]
+    if len(failed) < len(records):
+        print(formatted(records, args.results_format), end="")
+    if failed:
+        raise InputError("; ".join(failed))

@@ -10,7 +10,7 @@ from benchmarks.traffic import works
 from efficientnet import create_model, roofline
 from efficientnet.profile import count_macs
 from efficientnet.roofline import block_works, floors, model_works
-from effkernels.gpus import GPUS, Gpu
+from effkernels.gpus import GPUS, Gpu, gpu_of
 
 BLOCK = shapes.blocks("b0")[1]  # 16 -> 96 -> 24, 3x3 at stride 2, 112 pixels
 UNIT = Gpu("unit", bandwidth=1.0, processors=1, clock=1.0, matrix=1.0)
@@ -58,7 +58,7 @@ def test_a_depthwise_that_transforms_on_load_is_bound_by_issue_slots():
 
 
 def row(**info):
-    extra = {"device": "NVIDIA H200", "dtype": "bfloat16", "batch_size": 256, "variant": "ours", "step": "inference"} | info
+    extra = {"device": "NVIDIA H200", "cuda": "13.0", "dtype": "bfloat16", "batch_size": 256, "variant": "ours", "step": "inference"} | info
     return {"fullname": json.dumps(info, sort_keys=True), "extra_info": extra}
 
 
@@ -79,6 +79,21 @@ def test_measured_times_stand_beside(tmp_path, capsys):
     assert (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG"
     plan.main([*how, "--gpu", "a100"])  # measured on another GPU
     assert "4.000" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(device, name):
+    assert gpu_of(device) is (GPUS[name] if name else None)
 
 
 def test_later_results_replace_earlier_ones(tmp_path):

@@ -52,9 +52,9 @@ def test_without_results(tmp_path, capsys):
     assert report.main([str(tmp_path / "none"), "--readme", str(page)]) == 0
     text = (tmp_path / "none" / "report.md").read_text()
     for line in text.splitlines():
-        assert not (line.startswith(("| B", "| all", "GPU", "Speed", "Time", "Memory", "Tests")) and NOT_YET not in line), line
+        assert not (line.startswith(("| B", "| all", "GPU", "CPU:", "Speed", "Time", "Memory", "Tests")) and NOT_YET not in line), line
     assert not any(character.isdigit() for line in text.splitlines() if line.startswith("| B") for character in line.split("|", 2)[2])
-    assert page.read_text().count(NOT_YET) == 6 and "old" not in page.read_text() and page.read_text().endswith("\nrest\n")
+    assert page.read_text().count(NOT_YET) == 6 + 5 and "old" not in page.read_text() and page.read_text().endswith("\nrest\n")
     assert [path.name for path in (tmp_path / "none").glob("*.png")] == ["roofline.png"], "floors need no measurement"
 
 
@@ -81,10 +81,20 @@ def test_devices_are_not_mixed(folder):
     assert report.gpu_rows([row for row in rows if "cuda" not in row]) == []
 
 
-def test_ratios_on_a_cpu():
-    row = {"kind": "model", "shape": "b0-112px", "step": "training", "variant": "ours", "median_ms": 100.0}
-    table = report.cpu_table([row | {"time_over": {"channels_last": 1.01, "torchvision-channels_last": 0.98}}])
-    assert f"| b0-112px training, ours | 100.0 | 1.01 | 0.98 | {NOT_YET} |" in table
+CPU = {"kind": "model", "shape": "b0-112px", "step": "training", "variant": "ours", "median_ms": 100.0, "device": "one thread of a CPU"}
+CPU |= {"dtype": "float32", "batch_size": 4, "torch": "2.13", "torchvision": "0.28", "date": "2026-11-24"}
+
+
+def test_ratios_on_a_cpu(folder):
+    ratio = {"median": 1.014, "low": 0.987, "high": 1.046, "pairs": 30}
+    rows = [CPU | {"time_over": {"channels_last": ratio, "torchvision-channels_last": ratio | {"median": 0.98}}}]
+    table = report.cpu_table(rows)
+    shown = f"| b0-112px training, ours | 100.0 | 1.01 (0.99 to 1.05) | 0.98 (0.99 to 1.05) | {NOT_YET} |"
+    assert shown in table and report.cpu_table([CPU, GPU]).count(NOT_YET) == 4
+    line = report.cpu_line(rows)
+    assert line.startswith("CPU: one thread of a CPU, float32, batch 4; torch 2.13, torchvision 0.28; 2026-11-24.")
+    both = report.readme_table(rows + report.results.load(folder))
+    assert shown in both and line in both and "NVIDIA H200" in both
 
 
 @pytest.mark.parametrize("text", ["no markers", "{1}\n{0}", "{0}\n{0}\n{1}"])

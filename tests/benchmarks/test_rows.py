@@ -1,14 +1,16 @@
 """The benchmark suite as its user runs it, on a machine without a GPU."""
 
+import datetime
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, rows
+from benchmarks import compare, conftest, rows
 from benchmarks.baselines import COMPILE_MODES
 from benchmarks.machine import Machine
 from benchmarks.results import load
@@ -48,7 +50,11 @@ def test_rows_without_a_gpu(tmp_path):
         assert "peak_memory_mb" not in row and "launches" not in row
     assert rows["eager"]["path"] == "PyTorch" and "on the CPU" in rows["ours"]["path"]
     assert [rows[name]["layout"] for name in ("eager", "channels_last", "ours")] == ["NCHW", "NHWC", "NHWC"]
-    assert set(rows["ours"]["time_over"]) == {"channels_last"} and rows["ours"]["time_over"]["channels_last"] > 0
+    assert set(rows["ours"]["time_over"]) == {"channels_last"} and rows["ours"]["time_over"]["channels_last"]["median"] > 0
+    document = json.loads((tmp_path / "b.json").read_text())
+    assert "node" not in document["machine_info"] and set(document["commit_info"]) == {"id", "time", "dirty"}
+    assert len(document["commit_info"]["id"]) == 40 or not (ROOT / ".git").exists()
+    assert all(datetime.date.fromisoformat(row["date"]) and row["timm"] for row in rows.values())
     assert {row["variant"]: row["median_ms"] for row in load(tmp_path / "saved")} == {name: row["median_ms"] for name, row in rows.items()}
 
 
@@ -110,6 +116,22 @@ def test_a_wrong_kernel_is_refused_and_a_slower_one_is_caught(tmp_path, capsys):
     assert compare.main([right, right]) == 0
     assert compare.main([right, slower, "--threshold", "0.5"]) == 1
     assert "worse   kernel: median_ms" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_first_to_the_second_and_say_how_sure_they_are():
+    """On a machine whose step "slow" takes 3 s and "fast" 2 s, one pair in five much longer."""
+    calls, seconds = [], {"slow": 3.0, "fast": 2.0}
+
+    def stopwatch(step):
+        calls.append(step)
+        return seconds[step] * (9 if len(calls) % 10 == 1 else 1)
+
+    machine = SimpleNamespace(rounds_for=lambda step: 7, stopwatch=SimpleNamespace(seconds=stopwatch))
+    assert conftest.time_ratio(machine, "slow", "fast") == {"median": 1.5, "low": 1.5, "high": 1.5, "pairs": 60}
+    assert calls[:4] == ["fast", "slow", "slow", "fast"]
+    interval = conftest.median_interval([i / 100 for i in range(100, 0, -1)])
+    assert interval == {"median": 0.505, "low": 0.41, "high": 0.6, "pairs": 100}
+    assert conftest.median_interval([1.0, 3.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "pairs": 2}
 
 
 def test_the_interpreter_is_not_timed(monkeypatch):

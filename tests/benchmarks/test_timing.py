@@ -1,5 +1,6 @@
 """Timing's parts that need no GPU: what a profile says, which step is captured, quantiles."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,13 +38,26 @@ class FakeGpu(Stopwatch):
     def seconds(self, step):
         return self.step_seconds
 
+    def _writes_to_queue(self, step):
+        return 7
 
-@pytest.mark.parametrize("seconds, asked, graph", [(20e-6, None, True), (2e-3, None, False), (2e-3, True, True), (20e-6, False, False)])
-def test_short_steps_are_replayed(seconds, asked, graph, monkeypatch):
-    captured = SimpleNamespace(replay=lambda: "replayed")
-    monkeypatch.setattr(timing, "capture", lambda step: captured)
-    timed, how = FakeGpu(seconds).prepared(lambda: "run", asked)
-    assert (timed(), how) == (("replayed", "graph") if graph else ("run", "events"))
+
+@pytest.mark.parametrize(
+    "seconds, how, expected, writes",
+    [
+        (20e-6, "kernels", ("replayed", "graph"), 1),
+        (2e-3, "kernels", ("run", "events, queued ahead"), 7),
+        (2e-3, "graph", ("replayed", "graph"), 1),
+        (20e-6, "step", ("run", "events"), 1),
+    ],
+)
+def test_short_kernels_are_replayed(seconds, how, expected, writes, monkeypatch):
+    monkeypatch.setattr(timing, "capture", lambda step: SimpleNamespace(replay=lambda: "replayed"))
+    gpu = FakeGpu(seconds)
+    timed, measured = gpu.prepared(lambda: "run", how)
+    assert (timed(), measured, gpu.writes) == (*expected, writes)
+    gpu.prepared(lambda: "run", "step")
+    assert gpu.writes == 1
 
 
 def test_a_step_that_cannot_be_captured_is_timed_and_says_so(monkeypatch):
@@ -52,13 +66,34 @@ def test_a_step_that_cannot_be_captured_is_timed_and_says_so(monkeypatch):
 
     monkeypatch.setattr(timing, "capture", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    timed, how = FakeGpu(1e-6).prepared(lambda: "run")
-    assert (timed(), how) == ("run", "events (no graph: operation not permitted when stream is capturing)")
+    timed, how = FakeGpu(1e-6).prepared(lambda: "run", "kernels")
+    assert (timed(), how) == ("run", "events, queued ahead, no graph: operation not permitted when stream is capturing")
+    monkeypatch.setattr(timing, "capture", lambda step: pytest.fail("captured"))
+    assert FakeGpu(1e-6).prepared(list, "kernels", capturable=False) == (list, "events, queued ahead, graphs of its own")
+
+
+@pytest.mark.parametrize("queued, writes", [(0.0, 1), (1e-3, 6), (10.0, timing.MOST_WRITES)])
+def test_the_gpu_is_busy_for_longer_than_queueing_takes(queued, writes, monkeypatch):
+    """A write takes the GPU 0.3 ms; the host queues a step for ``queued`` seconds."""
+    instants, host = iter([0.0, 0.3e-3]), [5.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: host[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu = Stopwatch("cpu")
+    gpu.clock, gpu._flush = (lambda: next(instants)), torch.empty(1)
+
+    def step():
+        host[0] += queued
+
+    assert gpu._writes_to_queue(step) == writes
+    written = []
+    gpu.writes, gpu._flush = writes, SimpleNamespace(zero_=lambda: written.append(1))
+    gpu.before_round()
+    assert len(written) == writes
 
 
 def test_a_cpu_has_no_graphs():
     step = list
-    assert Stopwatch("cpu").prepared(step, True) == (step, "process")
+    assert Stopwatch("cpu").prepared(step, "graph") == (step, "process")
     assert Stopwatch("cpu", lambda: 1.0).seconds(step) == 0.0
 
 

@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 
-from efficientnet import benchmark, cli
+from efficientnet import benchmark, cli, create_model
 from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted, out_of_memory, smaller_batch, with_decay
+from efficientnet.profile import count_activations
 from efficientnet.settings import InputError
 
 SMALL = {"img_size": 32, "batch_size": 2, "num_warm_iter": 1, "num_bench_iter": 3}
-# Of timm's benchmark.py, without the profilers that it can use.
+# The columns of timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, and what its benchmark-infer-*.csv have besides.
 TIMM = {"model", "{}_samples_per_sec", "{}_step_time", "{}_batch_size", "{}_img_size", "param_count"}
+TIMM_INFER = {"infer_gmacs", "infer_macts"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def bench():
 def test_records(bench, mode):
     ours, eager = bench.run(BenchmarkConfig("b0", mode, **SMALL), "eager")
     for record in (ours, eager):
-        assert {key.format(mode) for key in TIMM} <= set(record)
+        assert {key.format(mode) for key in TIMM} | (TIMM_INFER if mode == "infer" else set()) <= set(record)
+        assert record["model"] == "efficientnet_b0", "timm's name, whatever was typed"
         assert record["param_count"] == 5.29 and record[f"{mode}_batch_size"] == 2 and record[f"{mode}_img_size"] == 32
         time = record[f"{mode}_step_time"]
         assert 0 < record[f"{mode}_step_time_p20"] <= time <= record[f"{mode}_step_time_p80"]
@@ -40,6 +43,23 @@ def test_records(bench, mode):
     assert ours[f"{mode}_speedup"] == pytest.approx(eager[f"{mode}_step_time"] / ours[f"{mode}_step_time"], rel=0.02)
     assert ours[f"{mode}_difference"] < 1e-5 and f"{mode}_peak_memory_mb" not in ours, "memory is a GPU's"
     assert ours.get("infer_gmacs") == (0.01 if mode == "infer" else None)
+
+
+@pytest.mark.parametrize("name, size, macts", [("b0", 224, 6.75), ("b0", 256, 8.81), ("b1", 240, 10.88)])
+def test_activations_are_those_of_timms_results(name, size, macts):
+    """Of its benchmark-infer-amp-nhwc-pt240-cu124-rtx3090.csv."""
+    assert round(count_activations(create_model(name, device="meta"), size) / 1e6, 2) == macts
+
+
+def test_the_compiler_starts_afresh_for_each_network(bench, monkeypatch):
+    """Eight networks, or eight batch sizes, would reach its limit of recompilations: after it, eager runs under the compiler's name."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(bench, "_measure", lambda config, batch, baseline: (_ for _ in ()).throw(torch.OutOfMemoryError("")))
+    for baseline, count in ((None, 0), ("eager", 0), ("compile", 1), ("compile-max-autotune", 2)):
+        with pytest.raises(torch.OutOfMemoryError):
+            bench.measure(BenchmarkConfig("b0", **SMALL), 2, baseline)
+        assert len(resets) == count
 
 
 def test_a_wrong_network_is_not_timed(bench, monkeypatch):
@@ -120,17 +140,34 @@ def test_formats():
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "r.json"
     arguments = "--img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 2 --results-format json --device cpu --num-classes 10"
-    assert cli.main(["benchmark", "--model", "b0", "b1", *arguments.split(), "--results-file", str(path)]) == 0
+    assert cli.main(["benchmark", "--model", "b0..b1", *arguments.split(), "--results-file", str(path)]) == 0
     out = capsys.readouterr()
     records = json.loads(out.out)
-    assert [record["model"] for record in records] == ["b0", "b1"] and json.loads(path.read_text()) == records
+    assert [record["model"] for record in records] == ["efficientnet_b0", "efficientnet_b1"] and json.loads(path.read_text()) == records
     assert "b0 infer ours x2" in out.err, "a progress bar"
+
+
+def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkeypatch, capsys):
+    def run(self, config, baseline):
+        if config.model == "b0":
+            raise InputError("not even the smallest batch fits")
+        if config.model == "b1":
+            raise benchmark.WrongOutputs("the outputs differ")
+        return [{"model": config.model, "implementation": "ours", "infer_step_time": 1.5}]
+
+    monkeypatch.setattr(Benchmark, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["benchmark", "--model", "b0", "b1..b3", "--device", "cpu", "--results-format", "json"])
+    out = capsys.readouterr()
+    assert stopped.value.code == 2 and "b0: not even the smallest batch fits; b1: the outputs differ" in out.err
+    assert [(r["model"], "error" in r) for r in json.loads(out.out)] == [("b0", True), ("b1", True), ("b2", False), ("b3", False)]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("--model b9", "b9"),
+        ("--model b7..b0", "b7..b0"),
         ("--batch-size 0", "batch_size must be an integer >= 1, got 0"),
         ("--mode train --batch-size 1", "batch_size must be an integer >= 2, got 1"),
         ("--img-size 8", "img_size must be an integer >= 32, got 8"),
