@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).parent / "static.json"
@@ -33,25 +31,8 @@ BATCH = 64
 COUNTED = {"8 to 16, 3x3, stride 2": (8, 16, 3, 2), "8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is slow
 
 
-class Operators(TorchDispatchMode):
-    """PyTorch's operators that start a kernel on a GPU, with the bytes of their tensors: not views, allocations, handed-over gradients."""
-
-    FREE = ("empty", "detach", "copy_")
-
-    def __init__(self):
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function._schema.name
-        if not any(free in name for free in self.FREE):
-            given, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
-            storages = {t.untyped_storage()._cdata for t in given}
-            written = made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
-            if any(t.numel() for t in written):
-                self.seen.append((name, sum(t.numel() * t.element_size() for t in (*given, *written))))
-        return out
+# Of PyTorch's operators those that start no kernel on a GPU: allocations, gradients handed over.
+FREE = ("empty", "detach", "copy_")
 
 
 @contextlib.contextmanager
@@ -59,12 +40,13 @@ def recorded():
     """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
     from effkernels import dispatch
     from effkernels.inspect import record_launches
+    from effkernels.traffic import Operators
 
     original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
-    operators = Operators()
+    operators: list[tuple[str, int]] = []
     try:
-        with record_launches() as launches, operators:
-            yield launches, operators.seen
+        with record_launches() as launches, Operators(lambda name, *moved: operators.append((name, sum(moved))), FREE):
+            yield launches, operators
     finally:
         dispatch.why_not_fused = original
 
@@ -126,21 +108,14 @@ def machine_code() -> dict:
 def counted() -> dict:
     """Distinct bytes of the launches of small blocks. Triton must be interpreting (TRITON_INTERPRET=1 before its import)."""
     from effkernels import FusedMBConv
-    from effkernels.traffic import count_traffic
+    from effkernels.traffic import count_steps
 
     found = {}
     torch.manual_seed(0)
     for name, (inputs, outputs, k, stride) in COUNTED.items():
         block = FusedMBConv(inputs, outputs, k, stride, 6)
         x = torch.randn(1, inputs, 7, 7).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-        with count_traffic() as forward:
-            out = block(x)
-        gradient = torch.randn_like(out)
-        with count_traffic() as backward:
-            out.backward(gradient)
-        with torch.no_grad(), count_traffic() as inference:
-            block.eval()(x)
-        for step, launches in (("forward", forward), ("backward", backward), ("inference", inference)):
+        for step, launches in count_steps(block, x).items():
             read, written = (sum(getattr(launch, side) for launch in launches) for side in ("read", "written"))
             found[f"{name}, {step}"] = {"launches": len(launches), "read": read, "written": written}
     return found

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _SLOT_BITS = 44  # 16 TB of addresses an argument, its tensor in the middle: masked lanes may point before or behind it
 
@@ -133,24 +134,23 @@ class _Recorder:
         return result
 
 
-class _Operators(TorchDispatchMode):
-    """Records every operator that would start a kernel: not views, not allocations."""
+class Operators(TorchDispatchMode):
+    """Calls ``record(name, bytes read, bytes written)`` for every operator of PyTorch that would start a kernel: not for views, nor for
+    those with a part of ``free`` in their names."""
 
-    def __init__(self, recorder: _Recorder):
+    def __init__(self, record, free=("empty",)):
         super().__init__()
-        self.recorder = recorder
+        self.record, self.free = record, free
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "empty" in func._schema.name:
-            return out
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        memory = {t.untyped_storage().data_ptr() for t in tensors}
-        outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        written = outs if func._schema.is_mutable else [t for t in outs if t.untyped_storage().data_ptr() not in memory]
-        if any(t.numel() for t in written):
-            sizes = [sum(t.numel() * t.element_size() for t in group) for group in (tensors, written)]
-            self.recorder.records.append(LaunchTraffic(func._schema.name, read=sizes[0], written=sizes[1]))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if not any(part in name for part in self.free):
+            given, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
+            storages = {t.untyped_storage()._cdata for t in given}
+            written = made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
+            if any(t.numel() for t in written):
+                self.record(name, *(sum(t.numel() * t.element_size() for t in tensors) for tensors in (given, written)))
         return out
 
 
@@ -223,11 +223,23 @@ def count_traffic():
     try:
         for owner, name, replacement, _ in patches:
             setattr(owner, name, replacement)
-        with _Operators(recorder):
+        with Operators(lambda name, read, written: recorder.records.append(LaunchTraffic(name, read=read, written=written))):
             yield recorder.records
     finally:
         for owner, name, _, original in patches:
             setattr(owner, name, original)
+
+
+def count_steps(module, x) -> dict[str, list[LaunchTraffic]]:
+    """The launches of a training step's "forward" and "backward" and of the "inference" of a module on x, which requires a gradient."""
+    with count_traffic() as forward:
+        out = module(x)
+    gradient = torch.randn_like(out)
+    with count_traffic() as backward:
+        out.backward(gradient)
+    with torch.no_grad(), count_traffic() as inference:
+        module.eval()(x)
+    return {"forward": forward, "backward": backward, "inference": inference}
 
 
 def passes(launches, e1_bytes: int, e2_bytes: int) -> tuple[float, float]:

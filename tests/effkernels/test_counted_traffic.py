@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from effkernels import traffic
-from effkernels.traffic import LaunchTraffic, count_traffic, passes, summary
+from effkernels.traffic import LaunchTraffic, count_steps, count_traffic, passes, summary
 
 N, H, W, C = 2, 7, 6, 40
 VECTOR = 4 * C  # bytes of an fp32 vector over channels
@@ -221,17 +221,11 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
 
     block = FusedMBConv(16, outputs, k, stride, 6, drop_path=0.2)
     x = torch.randn(2, 16, 12, 12).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with count_traffic() as forward:
-        out = block(x)
-    gradient = torch.randn_like(out)
-    with count_traffic() as backward:
-        out.backward(gradient)
-    with torch.no_grad(), count_traffic() as inference:
-        block.eval()(x)
     e1 = 2 * 12 * 12 * 96 * 2
     e2 = e1 // stride**2
-    schedules = {"forward": (forward, 2, 3, 8), "backward": (backward, 3, 4, 7), "inference": (inference, 2, 2, 4)}
-    for name, (launches, most_e1, most_e2, most_launches) in schedules.items():
+    budgets = {"forward": (2, 3, 8), "backward": (3, 4, 7), "inference": (2, 2, 4)}
+    for name, launches in count_steps(block, x).items():
+        most_e1, most_e2, most_launches = budgets[name]
         over_e1, over_e2 = passes(launches, e1, e2)
         moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
         least = 0 if name == "inference" else 0.9 * budget  # which may expand inside the depthwise kernel, and store no e1
