@@ -88,11 +88,17 @@ def test_training_order_is_the_epochs_and_covers_the_samples(tmp_path):
 def test_processes_and_workers_share_the_shards(tmp_path):
     """Sizes that differ: who is done early begins again, and all have the same number of batches."""
     dataset = dataset_of(write_shards(tmp_path, [9, 3, 9, 3, 9, 3, 9, 3]))
+
+    def shards_of(batches):
+        return {sum(value >= edge for edge in (9, 12, 21, 24, 33, 36, 45)) for batch in batches for value in batch}
+
     for workers in (0, 2):
         parts = [values(training(dataset, 48, rank=rank, world=2, workers=workers)) for rank in range(2)]
         assert [len(part) for part in parts] == [6, 6] and all(len(batch) == 4 for part in parts for batch in part)
-        shards = [{sum(value >= edge for edge in (9, 12, 21, 24, 33, 36, 45)) for batch in part for value in batch} for part in parts]
+        shards = [shards_of(part) for part in parts]
         assert not shards[0] & shards[1]
+    firsts = {frozenset(shards_of(values(training(dataset, 48, epoch, world=2)))) for epoch in range(4)}
+    assert len(firsts) > 1  # another half in another epoch
     assert values(training(dataset, 48, workers=1)) == values(training(dataset, 48, workers=0))
 
 
@@ -163,6 +169,42 @@ def test_an_epoch_can_be_gone_on_with_from_any_update(damaged, workers, accum):
     assert len(whole) == 12
     for step in range(1, 12 // accum):
         assert pixels(step) == whole[step * accum :]
+
+
+def test_a_batch_without_a_readable_sample_borrows_from_the_next(tmp_path):
+    """And leaves them there: three quarters of the samples are damaged, the epoch goes on from any update as before."""
+    dataset = dataset_of(write_shards(tmp_path, [40], {i: {"png": b"text"} for i in range(40) if i % 4}))
+    whole = values(training(dataset, 40, batch_size=2))
+    drawn = [int(name[-3:]) for step in range(20) for name in training(dataset, 40, batch_size=2).names(0, step)]
+    assert sorted(drawn) == list(range(40))
+    batches = [drawn[i : i + 2] for i in range(0, 40, 2)]
+    assert sum(all(value % 4 for value in batch) for batch in batches) > 3  # so is this how it went
+    for at, (batch, found) in enumerate(zip(batches, whole, strict=True)):
+        later = [value for value in drawn[2 * at + 2 :] if value % 4 == 0]
+        if not all(value % 4 for value in batch):
+            assert set(found) <= set(batch)
+        elif later:
+            assert found == later[:1] * 2
+    for step in range(1, 20):
+        assert values(training(dataset, 40, step=step, batch_size=2)) == whole[step:]
+
+
+def test_augmentation_is_drawn_for_each_sample_and_epoch(tmp_path):
+    dataset = dataset_of(write_shards(tmp_path, [8]))
+    dataset.augment = lambda image: torch.full_like(image, int(torch.randint(0, 200, ())))
+
+    def by_name(epoch):
+        loader = training(dataset, 16, epoch)  # 16 of 8: each sample twice
+        names = [name for step in range(4) for name in loader.names(epoch, step)]
+        pixels = [value for (images, _), _ in loader for value in images[:, 0, 0, 0].tolist()]
+        return [{name: pixels[i] for i, name in enumerate(names) if (i < 8) == first} for first in (True, False)]
+
+    passes = by_name(0) + by_name(1)
+    assert all(len(drawn) == 8 and len(set(drawn.values())) > 5 for drawn in passes)
+    for name in passes[0]:
+        assert len({drawn[name] for drawn in passes}) > 1
+    assert sum(len({drawn[name] for drawn in passes}) == 4 for name in passes[0]) > 4
+    assert by_name(0) == passes[:2]
 
 
 def test_names_of_an_update(tmp_path):
