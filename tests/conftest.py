@@ -2,9 +2,11 @@
 
 import os
 
+import cases
 import interpreter  # noqa: F401 (chooses how Triton is loaded)
 import pytest
 import torch
+from hypothesis import settings
 
 from benchmarks.libraries import declare_torchvision_operators
 
@@ -15,6 +17,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within the
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes each")
+    parser.addoption("--cases", type=int, default=1, metavar="N", help="draw N times as many cases in property tests, afresh")
+
+
+def pytest_configure(config):
+    cases.factor = config.getoption("--cases")
+    settings.register_profile("repeatable", derandomize=cases.factor == 1, deadline=None, database=None)
+    settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = cases.ran
+    try:
+        return (yield)
+    finally:
+        if cases.ran > before:
+            item.user_properties.append(("property cases", cases.ran - before))  # travels from xdist's workers with the report
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if getattr(r, "when", None) == "call"]
+    counts = [count for report in reports for name, count in report.user_properties if name == "property cases"]
+    if counts:
+        terminalreporter.write_line(f"{sum(counts)} property cases drawn in {len(counts)} tests")
 
 
 def pytest_collection_modifyitems(config, items):
