@@ -122,13 +122,14 @@ def _interval(ratio: dict | None) -> str:
 
 
 def cpu_table(rows) -> str:
-    """Ratios of times on a CPU, each pair timed in turns, with the 95 % confidence interval of their median."""
+    """Ratios of times on a CPU, each pair timed in turns, with the 95 % confidence interval of their median. Not the times, which depend
+    on what else the machine did during their row."""
     lines = []
     for row in cpu_rows(rows):
         ratios = [_interval(row["time_over"].get(other)) if other != row["variant"] else "" for other in CPU_OTHERS]
-        lines.append((f"{row['shape']} {row['step']}, {row['variant']}", f"{row['median_ms']:.1f}", *ratios))
-    header = ("CPU", "ms", "/ plain NHWC", "/ torchvision NHWC", "/ timm NHWC")
-    return _markdown(header, lines or [("all",) + (NOT_YET,) * 4])
+        lines.append((f"{row['shape']} {row['step']}, {row['variant']}", *ratios))
+    header = ("CPU time", "/ plain NHWC", "/ torchvision NHWC", "/ timm NHWC")
+    return _markdown(header, lines or [("all",) + (NOT_YET,) * 3])
 
 
 def cpu_line(rows) -> str:
@@ -138,7 +139,7 @@ def cpu_line(rows) -> str:
         return f"CPU: {NOT_YET}."
     row = found[-1]
     where = f"{row['device']}, {row['dtype']}, batch {row['batch_size']}; {_versions(row)}; {row['date']}"
-    return f"CPU: {where}. Times, and ratios of times taken in turns, with the 95 % confidence interval of their median:"
+    return f"CPU: {where}.\nRatios of CPU times taken in turns, with the 95 % confidence interval of their median:"
 
 
 def machine_line(rows) -> str:
