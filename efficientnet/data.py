@@ -238,7 +238,7 @@ def load_data(
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must be in (0, 1), got {val_fraction!r}")
     source = _source(name, download, num_classes, num_samples)
-    preprocess = Preprocess(img_size, **source.normalization, **prepare)
+    preprocess = Preprocess(img_size, **source.normalization | prepare)
     if val_data is not None:
         held_out = _source(val_data, download, len(source.classes) if val_data.startswith("webdataset:") else None)
         if held_out.classes != source.classes and held_out.kind is ImageSet:
