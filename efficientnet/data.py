@@ -441,7 +441,7 @@ def _webdataset(pattern, num_classes, num_samples):
 def _scan(root):
     """(class names, image paths, labels) of root/<class>/**/*, in an order that does not depend on the file system."""
     if not root.is_dir():
-        raise InputError(f"data folder {str(root)!r} does not exist")
+        raise InputError(f"data folder {str(root)!r} {'is no folder' if root.exists() else 'does not exist'}")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     images, labels = [], []
     for label, name in enumerate(classes):

@@ -136,6 +136,27 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, argv,
     assert not list(tmp_path.iterdir())
 
 
+def test_data_that_cannot_be_used(run, image_folder, trained, tmp_path):
+    """Found before anything is written, by train and by validate."""
+    (tmp_path / "hollow" / "one").mkdir(parents=True)
+    (tmp_path / "hollow" / "two").mkdir()
+    shutil.copytree(image_folder / "red", tmp_path / "single" / "red")
+    shutil.copytree(image_folder, tmp_path / "more")
+    shutil.copytree(image_folder / "red", tmp_path / "more" / "scarlet")
+    for data, message in [
+        (f"imagefolder:{tmp_path / 'hollow'}", r"class folder '.*one' has no image \(.png, "),
+        (f"imagefolder:{tmp_path / 'none'}", "data folder '.*none' does not exist"),
+        (f"imagefolder:{tmp_path / 'single'}", "must have at least 2 class folders, got 1: red"),
+        ("imagenet:/data", "data must be one of digits.*, webdataset:SHARDS, got 'imagenet:/data'"),
+        ("cifar10", "data must be one of digits.* got 'cifar10'"),
+    ]:
+        assert_one_line(run("train", "--data", data, "--img-size", 8, "--output", tmp_path / "out"), message)
+        assert_one_line(run("validate", "--data", data, "--checkpoint", trained[1] / "last.safetensors"), message)
+    assert not (tmp_path / "out").exists()
+    more = ("--data", f"imagefolder:{tmp_path / 'more'}", "--checkpoint", trained[1] / "last.safetensors")
+    assert_one_line(run("validate", *more), r"has classes 4 \(blue, green, red, ...\), but the checkpoint has 3 \(blue, green, red\)")
+
+
 def test_bad_images_and_checkpoints(run, trained, image_folder, tmp_path):
     _, output, _ = trained
     checkpoint = output / "last.safetensors"

@@ -205,6 +205,11 @@ def test_unknown_data(name):
     ("kwargs", "message"),
     [
         ({"name": "imagefolder:/no/such/folder"}, "'/no/such/folder' does not exist"),
+        ({"name": f"imagefolder:{__file__}"}, "test_data.py' is no folder"),
+        ({"name": "digits:3"}, "classes of the digits must be at least 2, got '3'"),
+        ({"name": "digits:7-12"}, "classes of the digits must look like 0-4 or 1,3,7-9, got '7-12'"),
+        ({"val_data": "digits:0-4"}, "val_data 'digits:0-4' has other classes than data 'digits'"),
+        ({"crop_pct": 0.0}, r"crop_pct must be in \(0, 1\], got 0.0"),
         ({"val_fraction": 0.0}, r"val_fraction must be in \(0, 1\), got 0.0"),
         ({"val_fraction": 1.5}, "val_fraction must be"),
         ({"img_size": 0}, "img_size must be an integer >= 1, got 0"),
@@ -251,6 +256,23 @@ def test_a_folder_with_damaged_images_trains(tmp_path, capsys):
     assert sum(f"cannot decode image '{cut}'" in line for line in said) == sum(f"'{text}'" in line for line in said) == 1
     with pytest.raises(InputError, match="cannot decode image '.*' .* \\(after 1 others that were skipped\\); --max-corrupt allows more"):
         Trainer(replace(config, output=str(tmp_path / "other"), max_corrupt=1)).run()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_batches_travel_as_bytes_and_are_normalised_at_the_device(num_workers, channels_last):
+    """Normalised there as one image alone is, in the memory format asked for; pinned where the device is a GPU."""
+    data, runner = load_data("digits:0-1", 24), Runner(torch.device("cpu"), channels_last=channels_last)
+    batches = runner.batches(data.val, 16, num_workers)
+    sent = [batch[0] for batch, _ in batches.loader]
+    assert all(images.dtype == torch.uint8 for images in sent)
+    received = list(batches)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(images.dtype == torch.float32 and images.is_contiguous(memory_format=format) for images, _ in received)
+    expected = torch.stack([data.preprocess(image) for image in data.val.images])
+    assert torch.equal(torch.cat([images for images, _ in received]), expected)
+    assert torch.cat([labels for _, labels in received]).tolist() == data.val.labels
+    assert not batches.loader.pin_memory and Runner(torch.device("cuda")).batches(data.val, 16, num_workers).loader.pin_memory
 
 
 def test_missing_image_is_a_file_not_found_error():
