@@ -1,0 +1,176 @@
+"""Does a test notice? Deliberate faults of one line in kernels and launchers, each against the test that should fail for it.
+
+    python tests/mutations.py [--only WORD] [--jobs 2]
+
+Each fault is made in a copy of the tree (the first place where its text stands), and the test runs there in Triton's interpreter:
+"caught" if it fails, "missed" if it passes, "stale" if the text is no longer there. Exit code 1 unless all are caught.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = "tests/effkernels/"
+DEPTHWISE = "test_modules.py::test_depthwise_conv_bn_act[cpu-args0-kwargs0-autocast0-True]"
+BATCHNORM = "test_reference.py::test_bn_act_add"
+SUMS = "test_batchnorm.py::test_backward_in_one_launch"
+BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
+HARD_SWISH = "test_activations.py::test_derivative"
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = [
+    # ---- convolution
+    Fault("taps mirrored", "kernels/depthwise.py", "* K + j - o * STRIDE]", "* K + K - 1 - j + o * STRIDE]", DEPTHWISE),
+    Fault(
+        "padding on the wrong side", "kernels/depthwise.py", "top, bottom, left, right = pads", "bottom, top, right, left = pads", DEPTHWISE
+    ),
+    Fault(
+        "height's padding for the width",
+        "library/base.py",
+        "*pad_amounts(x.shape[2], k, stride, padding)",
+        "*pad_amounts(x.shape[1], k, stride, padding)",
+        DEPTHWISE,
+    ),
+    Fault("dgrad of the other rows of a stride", "kernels/depthwise.py", "if i // K % STRIDE == r:", "if i // K % STRIDE != r:", DEPTHWISE),
+    Fault("a wgrad row off", "kernels/depthwise.py", "if (W0 + i // K) % STRIDE == r:", "if (W0 + i // K + 1) % STRIDE == r:", DEPTHWISE),
+    Fault("padding activated", "kernels/depthwise.py", "a * (in_x[j].to(tl.float32) * row_in)[:, None]", "a", BLOCK),
+    # ---- BatchNorm
+    Fault("a row too many", "kernels/batchnorm.py", "ok = (r < rows)[:, None]", "ok = (r <= rows)[:, None]", BATCHNORM),
+    Fault("no eps", "kernels/batchnorm.py", "tl.sqrt(m2 / total + eps)", "tl.sqrt(m2 / total)", BATCHNORM),
+    Fault("momentum of the old value", "kernels/batchnorm.py", "old_mean + factor *", "old_mean + (1.0 - factor) *", BATCHNORM),
+    Fault("batches counted twice", "kernels/batchnorm.py", "tl.load(num_batches) + 1", "tl.load(num_batches) + 2", BATCHNORM),
+    Fault("biased running variance", "kernels/batchnorm.py", "m2 / (total - 1.0)", "m2 / total", BATCHNORM),
+    Fault("unbiased variance to normalise", "kernels/batchnorm.py", "m2 / total + eps", "m2 / (total - 1.0) + eps", BATCHNORM),
+    Fault("stale running statistics", "kernels/batchnorm.py", "update = self.running_mean is not None", "update = False", BATCHNORM),
+    Fault(
+        "cumulative average a batch late",
+        "kernels/batchnorm.py",
+        "1.0 / tl.load(num_batches)",
+        "1.0 / (tl.load(num_batches) + 1)",
+        "test_modules.py::test_cumulative_momentum",
+    ),
+    Fault(
+        "tiles merged without Chan's term",
+        "kernels/depthwise.py",
+        "- s1 * shift + delta * delta * count[:, None]",
+        "- s1 * shift",
+        DEPTHWISE,
+    ),
+    Fault("gradient without the variance's rstd", "kernels/batchnorm.py", "k1 = -scale * r * dgamma", "k1 = -scale * dgamma", BATCHNORM),
+    Fault(
+        "a second image never started",
+        "kernels/batchnorm.py",
+        "apply_kernel[(triton.cdiv(C, cfg.BC) * N *",
+        "apply_kernel[(triton.cdiv(C, cfg.BC) *",
+        BATCHNORM,
+    ),
+    # ---- the rest of the block
+    Fault("no residual", "kernels/batchnorm.py", "if RESIDUAL:", "if False:", BATCHNORM),
+    Fault(
+        "drop-path forgotten in the backward",
+        "kernels/batchnorm.py",
+        "g = g * tl.load(mask + n, mask=row_ok, other=0.0)[:, None]",
+        "g = g * 1.0",
+        SUMS,
+    ),
+    Fault("gate before the activation", "kernels/pointwise.py", "v = v * gate", "v = activate(v * gate, ACT, FAST)", BLOCK),
+    Fault(
+        "pooled by parts, not pixels", "kernels/squeeze_excite.py", "0, cc, mcc, C, 3, PB) / rows", "0, cc, mcc, C, 3, PB) / parts", BLOCK
+    ),
+    Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
+    Fault("sigmoid's derivative", "kernels/common.py", "return g * (1.0 - g)", "return g", BLOCK),
+    Fault(
+        "Gram identity without the mean",
+        "kernels/weight_gradients.py",
+        "acc += load_vector(k0, e, me)[:, None] * xsum[None, :]",
+        "acc += 0.0",
+        BLOCK,
+    ),
+    Fault("dx without the mean's term", "kernels/pointwise.py", "acc += load_vector(matrix + I * I, c, mc)[None, :]", "acc += 0.0", BLOCK),
+    # ---- activations and what is shared
+    Fault("SiLU's derivative", "kernels/common.py", "s + phi * (1.0 - s)", "s + x * (1.0 - s)", HARD_SWISH),
+    Fault("hard-swish's slope", "kernels/common.py", "x * (1.0 / 3.0) + 0.5", "x * (1.0 / 6.0) + 0.5", HARD_SWISH),
+    Fault(
+        "a counter is not set back",
+        "kernels/common.py",
+        "tl.store(counter, 0)",
+        "tl.store(counter, 1)",
+        "test_squeeze_excite.py::test_pool_and_gate",
+    ),
+    Fault("bf16 truncated", "kernels/common.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", "test_pointwise.py::test_product"),
+    # ---- around the kernels
+    Fault(
+        "sm_80 refused", "dispatch.py", "capability < MIN_CAPABILITY", "capability <= MIN_CAPABILITY", "test_dispatch.py::test_platforms"
+    ),
+    Fault("a hook skipped", "dispatch.py", "if has_hooks(layer):", "if False:", "test_dispatch.py::test_hooks"),
+]
+
+
+def pytest(tree: Path, *tests: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *(TESTS + test for test in tests)]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+
+def copy_tree(to: Path) -> Path:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, to / name)
+    return to
+
+
+def judged(fault: Fault) -> str:
+    source = (ROOT / "effkernels" / fault.file).read_text(encoding="utf-8")
+    if fault.old not in source:
+        return "stale"
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(Path(folder))
+        (tree / "effkernels" / fault.file).write_text(source.replace(fault.old, fault.new, 1), encoding="utf-8")
+        done = pytest(tree, fault.test)
+    if done.returncode not in (0, 1):  # not a failed test: nothing collected, say
+        return f"no answer (pytest's exit code {done.returncode})"
+    return "caught" if done.returncode else "missed"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="faults whose name or file has this word")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once (default: 2)")
+    args = parser.parse_args(argv)
+    faults = [fault for fault in FAULTS if args.only in fault.what or args.only in fault.file]
+    with tempfile.TemporaryDirectory() as folder:
+        whole = pytest(copy_tree(Path(folder)), *dict.fromkeys(fault.test for fault in faults))
+    if whole.returncode:
+        print(whole.stdout[-3000:] + "\nwithout any fault a test fails already", file=sys.stderr)
+        return 1
+    answers = []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for fault, answer in zip(faults, pool.map(judged, faults), strict=True):
+            answers.append(answer)
+            print(f"{answer:8} {fault.file:28} {fault.what}", flush=True)
+    print(f"{answers.count('caught')} of {len(faults)} faults caught")
+    return int(any(answer != "caught" for answer in answers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
