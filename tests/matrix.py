@@ -43,9 +43,7 @@ def environment(folder: Path, version: str) -> Path:
     python = home / "bin/python"
     if not (home / "complete").exists():
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "-q", "--no-deps", f"triton=={version}", *VERSIONS.get(version, [])], check=True
-        )
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", f"triton=={version}", *VERSIONS.get(version, [])], check=True)
         site = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
         ).stdout.strip()

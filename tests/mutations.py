@@ -80,6 +80,13 @@ FAULTS = [
         "apply_kernel[(triton.cdiv(C, cfg.BC) *",
         BATCHNORM,
     ),
+    Fault(
+        "an offset of 32 bits",
+        "kernels/batchnorm.py",
+        "n = (block // image_blocks).to(tl.int64)",
+        "n = block // image_blocks",
+        "test_memory.py::test_offsets_pass_2_to_the_31[expanded, stride 1]",
+    ),
     # ---- the rest of the block
     Fault("no residual", "kernels/batchnorm.py", "if RESIDUAL:", "if False:", BATCHNORM),
     Fault(

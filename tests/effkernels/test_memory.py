@@ -1,0 +1,319 @@
+"""Memory: no launch reads or writes beyond its tensors, unwritten scratch is never read, offsets pass 2^31, nothing leaks or piles up."""
+
+import gc
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from interpreter import HAS_TRITON, INTERPRET
+from test_modules import images, randomise
+
+from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, functional
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def kernel_modules():
+    import effkernels.kernels
+
+    return [importlib.import_module(f"effkernels.kernels.{m.name}") for m in pkgutil.iter_modules(effkernels.kernels.__path__)]
+
+
+def every_kernel():
+    return {name for module in kernel_modules() for name in vars(module) if name.endswith("_kernel")}
+
+
+def step(module, x):
+    """[out, gradients, buffers] of training, and the output in inference."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(1)  # for drop-path
+    out = module(x)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape))
+    buffers = [b.clone() for b in module.buffers()]
+    with torch.no_grad():
+        return [out, *grads, *buffers, module.eval()(x.detach())]
+
+
+class Apart(torch.nn.Module):
+    """What no module uses: a BatchNorm before the depthwise convolution, BatchNorm + residual, the stem and the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre, self.norm, self.last = (torch.nn.BatchNorm2d(10) for _ in range(3))
+        self.stem, self.head = torch.nn.Conv2d(3, 10, 3, bias=False), torch.nn.Conv2d(10, 9, 1, bias=False)
+        self.conv, self.headnorm = torch.nn.Conv2d(10, 10, 3, groups=10, bias=False), torch.nn.BatchNorm2d(9)
+
+    def forward(self, x):
+        norm = BatchNormParams.of
+        y = functional.stem(x, self.stem.weight, norm(self.pre))
+        z = functional.depthwise_conv_bn_act(y, self.conv.weight, norm(self.norm), pre_norm=norm(self.last), pre_act="silu")
+        z = functional.bn_act_add(z, norm(self.norm), residual=y, mask=torch.tensor([1.5, 0.0], device=x.device))
+        return functional.head(z, self.head.weight, norm(self.headnorm))
+
+
+def workloads(device):
+    """(module, input) that together start every kernel; odd sizes, so that no block of any is full."""
+    torch.manual_seed(0)
+    yield FusedMBConv(11, 11, 3, 1, 2, 0.5, drop_path=0.3), images(2, 11, 3, 4, device=device)
+    yield FusedMBConv(9, 13, 5, 2, 1, 0, padding="same", act="relu"), images(2, 9, 5, 3, device=device)
+    yield FusedDepthwiseConvBNAct(35, 3, 2), images(2, 35, 5, 3, device=device)
+    yield FusedSqueezeExcite(35, 9), images(2, 35, 3, 3, device=device)
+    yield Apart(), images(2, 3, 7, 5, device=device)
+    yield FusedMBConv(9, 13, 3, 2, 2).to(torch.bfloat16), images(2, 9, 5, 3, device=device).bfloat16()
+
+
+def run_all(device):
+    results = []
+    for module, x in workloads(device):
+        randomise(module)
+        results += step(module.to(device), x)
+    return results
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """(results, launches) of all workloads, every address checked by the interpreter: one outside of its tensor raises IndexError."""
+    if not INTERPRET:
+        pytest.skip("needs the interpreter")
+    from dataclasses import replace
+
+    from effkernels.kernels import depthwise
+    from effkernels.traffic import count_traffic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("EFFKERNELS_BACKEND", "triton")
+        for name in ("depthwise_forward_config", "depthwise_backward_config"):
+            config = getattr(depthwise, name)
+            patch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), S=32, TW=1, TH=1))
+        with count_traffic() as launches:
+            results = run_all("cpu")
+        yield results, launches, patch
+
+
+def test_no_launch_leaves_its_tensors(counted):
+    """Every kernel ran, each tensor in memory of exactly its size."""
+    _, launches, _ = counted
+    assert {launch.name for launch in launches if launch.name.endswith("_kernel")} == every_kernel()
+    for launch in launches:
+        for name, size in launch.sizes.items():
+            assert max(launch.arguments[name]) <= size, (launch.name, name)
+
+
+def test_poisoned_scratch_changes_nothing(counted, device, scratch):
+    """NaN in all that launchers allocate, and margins around it that stay as they were: the same bits as from fresh memory."""
+    results, _, _ = counted
+    for i, (fresh, poisoned) in enumerate(zip(results, run_all(device), strict=True)):
+        assert torch.equal(fresh, poisoned), i
+        assert poisoned.isfinite().all(), i
+
+
+# ---- offsets past 2^31 -----------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Launches on ``meta`` tensors, kept instead of started: (interpreted function, arguments by name, grid)."""
+
+    def __init__(self, monkeypatch):
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from effkernels import dispatch, launch
+
+        self.launches = []
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(dispatch, "why_not_fused", lambda *args, **kwargs: None)
+        # A program for each tile: then the last one is at the end of memory after a few steps. (More than there are counters for.)
+        monkeypatch.setattr(launch, "processor_count", lambda device: 10**7)
+        for module in kernel_modules():
+            if hasattr(module, "check_counters"):
+                monkeypatch.setattr(module, "check_counters", lambda *args: None)
+
+        def run(function, *args, grid, warmup=False, **kwargs):
+            arguments = inspect.getcallargs(function.fn, *args, **{k: v for k, v in kwargs.items() if k in function.arg_names})
+            self.launches.append((function, arguments, tuple(grid)))
+
+        monkeypatch.setattr(InterpretedFunction, "run", run)
+
+
+def addresses(function, arguments, grid, monkeypatch):
+    """{argument: (first, last) byte touched} by the last program, of tensors that are not there: loads give zeros.
+
+    IndexError for an access outside of its tensor.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    slots, touched = {}, {}
+
+    def convert(arg):
+        if not isinstance(arg, torch.Tensor):
+            return original(arg)
+        known = next((slot for slot, (_, tensor, _) in slots.items() if tensor is arg), None)
+        slot = len(slots) + 1 if known is None else known
+        if known is None:
+            slots[slot] = (names.get(id(arg), "?"), arg, arg.numel() * arg.element_size())
+        converted = original(torch.empty(1, dtype=arg.dtype))
+        converted.handle.data = np.array([(slot << 48) + (1 << 47)], np.uint64)
+        return converted
+
+    def check(pointers, mask, what):
+        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        at = pointers.data[np.broadcast_to(np.asarray(mask, bool), pointers.data.shape)]
+        for slot in np.unique(at >> np.uint64(48)):
+            if int(slot) not in slots:
+                raise IndexError(f"{function.fn.__name__}: an address of no argument is {what}")
+            name, tensor, size = slots[int(slot)]
+            if tensor.dtype == torch.int32:
+                continue  # counters
+            offsets = (at[at >> np.uint64(48) == slot]).astype(np.int64) - ((int(slot) << 48) + (1 << 47))
+            low, high = int(offsets.min()), int(offsets.max()) + width
+            if low < 0 or high > size:
+                raise IndexError(f"{function.fn.__name__}: {name} of {size} bytes is {what} at [{low}, {high})")
+            first, last = touched.get(name, (low, high))
+            touched[name] = min(first, low), max(last, high)
+
+    def zeros(pointers):
+        element = pointers.get_element_ty()
+        return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(element)), element)
+
+    def load(self, ptrs, mask, *rest, **named):
+        check(ptrs, mask.data, "read")
+        return zeros(ptrs)
+
+    def store(self, ptrs, value, mask, *rest, **named):
+        check(ptrs, mask.data, "written")
+
+    def rmw(self, op, ptr, val, mask, *rest):
+        check(ptr, mask.data, "updated")
+        return zeros(ptr)
+
+    names = {id(value): name for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    original, builder = interpreter._implicit_cvt, interpreter.InterpreterBuilder
+
+    def typed_range(*bounds):
+        """Counts in int64 where a bound is int64, as compiled code does; the interpreter forgets the type."""
+        counts = range(*(int(b) for b in bounds))
+        wide = any(getattr(b, "dtype", None) == tl.int64 for b in bounds)
+        return (tl.tensor(interpreter.TensorHandle(np.array([i], np.int64), tl.int64), tl.int64) if wide else i for i in counts)
+
+    executor = interpreter.GridExecutor(function.rewrite(), function.arg_names, grid, [])
+    with monkeypatch.context() as patch:
+        for name, hook in (("create_masked_load", load), ("create_masked_store", store), ("create_atomic_rmw", rmw)):
+            patch.setattr(builder, name, hook)
+        for module in kernel_modules():
+            patch.setitem(vars(module), "range", typed_range)
+        scope = interpreter._patch_lang(executor.fn)
+        tl.range = lambda *bounds, **how: typed_range(*bounds)  # put back with the scope
+        try:
+            bound = {name: value if name in executor.constexprs else convert(value) for name, value in arguments.items()}
+            size = (*grid, 1, 1)[:3]
+            interpreter.interpreter_builder.set_grid_dim(*size)
+            interpreter.interpreter_builder.set_grid_idx(*(n - 1 for n in size))
+            executor.fn(**bound)
+        finally:
+            scope.restore()
+    return touched
+
+
+LARGE = [
+    # what, the module's arguments, x's shape: 2^31 elements and some in the tensors inside
+    ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (1784, 16, 112, 112)),
+    ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1784, 16, 112, 112)),
+    ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3567, 48, 112, 112)),
+    ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
+     (3567, 48, 112, 112)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, shape", [pytest.param(*row[1:], id=row[0]) for row in LARGE])
+def test_offsets_pass_2_to_the_31(make, shape, small_tiles, monkeypatch):
+    """The last program of each launch on tensors of more elements than an int32 counts works at their end, inside of them."""
+    if not INTERPRET:
+        pytest.skip("needs the interpreter")
+    recorded = Recorded(monkeypatch)
+    module = make().to(torch.bfloat16)
+    x = torch.empty(shape, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    out = module(x)
+    out.backward(torch.empty_like(out))
+    with torch.no_grad():
+        module.eval()(x)
+    seen = set()
+    for function, arguments, grid in recorded.launches:
+        tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+        large = {name: t for name, t in tensors.items() if t.numel() >= 2**31 and t.dtype == torch.bfloat16}  # activations
+        if large:
+            touched = addresses(function, arguments, grid, monkeypatch)
+            for name in large.keys() & touched.keys():
+                assert touched[name][1] > 2**31 * large[name].element_size(), f"{function.fn.__name__} does not reach the end of {name}"
+                seen.add((function.fn.__name__, name))
+    assert len(seen) >= 5, seen
+
+
+# ---- nothing piles up ------------------------------------------------------------------------------------------------------------
+
+# In a process without the interpreter: kernels as the compiler would be asked for them.
+CACHE_KEYS = """
+import json, torch
+from effkernels import FusedMBConv, inspect
+
+def keys(batch, size):
+    block = FusedMBConv(16, 16, 3, 1, 6, 0.25, device="meta")
+    block.why_not_fused = lambda x=None: None
+    launches = []
+    for training in (True, False):
+        block.train(training)
+        x = torch.empty(batch, 16, size, size, dtype=torch.bfloat16, device="meta")
+        launches += inspect.call_launches(block, x, training)
+    return sorted({(l.name, repr(l.specialization()), repr(sorted(l.options.items()))) for l in launches})
+
+print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (2000, 56), (256, 57), (33, 224))]))
+"""
+
+
+def test_a_new_batch_or_size_compiles_nothing():
+    """What Triton keys compiled kernels by is the same for every batch and image size, past 2^31 elements too."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(CACHE_KEYS)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    first, *others = json.loads(done.stdout)
+    assert len(first) >= 12
+    for other in others:
+        assert other == first
+
+
+def test_nothing_leaks_over_a_thousand_steps(monkeypatch):
+    """Launchers, autograd and saved tensors of training steps on tensors without memory: freed without the garbage collector."""
+    if not INTERPRET:
+        pytest.skip("needs the interpreter")
+    recorded = Recorded(monkeypatch)
+    block = FusedMBConv(8, 8, 3, 1, 2, 0.25, drop_path=0.2, device="meta")
+    x = torch.empty(2, 8, 4, 4, device="meta")
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.9)
+
+    def steps(count):
+        for _ in range(count):
+            block(x).backward(x)
+            optimizer.step()
+            optimizer.zero_grad()
+            recorded.launches.clear()
+
+    def alive():
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    steps(10)
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        steps(1000)
+        assert alive() == before
+    finally:
+        gc.enable()
