@@ -135,9 +135,7 @@ def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat1
 
 def table(lines, batch: int, itemsize: int) -> str:
     """Markdown, in milliseconds a step."""
-    out = [
-        "| kernel | launches | MB an image | " + " | ".join(f"{r} ms" for r in RESOURCES) + " | floor ms | binds | measured ms | share |"
-    ]
+    out = ["| kernel | times | MB an image | " + " | ".join(f"{r} ms" for r in RESOURCES) + " | floor ms | binds | measured ms | share |"]
     out.append("|---|" + "---:|" * (3 + len(RESOURCES)) + "---|---:|---:|")
     for line in lines:
         times = " | ".join(f"{1e3 * line.times[r]:.3f}" if line.times[r] else "" for r in RESOURCES)

@@ -18,10 +18,10 @@ LARGEST = 8  # kernels named in the stacked plot; the others are added up
 
 
 def gpu_rows(rows) -> list[dict]:
-    """Rows of a GPU, of the device that has the most of them; figures of different devices do not belong in one table."""
+    """Rows of a GPU, of the device and dtype that have the most of them; figures of different ones do not belong in one table."""
     rows = [row for row in rows if row.get("cuda")]
-    devices = [row["device"] for row in rows]
-    return [row for row in rows if row["device"] == max(set(devices), key=devices.count)]
+    kinds = [(row["device"], row["dtype"]) for row in rows]
+    return [row for row, kind in zip(rows, kinds, strict=True) if kind == max(sorted(set(kinds)), key=kinds.count)]
 
 
 def _of_model(rows, name: str, step: str, **wanted) -> list[dict]:
@@ -53,11 +53,13 @@ def _markdown(header, lines) -> str:
 
 
 def model_lines(rows, step: str) -> list[tuple]:
-    """(name, ours, channels_last, best of torch.compile) rows, or None for each, of B0 to B7."""
+    """(name, ours, channels_last, best of torch.compile) rows, or None for each, of B0 to B7; all at the batch size of ours."""
     lines = []
     for name in plan.BATCH:
         of_step = _of_model(rows, name, step)
-        lines.append((name, find(of_step, variant="ours"), find(of_step, variant="channels_last"), best_compiled(of_step)))
+        ours = find(of_step, variant="ours")
+        of_step = [row for row in of_step if ours is None or row["batch_size"] == ours["batch_size"]]
+        lines.append((name, ours, find(of_step, variant="channels_last"), best_compiled(of_step)))
     return lines
 
 
@@ -150,12 +152,26 @@ def machine_line(rows) -> str:
     return f"{where}; {_versions(row)}."
 
 
+def plain_line(rows) -> str:
+    """Which rows of ours ran plain layers, and why: their figures are not the kernels'. Empty where none did."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["variant"] == "ours" and row["path"] != "fused kernels":
+            found.setdefault(row["path"], []).append(f"{row['kind']} {row['model']} {row['step']}")
+    return "\n".join(f"Not by fused kernels ({path}): {', '.join(dict.fromkeys(names))}." for path, names in found.items())
+
+
 def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
     """The whole page."""
     on_gpu = gpu_rows(rows)
     correctness = folder / "correctness.json"
     said = json.loads(correctness.read_text(encoding="utf-8"))["summary"] if correctness.exists() else NOT_YET
-    parts = ["# Results", machine_line(on_gpu), f"Tests on the GPU: {said}. Each row's results were checked against float64 first."]
+    parts = [
+        "# Results",
+        machine_line(on_gpu),
+        plain_line(on_gpu),
+        f"Tests on the GPU: {said}. Each row's results were checked against float64 first.",
+    ]
     for step in STEPS:
         parts += [f"## Models, {step}", model_table(on_gpu, step)]
     parts += ["## Latency", latency_table(on_gpu)]
@@ -163,7 +179,7 @@ def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
         parts += [f"## {title}", layer_table(on_gpu, kind)]
     parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_line(rows), cpu_table(rows), "## Plots"]
     parts += [f"{title}: " + (NOT_YET if path is None else f"![{title}]({path.name})") for title, path in plots.items()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def readme_table(rows) -> str:
@@ -180,7 +196,8 @@ def readme_table(rows) -> str:
             lines.append((name.upper(), *cells))
     header = ("", "inference, images/s", "/ torch.compile", "training, images/s", "/ torch.compile", "training memory / torch.compile")
     on_gpu_table = _markdown(header, lines or [("B0 to B7",) + (NOT_YET,) * 5])
-    return "\n\n".join([machine_line(on_gpu), on_gpu_table, cpu_line(rows), cpu_table(rows)])
+    parts = [machine_line(on_gpu), plain_line(on_gpu), on_gpu_table, cpu_line(rows), cpu_table(rows)]
+    return "\n\n".join(filter(None, parts))
 
 
 def update_readme(path: Path, table: str) -> bool:
@@ -230,16 +247,15 @@ def _save(figure, path: Path) -> Path:
 
 def speed_plot(path: Path, rows) -> Path | None:
     """Images a second over those of eager NHWC."""
-    lines = {step: [line for line in model_lines(rows, step) if line[1] and (line[2] or line[3])] for step in STEPS}
+    lines = {step: [line for line in model_lines(rows, step) if line[1] and line[2]] for step in STEPS}
     if not any(lines.values()):
         return None
     figure, axes = _figure(len(STEPS))
     for panel, (step, found) in zip(axes[0], lines.items(), strict=True):
         speeds = [[_get(row, "images_per_s") for row in line[1:]] for line in found]
-        base = [eager or compiled for _, eager, compiled in speeds]
         groups = {
-            "ours": [ours / b for (ours, _, _), b in zip(speeds, base, strict=True)],
-            "torch.compile, best": [compiled / b if compiled else None for (_, _, compiled), b in zip(speeds, base, strict=True)],
+            "ours": [ours / eager for ours, eager, _ in speeds],
+            "torch.compile, best": [_ratio(compiled, eager) for _, eager, compiled in speeds],
         }
         _bars(panel, [line[0] for line in found], groups, "speed over eager NHWC [ratio]", step)
         panel.axhline(1, color="black", lw=0.8)

@@ -16,7 +16,8 @@ def model_row(name, step, variant, factor, **more):
     milliseconds = factor * (1 + 3 * (step == "training")) * (1 + int(name[1]))
     row = {"kind": "model", "model": name, "shape": str(shapes.model(name)), "step": step, "variant": variant, "batch_size": batch}
     row |= {"median_ms": milliseconds, "images_per_s": 1e3 * batch / milliseconds, "peak_memory_mb": 1e3 * factor, "share_of_copy": 0.5}
-    return GPU | row | {"launches": 65, "gb_per_s": 2000.0} | more
+    path = "fused kernels" if variant == "ours" else "PyTorch"
+    return GPU | row | {"launches": 65, "gb_per_s": 2000.0, "path": path} | more
 
 
 def kernels(count):
@@ -74,11 +75,25 @@ def test_tables(folder, tmp_path, capsys):
     assert "updated" not in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_devices_are_not_mixed(folder):
-    other = GPU | {"device": "another"} | {"kind": "model", "variant": "ours", "model": "b0", "step": "inference", "median_ms": 1}
+def test_devices_dtypes_and_batches_are_not_mixed(folder):
     rows = report.results.load(folder)
-    assert {row["device"] for row in report.gpu_rows([*rows, other])} == {"NVIDIA H200"}
+    others = [model_row("b0", "inference", "ours", 1e-3, **other) for other in ({"device": "another"}, {"dtype": "float32"})]
+    assert {(row["device"], row["dtype"]) for row in report.gpu_rows([*others, *rows, *others])} == {("NVIDIA H200", "bfloat16")}
     assert report.gpu_rows([row for row in rows if "cuda" not in row]) == []
+    small = [
+        model_row("b0", "inference", "compile-default", 1e-3, batch_size=8),
+        model_row("b0", "inference", "channels_last", 1, batch_size=8),
+    ]
+    on_gpu = report.gpu_rows(rows)
+    assert report.model_lines([*on_gpu, *small], "inference")[0] == report.model_lines(on_gpu, "inference")[0]
+
+
+def test_ours_on_plain_layers_says_so(folder):
+    rows = report.results.load(folder)
+    assert "Not by fused kernels" not in report.readme_table(rows) + report.report(folder, rows, {})
+    rows[0]["path"] = "PyTorch: Triton is not installed"
+    line = "Not by fused kernels (PyTorch: Triton is not installed): model b0 inference."
+    assert line in report.readme_table(rows) and line in report.report(folder, rows, {})
 
 
 CPU = {"kind": "model", "shape": "b0-112px", "step": "training", "variant": "ours", "median_ms": 100.0, "device": "one thread of a CPU"}
