@@ -1,13 +1,13 @@
 """Processes of one run, as torchrun starts them, and BatchNorm across them."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from efficientnet.settings import InputError, TrainingStopped
@@ -31,6 +31,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process. Over the CPU: the GPU need not wait for it."""
+        return bool(self.sum(torch.tensor(float(flag))))
+
     def gather(self, value) -> list | None:
         """Every process's value, in the first one; None elsewhere."""
         if self.world == 1:
@@ -48,8 +52,10 @@ class Processes:
         return box[0]
 
 
-def join(device: str) -> Processes:
+def join(device: str, timeout: float = 600) -> Processes:
     """The processes that torchrun's environment describes (one, without it), connected.
+
+    timeout: seconds that they wait for each other, here and in every later exchange.
 
     Raises InputError for an environment that cannot be right, or whose processes do not find each other.
     """
@@ -77,9 +83,8 @@ def join(device: str) -> Processes:
         if local_rank >= count:
             raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
         torch.cuda.set_device(local_rank)
-    seconds = integer("EFFICIENTNET_JOIN_SECONDS", 1, 86400, "300")
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(
@@ -93,25 +98,23 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class lost_process:
-    """Around collective work: what torch raises when another process is gone becomes one clear error."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
 
-    SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
 
-    def __init__(self, processes: Processes, hint: str):
-        self.processes, self.hint = processes, hint
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if self.processes.world > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in self.SIGNS):
-            line = str(error).strip().splitlines()[0]
-            raise TrainingStopped(f"process {self.processes.rank} lost another process of the run ({line}); {self.hint}") from error
+@contextmanager
+def lost_process(processes: Processes, hint: Callable[[], str]):
+    """Around work with other processes: what torch raises when one of them is gone becomes one clear error that ends in ``hint()``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.world == 1 or isinstance(error, TrainingStopped) or not any(sign in str(error) for sign in LOST):
+            raise
+        line = str(error).strip().splitlines()[0]
+        raise TrainingStopped(f"process {processes.rank} lost another process of the run ({line}); {hint()}") from error
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm``, which refuses the CPU, for any device of a process group.
+    """``nn.SyncBatchNorm`` for the CPU, which torch's own refuses.
 
     Each process sends (count, mean, M2) of its batch, merged by Chan's formula: ``mean = sum n_i mean_i / N``,
     ``M2 = sum M2_i + n_i (mean_i - mean)^2``; biased variance to normalise, unbiased for running_var. The backward sums
@@ -119,53 +122,36 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """
 
     def forward(self, x):
-        group = self.process_group or dist.group.WORLD
-        if x.is_cuda or not self.training or not dist.is_initialized() or dist.get_world_size(group) == 1:
-            return super().forward(x) if x.is_cuda else _batch_norm(self, x)
-        momentum = self.momentum
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)  # one process's BatchNorm
+        y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, self.process_group or dist.group.WORLD)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, group)
-        if self.track_running_stats:
+            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             with torch.no_grad():
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * count / (count - 1).clamp(min=1), momentum)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var.dtype), momentum)
         return y
-
-
-def _batch_norm(layer, x):
-    """As nn.BatchNorm2d."""
-    momentum = layer.momentum or 0.0
-    if layer.training and layer.track_running_stats:
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:
-            momentum = 1.0 / float(layer.num_batches_tracked)
-    batch = layer.training or layer.running_mean is None
-    return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, batch, momentum, layer.eps)
 
 
 class _SyncedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
-        axes = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        xf = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        n = torch.tensor(float(x.numel() // x.shape[1]), dtype=xf.dtype, device=x.device)
+        axes, shape = _axes(x)
+        xf = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(xf, axes, correction=0)
-        local = torch.cat([n.view(1), mean, var * n])
+        count = torch.full_like(mean[:1], x.numel() / x.shape[1])
+        local = torch.cat([count, mean, var * count])
         everyone = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, local, group)
-        counts, means, m2s = (torch.stack(part) for part in zip(*(t.split([1, x.shape[1], x.shape[1]]) for t in everyone), strict=True))
-        total = counts.sum(0)
+        counts, means, m2s = torch.stack(everyone).split([1, x.shape[1], x.shape[1]], dim=1)
+        total = counts.sum()
         mean = (counts * means).sum(0) / total
         var = (m2s + counts * (means - mean).square()).sum(0) / total
         rstd = (var + eps).rsqrt()
-        xhat = (xf - mean.view(shape)) * rstd.view(shape)
-        y = xhat
+        y = (xf - mean.view(shape)) * rstd.view(shape)
         if weight is not None:
-            y = xhat * weight.view(shape) + bias.view(shape)
+            y = y * weight.view(shape) + bias.view(shape)
         ctx.save_for_backward(x, weight, mean, rstd, total)
         ctx.group = group
         ctx.mark_non_differentiable(mean, var, total)
@@ -174,23 +160,28 @@ class _SyncedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         x, weight, mean, rstd, total = ctx.saved_tensors
-        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        axes, shape = _axes(x)
         dyf, xhat = dy.to(mean.dtype), (x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape)
-        sum_dy, sum_dy_xhat = dyf.sum(axes), (dyf * xhat).sum(axes)
-        sums = torch.cat([sum_dy, sum_dy_xhat])
+        local = torch.stack([dyf.sum(axes), (dyf * xhat).sum(axes)])
+        sums = local.clone()
         dist.all_reduce(sums, group=ctx.group)
-        all_dy, all_dy_xhat = (s.view(shape) / total for s in sums.chunk(2))
+        mean_dy, mean_dy_xhat = (s.view(shape) / total for s in sums)
         scale = rstd if weight is None else rstd * weight
-        dx = scale.view(shape) * (dyf - all_dy - xhat * all_dy_xhat)
-        grads = (None, None) if weight is None else (sum_dy_xhat.to(weight.dtype), sum_dy.to(weight.dtype))
+        dx = scale.view(shape) * (dyf - mean_dy - xhat * mean_dy_xhat)
+        grads = (None, None) if weight is None else (local[1].to(weight.dtype), local[0].to(weight.dtype))
         return dx.to(x.dtype), *grads, None, None
 
 
+def _axes(x):
+    """(all axes but the channels', the shape in which a vector of the channels broadcasts)."""
+    return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+
+
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """``nn.SyncBatchNorm.convert_sync_batchnorm``, with layers that also serve the CPU; parameters and names stay."""
+    """``nn.SyncBatchNorm.convert_sync_batchnorm``, on the CPU with layers that serve it; parameters and names stay."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
-        if type(layer) is nn.SyncBatchNorm and not layer.weight.is_cuda:
+        if type(layer) is nn.SyncBatchNorm and layer.running_mean.device.type == "cpu":
             layer.__class__ = SyncBatchNorm
     return model
 

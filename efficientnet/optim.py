@@ -47,17 +47,8 @@ class RMSpropTF(torch.optim.Optimizer):
         return loss
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: weights of convolutions and linear layers decay, biases and BatchNorm do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
 def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    groups = [group for group in groups if group["params"]]
+    """The optimizer of ``transfer.parameter_groups``; its rates are set before every update."""
     lr = config.lr
     if config.opt == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)

@@ -55,6 +55,12 @@ class TrainConfig:
     img_size: int | None = option(None, "pixels (default: 32 for digits, else the model's own)")
     drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
     drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the model's own)", "--drop-path")
+    pretrained: str | None = option(
+        None, "start from these weights: 'default', a tag of the model, a checkpoint of any layout, a URL or a Hub id",
+        metavar="WEIGHTS", nargs="?", const="default",
+    )  # fmt: skip
+    freeze_until: str | None = option(None, "leave the layers up to this one as they are: stem, a stage from 0 to 6, or head")
+    layer_decay: float = option(1.0, "learning rate of each block as a share of the next one's")
     bn_momentum: float | None = option(None, "of BatchNorm, as PyTorch has it (default: the model's own)")
     bn_eps: float | None = option(None, "of BatchNorm (default: the model's own)")
 
@@ -75,7 +81,7 @@ class TrainConfig:
     sched: str = option("cosine", "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs", choices=SCHEDULES)
     warmup_epochs: float = option(2.0, "of a learning rate that grows linearly")
     decay_epochs: float = option(2.4, "see --sched step")
-    decay_rate: float = option(0.97, "see --sched step")
+    decay_rate: float = option(0.97, "see --sched step", "--dr")
     model_ema: bool = option(False, "also average the weights exponentially; the average is evaluated and kept")
     model_ema_decay: float = option(0.9999, "of the average, less in the first updates: (1 + updates) / (10 + updates)")
 
@@ -98,12 +104,15 @@ class TrainConfig:
     channels_last: bool = option(True, "NHWC memory format (default: yes)")
     compile: bool = option(False, "torch.compile the model", "--torchcompile")
     cuda_graphs: bool = option(False, "replay the forward and backward pass as one CUDA graph")
+    dist_timeout: float = option(600.0, "seconds that processes wait for each other")
     sync_bn: bool = option(False, "BatchNorm over the batches of all processes")
     dist_bn: str = option("reduce", "running statistics of processes: averaged, or those of the first", choices=DIST_BN)
 
     output: str = option("runs/train", "folder for checkpoints, metrics and curves")
     resume: str | None = option(None, "continue from this file, or 'auto': from the newest whole one in --output", metavar="FILE|auto")
-    checkpoint_interval: int | None = option(None, "updates between checkpoints within an epoch (default: only at its end)")
+    checkpoint_interval: int | None = option(
+        None, "updates between checkpoints within an epoch (default: only at its end)", "--recovery-interval"
+    )
     checkpoint_hist: int = option(3, "checkpoints to keep, besides the best weights")
     skip_nonfinite: int = option(0, "updates with a loss or gradient that is NaN or infinite to leave out before giving up")
     log_interval: int = option(10, "updates between rows of steps.jsonl")
@@ -137,15 +146,19 @@ class TrainConfig:
         integer(1, **optional("checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size"))
         integer(2, batch_size=1, **optional("num_classes"))
         integer(0, seed=1, num_workers=1, max_corrupt=1, skip_nonfinite=1)
-        number("a finite number > 0", lambda v: 0 < v < math.inf, "lr", "decay_epochs", *optional("lr_base", "clip_grad", "opt_eps"))
+        number("a finite number > 0", lambda v: 0 < v < math.inf, "lr", "decay_epochs", "dist_timeout")
+        number("a finite number > 0", lambda v: 0 < v < math.inf, *optional("lr_base", "clip_grad", "opt_eps"))
         number("a finite number >= 0", lambda v: 0 <= v < math.inf, "weight_decay", "warmup_epochs", "mixup", "cutmix")
         number("in [0, 1)", lambda v: 0 <= v < 1, "label_smoothing", "momentum", "alpha", "model_ema_decay")
         number("in [0, 1]", lambda v: 0 <= v <= 1, "hflip", "reprob")
-        number("in (0, 1]", lambda v: 0 < v <= 1, "decay_rate", "crop_pct")
+        number("in (0, 1]", lambda v: 0 < v <= 1, "decay_rate", "crop_pct", "layer_decay")
         for name, choices in (
             ("amp", AMP), ("opt", OPTIMIZERS), ("sched", SCHEDULES), ("dist_bn", DIST_BN), ("interpolation", INTERPOLATIONS),
         ):  # fmt: skip
             check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
+        until = ("stem", *map(str, range(7)), "head")
+        if self.freeze_until is not None:
+            check("freeze_until", f"one of {', '.join(until)}", lambda v: v in until)
         if self.scale is not None:
             object.__setattr__(self, "scale", tuple(self.scale))  # a list, from a recipe
             check("scale", "two numbers, 0 < smallest <= largest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)

@@ -1,12 +1,13 @@
 """A training run: every update can be the last, and a resumed run goes on as if it never stopped."""
 
+import itertools
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,17 +16,20 @@ import torch
 import torch.nn.functional as F
 
 from efficientnet.augment import mixing, training_crop, training_finish
-from efficientnet.checkpoints import describe_model, replacing, save_checkpoint
+from efficientnet.checkpoints import describe_model, read_weights, replacing, save_checkpoint, stored_cfg
 from efficientnet.config import EfficientNetConfig
+from efficientnet.cuda_graph import GraphedStep
 from efficientnet.data import Data, TrainingOrder, load_data
 from efficientnet.distributed import join, lost_process, share_running_statistics, synchronize_batch_norm, without_reduction, wrap
 from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device
 from efficientnet.logs import Log, plot_curves
 from efficientnet.model import create_model
-from efficientnet.optim import average_of, create_optimizer, decay_groups, learning_rate
+from efficientnet.optim import average_of, create_optimizer, learning_rate
+from efficientnet.pretrained import resolve
 from efficientnet.profile import count_parameters
 from efficientnet.run_state import RunStates, read_state
 from efficientnet.settings import InputError, Interrupted, TrainConfig, TrainingStopped
+from efficientnet.transfer import freeze, parameter_groups
 
 # Settings that may change when a run is resumed without changing its result.
 FREE_SETTINGS = {
@@ -48,17 +52,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         device = pick_device(config.device)
-        self.processes = join(device.type)
-        world, self.output = self.processes.world, Path(config.output)
-        config = self.config = _with_batch_size(config, world)
+        self.processes = join(device.type, config.dist_timeout)
+        self.output = Path(config.output)
+        config = self.config = _for_processes(config, device, self.processes.world)
         if device.type == "cuda":
             device = torch.device("cuda", self.processes.local_rank)
             precision = "tf32" if config.tf32 else "ieee"
             torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
-        elif config.cuda_graphs:
-            raise InputError("cuda_graphs needs a CUDA device, and this run is on the CPU; leave --cuda-graphs out")
-        if config.sync_bn and world == 1:
-            raise InputError("sync_bn needs several processes (torchrun --nproc-per-node N -m efficientnet train ...), this run has one")
         self.runner = Runner(device, config.amp, config.channels_last, self.processes)
 
         torch.manual_seed(config.seed)
@@ -76,14 +76,14 @@ class Trainer:
         self.forward = wrap(self.model, self.processes)
         if config.compile:
             self.forward = torch.compile(self.forward)
-        self.optimizer = create_optimizer(config, decay_groups(self.model, config.weight_decay))
+        self.optimizer = create_optimizer(config, parameter_groups(self.model, config.lr, config.weight_decay, config.layer_decay))
         self.scaler = torch.amp.GradScaler(self.runner.device.type, enabled=config.amp == "fp16")
-        self.graph = None  # of forward and backward, captured at the first update
+        self.forward_backward = GraphedStep(self._forward_backward, self.model) if config.cuda_graphs else self._forward_backward
 
         self.step, self.skipped = 0, 0  # updates behind us; those of them left out
         self.history: list[dict] = []
-        # Of the present epoch: sum of losses, seconds, seconds waited; and of the rows of steps.jsonl: sum of losses.
-        self.sums = {"epoch": self._zero(), "row": self._zero()}
+        # Sum and number of losses, of the present epoch and of the next row of steps.jsonl; seconds of the epoch, and of those waited.
+        self.sums = {name: torch.zeros(2, device=self.runner.device) for name in ("epoch", "row")}
         self.seconds = {"epoch": 0.0, "wait": 0.0}
         torch.manual_seed(config.seed * 1_000_003 + 1 + self.processes.rank)  # dropout and drop-path of this process
         self.states = RunStates(self.output / "checkpoints", config.checkpoint_hist)
@@ -100,6 +100,10 @@ class Trainer:
         if img_size is None:
             img_size = 32 if config.data.startswith("digits") else EfficientNetConfig.from_name(config.model).resolution
         prepare = {"interpolation": config.interpolation, "crop_pct": config.crop_pct}
+        source = classes = None
+        if config.pretrained is not None:
+            source, classes, cfg = _pretrained(config)
+            prepare |= {field: tuple(cfg[field]) for field in ("mean", "std") if field in cfg}
         sizes = {"num_classes": config.num_classes, "num_samples": config.train_num_samples}
         part = {"val_data": config.val_data, "download": config.download}
         self.data: Data = load_data(config.data, img_size, config.val_fraction, **part, **sizes, **prepare)
@@ -108,21 +112,28 @@ class Trainer:
         train.augment = training_crop(config) or train.augment
         if config.progressive_size is not None and config.progressive_size > img_size:
             raise InputError(f"progressive_size must be at most img_size {img_size}, got {config.progressive_size}")
-        model = create_model(
-            config.model,
-            num_classes=len(self.data.classes),
-            drop_rate=config.drop_rate,
-            drop_path_rate=config.drop_path_rate,
-            bn_momentum=config.bn_momentum,
-            bn_eps=config.bn_eps,
-            fused=config.fused,
-        )
-        # The release's classifier starts at +-1 / sqrt(classes): fine for 1000, but with 10 the first logits are so large and wrong
-        # that it takes hundreds of steps to unlearn them (12 epochs of the digits at lr 3e-3: 81 % so, 97 % from zero).
-        torch.nn.init.zeros_(model.classifier.weight)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "classifier is re-initialised")  # that is what training is for
+            model = create_model(
+                config.model,
+                pretrained=source or False,
+                num_classes=len(self.data.classes),
+                drop_rate=config.drop_rate,
+                drop_path_rate=config.drop_path_rate,
+                bn_momentum=config.bn_momentum,
+                bn_eps=config.bn_eps,
+                fused=config.fused,
+            )
+        if classes != model.num_classes:
+            # The release's classifier starts at +-1 / sqrt(classes): fine for 1000, but with 10 the first logits are so large and wrong
+            # that it takes hundreds of steps to unlearn them (12 epochs of the digits at lr 3e-3: 81 % so, 97 % from zero).
+            torch.nn.init.zeros_(model.classifier.weight)
+        model = self.runner.place(model)
         if config.sync_bn:
             model = synchronize_batch_norm(model)
-        return self.runner.place(model)
+        if config.freeze_until is not None:
+            freeze(model, int(config.freeze_until) if config.freeze_until.isdigit() else config.freeze_until)
+        return model
 
     def _order(self, config):
         place = (self.processes.rank, self.processes.world)
@@ -151,7 +162,7 @@ class Trainer:
         self._write_samples()
         bar = tqdm(total=total, initial=self.step, unit="batch", mininterval=interval, dynamic_ncols=True, disable=not self.processes.first)
         evaluation = None
-        with bar, self._noticing_signals(), lost_process(self.processes, self._how_to_continue()):
+        with bar, self._noticing_signals(), lost_process(self.processes, self._how_to_continue):
             self.bar = bar
             while len(self.history) < self.config.epochs:
                 epoch = len(self.history)
@@ -184,7 +195,7 @@ class Trainer:
             self.seconds["epoch"] += time.perf_counter() - started
             self.seconds["wait"] += self.loader.wait - waited
             self._log_step(epoch, step)
-            if self.signal is not None:
+            if self.processes.any(self.signal is not None):
                 self._save_and_leave()
             if config.checkpoint_interval and self.step % config.checkpoint_interval == 0 and step + 1 < self.steps:
                 self._save_state()
@@ -207,49 +218,50 @@ class Trainer:
                 f"{config.grad_accum_steps * config.batch_size // half}, or --auto-batch; {self._how_to_continue()}"
             ) from error
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         # The same in every process, since the gradients are. It decides for the loss too, which is not: a loss that is not finite
         # has no finite gradient.
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = bool(torch.isfinite(norm))
-        if not finite and self.scaler.get_scale() <= 1.0:  # under loss scaling, an overflow only asks for a smaller scale
-            self._not_finite(loss, norm, buffers)
-        else:
-            if config.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_([p for p in self.model.parameters() if p.grad is not None], config.clip_grad, norm)
+        self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        finite = bool(torch.isfinite(self.norm))
+        if finite or self.scaler.get_scale() > 1.0:  # under loss scaling, an overflow only asks for a smaller scale
+            if finite and config.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, self.norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.average is not None and finite:
+        else:
+            self._not_finite(loss, buffers)
+        if finite:
+            if self.average is not None:
                 self.average.update_parameters(self.model)
-            for sum_ in self.sums.values():
-                sum_ += loss
-        self.norm = norm
+            for sums in self.sums.values():
+                sums += torch.stack([loss, torch.ones_like(loss)])
 
     def _gradients(self, batches):
         """Mean loss of the accumulated batches; their gradients are in the parameters."""
         accum = self.config.grad_accum_steps
-        loss = self._zero()
-        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.runner.device)
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
         for a in range(accum):
             images, labels = next(batches)
             if self.mix:
                 images, labels = self.mix(images, labels)
             with without_reduction(self.forward, a + 1 < accum):
-                loss += self._forward_backward(images, labels, accum)
+                loss += self.forward_backward(images, labels)
         return loss
 
-    def _forward_backward(self, images, labels, accum=1):
+    def _forward_backward(self, images, labels):
+        """A batch's share of the loss; its share of the gradients is added to the parameters'."""
         with self.runner.autocast():
             logits = self.forward(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing) / accum
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing) / self.config.grad_accum_steps
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _not_finite(self, loss, norm, buffers):
+    def _not_finite(self, loss, buffers):
         self.skipped += 1
         epoch, step = divmod(self.step, self.steps)
         names = self.loader.names(epoch, step)
-        what = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+        what = f"loss {loss.item():.4g}, gradient norm {self.norm.item():.4g}"
         where = f"step {self.step + 1} (epoch {epoch + 1}, batch {step + 1}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         if self.skipped > self.config.skip_nonfinite:
             already = f" after {self.skipped - 1} others that were left out" if self.skipped > 1 else ""
@@ -262,17 +274,17 @@ class Trainer:
         self.say(f"left out, {self.skipped} of at most {self.config.skip_nonfinite}: {what} in {where}")
 
     def _finish_epoch(self, epoch) -> Evaluation:
-        share_running_statistics(self.model, self.processes, self.config.dist_bn)
-        if self.average is not None:
-            share_running_statistics(self.average.module, self.processes, self.config.dist_bn)
+        for model in self._models():
+            share_running_statistics(model, self.processes, self.config.dist_bn)
+        alone = self.processes.world == 1  # several processes would have to agree, batch by batch
         try:
-            evaluation = self.runner.evaluate(self.evaluated, self.val_loader, lambda: self.signal is not None)
+            evaluation = self.runner.evaluate(self.evaluated, self.val_loader, lambda: alone and self.signal is not None)
         except InterruptedError:
             self._save_and_leave()
         images = self.steps * self.order.images
         row = {
             "epoch": epoch + 1,
-            "train_loss": self._mean(self.sums["epoch"], self.steps),
+            "train_loss": self._mean(self.sums["epoch"]),
             "val_loss": evaluation.loss,
             "val_acc": evaluation.accuracy,
             "val_acc5": evaluation.accuracy5,
@@ -301,7 +313,7 @@ class Trainer:
         self.bar.update()
         if self.step % self.config.log_interval:
             return
-        loss = self._mean(self.sums["row"], self.config.log_interval)
+        loss = self._mean(self.sums["row"])
         self.sums["row"].zero_()
         if self.log:
             rate = (step + 1) * self.order.images / self.seconds["epoch"]
@@ -315,12 +327,10 @@ class Trainer:
         """The model whose weights are evaluated and kept."""
         return self.model if self.average is None else self.average.module
 
-    def _zero(self):
-        return torch.zeros((), device=self.runner.device)
-
-    def _mean(self, total, count):
-        """Of a sum that every process has of its own batches."""
-        return self.processes.sum(total.double().clone()).item() / count / self.processes.world
+    def _mean(self, sums):
+        """Of the losses whose sum and number every process has of its own batches."""
+        total, count = self.processes.sum(sums.double()).tolist()
+        return total / count if count else math.nan
 
     def say(self, text: str) -> None:
         if not self.processes.first:
@@ -445,9 +455,8 @@ class Trainer:
     def _set_aside(self):
         """A new run in an old run's folder: the old checkpoints must not be taken for its own, nor be lost."""
         if self.states.paths():
-            old = self.output / "checkpoints.old"
-            if old.exists():
-                shutil.rmtree(old)
+            number = next(n for n in itertools.count(1) if not (self.output / f"checkpoints.old{n}").exists())
+            old = self.output / f"checkpoints.old{number}"
             os.replace(self.states.folder, old)
             self.say(f"note        the checkpoints of an earlier run are now in {old}")
 
@@ -457,8 +466,8 @@ class Trainer:
 
     @contextmanager
     def _noticing_signals(self):
-        """Alone, a process that is asked to stop (once) finishes its update and saves it; among several, it leaves at once."""
-        if self.processes.world > 1 or threading.current_thread() is not threading.main_thread():
+        """A process that is asked to stop finishes its update, together with the others, and saves; asked again, it leaves at once."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
         pid, before = os.getpid(), {}
@@ -469,8 +478,7 @@ class Trainer:
                     os._exit(128 + signum)
                 return
             self.signal = signum
-            for number, handler in before.items():
-                signal.signal(number, handler)  # a second signal does not wait
+            signal.signal(signum, before[signum])  # torchrun turns a Ctrl-C into SIGTERM besides: that is not asking again
 
         before.update({signum: signal.signal(signum, notice) for signum in (signal.SIGINT, signal.SIGTERM)})
         try:
@@ -481,13 +489,15 @@ class Trainer:
 
     def _save_and_leave(self):
         self._save_state()
-        raise Interrupted(self.signal, self.states.paths()[0])
+        raise Interrupted(self.signal or signal.SIGTERM, next(iter(self.states.paths()), None))
 
     def _fit_memory(self) -> TrainConfig:
         """The configuration with the batch halved, and twice as many accumulated, until forward and backward fit every process."""
         config = self.config
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         size = self.data.preprocess.img_size
+        # What the optimizer and the average will take.
+        reserved = [torch.zeros_like(p) for p in self.model.parameters() for _ in range(2 + config.model_ema)]
         while True:
             try:
                 with torch.random.fork_rng():
@@ -510,6 +520,7 @@ class Trainer:
             if config.batch_size % 2 or config.batch_size < 4:
                 raise InputError(f"auto_batch: not even batches of {config.batch_size} images fit the memory, and that cannot be halved")
             config = replace(config, batch_size=config.batch_size // 2, grad_accum_steps=2 * config.grad_accum_steps)
+        del reserved
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         if self.processes.first:
@@ -553,8 +564,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _with_batch_size(config, world):
-    """global_batch_size, turned into the batch_size of one process."""
+def _for_processes(config, device, world):
+    """The configuration of one process of ``world`` on ``device``. Raises InputError for what these cannot do."""
+    if config.sync_bn and world == 1:
+        raise InputError("sync_bn needs several processes (torchrun --nproc-per-node N -m efficientnet train ...), this run has one")
+    if config.cuda_graphs:
+        never = {
+            "a CUDA device, and this run is on the CPU": device.type != "cuda",
+            f"one process, and this run has {world}": world > 1,
+            f"images of one size, and progressive_size is {config.progressive_size}": config.progressive_size is not None,
+            "a model that is not compiled, and compile is on": config.compile,
+        }
+        for what in (what for what, given in never.items() if given):
+            raise InputError(f"cuda_graphs needs {what}; leave --cuda-graphs out")
     if config.global_batch_size is None:
         return config
     parts = world * config.grad_accum_steps
@@ -564,6 +586,14 @@ def _with_batch_size(config, world):
             f"got {config.global_batch_size}; try {max(2, math.ceil(config.global_batch_size / parts)) * parts}"
         )
     return replace(config, batch_size=config.global_batch_size // parts)
+
+
+def _pretrained(config):
+    """(source, classes of its classifier, how its images are prepared) of ``config.pretrained``."""
+    network = EfficientNetConfig.from_name(config.model)
+    source, cfg = resolve(network.name, True if config.pretrained == "default" else config.pretrained)
+    weights = read_weights(source)
+    return source, weights.num_classes(network), cfg or stored_cfg(weights.metadata) or {}
 
 
 def _flat(description):

@@ -7,24 +7,20 @@ from efficientnet.commands.common import checking_input
 from efficientnet.settings import InputError, TrainConfig, option_names
 
 SUMMARY = "Train a model; write checkpoints, metrics and curves."
-TYPES = {"int": int, "float": float, "str": str}
+KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {}, "tuple": {}, "bool": {"action": argparse.BooleanOptionalAction}}
 
 
 def add_arguments(parser):
     """--recipe, and one option for each field of TrainConfig, which owns the defaults and the checks."""
     parser.add_argument("--recipe", help="settings to start from, which options override: a .toml file, or paper-b0 to paper-b7, digits")
     for field in fields(TrainConfig):
-        help, kwargs = field.metadata["help"], dict(field.metadata["argparse"])
         kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
-        if kind == "bool":
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif field.default is not None:
+        help = field.metadata["help"].replace("%", "%%")
+        if kind != "bool" and field.default is not None:
             help += f" (default: {field.default})"
-        kwargs.setdefault("type", TYPES.get(kind))
-        if kind == "bool":
-            del kwargs["type"]
         # Not there unless given: then a recipe's setting counts, or TrainConfig's default.
-        parser.add_argument(*option_names(field.name), dest=field.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **kwargs)
+        kwargs = {"dest": field.name, "default": argparse.SUPPRESS, "help": help} | KINDS[kind] | field.metadata["argparse"]
+        parser.add_argument(*option_names(field.name), **kwargs)
 
 
 def run(args):
