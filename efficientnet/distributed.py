@@ -1,5 +1,6 @@
 """Processes of one run, as torchrun starts them, and BatchNorm across them."""
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -113,8 +114,8 @@ def lost_process(processes: Processes, hint: Callable[[], str]):
         raise TrainingStopped(f"process {processes.rank} lost another process of the run ({line}); {hint()}") from error
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` for the CPU, which torch's own refuses.
+class SyncBatchNorm(nn.BatchNorm2d):
+    """``nn.SyncBatchNorm`` for the CPU, which torch's own refuses, and DistributedDataParallel with it.
 
     Each process sends (count, mean, M2) of its batch, merged by Chan's formula: ``mean = sum n_i mean_i / N``,
     ``M2 = sum M2_i + n_i (mean_i - mean)^2``; biased variance to normalise, unbiased for running_var. The backward sums
@@ -124,7 +125,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if not self.training or not dist.is_initialized():
             return super().forward(x)  # one process's BatchNorm
-        y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps, self.process_group or dist.group.WORLD)
+        y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
@@ -136,14 +137,14 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 class _SyncedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
+    def forward(ctx, x, weight, bias, eps):
         axes, shape = _axes(x)
         xf = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(xf, axes, correction=0)
         count = torch.full_like(mean[:1], x.numel() / x.shape[1])
         local = torch.cat([count, mean, var * count])
-        everyone = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, local, group)
+        everyone = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, local)
         counts, means, m2s = torch.stack(everyone).split([1, x.shape[1], x.shape[1]], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -153,7 +154,6 @@ class _SyncedNorm(torch.autograd.Function):
         if weight is not None:
             y = y * weight.view(shape) + bias.view(shape)
         ctx.save_for_backward(x, weight, mean, rstd, total)
-        ctx.group = group
         ctx.mark_non_differentiable(mean, var, total)
         return y.to(x.dtype), mean, var, total
 
@@ -164,12 +164,12 @@ class _SyncedNorm(torch.autograd.Function):
         dyf, xhat = dy.to(mean.dtype), (x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape)
         local = torch.stack([dyf.sum(axes), (dyf * xhat).sum(axes)])
         sums = local.clone()
-        dist.all_reduce(sums, group=ctx.group)
+        dist.all_reduce(sums)
         mean_dy, mean_dy_xhat = (s.view(shape) / total for s in sums)
         scale = rstd if weight is None else rstd * weight
         dx = scale.view(shape) * (dyf - mean_dy - xhat * mean_dy_xhat)
         grads = (None, None) if weight is None else (local[1].to(weight.dtype), local[0].to(weight.dtype))
-        return dx.to(x.dtype), *grads, None, None
+        return dx.to(x.dtype), *grads, None
 
 
 def _axes(x):
@@ -178,10 +178,11 @@ def _axes(x):
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """``nn.SyncBatchNorm.convert_sync_batchnorm``, on the CPU with layers that serve it; parameters and names stay."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """``nn.SyncBatchNorm.convert_sync_batchnorm``; on the CPU with layers that serve it. Parameters and names stay."""
+    if next(model.buffers()).device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
-        if type(layer) is nn.SyncBatchNorm and layer.running_mean.device.type == "cpu":
+        if type(layer) is nn.BatchNorm2d:
             layer.__class__ = SyncBatchNorm
     return model
 
@@ -206,8 +207,10 @@ def wrap(model: nn.Module, processes: Processes) -> nn.Module:
     """DistributedDataParallel, whose running statistics are shared by ``share_running_statistics`` only."""
     if processes.world == 1:
         return model
+    kind = nn.parallel.DistributedDataParallel
     device_ids = [processes.local_rank] if next(model.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    name = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"  # until 2.12
+    return kind(model, device_ids=device_ids, **{name: False})
 
 
 def without_reduction(model: nn.Module, yes: bool):

@@ -186,7 +186,7 @@ class Runner:
             if interrupted():
                 raise InterruptedError
         if self.processes.world > 1:
-            width = self.processes.sum(torch.tensor([0.0 if sums is None else len(sums), sums is not None], device=self.device))
+            width = self.processes.sum(torch.tensor([0.0, 0.0] if sums is None else [float(len(sums)), 1.0], device=self.device))
             if sums is None:  # more processes than images
                 sums = torch.zeros(int(width[0] / width[1]), dtype=torch.float64, device=self.device)
             self.processes.sum(sums)

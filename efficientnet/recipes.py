@@ -19,7 +19,7 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*-*.toml")) + ["digits"]
 
 
-def load_recipe(name: str) -> dict:
+def load_recipe(name: str, extending: tuple[Path, ...] = ()) -> dict:
     """Settings of the recipe of that name, or of a .toml file; ``extends`` names a recipe whose settings it adds to.
 
     Raises InputError for an unknown recipe (naming near ones), a file that is not TOML, or a key that is no setting.
@@ -28,6 +28,8 @@ def load_recipe(name: str) -> dict:
     if not path.is_file():
         near = difflib.get_close_matches(name, list_recipes(), n=2) or list_recipes()
         raise InputError(f"unknown recipe {name!r}; accepted: a .toml file, or one of {', '.join(near)}")
+    if path.resolve() in extending:
+        raise InputError(f"recipe {str(path)!r} extends itself")
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -37,6 +39,5 @@ def load_recipe(name: str) -> dict:
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"recipe {str(path)!r} has the unknown setting {key!r}{hint}")
-    return (load_recipe(base) if base else {}) | settings
+            raise InputError(f"recipe {str(path)!r} has the unknown setting {key!r}{f'; did you mean {near[0]}?' if near else ''}")
+    return (load_recipe(base, (*extending, path.resolve())) if base else {}) | settings

@@ -1,0 +1,76 @@
+"""Functions run in processes of their own, forked from one that has imported everything: a tenth of a second each, not several."""
+
+import os
+import socket
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib.figure  # noqa: F401
+import PIL.Image
+import torch
+
+import effkernels.convert  # noqa: F401
+from efficientnet.augment import torchvision_module
+from efficientnet.distributed import leave
+from efficientnet.train import Trainer
+
+torchvision_module("transforms.v2")
+PIL.Image.init()
+torch.set_num_threads(1)
+
+
+def start(target, *args, log=os.devnull, env=None):
+    """A process that runs ``target(*args)``; what it prints is added to the file ``log``, what it returns is read by ``results``."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "processes"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, target, args, str(log), env or {}))
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server, started with the first process, must find these
+        process.start()
+    sender.close()
+    process.receiver, process.log = receiver, log
+    return process
+
+
+def start_group(world: int, target, *args, log=os.devnull) -> list:
+    """Processes that find each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [start(target, *args, log=f"{log}.{rank}", env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+
+def results(*processes, seconds=300) -> list:
+    """What the processes return. Fails if one of them fails, or takes far longer than any may."""
+    values = []
+    for process in processes:
+        assert process.receiver.poll(seconds), "a process neither returned nor ended"
+        try:
+            values.append(process.receiver.recv())
+        except EOFError:
+            process.join()
+            said = "" if process.log == os.devnull else Path(process.log).read_text()[-2000:]
+            raise AssertionError(f"a process ended with exit code {process.exitcode}: {said}") from None
+        process.join()
+        assert process.exitcode == 0
+    return values
+
+
+def train(config):
+    """A run: (rows of its epochs, running statistics and weights as they are in this process)."""
+    trainer = Trainer(config)
+    trainer.run()
+    leave()
+    return trainer.history, {key: value.numpy() for key, value in trainer.model.state_dict().items()}
+
+
+def _child(sender, target, args, log, env):
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env)
+    sender.send(target(*args))
+    sender.close()

@@ -1,0 +1,368 @@
+"""Nothing lost: resumed runs against runs that never stopped, damaged and unwritable checkpoints, signals, kills at random moments."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+from efficientnet import load_checkpoint
+from efficientnet.checkpoints import read_metadata
+from efficientnet.run_state import RunStates, read_state
+from efficientnet.settings import InputError, Interrupted, TrainConfig, TrainingStopped
+from efficientnet.train import Trainer
+
+TINY = "efficientnet_d0.1_w0.1_r32"  # seven blocks, 33,000 parameters
+
+
+MEASURED = ("seconds", "images_per_s", "data_wait")
+
+
+def assert_same(a, b, where="state"):
+    """Training states or parts of them, bit for bit, but for measured seconds."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {*MEASURED}:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert equal, where
+
+
+def newest(folder) -> dict:
+    state = read_state(RunStates(Path(folder) / "checkpoints").paths()[0])
+    del state["settings"]  # output and resume differ
+    return state
+
+
+@pytest.fixture(scope="module")
+def config(image_folder):
+    """Four epochs of three updates with everything that has a state: averages, momentum, dropout, augmentation, mixing."""
+    settings = {"opt": "rmsproptf", "model_ema": True, "drop_path_rate": 0.2, "reprob": 0.3, "mixup": 0.2, "aa": "rand-m5-n1"}
+    return TrainConfig(
+        f"imagefolder:{image_folder}", model=TINY, img_size=16, epochs=4, batch_size=10, device="cpu", checkpoint_interval=1, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The folder of the run that never stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    Trainer(replace(config, output=str(output))).run()
+    return output
+
+
+class Stop(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("updates", [1, 3, 7])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_run_that_never_stopped(config, whole, tmp_path, monkeypatch, updates, workers):
+    """Stopped in the first epoch, at the end of one and within the third: the same states, bit for bit, and the same rows."""
+    if workers and updates != 7:
+        pytest.skip("once with workers")
+    config = replace(config, output=str(tmp_path), num_workers=workers)
+    update = Trainer._update
+
+    def stopped(self, batches):
+        if self.step == updates:
+            raise Stop
+        update(self, batches)
+
+    monkeypatch.setattr(Trainer, "_update", stopped)
+    with pytest.raises(Stop):
+        Trainer(config).run()
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    trainer = Trainer(replace(config, resume="auto"))
+    assert trainer.step == updates
+    evaluation = trainer.run()
+    assert_same(newest(tmp_path), newest(whole))
+    assert evaluation.accuracy == newest(whole)["history"][-1]["val_acc"]
+    for name in ("last", "best"):
+        weights = (load_checkpoint(None, folder / f"{name}.safetensors").state_dict() for folder in (tmp_path, whole))
+        assert_same(*weights, name)
+    assert trainer.run().accuracy == evaluation.accuracy  # nothing is left to do
+
+
+def test_a_run_goes_on_with_more_epochs_but_not_with_fewer(config, whole, tmp_path):
+    path = RunStates(whole / "checkpoints").paths()[0]
+    with pytest.raises(InputError, match="has 4 epochs behind it; epochs must be more, got 4"):
+        Trainer(replace(config, resume=str(path), output=str(tmp_path)))
+    trainer = Trainer(replace(config, resume=str(path), output=str(tmp_path), epochs=5))
+    assert trainer.step == 12
+    assert_same(trainer.model.state_dict(), read_state(path)["model"])
+    trainer.run()
+    assert [row["epoch"] for row in trainer.history] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped bit", "empty", "another file"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config, whole, tmp_path, capsys, damage):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    first, second, _ = RunStates(tmp_path / "checkpoints").paths()
+    data = first.read_bytes()
+    spoiled = {"truncated": data[:-2000], "empty": b"", "another file": b"PK" + data[1000:3000]}
+    middle = len(data) // 2
+    first.write_bytes(spoiled.get(damage, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]))
+    trainer = Trainer(replace(config, output=str(tmp_path), resume="auto"))
+    out = capsys.readouterr().out
+    assert trainer.step == 11 and f"{str(first)!r} is" in out and "falling back to the one before" in out and str(second) in out
+    trainer.run()
+    assert_same(newest(tmp_path), newest(whole))
+
+
+def test_no_whole_checkpoint_is_an_error(config, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-00000003.train.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read; move them away to start anew"):
+        Trainer(replace(config, output=str(tmp_path), resume="auto"))
+
+
+def test_a_new_run_sets_older_checkpoints_aside(config, tmp_path, capsys):
+    for number in (1, 2):
+        config = replace(config, output=str(tmp_path), epochs=number)
+        Trainer(config).run()
+    assert "the checkpoints of an earlier run are now in" in capsys.readouterr().out
+    assert newest(tmp_path)["step"] == 6
+    assert [path.name for path in (tmp_path / "checkpoints.old1").iterdir()]
+    Trainer(config)
+    assert (tmp_path / "checkpoints.old2").is_dir() and (tmp_path / "checkpoints.old1").is_dir()
+
+
+def test_the_last_few_and_the_best_are_kept(config, tmp_path):
+    Trainer(replace(config, output=str(tmp_path), checkpoint_hist=2, epochs=2)).run()
+    assert [path.name for path in RunStates(tmp_path / "checkpoints").paths()] == ["step-00000006.train.pt", "step-00000005.train.pt"]
+    assert read_metadata(tmp_path / "best.safetensors")["classes"] == ["blue", "green", "red"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monkeypatch):
+    """/dev/full takes no byte: the write fails as on a full disk, the message has the last good checkpoint, which goes on."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    config = replace(config, output=str(tmp_path))
+    trainer = Trainer(config)
+    save = RunStates.save
+
+    def full(self, state):
+        if state["step"] == 5:
+            monkeypatch.setattr("efficientnet.run_state._Writer.__init__", lambda self, path: self.__dict__.update(
+                file=open("/dev/full", "wb", buffering=0), error=None))  # fmt: skip
+        return save(self, state)
+
+    monkeypatch.setattr(RunStates, "save", full)
+    with pytest.raises(
+        TrainingStopped, match=r"cannot write checkpoint .*step-00000005.*No space left.*last good .*step-00000004.*--resume auto"
+    ):
+        trainer.run()
+    monkeypatch.undo()
+    assert {path.name[:13] for path in (tmp_path / "checkpoints").iterdir()} == {f"step-{i:08d}" for i in (2, 3, 4)}
+    Trainer(replace(config, resume="auto")).run()
+    assert_same(newest(tmp_path), newest(whole))
+
+
+def test_an_unwritable_folder_is_found_before_any_work(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output '.*/file/out' cannot be written: Not a directory"):
+        Trainer(replace(config, output=str(tmp_path / "file" / "out")))
+
+
+def divergence(trainer, monkeypatch, *steps):
+    """Makes the loss of these updates NaN."""
+    gradients = trainer._gradients
+
+    def spoiled(batches):
+        loss = gradients(batches)
+        if trainer.step in steps:
+            next(trainer.model.parameters()).grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(trainer, "_gradients", spoiled)
+
+
+def test_divergence_stops_with_the_step_the_batch_and_the_last_good_checkpoint(config, tmp_path, monkeypatch):
+    trainer = Trainer(replace(config, output=str(tmp_path)))
+    divergence(trainer, monkeypatch, 4)
+    with pytest.raises(TrainingStopped) as stop:
+        trainer.run()
+    names = [trainer.data.train.name(i) for i in trainer.order.indices(1, 1)]
+    assert f"gradient norm nan in step 5 (epoch 2, batch 2: {', '.join(names[:3])}, ...)" in str(stop.value)
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000004.train.pt'}" in str(stop.value)
+    assert all(torch.isfinite(tensor).all() for tensor in newest(tmp_path)["model"].values())
+
+
+def test_a_rate_that_is_too_large_stops_the_run(config, tmp_path):
+    trainer = Trainer(replace(config, output=str(tmp_path), lr=1e30, opt="sgd", mixup=0.0))
+    with pytest.raises(TrainingStopped, match=r"loss \S+, gradient norm (nan|inf) in step \d.*a lower --lr or --clip-grad may help"):
+        trainer.run()
+
+
+def test_updates_that_are_not_finite_are_left_out_up_to_a_limit(config, tmp_path, monkeypatch, capsys):
+    """Nothing of such an update stays: not in weights, averages or statistics."""
+    trainer = Trainer(replace(config, output=str(tmp_path / "a"), skip_nonfinite=1, epochs=2))
+    divergence(trainer, monkeypatch, 4)
+    trainer.run()
+    assert trainer.skipped == 1 and "left out, 1 of at most 1: loss" in capsys.readouterr().out
+    states = [read_state(path) for path in RunStates(tmp_path / "a" / "checkpoints").paths()]
+    assert [state["step"] for state in states] == [6, 5, 4]
+    for part in ("model", "average"):
+        assert_same(states[1][part], states[2][part])
+    assert_same(states[1]["optimizer"]["state"], states[2]["optimizer"]["state"])
+    with pytest.raises(AssertionError):
+        assert_same(states[0]["model"], states[1]["model"])
+    assert 0 < trainer.history[-1]["train_loss"] < 3  # the mean of the other two
+    trainer = Trainer(replace(config, output=str(tmp_path / "b"), skip_nonfinite=1))
+    divergence(trainer, monkeypatch, 1, 4)
+    with pytest.raises(TrainingStopped, match="in step 5 .* after 1 others that were left out"):
+        trainer.run()
+
+
+def test_out_of_memory_names_the_batch_to_try(config, tmp_path, monkeypatch):
+    trainer = Trainer(replace(config, output=str(tmp_path)))
+
+    def out_of_memory(images, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(trainer, "forward_backward", out_of_memory)
+    with pytest.raises(TrainingStopped, match="out of memory with batches of 10: try --batch-size 5 --grad-accum-steps 2, or --auto-batch"):
+        trainer.run()
+
+
+def test_auto_batch_halves_until_it_fits(config, tmp_path, monkeypatch):
+    """Memory for 7 images: 5 at a time, two batches an update, the same images in it; what was tried leaves no trace."""
+    from efficientnet.model import EfficientNet
+
+    def small(self, images):
+        if len(images) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    fits = Trainer(replace(config, output=str(tmp_path)))
+    forward = EfficientNet.forward
+    monkeypatch.setattr(EfficientNet, "forward", small)
+    trainer = Trainer(replace(config, output=str(tmp_path), auto_batch=True))
+    assert (trainer.config.batch_size, trainer.config.grad_accum_steps, trainer.steps) == (5, 2, fits.steps)
+    assert trainer.order.indices(1, 2) == fits.order.indices(1, 2)
+    assert_same(trainer.model.state_dict(), fits.model.state_dict())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.run()
+    monkeypatch.setattr(EfficientNet, "forward", lambda self, images: small(self, images.repeat(8, 1, 1, 1)))
+    with pytest.raises(InputError, match="not even batches of 5 images fit the memory"):
+        Trainer(replace(config, output=str(tmp_path), auto_batch=True))
+
+
+# Signals
+
+
+def command(config):
+    """The command line of a run with these settings."""
+    options = []
+    for field in fields(config):
+        value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(name if value else "--no-" + name[2:])
+        elif value is not None and value != field.default:
+            options += [name, str(value)]
+    return [sys.executable, "-m", "efficientnet", "train", *options]
+
+
+def wait_for(condition, process, seconds=300):
+    """Until the condition holds or the process ends; fails after ``seconds``, which nothing here comes near."""
+    deadline = time.monotonic() + seconds
+    ended = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
+    while not condition() and ended() is None:
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_sigterm_saves_the_update_and_names_the_checkpoint(config, tmp_path):
+    config = replace(config, epochs=100_000, checkpoint_interval=None, output=str(tmp_path), num_workers=1)
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command(config), stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        wait_for((tmp_path / "metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+        log.seek(0)
+        text = log.read()
+    # A data worker may see its end of the pipe close, and then Python prints that worker's traceback; ours never is one of them.
+    assert code == 128 + signal.SIGTERM and "efficientnet/cli.py" not in text
+    last = [line for line in text.splitlines() if line.startswith("efficientnet: ")][-1]
+    newest_path = RunStates(tmp_path / "checkpoints").paths()[0]
+    assert last == f"efficientnet: stopped by SIGTERM; continue with --resume {newest_path}"
+    step = read_state(newest_path)["step"]
+    trainer = Trainer(replace(config, epochs=step // 3 + 1, resume="auto", num_workers=0))
+    assert trainer.step == step and trainer.run().total == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_an_update_or_an_evaluation(config, whole, tmp_path, monkeypatch, signum):
+    """The update that it comes in is finished and saved, the evaluation is not waited for; the rest of the run is the whole one's."""
+    config, update, evaluate = replace(config, output=str(tmp_path), checkpoint_interval=None), Trainer._update, Trainer._finish_epoch
+
+    def signalled(self, batches):
+        if self.step == 4:
+            os.kill(os.getpid(), signum)
+        update(self, batches)
+
+    def signalled_evaluation(self, epoch):
+        os.kill(os.getpid(), signum)
+        return evaluate(self, epoch)
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(Trainer, "_update", signalled)
+    with pytest.raises(Interrupted) as stop:
+        Trainer(config).run()
+    assert stop.value.signum == signum and stop.value.checkpoint.name == "step-00000005.train.pt"
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "_finish_epoch", signalled_evaluation)
+    with pytest.raises(Interrupted) as stop:
+        Trainer(replace(config, resume="auto")).run()
+    monkeypatch.undo()
+    assert stop.value.checkpoint.name == "step-00000006.train.pt" and len(newest(tmp_path)["history"]) == 1
+    assert signal.getsignal(signum) == before
+    Trainer(replace(config, resume="auto")).run()
+    assert_same(newest(tmp_path), newest(whole))
+
+
+# Kills
+
+
+def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_never_was(config, tmp_path):
+    """kill -9 from outside at a random moment within an update, a save or an evaluation, again and again, each time resumed."""
+    kills, moments = 20, random.Random(0)
+    config = replace(config, sched="step", warmup_epochs=0.0, checkpoint_hist=2)  # a rate that does not depend on when the run ends
+    killed = replace(config, output=str(tmp_path / "killed"), resume="auto", epochs=100_000)
+    states, log, progress = RunStates(tmp_path / "killed" / "checkpoints"), tmp_path / "log", [0]
+
+    def further():
+        names = [path.name for path in states.paths()]
+        return bool(names) and names[0] > f"step-{progress[-1]:08d}.train.pt"
+
+    for _ in range(kills):
+        process = processes.start(processes.train, killed, log=log)
+        wait_for(further, process)
+        time.sleep(moments.uniform(0, 0.1))  # an update and its save take some 0.05 s
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        found = states.newest(pytest.fail)  # whole, the newest of them
+        progress.append(found[1]["step"])
+    assert all(a < b for a, b in zip(progress, progress[1:], strict=False))
+    epochs = progress[-1] // 3 + 1
+    outputs = replace(killed, epochs=epochs), replace(config, epochs=epochs, output=str(tmp_path / "whole"))
+    processes.results(*(processes.start(processes.train, config, log=log) for config in outputs))
+    assert_same(newest(tmp_path / "killed"), newest(tmp_path / "whole"))
+    assert log.read_text().count("resumed     ") == kills
