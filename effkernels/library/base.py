@@ -12,6 +12,7 @@ import functools
 import torch
 
 from effkernels.geometry import pad_amounts
+from effkernels.library.counters import own_counters
 
 LIB = torch.library.Library("effkernels", "DEF")
 
@@ -65,7 +66,7 @@ def call(name, implementation, dispatched, args):
 
 def register(name, implementation, fake, function=None):
     for key in ("CPU", "CUDA"):
-        LIB.impl(name, implementation, key)
+        LIB.impl(name, own_counters(implementation), key)
     torch.library.register_fake(f"effkernels::{name}", fake, lib=LIB)
     if function is not None:
         LIB.impl(name, lambda *args: function.apply(True, *args), "Autograd")

@@ -4,7 +4,7 @@ One autograd node. It keeps x, the outputs y1, y2, y3 of the three convolutions 
 ``recompute`` not even y1. Launches, each reading what it says from memory once (e1: expanded tensor at input size, e2: after the
 depthwise convolution):
 
-    forward   expand (x -> y1) | merge BN1 | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
+    forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
               merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
     backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
               sums | Gram matrix | expand (dz1, x -> dx) | all weight gradients                                    3 e1 + 4 e2
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
 from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, on_its_device, pads_of, register
+from effkernels.library.counters import zeroed_counters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,13 +37,13 @@ LIB.define(
     f"{_norm(3)}, Tensor? mask, {_SHAPE}, bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2, "
     "bool batch3, float? momentum3, float eps3, bool recompute) -> (Tensor out, Tensor y1, Tensor y2, Tensor y3, "
     "Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
-    "Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, Tensor counters)"
+    "Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4)"
 )
 LIB.define(
     "mbconv_backward(Tensor dout, Tensor x, Tensor? expand_weight, Tensor? weight1, Tensor? bias1, Tensor depthwise_weight, "
     f"Tensor weight2, Tensor bias2, {_SE}, Tensor project_weight, Tensor weight3, Tensor bias3, Tensor? mask, "
     "Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
-    f"Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, Tensor counters, {_SHAPE}, bool batch1, bool batch2, bool batch3, "
+    f"Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, {_SHAPE}, bool batch1, bool batch2, bool batch3, "
     "bool[] needs) -> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
     "Tensor bias2, Tensor, Tensor, Tensor, Tensor, Tensor project_weight, Tensor weight3, Tensor bias3)"
 )
@@ -55,38 +56,19 @@ LIB.define(
 
 
 def _counters(x, E, O):
-    """One int32 for each image, and enough for the channel blocks and groups of programs of every kernel."""
-    return x.new_empty(x.shape[0] + 512 + max(E, O) // 8, dtype=torch.int32)
+    """One for each image, and enough for the channel blocks and groups of programs of every kernel."""
+    return zeroed_counters(x, x.shape[0] + 512 + max(E, O) // 8)
 
 
-class _Statistics:
-    """Finishes the BatchNorms of a block in order: the first with batch statistics in a launch of its own, which also zeroes the
-    counters; later ones in the last program of the kernel that makes the statistics."""
+def _normalised(kernel, batch, running_mean, running_var, num_batches, momentum, eps):
+    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False."""
+    if not batch:
+        out, _ = kernel()
+        return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
+    from effkernels.kernels.batchnorm import Merge
 
-    def __init__(self, counters):
-        self.counters, self.zeroed = counters, False
-
-    def around(self, kernel, batch, running_mean, running_var, num_batches, momentum, eps):
-        """(output, mean, rstd) of ``kernel(**how)``, which returns (output, statistics)."""
-        from effkernels.kernels import batchnorm
-
-        if not batch:
-            out, _ = kernel()
-            return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
-        merge = batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum)
-        if self.zeroed:
-            out, statistics = kernel(merge=merge, counters=self.counters)
-        else:
-            out, tiles = kernel(stats=True)
-            statistics = batchnorm.merge(tiles, merge, counters=self.counters)
-            self.zeroed = True
-        return out, *statistics
-
-    def zero_counters(self):
-        if not self.zeroed:
-            self.counters.zero_()
-            self.zeroed = True
-        return self.counters
+    out, statistics = kernel(merge=Merge(eps, running_mean, running_var, num_batches, momentum))
+    return out, *statistics
 
 
 @on_its_device
@@ -102,7 +84,6 @@ def mbconv(
 
     compute = DTYPES[dtype]
     counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
-    statistics = _Statistics(counters)
     y1 = mean1 = rstd1 = prologue = None
     a = None
     if expand_weight is None:
@@ -110,35 +91,34 @@ def mbconv(
     else:
 
         def expand(**how):
-            return pointwise.pointwise_forward(x, expand_weight, dtype=compute, **how)
+            return pointwise.pointwise_forward(x, expand_weight, dtype=compute, counters=counters, **how)
 
-        y1, mean1, rstd1 = statistics.around(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
+        y1, mean1, rstd1 = _normalised(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
         prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
 
     def depthwise_forward(**how):
         pads = pads_of(a, depthwise_weight, stride, padding)
         act1 = act if prologue else "identity"
-        return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, **how)[:2]
+        return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, counters=counters, **how)[:2]
 
-    y2, mean2, rstd2 = statistics.around(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    y2, mean2, rstd2 = _normalised(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
     bn2 = (weight2, bias2, mean2, rstd2)
     gates = pooled = u = s2 = s4 = None
     if se_reduce_weight is not None:
         gates, pooled, u, s2, s4 = squeeze_excite.pool_and_gate(
             y2, bn2, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=act, se_act=se_act, gate=gate,
-            counters=statistics.zero_counters(),
+            counters=counters,
         )  # fmt: skip
 
     def project(**how):
-        return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, **how)
+        return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, counters=counters, **how)
 
-    y3, mean3, rstd3 = statistics.around(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
-    statistics.zero_counters()  # for the backward
+    y3, mean3, rstd3 = _normalised(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
     out = batchnorm.apply(
         y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
     )  # fmt: skip
-    results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4, counters)
+    results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4)
     return tuple(absent(x) if t is None else t for t in results)
 
 
@@ -163,14 +143,14 @@ def mbconv_fake(
     se = [absent(x) for _ in range(5)]
     if se_reduce_weight is not None:
         se = [fp32(x, N, C) for C in (E, E, se_reduce_weight.shape[0], E, E)]
-    return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se, _counters(x, E, O))
+    return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se)
 
 
 @on_its_device
 def mbconv_backward(
     dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, mask,
-    y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4, counters,
+    y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4,
     dtype, stride, padding, act, se_act, gate, residual, batch1, batch2, batch3, needs,
 ):  # fmt: skip
     """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
@@ -184,6 +164,7 @@ def mbconv_backward(
     need_data = need_dq or any(need_norm2) or any(need_se)
     grads = dict.fromkeys("x expand norm1 bias1 depthwise norm2 bias2 reduce_w reduce_b expand_w expand_b project norm3 bias3".split())
 
+    counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
     bn2 = (weight2, bias2, mean2, rstd2)
     k0 = k1 = None
     if batch3 or any(needs[12:14]):
