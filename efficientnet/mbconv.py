@@ -13,5 +13,6 @@ class MBConv(MBConvBase):
     Shapes: x [N, in_channels, H, W] -> [N, out_channels, H', W'].
     """
 
-    def forward(self, x):
-        return self.forward_reference(x)
+    def forward(self, x, draws=None):
+        """draws: fp32 [N] from [0, 1) for drop_path; else they are drawn here."""
+        return self.forward_reference(x, draws)

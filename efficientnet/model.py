@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from efficientnet.config import EfficientNetConfig, list_models
+from efficientnet.mbconv import MBConv
 from efficientnet.scaling import Scaling, check_count
+from effkernels.dispatch import has_hooks
+from effkernels.modules.mbconv import FusedMBConv
 from effkernels.modules.stem_head import pooled_head, stem
 from effkernels.reference import activate
 
@@ -174,11 +177,6 @@ class EfficientNet(nn.Module):
         self.fused, self.output_stride = fused, output_stride
         self.frozen_norms: tuple[str, ...] = ()  # names of BatchNorm layers that stay in eval (``transfer.freeze``)
         self.weights_cfg: dict | None = None  # how the images of pretrained weights are prepared
-        if fused:
-            from effkernels import FusedMBConv as block_cls
-        else:
-            from efficientnet.mbconv import MBConv as block_cls
-
         self.config, self.in_chans, self.num_classes = config, in_chans, num_classes
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.num_features = self.head_hidden_size = config.head_channels
@@ -200,7 +198,7 @@ class EfficientNet(nn.Module):
             reduction *= stride
             self.stage_reductions.append(reduction)
             for repeat in range(stage.repeats):
-                block = block_cls(
+                block = (FusedMBConv if fused else MBConv)(
                     channels,
                     stage.channels,
                     stage.kernel_size,
@@ -256,7 +254,26 @@ class EfficientNet(nn.Module):
         """Images -> the last stage's output."""
         self._check_input(x)
         config = self.config
-        return self.blocks(stem(x, self.conv_stem, self.bn1, config.act, config.padding, fused=self.fused))
+        x = stem(x, self.conv_stem, self.bn1, config.act, config.padding, fused=self.fused)
+        draws = self._draws(x)
+        if draws is None:
+            return self.blocks(x)
+        for stage in self.blocks:
+            for block in stage:
+                x = block(x, draws=next(draws)) if block.drops else block(x)
+        return x
+
+    def _draws(self, x):
+        """An iterator over the draws of stochastic depth for the blocks that drop, one launch for all of them; None where a block is to
+        draw on its own: in eval, and where a stage is wrapped, since a checkpointed one is run again without the others."""
+        if not self.training or any(type(stage) is not nn.Sequential or has_hooks(stage) for stage in (self.blocks, *self.blocks)):
+            return None
+        blocks = [block for stage in self.blocks for block in stage]
+        if any(type(block).forward not in (MBConv.forward, FusedMBConv.forward) for block in blocks):
+            return None
+        if not any(block.drops for block in blocks):
+            return None
+        return iter(torch.rand(sum(block.drops for block in blocks), x.shape[0], device=x.device).unbind())
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""

@@ -12,7 +12,7 @@ from effkernels.dispatch import compute_dtype
 from effkernels.geometry import check_activation, check_conv_args, conv_out_size
 from effkernels.library.mbconv import NAMES as DTYPE_NAMES
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
-from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_mask
+from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_draws
 
 
 def _nhwc(x, dtype=None):
@@ -168,6 +168,7 @@ def mbconv(
     act: str = "silu",
     residual: bool = False,
     drop_path: float = 0.0,
+    draws: torch.Tensor | None = None,
     training: bool = False,
     memory: str = "keep",
     mask: torch.Tensor | None = None,
@@ -176,6 +177,7 @@ def mbconv(
 
     x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the three
     convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
+    draws: fp32 [N] from [0, 1), of drop_path; else they are drawn here. A sample's branch is kept where its draw lies below 1 - drop_path.
     mask: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
     """
     dtype = compute_dtype(x)
@@ -188,15 +190,17 @@ def mbconv(
     for norm in norms:
         check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
     _check_block(x, expand, depthwise, squeeze_excite, project)
-    if mask is not None and (not residual or mask.shape != x.shape[:1] or mask.dtype != torch.float32 or mask.requires_grad):
-        raise ValueError(
-            f"mask must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {mask.dtype} {[*mask.shape]}"
-        )
+    for name, t in (("mask", mask), ("draws", draws)):
+        if t is not None and (not residual or t.shape != x.shape[:1] or t.dtype != torch.float32 or t.requires_grad):
+            raise ValueError(
+                f"{name} must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {t.dtype} {[*t.shape]}"
+            )
     if x.shape[0] == 0:
         size = (conv_out_size(n, k, stride, padding) for n in x.shape[2:])
         return x.new_empty(0, project[0].shape[0], *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
+    keep = -1.0
     if mask is None and residual and training and drop_path > 0:
-        mask = drop_path_mask(x.shape[0], drop_path, x.device)
+        mask, keep = drop_path_draws(x.shape[0], x.device) if draws is None else draws, 1.0 - drop_path
     shortcut = _nhwc(x)
     weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
     (weight2, norm2), (weight3, norm3) = depthwise, project
@@ -214,7 +218,7 @@ def mbconv(
     batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
     args = (
         shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
-        mask, *settings, *batch, memory == "recompute",
+        mask, *settings, keep, *batch, memory == "recompute",
     )  # fmt: skip
     return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])
 

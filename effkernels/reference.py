@@ -27,16 +27,23 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
 
 
 def drop_path_mask(n: int, rate: float, device) -> torch.Tensor:
-    """One draw per sample, ``bernoulli(1 - rate) / (1 - rate)``, fp32 [N]: drawn here by both paths, so masks agree bit for bit."""
+    """``bernoulli(1 - rate) / (1 - rate)`` per sample, fp32 [N], drawn as timm draws it."""
     keep = 1.0 - rate
     return torch.empty(n, dtype=torch.float32, device=device).bernoulli_(keep).div_(keep)
 
 
-def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth per sample (Huang et al., 2016): x [N, C, H, W] times ``drop_path_mask``; identity in eval or at rate 0."""
+def drop_path_draws(n: int, device) -> torch.Tensor:
+    """One draw from [0, 1) per sample, fp32 [N]: drawn here by both paths, so what they drop agrees bit for bit."""
+    return torch.rand(n, dtype=torch.float32, device=device)
+
+
+def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor | None = None) -> torch.Tensor:
+    """Stochastic depth per sample (Huang et al., 2016): x [N, C, H, W] over 1 - rate where its draw lies below it, else 0; identity in
+    eval or at rate 0."""
     if rate == 0.0 or not training:
         return x
-    return x * drop_path_mask(x.shape[0], rate, x.device).to(x.dtype).view(-1, 1, 1, 1)
+    draws = drop_path_draws(x.shape[0], x.device) if draws is None else draws
+    return x * ((draws < 1.0 - rate).float() / (1.0 - rate)).to(x.dtype).view(-1, 1, 1, 1)
 
 
 def check_batch(norm: BatchNormParams, shape, *conv) -> None:
@@ -127,6 +134,7 @@ def mbconv(
     residual=False,
     drop_path=0.0,
     training=False,
+    draws=None,
     memory="keep",
     mask=None,
 ):
@@ -140,7 +148,7 @@ def mbconv(
     if mask is not None:
         y = y * mask.to(y.dtype).view(-1, 1, 1, 1)
     elif residual:
-        y = _drop_path(y, drop_path, training)
+        y = _drop_path(y, drop_path, training, draws)
     return y + x if residual else y
 
 

@@ -199,9 +199,10 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
 
         dz, x, w = _random(device, *e1, dtype=dtype), _random(device, *e1[:3], inputs, dtype=dtype), _random(device, E, inputs, 1, 1)
         gamma, terms = _random(device, E), (_random(device, E), _random(device, E))
+        counters = torch.zeros(3, dtype=torch.int32, device=device)
 
         def call():
-            dx, partials, grams = pointwise.expand_backward(dz, x, w, (gamma, gamma), terms)
+            dx, partials, grams = pointwise.expand_backward(dz, x, w, (gamma, gamma), terms, counters=counters)
             return dx, partials.sum(0), grams.sum(0)
 
         return call

@@ -19,6 +19,7 @@ from effkernels.kernels.common import (
     activate_and_grad,
     bn_coefficients,
     bn_row,
+    branch_factor,
     cast,
     channel_vector_width,
     check_counters,
@@ -107,14 +108,10 @@ def finish_statistics(
 
 @sized_jit
 def merge_kernel(
-    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, counters, tiles, C, num_counters, eps, momentum,
-    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, COUNTERS: tl.constexpr,
+    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum,
+    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """``finish_statistics`` as a launch of its own; also sets to 0 the counters of later launches' ``last_to_arrive``."""
-    if COUNTERS:
-        i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        for start in range(0, num_counters, 1024 * tl.num_programs(0)):
-            tl.store(counters + start + i, tl.zeros([1024], tl.int32), mask=start + i < num_counters)
+    """``finish_statistics`` as a launch of its own."""
     finish_statistics(
         tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum, tl.program_id(0),
         BP, BC, UPDATE, COUNT,
@@ -123,7 +120,7 @@ def merge_kernel(
 
 @sized_jit
 def apply_kernel(
-    y, out, gamma, beta, mean, var, gate, mask, residual, eps, rows, CV, image_blocks,
+    y, out, gamma, beta, mean, var, gate, mask, residual, eps, keep, rows, CV, image_blocks,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
     GATED: tl.constexpr, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +140,7 @@ def apply_kernel(
     if GATED:
         v = v * load_vector(gate + n * C, c, mc)[None, :]
     if MASKED:
-        v = v * tl.load(mask + n)
+        v = v * branch_factor(tl.load(mask + n), keep)
     if RESIDUAL:
         v += tl.load(residual + n * rows * C + offset, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + n * rows * C + offset, cast(v, out.dtype.element_ty), mask=ok)
@@ -249,7 +246,7 @@ def gradient_merge_kernel(
 
 @sized_jit
 def gradient_reduce_kernel(
-    dout, y, sums, gamma, beta, mean, rstd, mask, counters, dgamma, dbeta, k0, k1, images, rows, CV, rows_per_program, P, count,
+    dout, y, sums, gamma, beta, mean, rstd, mask, counters, dgamma, dbeta, k0, k1, images, rows, CV, rows_per_program, P, count, keep,
     CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +272,7 @@ def gradient_reduce_kernel(
         if MASKED:
             n = start // rows
             n += ((start - n * rows).to(tl.int32) + r) // rows
-            g = g * tl.load(mask + n, mask=row_ok, other=0.0)[:, None]
+            g = g * branch_factor(tl.load(mask + n, mask=row_ok, other=0.0), keep)[:, None]
         if ACT != "identity":
             phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
             g = g * dphi
@@ -381,23 +378,22 @@ class Merge(NamedTuple):
         }
 
 
-def merge(tiles, how: Merge, *, counters=None):
-    """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C]); zeroes ``counters`` (int32) if given."""
+def merge(tiles, how: Merge):
+    """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C])."""
     count, tile_mean, tile_m2 = tiles
     P, C = tile_mean.shape
     mean, rstd = _fp32(count.device, C), _fp32(count.device, C)
     merge_kernel[(triton.cdiv(C, 32),)](
-        count, tile_mean, tile_m2, mean, rstd, counters=mean if counters is None else counters, tiles=P, C=C,
-        num_counters=0 if counters is None else counters.numel(), **how.arguments(mean),
-        BP=64, BC=32, COUNTERS=counters is not None, num_warps=4,
+        count, tile_mean, tile_m2, mean, rstd, tiles=P, C=C, **how.arguments(mean), BP=64, BC=32, num_warps=4,
     )  # fmt: skip
     return mean, rstd
 
 
-def apply(y, bn, *, act="identity", gate=None, mask=None, residual=None, out_dtype=None):
+def apply(y, bn, *, act="identity", gate=None, mask=None, keep=-1.0, residual=None, out_dtype=None):
     """phi(BN(y)) [* gate] [* mask] [+ residual] for y [N, H, W, C].
 
-    bn: (gamma, beta, mean, var or rstd, eps, is_rstd), or None for y itself; gate fp32 [N, C]; mask fp32 [N]; residual like y.
+    bn: (gamma, beta, mean, var or rstd, eps, is_rstd), or None for y itself; gate fp32 [N, C]; residual like y.
+    mask: fp32 [N]; with ``keep`` above 0, draws from [0, 1) that stand for 1 / keep where they lie below it, else 0.
     """
     N, H, W, C = y.shape
     cfg = elementwise_config(C, y.dtype)
@@ -405,7 +401,7 @@ def apply(y, bn, *, act="identity", gate=None, mask=None, residual=None, out_dty
     image_blocks = triton.cdiv(H * W, cfg.BR)
     g, b, m, v, eps, is_rstd = bn or (y,) * 4 + (0.0, True)
     apply_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        y, out, g, b, m, v, y if gate is None else gate, y if mask is None else mask, y if residual is None else residual, eps,
+        y, out, g, b, m, v, y if gate is None else gate, y if mask is None else mask, y if residual is None else residual, eps, keep,
         H * W, C // channel_vector_width(C), image_blocks,
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, ACT=act, BN=bn is not None, GATED=gate is not None,
         MASKED=mask is not None, RESIDUAL=residual is not None, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
@@ -429,11 +425,11 @@ def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
     return sums
 
 
-def gradient_reduce(dout, y, bn, *, act="identity", mask=None, counters):
+def gradient_reduce(dout, y, bn, *, act="identity", mask=None, keep=-1.0, counters):
     """(dgamma, dbeta, k0, k1) of phi(BN(y)) * mask in one launch: ``gradient_sums`` and ``gradient_merge``.
 
     Args:
-        dout, y: [N, H, W, C], of any dtypes. bn: (gamma, beta, mean, rstd). mask: fp32 [N] or None.
+        dout, y: [N, H, W, C], of any dtypes. bn: (gamma, beta, mean, rstd). mask, keep: as in ``apply``.
         counters: int32, 0, at least ``ceil(C / 16)``.
 
     Returns: dgamma, dbeta in gamma's and beta's dtypes; k0, k1 fp32 [C].
@@ -448,7 +444,7 @@ def gradient_reduce(dout, y, bn, *, act="identity", mask=None, counters):
     outs = torch.empty_like(gamma), torch.empty_like(beta), _fp32(y.device, C), _fp32(y.device, C)
     gradient_reduce_kernel[(blocks_c * P,)](
         dout, y, sums, gamma, beta, mean, rstd, y if mask is None else mask, counters, *outs,
-        N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W),
+        N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W), keep,
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BP=cfg.BR, ACT=act, MASKED=mask is not None, FAST=fast_math(y.dtype),
         num_warps=cfg.num_warps,
     )  # fmt: skip

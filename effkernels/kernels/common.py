@@ -20,7 +20,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # Every size, stride and count a kernel takes. Triton would compile again for each of them that is 1 or divisible by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
-    "image_blocks row_stride num_counters total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
+    "image_blocks row_stride total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
     "stride_n stride_c stride_h stride_w depthwise_parts project_parts"
 ).split()
 
@@ -113,6 +113,12 @@ def gate_derivative(g, GATE: tl.constexpr):
         return g * (1.0 - g)
     else:
         return tl.where((g > 0.0) & (g < 1.0), 1.0 / 6.0, 0.0)
+
+
+@triton.jit
+def branch_factor(draw, keep):
+    """Stochastic depth's factor of an image's branch: 1 / keep where ``draw`` lies below ``keep``, else 0; with ``keep`` below 0 the draw."""
+    return tl.where(keep > 0.0, tl.where(draw < keep, 1.0 / keep, 0.0), draw)
 
 
 @triton.jit

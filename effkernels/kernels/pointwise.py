@@ -23,6 +23,7 @@ from effkernels.kernels.common import (
     activate,
     activate_and_grad,
     bn_row,
+    branch_factor,
     cast,
     channel_vector_width,
     check_counters,
@@ -33,6 +34,9 @@ from effkernels.kernels.common import (
     sized_jit,
 )
 from effkernels.launch import expand_backward_config, pointwise_forward_config, project_backward_config
+
+
+GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 
 
 @triton.jit
@@ -201,7 +205,7 @@ def store_partial(partials, acc, row, col, ROWS, COLS, split):
 
 @triton.jit
 def project_weight_gradient(
-    pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, splits,
+    pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, splits,
     BM: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +227,7 @@ def project_weight_gradient(
         row0 = t % tiles * BM
         ok = row0 + i < rows
         base = image * rows + row0
-        factor = tl.load(mask + image) if MASKED else 1.0
+        factor = branch_factor(tl.load(mask + image), keep) if MASKED else 1.0
         dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, BATCH)
         gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
         q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, GATED, FAST)
@@ -233,7 +237,7 @@ def project_weight_gradient(
 
 @triton.jit
 def project_data_gradient(
-    pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+    pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate,
     images, rows, O, E, tiles, parts, tiles_per_part, programs,
     BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, NEED_DQ: tl.constexpr, SHARED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -255,11 +259,14 @@ def project_data_gradient(
         dw = tl.zeros([BK, BE], tl.float32)
     for g in range(p, images * parts, programs):
         image = (g // parts).to(tl.int64)
-        factor = tl.load(mask + image) if MASKED else 1.0
+        factor = branch_factor(tl.load(mask + image), keep) if MASKED else 1.0
         gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
         s1 = tl.zeros([BM // 16, 8, BE], tl.float32)
         s3 = tl.zeros([BM // 16, 8, BE], tl.float32)
-        s_gate = tl.zeros([BM // 16, 8, BE], tl.float32)
+        if GATED:
+            s_gate = tl.zeros([BM // 16, 8, BE], tl.float32)
+            s2 = tl.zeros([BM // 16, 8, BE], tl.float32)
+            s4 = tl.zeros([BM // 16, 8, BE], tl.float32)
         first = g % parts * tiles_per_part
         for t in tl.range(first, tl.minimum(first + tiles_per_part, tiles), num_stages=STAGES if SHARED else 1):
             row0 = t * BM
@@ -285,25 +292,31 @@ def project_data_gradient(
             s3 += fold_rows(slope_sum * (v - mu2))
             if GATED:
                 s_gate += fold_rows(acc * phi)
+                dphi = tl.where(ok[:, None], dphi, 0.0)
+                s2 += fold_rows(dphi)
+                s4 += fold_rows(dphi * (v - mu2))
             if NEED_DQ:
                 tl.store(dq + base * E + i[:, None] * E + c[None, :], cast(acc, dtype), mask=ok[:, None] & mc[None, :])
             if SHARED:
                 if GATED:
                     phi = phi * gates
                 dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
-        NUM: tl.constexpr = 3 if GATED else 2
+        NUM: tl.constexpr = 5 if GATED else 2
         out = sums + (image * parts + g % parts) * NUM * E + c
+        r_std = load_vector(rstd2, c, mc)
         tl.store(out, sum_rows(s1), mask=mc)
-        tl.store(out + E, sum_rows(s3) * load_vector(rstd2, c, mc), mask=mc)
+        tl.store(out + E, sum_rows(s3) * r_std, mask=mc)
         if GATED:
             tl.store(out + 2 * E, sum_rows(s_gate), mask=mc)
+            tl.store(out + 3 * E, sum_rows(s2), mask=mc)
+            tl.store(out + 4 * E, sum_rows(s4) * r_std, mask=mc)
     if SHARED:
         store_partial(partials, dw, k, c, O, E, p)
 
 
 @sized_jit
 def project_backward_kernel(
-    dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+    dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, keep,
     images, rows, KV, NV, tiles, parts, tiles_per_part, programs, splits,
     KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr,
     STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
@@ -317,48 +330,43 @@ def project_backward_kernel(
         wgrad_programs = splits * tl.cdiv(O, BO) * tl.cdiv(E, BW)
         if pid < wgrad_programs:
             project_weight_gradient(
-                pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E,
+                pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E,
                 tiles, splits, BM, BO, BW, STAGES, BATCH, MASKED, ACT, GATED, FAST, PRECISION,
             )  # fmt: skip
         else:
             project_data_gradient(
-                pid - wgrad_programs, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
-                images, rows, O, E, tiles, parts, tiles_per_part, programs,
+                pid - wgrad_programs, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep,
+                gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, parts, tiles_per_part, programs,
                 BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, False, FAST, PRECISION,
             )  # fmt: skip
     else:
         project_data_gradient(
-            pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate,
+            pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate,
             images, rows, O, E, tiles, parts, tiles_per_part, programs,
             BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, WGRAD == "shared", FAST, PRECISION,
         )  # fmt: skip
 
 
-@sized_jit
-def gram_matrix_kernel(
-    w, k0, k1, out, E, IV,
-    IVEC: tl.constexpr, BI: tl.constexpr, BE: tl.constexpr, DTYPE_OF: tl.constexpr,
-):  # fmt: skip
-    """out fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w rounded as in the forward."""
-    I = IV * IVEC
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    j = tl.program_id(1) * BI + tl.arange(0, BI)
+@triton.jit
+def gram_matrix(pid, w, k0, k1, matrix, E, I, BG: tl.constexpr, dtype: tl.constexpr):
+    """BG x BG of matrix fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w as the forward
+    rounded it."""
+    blocks = tl.cdiv(I, BG)
+    i = pid % blocks * BG + tl.arange(0, BG)
+    j = pid // blocks * BG + tl.arange(0, BG)
     mi, mj = i < I, j < I
-    acc = tl.zeros([BI, BI], tl.float32)
-    row = tl.zeros([BI], tl.float32)
-    for start in range(0, E, BE):
-        e = start + tl.arange(0, BE)
+    acc = tl.zeros([BG, BG], tl.float32)
+    row = tl.zeros([BG], tl.float32)
+    for start in range(0, E, BG):
+        e = start + tl.arange(0, BG)
         me = e < E
         right = tl.load(w + e[:, None] * I + i[None, :], mask=me[:, None] & mi[None, :], other=0.0).to(tl.float32)
         left = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
-        if DTYPE_OF == "bf16":
-            right, left = cast(right, tl.bfloat16).to(tl.float32), cast(left, tl.bfloat16).to(tl.float32)
-        elif DTYPE_OF == "fp16":
-            right, left = right.to(tl.float16).to(tl.float32), left.to(tl.float16).to(tl.float32)
+        right, left = cast(right, dtype).to(tl.float32), cast(left, dtype).to(tl.float32)
         acc = tl.dot(tl.trans(left * load_vector(k1, e, me)[:, None]), right, acc, input_precision="ieee")
         row += tl.sum(right * load_vector(k0, e, me)[:, None], 0)
-    tl.store(out + j[:, None] * I + i[None, :], acc, mask=mj[:, None] & mi[None, :])
-    tl.store(out + I * I + i, row, mask=mi & (tl.program_id(1) == 0))
+    tl.store(matrix + j[:, None] * I + i[None, :], acc, mask=mj[:, None] & mi[None, :])
+    tl.store(matrix + I * I + i, row, mask=mi & (pid < blocks))
 
 
 @triton.jit
@@ -411,11 +419,11 @@ def expand_weight_gradient(
 
 @triton.jit
 def expand_data_gradient(
-    pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs,
-    BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, ready, rows, E, I, tiles, programs,
+    BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BI channels of dx in every ``programs``-th row tile."""
+    """BI channels of dx in every ``programs``-th row tile. ready: how many blocks of the matrix are there, and next to it its readers."""
     dtype: tl.constexpr = dz.dtype.element_ty
     blocks_i = tl.cdiv(I, BI)
     c = pid % blocks_i * BI + tl.arange(0, BI)
@@ -435,12 +443,15 @@ def expand_data_gradient(
             weight = cast(cast(weight, dtype).to(tl.float32) * scale[:, None], dtype)
             acc = dot(load_tile(dz + base * E, m, e, E, ok, me), weight, acc, PRECISION)
         if BATCH:
+            if t == pid // blocks_i:  # the first tile, whose product above took the time that the matrix takes
+                wait_for(ready, tl.cdiv(I, BG) * tl.cdiv(I, BG), programs * blocks_i)
             for start in tl.range(0, I, BK, num_stages=STAGES):
                 j = start + k
                 mj = j < I
-                right = cast(tl.load(matrix + j[:, None] * I + c[None, :], mask=mj[:, None] & mc[None, :], other=0.0), dtype)
+                at = matrix + j[:, None] * I + c[None, :]
+                right = cast(tl.load(at, mask=mj[:, None] & mc[None, :], other=0.0, cache_modifier=".cg"), dtype)
                 acc = dot(raw_operand(x + base * I, m, j, I, ok, mj, dtype), right, acc, PRECISION)
-            acc += load_vector(matrix + I * I, c, mc)[None, :]
+            acc += tl.load(matrix + I * I + c, mask=mc, other=0.0, cache_modifier=".cg")[None, :]
         offset = m[:, None] * I + c[None, :]
         out_mask = ok[:, None] & mc[None, :]
         if RESIDUAL:
@@ -448,34 +459,56 @@ def expand_data_gradient(
         tl.store(dx + base * I + offset, cast(acc, dx.dtype.element_ty), mask=out_mask)
 
 
+@triton.jit
+def wait_for(ready, arrivals, readers):
+    """Until ``arrivals`` programs have added 1 to ``ready``; the last of ``readers`` that waited leaves it, and the count after it, at 0."""
+    while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") < arrivals:
+        pass
+    tl.debug_barrier()
+    if tl.atomic_add(ready + 1, 1) == readers - 1:
+        tl.store(ready, 0)
+        tl.store(ready + 1, 0)
+
+
 @sized_jit
 def expand_backward_kernel(
-    dz, x, w, dx, partials, grams, gamma1, rstd1, matrix, dout,
-    rows, KV, NV, tiles, programs, splits,
+    dz, x, w, dx, partials, grams, gamma1, rstd1, k0, k1, matrix, dout, counters,
+    rows, KV, NV, tiles, programs, splits, total,
     KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr,
-    STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
+    BG: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First the weight-gradient programs, then those of dx."""
+    """First, with batch statistics, the Gram matrix of the weights, then the weight-gradient programs, then those of dx.
+
+    Those of dx wait for the matrix. Programs take their work by ticket in the order in which they start, so when one waits, those that
+    it waits for are running, and wait for nothing: it ends. Counters, all left at 0: tickets, blocks of the matrix, its readers.
+    """
     E = KV * KVEC
     I = NV * NVEC
     pid = tl.program_id(0)
-    if NEED_DW and NEED_DX:
+    grams_first = 0
+    if BATCH and NEED_DX:
+        pid = tl.atomic_add(counters, 1)
+        if pid == total - 1:
+            tl.store(counters, 0)
+        grams_first = tl.cdiv(I, BG) * tl.cdiv(I, BG)
+        if pid < grams_first:
+            gram_matrix(pid, w, k0, k1, matrix, E, I, BG, dz.dtype.element_ty)
+            tl.debug_barrier()
+            tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
+    pid -= grams_first
+    if NEED_DW:
         blocks_l = tl.cdiv(E, BE) + tl.cdiv(I, BE) if BATCH else tl.cdiv(E, BE)
         wgrad_programs = splits * blocks_l * tl.cdiv(I, BW)
-        if pid < wgrad_programs:
+        if (pid >= 0) & (pid < wgrad_programs):
             expand_weight_gradient(pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, BATCH, PRECISION)
-        else:
+        pid -= wgrad_programs
+    if NEED_DX:
+        if pid >= 0:
             expand_data_gradient(
-                pid - wgrad_programs, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs,
-                BM, BI, BK, STAGES, BATCH, RESIDUAL, PRECISION,
+                pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, counters + 1, rows, E, I, tiles, programs,
+                BM, BI, BK, BG, STAGES, BATCH, RESIDUAL, PRECISION,
             )  # fmt: skip
-    elif NEED_DW:
-        expand_weight_gradient(pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, BATCH, PRECISION)
-    else:
-        expand_data_gradient(
-            pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, rows, E, I, tiles, programs, BM, BI, BK, STAGES, BATCH, RESIDUAL, PRECISION
-        )
 
 
 def _fp32(device, *shape):
@@ -536,18 +569,20 @@ def pointwise_forward(
     return y, (tiles_out[0][0], *tiles_out[1:]) if stats else None
 
 
-def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, need_data=True, need_dq=True, need_dw=True):
+def project_backward(
+    dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, keep=-1.0, need_data=True, need_dq=True, need_dw=True
+):
     """Data and weight gradient of the project convolution in one launch.
 
     Args:
         dout: gradient of the block's output [N, h, w, O]; y3 [N, h, w, O] and y2 [N, h, w, E] before their BatchNorms.
         weight: [O, E, 1, 1]. bn3: (gamma, rstd); terms: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None when frozen.
-        bn2: (gamma, beta, mean, rstd). gate: fp32 [N, E] or None. mask: fp32 [N], drop-path's, or None.
-
+        bn2: (gamma, beta, mean, rstd). gate: fp32 [N, E] or None. mask, keep: drop-path's, as in
+            ``batchnorm.apply``.
         need_data: whether sums are wanted; need_dq: dq too.
 
-    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 3 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi, or None;
-        partials fp32 [S, O, E] of the weight gradient or None).
+    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi, phi', phi'*yhat2, or
+        None; partials fp32 [S, O, E] of the weight gradient or None).
     """
     N, H, W, E = y2.shape
     O = weight.shape[0]
@@ -558,11 +593,12 @@ def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, m
     wgrad = "" if not need_dw else "shared" if cfg.shared and need_data else "role"
     parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, need_data, y2.device)
     dq = torch.empty_like(y2) if need_dq else None
-    sums = _fp32(y2.device, N, parts, 2 if gate is None else 3, E) if need_data else None
+    sums = _fp32(y2.device, N, parts, 2 if gate is None else 5, E) if need_data else None
     copies = programs if wgrad == "shared" else splits
     partials = _fp32(y2.device, copies, O, E) if need_dw else None
     k0, k1 = terms or (None, None)
     pointers = [weight if t is None else t for t in (dq, sums, partials, *bn3, k0, k1, mask, *bn2, gate)]
+    pointers.append(keep)
     grid = programs * blocks_e + (splits * triton.cdiv(O, cfg.BL) * triton.cdiv(E, cfg.BR) if wgrad == "role" else 0)
     project_backward_kernel[(grid,)](
         dout, y3, y2, weight, *pointers,
@@ -574,26 +610,13 @@ def project_backward(dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, m
     return dq, sums, partials
 
 
-def gram_matrix(weight, k0, k1, dtype):
-    """fp32 [I + 1, I]: w^T diag(k1) w, and k0 w in the last row; weight [E, I, 1, 1], rounded to ``dtype`` as in the forward."""
-    E, I = weight.shape[:2]
-    out = _fp32(k0.device, I + 1, I)
-    blocks = triton.cdiv(I, 32)
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    gram_matrix_kernel[(blocks, blocks)](
-        weight, k0, k1, out, E, I // channel_vector_width(I),
-        IVEC=channel_vector_width(I), BI=32, BE=32, DTYPE_OF=name, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def expand_backward(dz, x, weight, bn1, terms, *, residual=None, need_dx=True, need_dw=True, out_dtype=None):
-    """Data and weight gradient of the expand convolution in one launch, without its output (two with batch statistics).
+def expand_backward(dz, x, weight, bn1, terms, *, counters=None, residual=None, need_dx=True, need_dw=True, out_dtype=None):
+    """Data and weight gradient of the expand convolution in one launch, without its output.
 
     Args:
         dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], of any dtype.
         weight: [E, I, 1, 1]. bn1: (gamma, rstd); terms: (k0, k1) fp32 [E] of BatchNorm 1's backward, or None when frozen.
-        residual: added to dx, [N, H, W, I].
+        counters: int32, 0, at least 3; needed for dx with terms. residual: added to dx, [N, H, W, I].
 
     Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [S, I + 1, I] with xsum in the last row, or None).
     """
@@ -602,19 +625,23 @@ def expand_backward(dz, x, weight, bn1, terms, *, residual=None, need_dx=True, n
     rows = N * H * W
     cfg = expand_backward_config(E, I, rows, dz.dtype)
     tiles = triton.cdiv(rows, cfg.BM)
-    matrix = gram_matrix(weight, *terms, dz.dtype) if terms is not None and need_dx else None
+    matrix = None
+    if terms is not None and need_dx:
+        check_counters(counters, 3)
+        matrix = _fp32(dz.device, I + 1, I)
     blocks_i = triton.cdiv(I, cfg.BN)
     blocks_l = triton.cdiv(E, cfg.BL) + (triton.cdiv(I, cfg.BL) if terms is not None else 0)
     programs, splits = cfg.roles(tiles, blocks_i, blocks_l * triton.cdiv(I, cfg.BR), need_dx, need_dw, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype or x.dtype) if need_dx else None
     partials = _fp32(dz.device, splits, E, I) if need_dw else None
     grams = _fp32(dz.device, splits, I + 1, I) if need_dw and terms is not None else None
-    pointers = [weight if t is None else t for t in (dx, partials, grams, *bn1, matrix, residual)]
+    pointers = [weight if t is None else t for t in (dx, partials, grams, *bn1, *(terms or (None, None)), matrix, residual, counters)]
     grid = (programs * blocks_i if need_dx else 0) + (splits * blocks_l * triton.cdiv(I, cfg.BR) if need_dw else 0)
+    grid += 0 if matrix is None else triton.cdiv(I, GRAM_BLOCK) ** 2
     expand_backward_kernel[(grid,)](
         dz, x, weight, *pointers,
-        rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits,
-        KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR,
+        rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits, grid,
+        KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR, BG=GRAM_BLOCK,
         STAGES=cfg.stages, BATCH=terms is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, NEED_DW=need_dw,
         PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip

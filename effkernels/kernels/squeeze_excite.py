@@ -17,7 +17,6 @@ from effkernels.kernels.batchnorm import bn_terms, finish_gradients
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
-    bn_coefficients,
     bn_row,
     cast,
     channel_vector_width,
@@ -114,25 +113,25 @@ def squeeze_excite_kernel(
 
 
 @triton.jit
-def sum_parts(sums, n, parts, row, c, mc, C, ROWS: tl.constexpr, PB: tl.constexpr):
-    """Row ``row`` of partials [N, parts, ROWS, C] of image n, other programs' work, summed over the parts: [CB]."""
+def sum_parts(sums, n, parts, c, mc, C, PB: tl.constexpr):
+    """Partials [N, parts, C] of image n, other programs' work, summed over the parts: [CB]."""
     t = tl.arange(0, PB)
     acc = tl.zeros([PB, c.shape[0]], tl.float32)
     for start in range(0, parts, PB):
         ok = (start + t < parts)[:, None] & mc[None, :]
-        at = sums + ((n * parts + start) * ROWS + row) * C + (t * ROWS)[:, None] * C + c[None, :]
+        at = sums + (n * parts + start) * C + t[:, None] * C + c[None, :]
         acc += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
     return tl.sum(acc, 0)
 
 
 @sized_jit
 def pool_and_gate_kernel(
-    y, sums, gamma, beta, mean, rstd, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u_out, gate, s2_out, s4_out,
+    y, sums, gamma, beta, mean, rstd, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u_out, gate,
     rows, CV, RV, rows_per_program, parts,
     CVEC: tl.constexpr, RVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
     ACT: tl.constexpr, SE_ACT: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """sums [N, parts, 3, C] of phi(z), phi'(z), phi'(z)*yhat; the last program of an image goes on to its gate."""
+    """sums [N, parts, C] of phi(z); the last program of an image goes on to its gate."""
     C = CV * CVEC
     R = RV * RVEC
     blocks_c = tl.cdiv(C, BC)
@@ -143,40 +142,28 @@ def pool_and_gate_kernel(
     first = group % parts * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     r = tl.arange(0, BR)
-    mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
-    mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
-    s_phi = tl.zeros([BR, BC], tl.float32)
-    s2 = tl.zeros([BR, BC], tl.float32)
-    s4 = tl.zeros([BR, BC], tl.float32)
+    scale, shift = bn_row(gamma, beta, mean, rstd, 0.0, c, mc, True)
+    acc = tl.zeros([BR, BC], tl.float32)
     for start in range(first, last, BR):
         ok = (start + r < last)[:, None] & mc[None, :]
         v = tl.load(y + n * rows * C + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
-        phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
-        dphi = tl.where(ok, dphi, 0.0)
-        s_phi += tl.where(ok, phi, 0.0)
-        s2 += dphi
-        s4 += dphi * (v - mu)
-    out = sums + group.to(tl.int64) * 3 * C + c
-    tl.store(out, tl.sum(s_phi, 0), mask=mc)
-    tl.store(out + C, tl.sum(s2, 0), mask=mc)
-    tl.store(out + 2 * C, tl.sum(s4, 0) * r_std, mask=mc)
+        acc += tl.where(ok, activate(v * scale + shift, ACT, FAST), 0.0)
+    tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
     if last_to_arrive(counters + n, parts * blocks_c):
         for start in range(0, C, CB):
             cc = start + tl.arange(0, CB)
             mcc = cc < C
-            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, 0, cc, mcc, C, 3, PB) / rows, mask=mcc)
-            tl.store(s2_out + n * C + cc, sum_parts(sums, n, parts, 1, cc, mcc, C, 3, PB), mask=mcc)
-            tl.store(s4_out + n * C + cc, sum_parts(sums, n, parts, 2, cc, mcc, C, 3, PB), mask=mcc)
+            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, cc, mcc, C, PB) / rows, mask=mcc)
         squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, SE_ACT, GATE)
 
 
 @triton.jit
 def sum_tile(sums, n, parts, row, c, mask, C):
-    """Row ``row`` of sums [N, parts, 3, C] at images n and channels c, over the parts: [NB, CB]."""
+    """Row ``row`` of sums [N, parts, 5, C] at images n and channels c, over the parts: [NB, CB]."""
     acc = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
-    at = sums + (n * parts * 3 + row)[:, None] * C + c[None, :]
+    at = sums + (n * parts * 5 + row)[:, None] * C + c[None, :]
     for t in tl.range(0, parts, num_stages=4):
-        acc += tl.load(at + t * 3 * C, mask=mask, other=0.0)
+        acc += tl.load(at + t * 5 * C, mask=mask, other=0.0)
     return acc
 
 
@@ -229,7 +216,7 @@ def gate_backward_units(
 
 @triton.jit
 def gate_backward_to_pool(
-    b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels,
+    b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels,
     NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
     """dpool of NB images times CB channels, and BatchNorm 2's two sums over them: partials [image blocks, 2, C]."""
@@ -250,20 +237,20 @@ def gate_backward_to_pool(
     tl.store(dpool + at, acc, mask=mask)
     g = tl.load(gates + at, mask=mask, other=0.0)
     out = partials + (b * 2).to(tl.int64) * C + c
-    db = g * sum_tile(sums, n, parts, 0, c, mask, C) + acc * tl.load(s2 + at, mask=mask, other=0.0)
+    db = g * sum_tile(sums, n, parts, 0, c, mask, C) + acc * sum_tile(sums, n, parts, 3, c, mask, C)
     tl.store(out, tl.sum(db, 0), mask=mc)
-    dg = g * sum_tile(sums, n, parts, 1, c, mask, C) + acc * tl.load(s4 + at, mask=mask, other=0.0)
+    dg = g * sum_tile(sums, n, parts, 1, c, mask, C) + acc * sum_tile(sums, n, parts, 4, c, mask, C)
     tl.store(out + C, tl.sum(dg, 0), mask=mc)
 
 
 @sized_jit
 def gate_backward_kernel(
-    sums, s2, s4, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, dgamma, dbeta, k0, k1,
+    sums, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, dgamma, dbeta, k0, k1,
     N, parts, CV, RV, inverse_pixels, count,
     CVEC: tl.constexpr, RVEC: tl.constexpr, NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, JB: tl.constexpr,
     BP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """From sums [N, parts, 3, C] to dpool, BatchNorm 2's gradients and batch terms; a program is NB images times CB channels.
+    """From sums [N, parts, 5, C] to dpool, BatchNorm 2's gradients and batch terms; a program is NB images times CB channels.
 
     Two stages of programs: the first ends with du, the second begins with it. Programs take their work by ticket in the order in
     which they start, so when one of the second stage waits, all of the first are running, and wait for nothing: it ends. Counters:
@@ -290,7 +277,7 @@ def gate_backward_kernel(
         while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
             pass
         tl.debug_barrier()
-        gate_backward_to_pool(b, j, sums, s2, s4, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB)
+        gate_backward_to_pool(b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB)
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
         if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
@@ -407,8 +394,7 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
         y: [N, h, w, C]. bn2: (gamma, beta, mean, rstd). w_reduce: [R, C, 1, 1]; w_expand: [C, R, 1, 1].
         counters: int32, 0, at least N.
 
-    Returns: fp32 (gates [N, C], pooled [N, C], u [N, R], s2 [N, C], s4 [N, C]); s2 and s4, the sums over pixels of phi'(z) and
-        phi'(z) * yhat, serve the backward.
+    Returns: fp32 (gates [N, C], pooled [N, C], u [N, R]).
     """
     N, H, W, C = y.shape
     check_counters(counters, N)
@@ -416,15 +402,15 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = _fp32(y.device, N, parts, 3, C)
-    gates, pooled, u, s2, s4 = (_fp32(y.device, N, size) for size in (C, C, R, C, C))
+    sums = _fp32(y.device, N, parts, C)
+    gates, pooled, u = (_fp32(y.device, N, size) for size in (C, C, R))
     pool_and_gate_kernel[(blocks_c * N * parts,)](
-        y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates, s2, s4,
+        y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates,
         H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
         BR=cfg.BR, BC=cfg.BC, **_layers(C, R), PB=squeeze_excite_config(R).PB, ACT=act, SE_ACT=se_act, GATE=gate,
         FAST=fast_math(y.dtype), **squeeze_excite_config(R).options,
     )  # fmt: skip
-    return gates, pooled, u, s2, s4
+    return gates, pooled, u
 
 
 def _layers(C, R):
@@ -453,11 +439,11 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     return gates, pooled, u
 
 
-def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, counters):
+def gate_backward(sums, gates, u, weights, bn2, pixels, *, act, gate, counters):
     """Backward of ``pool_and_gate`` in one launch, but for the weights' gradients; with BatchNorm 2's.
 
     Args:
-        sums: fp32 [N, parts, 3, C], over pixels, of dq * phi'(z), dq * phi'(z) * yhat and dq * phi(z). s2, s4, gates, u: its results.
+        sums: fp32 [N, parts, 5, C], over pixels, of dq phi', dq phi' yhat, dq phi, phi' and phi' yhat, at z. gates, u: its results.
         weights: (w_reduce, b_reduce, w_expand, b_expand). bn2: (gamma, beta, mean, rstd). pixels: h * w.
         act: of the bottleneck. counters: int32, 0, at least ``gate_backward_config().counters(N, C)``.
 
@@ -475,7 +461,7 @@ def gate_backward(sums, s2, s4, gates, u, weights, bn2, pixels, *, act, gate, co
     partials = _fp32(u.device, blocks_n, 2, C)
     norm = torch.empty_like(gamma), torch.empty_like(beta), _fp32(u.device, C), _fp32(u.device, C)
     gate_backward_kernel[(2 * blocks_n * blocks_c,)](
-        sums, s2, s4, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
+        sums, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
         N, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels, float(N * pixels),
         CVEC=channel_vector_width(C), RVEC=channel_vector_width(R), NB=cfg.NB, CB=cfg.CB, KB=cfg.KB, RB=cfg.RB, JB=cfg.JB, BP=cfg.BP,
         ACT=act, GATE=gate, num_warps=cfg.num_warps,

@@ -7,7 +7,7 @@ depthwise convolution):
     forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
               merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
     backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
-              sums | Gram matrix | expand (dz1, x -> dx) | all weight gradients                                    3 e1 + 4 e2
+              sums | expand (dz1, x -> dx) | all weight gradients                                                  3 e1 + 4 e2
     inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
               or, where the model of costs says so, expand inside the depthwise kernel                                    0 e1 + 2 e2
 """
@@ -34,16 +34,16 @@ _SE = "Tensor? se_reduce_weight, Tensor? se_reduce_bias, Tensor? se_expand_weigh
 _SHAPE = "str dtype, int stride, str padding, str act, str se_act, str gate, bool residual"
 LIB.define(
     f"mbconv(Tensor x, Tensor? expand_weight, {_norm(1, '?')}, Tensor depthwise_weight, {_norm(2)}, {_SE}, Tensor project_weight, "
-    f"{_norm(3)}, Tensor? mask, {_SHAPE}, bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2, "
+    f"{_norm(3)}, Tensor? mask, {_SHAPE}, float keep, bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2, "
     "bool batch3, float? momentum3, float eps3, bool recompute) -> (Tensor out, Tensor y1, Tensor y2, Tensor y3, "
     "Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
-    "Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4)"
+    "Tensor gates, Tensor pooled, Tensor u)"
 )
 LIB.define(
     "mbconv_backward(Tensor dout, Tensor x, Tensor? expand_weight, Tensor? weight1, Tensor? bias1, Tensor depthwise_weight, "
     f"Tensor weight2, Tensor bias2, {_SE}, Tensor project_weight, Tensor weight3, Tensor bias3, Tensor? mask, "
     "Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
-    f"Tensor gates, Tensor pooled, Tensor u, Tensor s2, Tensor s4, {_SHAPE}, bool batch1, bool batch2, bool batch3, "
+    f"Tensor gates, Tensor pooled, Tensor u, {_SHAPE}, float keep, bool batch1, bool batch2, bool batch3, "
     "bool[] needs) -> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
     "Tensor bias2, Tensor, Tensor, Tensor, Tensor, Tensor project_weight, Tensor weight3, Tensor bias3)"
 )
@@ -77,7 +77,7 @@ def mbconv(
     depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
-    dtype, stride, padding, act, se_act, gate, residual,
+    dtype, stride, padding, act, se_act, gate, residual, keep,
     batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
@@ -103,9 +103,9 @@ def mbconv(
 
     y2, mean2, rstd2 = _normalised(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
     bn2 = (weight2, bias2, mean2, rstd2)
-    gates = pooled = u = s2 = s4 = None
+    gates = pooled = u = None
     if se_reduce_weight is not None:
-        gates, pooled, u, s2, s4 = squeeze_excite.pool_and_gate(
+        gates, pooled, u = squeeze_excite.pool_and_gate(
             y2, bn2, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=act, se_act=se_act, gate=gate,
             counters=counters,
         )  # fmt: skip
@@ -115,10 +115,10 @@ def mbconv(
 
     y3, mean3, rstd3 = _normalised(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
     out = batchnorm.apply(
-        y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, residual=x if residual else None,
+        y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, keep=keep, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
     )  # fmt: skip
-    results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4)
+    results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u)
     return tuple(absent(x) if t is None else t for t in results)
 
 
@@ -127,7 +127,7 @@ def mbconv_fake(
     depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
-    dtype, stride, padding, act, se_act, gate, residual,
+    dtype, stride, padding, act, se_act, gate, residual, keep,
     batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
 ):  # fmt: skip
     compute = DTYPES[dtype]
@@ -140,9 +140,9 @@ def mbconv_fake(
     if expand_weight is not None:
         norm1 = (fp32(x, E), fp32(x, E))
         y1 = y1 if recompute else x.new_empty(N, H, W, E, dtype=compute)
-    se = [absent(x) for _ in range(5)]
+    se = [absent(x) for _ in range(3)]
     if se_reduce_weight is not None:
-        se = [fp32(x, N, C) for C in (E, E, se_reduce_weight.shape[0], E, E)]
+        se = [fp32(x, N, C) for C in (E, E, se_reduce_weight.shape[0])]
     return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se)
 
 
@@ -150,8 +150,8 @@ def mbconv_fake(
 def mbconv_backward(
     dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, mask,
-    y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u, s2, s4,
-    dtype, stride, padding, act, se_act, gate, residual, batch1, batch2, batch3, needs,
+    y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u,
+    dtype, stride, padding, act, se_act, gate, residual, keep, batch1, batch2, batch3, needs,
 ):  # fmt: skip
     """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite, weight_gradients
@@ -169,13 +169,14 @@ def mbconv_backward(
     k0 = k1 = None
     if batch3 or any(needs[12:14]):
         grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
-            dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, counters=counters
+            dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, keep=keep, counters=counters
         )
     partials = {}
     if need_data or need_project:
         dq, sums, partials["project"] = pointwise.project_backward(
             dout, y3, y2, project_weight, (weight3, rstd3), (k0, k1) if batch3 else None, bn2,
-            act=act, gate=gates if has_se else None, mask=mask, need_data=need_data, need_dq=need_dq, need_dw=need_project,
+            act=act, gate=gates if has_se else None, mask=mask, keep=keep,
+            need_data=need_data, need_dq=need_dq, need_dw=need_project,
         )  # fmt: skip
     if need_data:
         pixels = y2.shape[1] * y2.shape[2]
@@ -183,7 +184,7 @@ def mbconv_backward(
         if has_se:
             weights = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
             dt, du, dpool, norm2 = squeeze_excite.gate_backward(
-                sums, s2, s4, gates, u, weights, bn2, pixels, act=se_act, gate=gate, counters=counters
+                sums, gates, u, weights, bn2, pixels, act=se_act, gate=gate, counters=counters
             )
             partials["se"] = (dt, du, u, pooled, weights, se_act) if any(need_se) else None
         elif batch2 or any(need_norm2):
@@ -205,8 +206,8 @@ def mbconv_backward(
         terms = terms if batch1 else None
         if need_x or need_expand:
             grads["x"], partials["expand"], grams = pointwise.expand_backward(
-                da, x, expand_weight, (weight1, rstd1), terms, residual=dout if residual else None, need_dx=need_x, need_dw=need_expand,
-                out_dtype=x.dtype,
+                da, x, expand_weight, (weight1, rstd1), terms, counters=counters, residual=dout if residual else None,
+                need_dx=need_x, need_dw=need_expand, out_dtype=x.dtype,
             )  # fmt: skip
     elif need_da:
         grads["x"] = (da + dout if residual else da).to(x.dtype)
@@ -241,8 +242,8 @@ def mbconv_backward_fake(
 
 # Where, among mbconv's arguments, those are that its backward gives a gradient of.
 _DIFFERENTIABLE = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19)
-_MASK, _SETTINGS = 23, slice(24, 31)
-_BATCH = (31, 34, 37)
+_MASK, _SETTINGS = 23, slice(24, 32)
+_BATCH = (32, 35, 38)
 
 
 class MBConvFunction(torch.autograd.Function):

@@ -93,12 +93,17 @@ class MBConvBase(nn.Module):
         if self.training and x.shape[0] == 0:
             raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
 
-    def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def drops(self) -> bool:
+        """Whether ``forward`` drops samples' branches now."""
+        return self.training and self.has_residual and self.drop_path > 0
+
+    def forward_reference(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """The block in plain PyTorch, layer by layer through the submodules (so their hooks run)."""
         self.check_input(x)
-        return self._plain(x)
+        return self._plain(x, draws)
 
-    def _plain(self, x):
+    def _plain(self, x, draws=None):
         y = x
         if self.expands:
             y = activate(self.bn1(self.conv_pw(y)), self.act)
@@ -109,7 +114,7 @@ class MBConvBase(nn.Module):
         y = activate(self.depthwise_norm(self.conv_dw(y)), self.act)
         y = self.project_norm(self.project_conv(self.se(y)))
         if self.has_residual:
-            y = drop_path(y, self.drop_path, self.training) + x
+            y = drop_path(y, self.drop_path, self.training, draws) + x
         return y
 
     @property
@@ -183,10 +188,11 @@ class FusedMBConv(MBConvBase):
             elif name != "se" or type(layer) is not nn.Identity:
                 yield name, layer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+        """draws: fp32 [N] from [0, 1) for drop_path (a network's own, drawn for all its blocks at once); else they are drawn here."""
         self.check_input(x)
         if (x.is_cpu and dispatch.only_plain_on_cpu()) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
-            return self._plain(x)
+            return self._plain(x, draws)
         from effkernels import functional
 
         norm = BatchNormParams.of
@@ -201,6 +207,7 @@ class FusedMBConv(MBConvBase):
             act=self.act,
             residual=self.has_residual,
             drop_path=self.drop_path,
+            draws=draws if self.has_residual else None,
             training=self.training,
             memory=self.memory,
         )

@@ -195,7 +195,7 @@ def test_project_backward(N, H, W, E, O, dtype, frozen, gated, device, scratch):
         z = batch_norm(y2, gamma2, beta2, mean2, var2, 0.0)
         a, dphi = ACTIVATIONS[act](z), slope(act, z)
         yhat = (y2 - mean2[:, None, None]) * var2.rsqrt()[:, None, None]
-        sums = [dq * dphi, dq * dphi * yhat, dq * a][: 3 if gated else 2]
+        sums = [dq * dphi, dq * dphi * yhat, dq * a, dphi, dphi * yhat][: 5 if gated else 2]
         q = a if gate is None else a * gate[:, :, None, None].to(a.dtype)
         dw = torch.nn.grad.conv2d_weight(q, weight.shape, dy.to(q.dtype))
         return {"dq": dq, "sums": torch.stack([s.sum((2, 3)) for s in sums], 1), "dw": dw}
@@ -250,8 +250,14 @@ def test_expand_backward_does_not_need_y1(N, H, W, I, E, dtype, residual, frozen
     results = three(backward, dz, x, weight, gamma, rstd, k0, k1, dout)
     terms = None if frozen else (k0, k1)
 
+    ticket = counters(device)
+
     def run(**needs):
-        return expand_backward(nhwc(dz), nhwc(x), weight, (gamma, rstd), terms, residual=None if dout is None else nhwc(dout), **needs)
+        results = expand_backward(
+            nhwc(dz), nhwc(x), weight, (gamma, rstd), terms, counters=ticket, residual=None if dout is None else nhwc(dout), **needs
+        )
+        assert not ticket.any()
+        return results
 
     def weight_gradient(D, gram):
         dw = (gamma * rstd)[:, None] * D.sum(0)
