@@ -238,8 +238,8 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
         args = (_nhwc(x), weight.contiguous(), *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
         return library.run("head_inference", None, library.head_inference, args)
     _advance(norm)
-    y = F.linear(_nhwc(x, dtype), weight.flatten(1).to(dtype))
-    return _bn_act_add(y, norm, act=act).mean((1, 2))
+    args = (_nhwc(x), weight.contiguous(), *norm[:2], *_running(norm), DTYPE_NAMES[dtype], act, norm.training, norm.momentum, norm.eps)
+    return library.run("head", library.Head, library.head, args)[0]
 
 
 def stem(

@@ -1,7 +1,7 @@
 """Custom operators of the kernels; importing this registers them."""
 
 from effkernels.library.base import run
-from effkernels.library.head import head_inference
+from effkernels.library.head import Head, head, head_backward, head_inference
 from effkernels.library.layers import (
     BatchNormActAdd,
     DepthwiseBlock,
@@ -21,6 +21,7 @@ from effkernels.library.stem import Stem, stem, stem_backward, stem_inference
 __all__ = [
     "BatchNormActAdd",
     "DepthwiseBlock",
+    "Head",
     "MBConvFunction",
     "SqueezeExcite",
     "Stem",
@@ -30,6 +31,8 @@ __all__ = [
     "depthwise_block",
     "depthwise_block_backward",
     "depthwise_block_inference",
+    "head",
+    "head_backward",
     "head_inference",
     "mbconv",
     "mbconv_backward",

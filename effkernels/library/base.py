@@ -39,6 +39,17 @@ def batch_or_running(batch, tiles, running_mean, running_var, num_batches, momen
     return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
 
 
+def normalised(kernel, batch, running_mean, running_var, num_batches, momentum, eps):
+    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False."""
+    if not batch:
+        out, _ = kernel()
+        return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
+    from effkernels.kernels.batchnorm import Merge
+
+    out, statistics = kernel(merge=Merge(eps, running_mean, running_var, num_batches, momentum))
+    return out, *statistics
+
+
 def on_its_device(implementation):
     """Kernels start on the current GPU: make that the tensors' own."""
 

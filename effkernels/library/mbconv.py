@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
-from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, on_its_device, pads_of, register
+from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, normalised, on_its_device, pads_of, register
 from effkernels.library.counters import zeroed_counters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,17 +60,6 @@ def _counters(x, E, O):
     return zeroed_counters(x, x.shape[0] + 512 + max(E, O) // 8)
 
 
-def _normalised(kernel, batch, running_mean, running_var, num_batches, momentum, eps):
-    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False."""
-    if not batch:
-        out, _ = kernel()
-        return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
-    from effkernels.kernels.batchnorm import Merge
-
-    out, statistics = kernel(merge=Merge(eps, running_mean, running_var, num_batches, momentum))
-    return out, *statistics
-
-
 @on_its_device
 def mbconv(
     x, expand_weight, weight1, bias1, running_mean1, running_var1, num_batches1,
@@ -93,7 +82,7 @@ def mbconv(
         def expand(**how):
             return pointwise.pointwise_forward(x, expand_weight, dtype=compute, counters=counters, **how)
 
-        y1, mean1, rstd1 = _normalised(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
+        y1, mean1, rstd1 = normalised(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
         prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
 
     def depthwise_forward(**how):
@@ -101,7 +90,7 @@ def mbconv(
         act1 = act if prologue else "identity"
         return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, counters=counters, **how)[:2]
 
-    y2, mean2, rstd2 = _normalised(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    y2, mean2, rstd2 = normalised(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
     bn2 = (weight2, bias2, mean2, rstd2)
     gates = pooled = u = None
     if se_reduce_weight is not None:
@@ -113,7 +102,7 @@ def mbconv(
     def project(**how):
         return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, counters=counters, **how)
 
-    y3, mean3, rstd3 = _normalised(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
+    y3, mean3, rstd3 = normalised(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
     out = batchnorm.apply(
         y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, keep=keep, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,

@@ -85,6 +85,16 @@ def operator_arguments(name, device):
 
     elif name.startswith("mbconv"):
         yield from block_arguments(name, device)
+    elif name in ("head", "head_backward"):
+        conv, trained = torch.randn(R, C, 1, 1).to(device), [*norm_vectors(R, device), torch.tensor(3, device=device)]
+        if name == "head":
+            yield (x, conv.requires_grad_(), *trained, "fp32", "silu", True, None, 1e-3)
+            yield (x, conv, *trained, "bf16", "relu", False, 0.1, 1e-3)
+            return
+        x = x.detach()
+        for dtype, batch, needs in (("fp32", True, [True] * 4), ("bf16", False, [True, False, False, True])):
+            out, *aux = library.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3)
+            yield (out, x, conv, *trained[:2], *aux, "silu", batch, needs)
     elif name == "head_inference":
         yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "fp32", "silu", 1e-3)
         yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "bf16", "relu", 1e-3)
@@ -112,9 +122,9 @@ def block_arguments(name, device):
         return
     batch, frozen = (True, 0.1, 1e-3), (False, 0.1, 1e-3)
     forward = [
-        (x, *expand, *depthwise, *se, *project, mask, *full, *batch, True, None, 1e-3, *batch, False),
-        (x, *expand, *depthwise, *se, *project, None, *full, *frozen, *frozen, *batch, True),
-        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, *frozen, *batch, *frozen, False),
+        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, *batch, True, None, 1e-3, *batch, False),
+        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, *frozen, *frozen, *batch, True),
+        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, *frozen, *batch, *frozen, False),
     ]
     if name == "mbconv":
         yield from forward
@@ -124,7 +134,7 @@ def block_arguments(name, device):
             out, *aux = library.mbconv(*args)
         tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
         needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
-        yield (torch.randn_like(out), *tensors, *aux, *args[24:31], args[31], args[34], args[37], needs)
+        yield (torch.randn_like(out), *tensors, *aux, *args[24:32], args[32], args[35], args[38], needs)
 
 
 OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
