@@ -13,7 +13,7 @@ from efficientnet.mbconv import MBConv
 from efficientnet.scaling import Scaling, check_count
 from effkernels.dispatch import has_hooks
 from effkernels.modules.mbconv import FusedMBConv
-from effkernels.modules.stem_head import pooled_head, stem
+from effkernels.modules.stem_head import pooled_head, stem, stem_and_block
 from effkernels.reference import activate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -253,27 +253,30 @@ class EfficientNet(nn.Module):
     def _stages(self, x):
         """Images -> the last stage's output."""
         self._check_input(x)
-        config = self.config
-        x = stem(x, self.conv_stem, self.bn1, config.act, config.padding, fused=self.fused)
-        draws = self._draws(x)
-        if draws is None:
-            return self.blocks(x)
-        for stage in self.blocks:
-            for block in stage:
-                x = block(x, draws=next(draws)) if block.drops else block(x)
-        return x
+        layers = self.conv_stem, self.bn1, self.config.act, self.config.padding
+        blocks = self._own_blocks() if self.training else None
+        if blocks is None:
+            return self.blocks(stem(x, *layers, fused=self.fused))
+        dropping = sum(block.drops for block in blocks)
+        draws = iter(torch.rand(dropping, x.shape[0], device=x.device).unbind() if dropping else ())  # one launch for all blocks
+        y = stem_and_block(x, *layers, blocks[0]) if self.fused else None
+        if y is None:
+            y = stem(x, *layers, fused=self.fused)
+        else:
+            blocks = blocks[1:]
+        for block in blocks:
+            y = block(y, draws=next(draws)) if block.drops else block(y)
+        return y
 
-    def _draws(self, x):
-        """An iterator over the draws of stochastic depth for the blocks that drop, one launch for all of them; None where a block is to
-        draw on its own: in eval, and where a stage is wrapped, since a checkpointed one is run again without the others."""
-        if not self.training or any(type(stage) is not nn.Sequential or has_hooks(stage) for stage in (self.blocks, *self.blocks)):
+    def _own_blocks(self):
+        """The blocks in order, or None where one or its stage is wrapped, hooked or replaced: then they run as they are. A checkpointed
+        stage, say, runs again without the others, so it must draw what it drops itself."""
+        stages = (self.blocks, *self.blocks)
+        if any(type(stage) is not nn.Sequential or has_hooks(stage) or "forward" in stage.__dict__ for stage in stages):
             return None
         blocks = [block for stage in self.blocks for block in stage]
-        if any(type(block).forward not in (MBConv.forward, FusedMBConv.forward) for block in blocks):
-            return None
-        if not any(block.drops for block in blocks):
-            return None
-        return iter(torch.rand(sum(block.drops for block in blocks), x.shape[0], device=x.device).unbind())
+        own = (MBConv.forward, FusedMBConv.forward)
+        return blocks if all(type(block).forward in own and "forward" not in block.__dict__ for block in blocks) else None
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""

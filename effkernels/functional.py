@@ -5,7 +5,6 @@ Results are channels_last. Autocast decides the compute dtype as for a convoluti
 """
 
 import torch
-import torch.nn.functional as F
 
 from effkernels import library
 from effkernels.dispatch import compute_dtype
@@ -135,12 +134,19 @@ def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor
     return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
 
 
-def _check_block(x, expand, depthwise, squeeze_excite, project):
+def _check_stem_weight(x, weight, stride, padding):
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight must be [S, I, 3, 3], got shape {tuple(weight.shape)}")
+    check_conv_args(3, stride, padding)
+    check_activation(x, weight, weight.shape[1], 3, stride, padding)
+
+
+def _check_block(x, expand, depthwise, squeeze_excite, project, expand_size):
     """ValueError unless the layers of a block fit x and each other."""
     E, O = depthwise[0].shape[0], project[0].shape[0]
     wanted = {"depthwise weight": (depthwise[0], (E, 1, *depthwise[0].shape[2:])), "project weight": (project[0], (O, E, 1, 1))}
     if expand:
-        wanted["expand weight"] = expand[0], (E, x.shape[1], 1, 1)
+        wanted["expand weight"] = expand[0], (E, x.shape[1], expand_size, expand_size)
     elif x.shape[1] != E:
         raise ValueError(f"depthwise weight must have x's {x.shape[1]} channels, got {E}")
     norms = {"depthwise": (depthwise[1], E), "project": (project[1], O), **({"expand": (expand[1], E)} if expand else {})}
@@ -172,6 +178,7 @@ def mbconv(
     training: bool = False,
     memory: str = "keep",
     mask: torch.Tensor | None = None,
+    stem_stride: int = 0,
 ) -> torch.Tensor:
     """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight, BatchNormParams).
 
@@ -179,37 +186,49 @@ def mbconv(
     convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
     draws: fp32 [N] from [0, 1), of drop_path; else they are drawn here. A sample's branch is kept where its draw lies below 1 - drop_path.
     mask: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
+    stem_stride, 1 or 2: ``expand`` is a network's stem, with weight [E, I, 3, 3], and x its images, of any strides:
+    ``mbconv(stem(x, ...), None, ...)`` in fewer launches and passes.
     """
     dtype = compute_dtype(x)
     norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
     k = depthwise[0].shape[-1]
+    inside = x.shape
+    if stem_stride:
+        if not expand or residual:
+            raise ValueError(f"stem_stride needs expand, which is the stem, and no residual, got {expand=} and {residual=}")
+        _check_stem_weight(x, expand[0], stem_stride, padding)
+        inside = (x.shape[0], len(expand[0]), *(conv_out_size(size, 3, stem_stride, padding) for size in x.shape[2:]))
     _check(x, depthwise[0], *norms, stride=stride, padding=padding, acts=(act,))
     check_memory(memory)
     if residual and (stride != 1 or project[0].shape[0] != x.shape[1]):
         raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {project[0].shape[0]}")
     for norm in norms:
-        check_batch(norm, x.shape, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
-    _check_block(x, expand, depthwise, squeeze_excite, project)
+        check_batch(norm, inside, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
+    _check_block(x, expand, depthwise, squeeze_excite, project, 3 if stem_stride else 1)
     for name, t in (("mask", mask), ("draws", draws)):
         if t is not None and (not residual or t.shape != x.shape[:1] or t.dtype != torch.float32 or t.requires_grad):
             raise ValueError(
                 f"{name} must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {t.dtype} {[*t.shape]}"
             )
     if x.shape[0] == 0:
-        size = (conv_out_size(n, k, stride, padding) for n in x.shape[2:])
+        size = (conv_out_size(n, k, stride, padding) for n in inside[2:])
         return x.new_empty(0, project[0].shape[0], *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
     keep = -1.0
     if mask is None and residual and training and drop_path > 0:
         mask, keep = drop_path_draws(x.shape[0], x.device) if draws is None else draws, 1.0 - drop_path
-    shortcut = _nhwc(x)
+    shortcut = x if stem_stride else _nhwc(x)
     weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
     (weight2, norm2), (weight3, norm3) = depthwise, project
-    weight1, weight2, weight3 = (None if w is None else w.contiguous() for w in (weight1, weight2, weight3))
+    weight1 = weight1 if weight1 is None or stem_stride else weight1.contiguous()
+    weight2, weight3 = weight2.contiguous(), weight3.contiguous()
     se = tuple(t.contiguous() for t in squeeze_excite[:4]) if squeeze_excite else (None,) * 4
     se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
     settings = (DTYPE_NAMES[dtype], stride, padding, act, se_act, gate, residual)
     parameters = (weight1, *norm1[:2], weight2, *norm2[:2], *se, weight3, *norm3[:2])
     if mask is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
+        if stem_stride:
+            x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
+            return mbconv(x, None, depthwise, squeeze_excite, project, stride=stride, padding=padding, act=act)
         args = (
             shortcut, weight1, *norm1[:4], weight2, *norm2[:4], *se, weight3, *norm3[:4], *settings, norm1.eps, norm2.eps, norm3.eps,
         )  # fmt: skip
@@ -218,7 +237,7 @@ def mbconv(
     batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
     args = (
         shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
-        mask, *settings, keep, *batch, memory == "recompute",
+        mask, *settings, keep, stem_stride, *batch, memory == "recompute",
     )  # fmt: skip
     return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])
 
@@ -249,10 +268,7 @@ def stem(
 
     x is read where it lies, whatever its strides and dtype: no copy, no cast.
     """
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"weight must be [S, I, 3, 3], got shape {tuple(weight.shape)}")
-    check_conv_args(3, stride, padding)
-    check_activation(x, weight, weight.shape[1], 3, stride, padding)
+    _check_stem_weight(x, weight, stride, padding)
     _check_norms(norm, acts=(act,))
     n, _, *size = x.shape
     check_batch(norm, (n, weight.shape[0], *size), 3, stride, padding)

@@ -260,9 +260,9 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
     BK = _power_of_two(O, 16, 64 if narrow else 32)
     BE = _power_of_two(E, 16, 64)
-    bf16 = dtype == torch.bfloat16
-    warps = (4 if bf16 else 8) // (1 if BE == 64 else 2)
-    elements = 16 if bf16 and BE > 16 else 16 // dtype.itemsize  # a thread's share of a tile: 16 bytes or more, within its registers
+    narrow_fp32 = not narrow and BE == 16
+    warps = 8 if BE == 64 else 2 if narrow_fp32 else 4
+    elements = 16 // dtype.itemsize  # a thread's share of a tile: 16 bytes, as much as its registers hold beside five sums
     return PointwiseConfig(
         BM=_power_of_two(rows, 16, elements * 32 * warps // BE),
         BN=BE,
@@ -271,9 +271,9 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
         BR=BE,
         shared=O <= BK and (BE == 64 or BK == 16),  # 32 x 32 on two warps would spill
         num_warps=warps,
-        stages=2,
-        waves=2 if BE == 64 else 4,
-        maxnreg=None if bf16 and BE == 64 else 255,
+        stages=3 if narrow and BE == 64 else 2,
+        waves=8 // warps,  # 255 registers
+        maxnreg=255,
     )
 
 

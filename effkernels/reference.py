@@ -137,10 +137,13 @@ def mbconv(
     draws=None,
     memory="keep",
     mask=None,
+    stem_stride=0,
 ):
     """Twin of ``functional.mbconv``; ``memory`` is the kernels' business."""
     check_memory(memory)
     y = x
+    if stem_stride:
+        y, expand = stem(x, *expand, stride=stem_stride, padding=padding, act=act), None
     if expand is not None:
         y = activate(batch_norm(F.conv2d(y, expand[0]), expand[1]), act)
     y = depthwise_conv_bn_act(y, *depthwise, stride=stride, padding=padding, act=act, squeeze_excite=squeeze_excite)

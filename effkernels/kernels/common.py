@@ -117,7 +117,7 @@ def gate_derivative(g, GATE: tl.constexpr):
 
 @triton.jit
 def branch_factor(draw, keep):
-    """Stochastic depth's factor of an image's branch: 1 / keep where ``draw`` lies below ``keep``, else 0; with ``keep`` below 0 the draw."""
+    """Stochastic depth's factor of an image's branch: 1 / keep where ``draw`` lies below it, else 0; the draw if keep is negative."""
     return tl.where(keep > 0.0, tl.where(draw < keep, 1.0 / keep, 0.0), draw)
 
 

@@ -35,7 +35,6 @@ from effkernels.kernels.common import (
 )
 from effkernels.launch import expand_backward_config, pointwise_forward_config, project_backward_config
 
-
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 
 
@@ -461,7 +460,7 @@ def expand_data_gradient(
 
 @triton.jit
 def wait_for(ready, arrivals, readers):
-    """Until ``arrivals`` programs have added 1 to ``ready``; the last of ``readers`` that waited leaves it, and the count after it, at 0."""
+    """Until ``arrivals`` programs have added 1 to ``ready``; the last of ``readers`` that waited leaves it and the count after it at 0."""
     while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()

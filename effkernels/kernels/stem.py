@@ -13,15 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.batchnorm import sum_partials_kernel
+from effkernels.kernels.batchnorm import Merge, finish_statistics
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
     bn_row,
     cast,
     channel_vector_width,
+    check_counters,
     dot,
     fast_math,
+    last_to_arrive,
     load_vector,
     sized_jit,
 )
@@ -66,11 +68,13 @@ def load_patches(
 
 @sized_jit
 def stem_forward_kernel(
-    x, w, y, gamma, beta, mean, var, tile_count, tile_mean, tile_m2, eps,
+    x, w, y, gamma, beta, mean, var, tile_count, tile_mean, tile_m2,
+    mean_out, rstd_out, running_mean, running_var, num_batches, counters, eps, momentum,
     H, W, OW, rows, I, NV, stride_n, stride_c, stride_h, stride_w, w_stride_s, w_stride_c, w_stride_h, w_stride_w,
     pad_top, pad_left, images, tiles, per_program, P,
     STRIDE: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SINGLE: tl.constexpr,
-    STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    STATS: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BN channels of ``per_program`` tiles of BM output pixels of one image. SINGLE: BK covers all taps, so the weights stay."""
     K = I * 9
@@ -126,7 +130,13 @@ def stem_forward_kernel(
         moved = sum_rows(s1) / count
         tl.store(tile_mean + p.to(tl.int64) * N + c, pivot + moved, mask=mc)
         tl.store(tile_m2 + p.to(tl.int64) * N + c, sum_rows(s2) - moved * moved * count, mask=mc)
-        tl.store(tile_count + p, count, mask=block == 0)
+        # Each block of channels keeps its own counts: its last program must not wait for another block's.
+        tl.store(tile_count + block * P + p, count)
+        if last_to_arrive(counters + block, P):
+            finish_statistics(
+                tile_count + block * P, tile_mean, tile_m2, mean_out, rstd_out, running_mean, running_var, num_batches,
+                P, N, eps, momentum, block, BP, BN, UPDATE, COUNT,
+            )  # fmt: skip
 
 
 @sized_jit
@@ -193,14 +203,15 @@ def _geometry(x, weight, OW, rows, pads) -> dict:
     }  # fmt: skip
 
 
-def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="identity", stats=False):
+def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="identity", merge=None, counters=None):
     """y = conv3x3(x) for images x [N, I, H, W] of any strides and dtype, weight [S, I, 3, 3]; see the module docstring.
 
     Args:
         pads: (top, bottom, left, right) zeros.
         dtype: compute dtype (default x's); x and weight are rounded to it on load.
         epilogue: (gamma, beta, mean, var, eps): act(BN(y)) is stored instead of y.
-        stats: also return per-program partial statistics (count [P], mean [P, S], m2 [P, S]) of y, fp32, for ``batchnorm.merge``.
+        merge: a ``Merge``: y's statistics are finished by the last program of each block of channels, and (mean, rstd) fp32 [S] returned;
+            counters: int32, 0, one per block of 16 channels or more.
 
     Returns: (y [N, OH, OW, S], statistics or None).
     """
@@ -216,19 +227,28 @@ def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="ide
     blocks_n = triton.cdiv(S, cfg.BN)
     per_program, P = cfg.spread(N * tiles, blocks_n, x.device)
     y = x.new_empty((N, OH, OW, S), dtype=dtype)
+    stats = merge is not None
     fp32 = {"device": x.device, "dtype": torch.float32}
-    statistics = (torch.empty(P, **fp32), torch.empty(P, S, **fp32), torch.empty(P, S, **fp32)) if stats else None
+    partial, merged = (weight,) * 3, (weight, weight)
+    if stats:
+        check_counters(counters, blocks_n)
+        partial = torch.empty(blocks_n, P, **fp32), torch.empty(P, S, **fp32), torch.empty(P, S, **fp32)
+        merged = torch.empty(S, **fp32), torch.empty(S, **fp32)
+    finish = (merge or Merge(0.0)).arguments(merged[0])
     g, b, m, v, eps = epilogue or (weight,) * 4 + (0.0,)
+    finish["eps"] = finish["eps"] if stats else eps
     stem_forward_kernel[(P * blocks_n,)](
-        x, weight, y, g, b, m, v, *(statistics or (weight,) * 3), eps, **_geometry(x, weight, OW, rows, pads),
-        tiles=tiles, per_program=per_program, P=P, STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=I * 9 <= cfg.BK,
-        STATS=stats, EPILOGUE=epilogue is not None, ACT=act, FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
+        x, weight, y, g, b, m, v, *partial, *merged, counters=counters if stats else weight, **finish,
+        **_geometry(x, weight, OW, rows, pads), tiles=tiles, per_program=per_program, P=P,
+        STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=I * 9 <= cfg.BK,
+        STATS=stats, BP=64, EPILOGUE=epilogue is not None, ACT=act, FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
-    return y, statistics
+    return y, merged if stats else None
 
 
 def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="identity"):
-    """Weight gradient of ``stem_forward`` followed by BatchNorm and act, like ``weight``.
+    """Weight gradient of ``stem_forward`` followed by BatchNorm and act, as partials for ``weight_gradients.finish``: fp32 [P, S * K],
+    to be summed, in the order in which ``torch.empty_like(weight)`` lies in memory.
 
     Args:
         dout: gradient of the activation [N, OH, OW, S], of y's dtype; y: ``stem_forward``'s result, before the BatchNorm.
@@ -242,13 +262,11 @@ def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="iden
     tiles = triton.cdiv(rows, cfg.BM)
     blocks = triton.cdiv(S, cfg.BN) * triton.cdiv(K, cfg.BK)
     per_program, P = cfg.spread(N * tiles, blocks, x.device)
-    dw = torch.empty_like(weight)
     partials = torch.empty(P, S * K, device=x.device, dtype=torch.float32)
     k0, k1 = terms or (weight, weight)
     stem_backward_kernel[(P * blocks,)](
-        dout, y, x, partials, *bn, k0, k1, **_geometry(x, dw, OW, rows, pads), tiles=tiles, per_program=per_program,
-        STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, ACT=act, BATCH=terms is not None, FAST=fast_math(y.dtype),
+        dout, y, x, partials, *bn, k0, k1, **_geometry(x, torch.empty_like(weight), OW, rows, pads), tiles=tiles,
+        per_program=per_program, STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, ACT=act, BATCH=terms is not None, FAST=fast_math(y.dtype),
         PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
-    sum_partials_kernel[(triton.cdiv(S * K, 64),)](partials, dw, P, S * K, S * K, S * K, TAPS=1, BP=64, BL=64, num_warps=4)
-    return dw
+    return partials

@@ -2,6 +2,7 @@
 
     depthwise       dw[c,tap] = sum_p partials[p,tap,c]
     project         dw[o,e]   = sum_s partials[s,o,e]
+    stem            dw[i]     = sum_s D[s,i]             elements of the weight as they lie in memory
     expand          dw[e,i]   = A[e] sum_s D[s,e,i] + k1[e] sum_j w[e,j] sum_t gram[t,j,i] + k0[e] sum_t xsum[t,i],  A = gamma rstd
     squeeze-excite  dW_e = dt^T v, db_e = sum_n dt, dW_r = du^T pooled, db_r = sum_n du,  v = phi(u)
 
@@ -114,9 +115,9 @@ def weight_gradients_kernel(
     dt, du, u, pooled, dw_reduce, db_reduce, dw_expand, db_expand,
     depthwise_parts, CV, project_parts, OV, splits, E, IV, N, R,
     CVEC: tl.constexpr, OVEC: tl.constexpr, IVEC: tl.constexpr,
-    TAPS: tl.constexpr, PROJECT: tl.constexpr, EXPAND: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr, SE: tl.constexpr,
-    ACT: tl.constexpr, TP: tl.constexpr, TL: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr,
-    BS: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    TAPS: tl.constexpr, PROJECT: tl.constexpr, STEM: tl.constexpr, EXPAND: tl.constexpr, GRAM: tl.constexpr, DTYPE: tl.constexpr,
+    SE: tl.constexpr, ACT: tl.constexpr, TP: tl.constexpr, TL: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BE: tl.constexpr,
+    BI: tl.constexpr, BS: tl.constexpr, NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     C = CV * CVEC
     I = IV * IVEC
@@ -127,6 +128,12 @@ def weight_gradients_kernel(
         if pid < programs:
             expand_gradient(pid, D, grams, expand_weight, gamma1, rstd1, k0, k1, expand_out, splits, E, I, BE, BI, BS, GRAM, DTYPE)
         pid -= programs
+    if STEM:
+        stem_programs = tl.cdiv(E * I, BL)
+        if pid < stem_programs:
+            element, stem_total = sum_of_partials(pid, D, splits, E * I, E * I, BP, BL)
+            tl.store(expand_out + element, cast(stem_total, expand_out.dtype.element_ty), mask=element < E * I)
+        pid -= stem_programs
     if SE:
         se_programs = tl.cdiv(C, CB) * tl.cdiv(R, RB)
         if (pid >= 0) & (pid < se_programs):
@@ -144,7 +151,7 @@ def weight_gradients_kernel(
             tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
 
 
-def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
+def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=None):
     """Weight gradients, in the parameters' shapes and dtypes, in one launch; an absent layer gives None.
 
     Args:
@@ -152,18 +159,21 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
         project: (partials fp32 [S, O, E], weight [O, E, 1, 1]) of ``project_backward``.
         expand: (D fp32 [S, E, I], gram fp32 [S, I + 1, I] or None, weight [E, I, 1, 1], gamma, rstd, k0, k1, compute dtype); gram, k0
             and k1 are None where BatchNorm 1 is frozen.
+        stem: (D fp32 [S, elements], weight [E, I, 3, 3], dense), in place of expand.
         squeeze_excite: (dt fp32 [N, C], du fp32 [N, R], u fp32 [N, R], pooled fp32 [N, C], the four parameters, act).
 
-    Returns: (depthwise, project, expand gradient, tuple of squeeze-excite's four gradients).
+    Returns: (depthwise, project, expand or stem gradient, tuple of squeeze-excite's four gradients).
     """
     outs = [None if part is None else torch.empty_like(part[at], memory_format=torch.contiguous_format)
             for part, at in ((depthwise, 1), (project, 1), (expand, 2))]  # fmt: skip
+    if stem is not None:
+        outs[2] = torch.empty_like(stem[1])
     se = None
     if squeeze_excite is not None:
         se = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in squeeze_excite[4])
-    if depthwise is None and project is None and expand is None and se is None:
+    if all(part is None for part in (depthwise, project, expand, stem, se)):
         return (None,) * 4
-    any_tensor = (depthwise or project or expand or squeeze_excite)[0]
+    any_tensor = (depthwise or project or expand or stem or squeeze_excite)[0]
     programs, C, R, N, act = 0, 1, 1, 1, "identity"
     taps, depthwise_parts, project_parts, COLS, splits, E, I = 0, 0, 0, 1, 0, 1, 1
     dtype = torch.float32
@@ -171,11 +181,15 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
         (N, C), R, act = squeeze_excite[0].shape, squeeze_excite[1].shape[1], squeeze_excite[5]
     if expand is not None:
         (splits, E, I), dtype = expand[0].shape, expand[7]
+    if stem is not None:
+        splits, (E, I) = len(stem[0]), (len(stem[1]), stem[1][0].numel())
     cfg = weight_gradient_config(splits, R)
     if se is not None:
         programs += triton.cdiv(C, cfg.CB) * triton.cdiv(R, cfg.RB)
     if expand is not None:
         programs += triton.cdiv(E, cfg.BE) * triton.cdiv(I, cfg.BI)
+    if stem is not None:
+        programs += triton.cdiv(E * I, cfg.BL)
     if project is not None:
         project_parts, COLS = project[0].shape[0], project[0][0].numel()
         programs += triton.cdiv(COLS, cfg.BL)
@@ -185,7 +199,7 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
         programs += triton.cdiv(taps * C, cfg.TL)
     pointers = [
         None if depthwise is None else depthwise[0], outs[0], None if project is None else project[0], outs[1],
-        *((None,) * 7 if expand is None else expand[:7]), outs[2],
+        *(expand[:7] if expand is not None else (None if stem is None else stem[0], *(None,) * 6)), outs[2],
         *((None,) * 4 if se is None else squeeze_excite[:4]), *(se or (None,) * 4),
     ]  # fmt: skip
     weight_gradients_kernel[(programs,)](
@@ -193,7 +207,8 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None):
         depthwise_parts, C // channel_vector_width(C), project_parts, COLS // channel_vector_width(COLS), splits, E,
         I // channel_vector_width(I), N, R,
         CVEC=channel_vector_width(C), OVEC=channel_vector_width(COLS), IVEC=channel_vector_width(I),
-        TAPS=taps, PROJECT=project is not None, EXPAND=expand is not None, GRAM=expand is not None and expand[1] is not None,
-        DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act, **cfg.blocks, num_warps=cfg.num_warps,
+        TAPS=taps, PROJECT=project is not None, STEM=stem is not None, EXPAND=expand is not None,
+        GRAM=expand is not None and expand[1] is not None, DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act,
+        **cfg.blocks, num_warps=cfg.num_warps,
     )  # fmt: skip
     return (*outs, se)

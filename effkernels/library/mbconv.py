@@ -8,6 +8,8 @@ depthwise convolution):
               merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
     backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
               sums | expand (dz1, x -> dx) | all weight gradients                                                  3 e1 + 4 e2
+    As the first of a network, a block that does not expand takes the stem along: a 3x3 convolution of images in place of the expand one.
+
     inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
               or, where the model of costs says so, expand inside the depthwise kernel                                    0 e1 + 2 e2
 """
@@ -34,16 +36,16 @@ _SE = "Tensor? se_reduce_weight, Tensor? se_reduce_bias, Tensor? se_expand_weigh
 _SHAPE = "str dtype, int stride, str padding, str act, str se_act, str gate, bool residual"
 LIB.define(
     f"mbconv(Tensor x, Tensor? expand_weight, {_norm(1, '?')}, Tensor depthwise_weight, {_norm(2)}, {_SE}, Tensor project_weight, "
-    f"{_norm(3)}, Tensor? mask, {_SHAPE}, float keep, bool batch1, float? momentum1, float eps1, bool batch2, float? momentum2, float eps2, "
-    "bool batch3, float? momentum3, float eps3, bool recompute) -> (Tensor out, Tensor y1, Tensor y2, Tensor y3, "
-    "Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
+    f"{_norm(3)}, Tensor? mask, {_SHAPE}, float keep, int stem, bool batch1, float? momentum1, float eps1, "
+    "bool batch2, float? momentum2, float eps2, bool batch3, float? momentum3, float eps3, bool recompute) "
+    "-> (Tensor out, Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
     "Tensor gates, Tensor pooled, Tensor u)"
 )
 LIB.define(
     "mbconv_backward(Tensor dout, Tensor x, Tensor? expand_weight, Tensor? weight1, Tensor? bias1, Tensor depthwise_weight, "
     f"Tensor weight2, Tensor bias2, {_SE}, Tensor project_weight, Tensor weight3, Tensor bias3, Tensor? mask, "
     "Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
-    f"Tensor gates, Tensor pooled, Tensor u, {_SHAPE}, float keep, bool batch1, bool batch2, bool batch3, "
+    f"Tensor gates, Tensor pooled, Tensor u, {_SHAPE}, float keep, int stem, bool batch1, bool batch2, bool batch3, "
     "bool[] needs) -> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
     "Tensor bias2, Tensor, Tensor, Tensor, Tensor, Tensor project_weight, Tensor weight3, Tensor bias3)"
 )
@@ -60,13 +62,25 @@ def _counters(x, E, O):
     return zeroed_counters(x, x.shape[0] + 512 + max(E, O) // 8)
 
 
+def first_convolution(x, weight, stem, padding, dtype, **how):
+    """The expand convolution of x [N, H, W, I]; with ``stem``, a stride, the network's 3x3 one of images x [N, I, H, W]."""
+    if stem:
+        from effkernels.kernels.stem import stem_forward
+        from effkernels.library.stem import image_pads
+
+        return stem_forward(x, weight, stem, image_pads(x, stem, padding), dtype=dtype, **how)
+    from effkernels.kernels.pointwise import pointwise_forward
+
+    return pointwise_forward(x, weight, dtype=dtype, **how)
+
+
 @on_its_device
 def mbconv(
     x, expand_weight, weight1, bias1, running_mean1, running_var1, num_batches1,
     depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
-    dtype, stride, padding, act, se_act, gate, residual, keep,
+    dtype, stride, padding, act, se_act, gate, residual, keep, stem,
     batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
@@ -80,7 +94,7 @@ def mbconv(
     else:
 
         def expand(**how):
-            return pointwise.pointwise_forward(x, expand_weight, dtype=compute, counters=counters, **how)
+            return first_convolution(x, expand_weight, stem, padding, compute, counters=counters, **how)
 
         y1, mean1, rstd1 = normalised(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
         prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
@@ -116,11 +130,13 @@ def mbconv_fake(
     depthwise_weight, weight2, bias2, running_mean2, running_var2, num_batches2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
-    dtype, stride, padding, act, se_act, gate, residual, keep,
+    dtype, stride, padding, act, se_act, gate, residual, keep, stem,
     batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
 ):  # fmt: skip
     compute = DTYPES[dtype]
     N, H, W, _ = x.shape
+    if stem:
+        H, W = (conv_out_size(size, 3, stem, padding) for size in x.shape[2:])
     E, O, k = depthwise_weight.shape[0], project_weight.shape[0], depthwise_weight.shape[-1]
     y2 = x.new_empty(N, conv_out_size(H, k, stride, padding), conv_out_size(W, k, stride, padding), E, dtype=compute)
     y3 = y2.new_empty(*y2.shape[:3], O)
@@ -135,12 +151,26 @@ def mbconv_fake(
     return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se)
 
 
+def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, need_dx, need_dw):
+    """(dx or None, partials of dw or None) of a first 3x3 convolution, from the gradient dz of its BatchNorm's output."""
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels.stem import stem_backward
+    from effkernels.library.stem import image_gradient, image_pads
+
+    pads, dx, partials = image_pads(x, stride, padding), None, None
+    if need_dw:
+        partials = stem_backward(dz, y, x, weight, stride, pads, bn, terms=terms)
+    if need_dx:
+        dx = image_gradient(batchnorm.apply_backward(dz, y, bn, terms=terms), x, weight, stride, pads)
+    return dx, partials
+
+
 @on_its_device
 def mbconv_backward(
     dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, mask,
     y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u,
-    dtype, stride, padding, act, se_act, gate, residual, keep, batch1, batch2, batch3, needs,
+    dtype, stride, padding, act, se_act, gate, residual, keep, stem, batch1, batch2, batch3, needs,
 ):  # fmt: skip
     """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite, weight_gradients
@@ -182,7 +212,7 @@ def mbconv_backward(
     if need_dq:
         a = y1 if expands else x.to(DTYPES[dtype])
         if expands and y1.numel() == 0:  # recompute
-            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=DTYPES[dtype])
+            a, _ = first_convolution(x, expand_weight, stem, padding, DTYPES[dtype])
         da, partials["depthwise"], norm1 = depthwise.depthwise_backward(
             dq, a, depthwise_weight, stride, pads_of(a, depthwise_weight, stride, padding),
             bn2=(y2, *bn2, k0 if batch2 else None, k1, gates if has_se else None, dpool), act2=act,
@@ -193,7 +223,10 @@ def mbconv_backward(
     if need_da and expands:
         grads["norm1"], grads["bias1"], *terms = norm1
         terms = terms if batch1 else None
-        if need_x or need_expand:
+        if stem:
+            bn1 = (weight1, bias1, mean1, rstd1)
+            grads["x"], partials["stem"] = stem_gradients(da, a, x, expand_weight, stem, padding, bn1, terms, need_x, need_expand)
+        elif need_x or need_expand:
             grads["x"], partials["expand"], grams = pointwise.expand_backward(
                 da, x, expand_weight, (weight1, rstd1), terms, counters=counters, residual=dout if residual else None,
                 need_dx=need_x, need_dw=need_expand, out_dtype=x.dtype,
@@ -209,6 +242,7 @@ def mbconv_backward(
         project=part("project", project_weight),
         expand=part("expand", grams, expand_weight, weight1, rstd1, *(terms or (None, None)), DTYPES[dtype]),
         squeeze_excite=partials.get("se"),
+        stem=part("stem", expand_weight),
     )
     if se is not None:
         grads.update(zip(("reduce_w", "reduce_b", "expand_w", "expand_b"), se, strict=True))
@@ -226,13 +260,16 @@ def mbconv_backward_fake(
         x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
         se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3,
     )  # fmt: skip
-    return tuple(contiguous_like(like) if need else absent(x) for like, need in zip(likes, rest[-1], strict=True))
+    results = [contiguous_like(like) if need else absent(x) for like, need in zip(likes, rest[-1], strict=True)]
+    if rest[-5]:  # stem: gradients lie as images and weight do
+        results[:2] = [torch.empty_like(like) if need else absent(x) for like, need in zip(likes[:2], rest[-1], strict=False)]
+    return tuple(results)
 
 
 # Where, among mbconv's arguments, those are that its backward gives a gradient of.
 _DIFFERENTIABLE = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19)
-_MASK, _SETTINGS = 23, slice(24, 32)
-_BATCH = (32, 35, 38)
+_MASK, _SETTINGS = 23, slice(24, 33)
+_BATCH = (33, 36, 39)
 
 
 class MBConvFunction(torch.autograd.Function):

@@ -1,14 +1,16 @@
 """Operators of the stem: act(BN(conv3x3(x))) for images x [N, I, H, W] of any strides; results NHWC.
 
-Training takes three launches forward (convolution with statistics, their merge, BatchNorm + activation), four backward; the autograd
-node keeps x, y (before the BatchNorm) and fp32 vectors. Inference takes one launch.
+Training takes two launches forward (convolution with statistics; BatchNorm + activation) and three backward; the autograd node keeps x,
+y (before the BatchNorm) and fp32 vectors. Inference takes one launch. A network whose first block does not expand has it as that
+block's first convolution in training (``mbconv``), which saves the launches and the passes of its BatchNorm.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size, pad_amounts
-from effkernels.library.base import LIB, absent, batch_or_running, call, fp32, on_its_device, register
+from effkernels.library.base import LIB, absent, call, fp32, normalised, on_its_device, register
+from effkernels.library.counters import zeroed_counters
 from effkernels.library.mbconv import DTYPES
 
 LIB.define(
@@ -27,7 +29,7 @@ LIB.define(
 )
 
 
-def _pads(x, stride, padding):
+def image_pads(x, stride, padding):
     return *pad_amounts(x.shape[2], 3, stride, padding), *pad_amounts(x.shape[3], 3, stride, padding)
 
 
@@ -41,8 +43,11 @@ def stem(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batch
     from effkernels.kernels import batchnorm
     from effkernels.kernels import stem as kernels
 
-    y, tiles = kernels.stem_forward(x, weight, stride, _pads(x, stride, padding), dtype=DTYPES[dtype], stats=batch)
-    mean, rstd = batch_or_running(batch, lambda: tiles, running_mean, running_var, num_batches, momentum, eps)
+    def convolution(**how):
+        counters = zeroed_counters(x, weight.shape[0])
+        return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], counters=counters, **how)
+
+    y, mean, rstd = normalised(convolution, batch, running_mean, running_var, num_batches, momentum, eps)
     return batchnorm.apply(y, (norm_weight, norm_bias, mean, rstd, eps, True), act=act), y, mean, rstd
 
 
@@ -54,21 +59,21 @@ def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_
 
 @on_its_device
 def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, need_dx, need_dw):
-    from effkernels.kernels import batchnorm
+    from effkernels.kernels import batchnorm, weight_gradients
     from effkernels.kernels import stem as kernels
 
-    S = y.shape[-1]
     bn = (norm_weight, norm_bias, mean, rstd)
-    sums = batchnorm.gradient_sums(dout, y, bn, act=act)
-    dnorm_weight, dnorm_bias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, S), (norm_weight, mean, rstd), y.numel() // S)
-    terms = (k0, k1) if batch else None
-    pads = _pads(x, stride, padding)
+    counters = zeroed_counters(x, y.shape[-1])
+    dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, bn, act=act, counters=counters)
+    terms = terms if batch else None
+    pads = image_pads(x, stride, padding)
     dx, dw = absent(x), absent(x)
     if need_dw:
-        dw = kernels.stem_backward(dout, y, x, weight, stride, pads, bn, terms=terms, act=act)
+        partials = kernels.stem_backward(dout, y, x, weight, stride, pads, bn, terms=terms, act=act)
+        dw = weight_gradients.finish(stem=(partials, weight))[2]
     if need_dx:
         dx = image_gradient(batchnorm.apply_backward(dout, y, bn, terms=terms, act=act), x, weight, stride, pads)
-    return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
+    return dx, dw, dnorm_weight, dnorm_bias
 
 
 def image_gradient(dy, x, weight, stride, pads):
@@ -117,7 +122,7 @@ def stem_inference(x, weight, norm_weight, norm_bias, running_mean, running_var,
     from effkernels.kernels import stem as kernels
 
     epilogue = (norm_weight, norm_bias, running_mean, running_var, eps)
-    return kernels.stem_forward(x, weight, stride, _pads(x, stride, padding), dtype=DTYPES[dtype], epilogue=epilogue, act=act)[0]
+    return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], epilogue=epilogue, act=act)[0]
 
 
 def stem_inference_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, *settings):

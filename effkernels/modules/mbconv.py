@@ -193,12 +193,17 @@ class FusedMBConv(MBConvBase):
         self.check_input(x)
         if (x.is_cpu and dispatch.only_plain_on_cpu()) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
             return self._plain(x, draws)
+        return self.fused(x, draws)
+
+    def fused(self, x: torch.Tensor, draws: torch.Tensor | None = None, *, stem: tuple | None = None, stem_stride: int = 0):
+        """``forward`` on the kernels, unchecked. stem: (weight, BatchNormParams) of the 3x3 convolution before a block that does not
+        expand, to run with it as one; then x are its images."""
         from effkernels import functional
 
         norm = BatchNormParams.of
         return functional.mbconv(
             x,
-            (self.conv_pw.weight, norm(self.bn1)) if self.expands else None,
+            (self.conv_pw.weight, norm(self.bn1)) if self.expands else stem,
             (self.conv_dw.weight, norm(self.depthwise_norm)),
             SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
             (self.project_conv.weight, norm(self.project_norm)),
@@ -210,4 +215,5 @@ class FusedMBConv(MBConvBase):
             draws=draws if self.has_residual else None,
             training=self.training,
             memory=self.memory,
+            stem_stride=stem_stride,
         )

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from effkernels import dispatch
-from effkernels.geometry import pad_amounts
+from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels.modules.mbconv import FusedMBConv
 from effkernels.parameters import BatchNormParams
 from effkernels.reference import activate
 
@@ -33,6 +34,25 @@ def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding
         (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
         x = F.pad(x, (left, right, top, bottom))
     return activate(bn(conv(x)), act)
+
+
+def stem_and_block(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, block: FusedMBConv) -> torch.Tensor | None:
+    """``block(stem(x, ...))`` in training as one autograd node, without storing the stem's output; None where that cannot be.
+
+    It can where both are fused, and ``block`` neither expands nor has a residual, as a network's first.
+    """
+    if block.expands or block.has_residual or (block.act, block.padding) != (act, padding) or dispatch.has_hooks(block):
+        return None
+    if not (bn.training or block.training) or type(block).forward is not FusedMBConv.forward:
+        return None
+    stride = conv.stride[0]
+    if stride not in (1, 2) or _why_not_fused(x, "conv_stem", conv, bn, (3, stride, 1 if padding == "symmetric" else 0)) is not None:
+        return None
+    size = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])
+    inside = x.new_empty(1, dtype=dispatch.compute_dtype(x)).expand(x.shape[0], conv.out_channels, *size)
+    if conv.out_channels != block.in_channels or block.why_not_fused(inside) is not None:
+        return None
+    return block.fused(x, stem=(conv.weight, BatchNormParams.of(bn)), stem_stride=stride)
 
 
 def pooled_head(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str) -> torch.Tensor:

@@ -181,13 +181,13 @@ def transformers_stem():
 
 
 NETWORKS = {
-    "timm": (timm_network, ["stem", "mbconv", "bn_act_add"]),
+    "timm": (timm_network, ["stem", "mbconv", "head"]),
     "timm-mobilenetv3": (timm_mobilenet, ["stem", "mbconv"]),
-    "torchvision": (torchvision_network, ["stem", "mbconv", "bn_act_add"]),
-    "lukemelas": (lukemelas_network, ["stem", "mbconv", "bn_act_add"]),
+    "torchvision": (torchvision_network, ["stem", "mbconv", "head"]),
+    "lukemelas": (lukemelas_network, ["stem", "mbconv", "head"]),
     "transformers": (transformers_stem, ["stem", "mbconv"]),
 }
-INFERENCE = {"stem": "stem_inference", "mbconv": "mbconv_inference", "bn_act_add": "head_inference"}
+INFERENCE = {"stem": "stem_inference", "mbconv": "mbconv_inference", "head": "head_inference"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -121,20 +121,22 @@ def block_arguments(name, device):
         yield (x, *no_expand, *depthwise, *no_se, *project, *bare, 1e-3, 1e-3, 1e-3)
         return
     batch, frozen = (True, 0.1, 1e-3), (False, 0.1, 1e-3)
+    images, stem = torch.randn(N, 3, 5, 4).to(device), (weight(C, 3, 3, 3), *n())
     forward = [
-        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, *batch, True, None, 1e-3, *batch, False),
-        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, *frozen, *frozen, *batch, True),
-        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, *frozen, *batch, *frozen, False),
+        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, 0, *batch, True, None, 1e-3, *batch, False),
+        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, 0, *frozen, *frozen, *batch, True),
+        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, 0, *frozen, *batch, *frozen, False),
+        (images, *stem, *depthwise, *se, *project, None, *bare, -1.0, 2, *batch, *batch, *batch, False),
     ]
     if name == "mbconv":
         yield from forward
         return
-    for args, needs in zip(forward, ([True] * 14, [False] * 5 + [True] * 9, [True] + [False] * 3 + [True] * 10), strict=True):
+    for args, needs in zip(forward, ([True] * 14, [False] * 5 + [True] * 9, [True] + [False] * 3 + [True] * 10, [True] * 14), strict=True):
         with torch.no_grad():
             out, *aux = library.mbconv(*args)
         tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
         needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
-        yield (torch.randn_like(out), *tensors, *aux, *args[24:32], args[32], args[35], args[38], needs)
+        yield (torch.randn_like(out), *tensors, *aux, *args[24:33], args[33], args[36], args[39], needs)
 
 
 OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))

@@ -148,7 +148,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_launches_of_b0(on_meta):
-    """Inference at most 70. A training step takes more than its goal of 200; the test holds what it takes."""
+    """A forward, and a training step with its loss, dropout and drop-path but without the optimizer."""
     from efficientnet import create_model
 
     x = torch.empty(256, 3, 224, 224, device="meta", dtype=torch.bfloat16)
@@ -162,13 +162,12 @@ def test_launches_of_b0(on_meta):
         labels = torch.empty(256, dtype=torch.long, device="meta")
         nn.functional.cross_entropy(model(x), labels).backward()
     assert on_meta.count("project_backward_kernel") == 16 and on_meta.count("expand_backward_kernel") == 15
-    assert len(on_meta) + len(operators.names) <= 210, (len(on_meta), operators.names)
+    assert len(on_meta) + len(operators.names) <= 196, (len(on_meta), operators.names)  # the goal is 200
 
 
-@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.396), (64, "recompute", 0.245), (224, "keep", 0.361)])
+@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.23), (224, "keep", 0.341)])
 def test_saved_activations_of_b0(size, memory, most, on_meta):
-    """Bytes kept by a training step of B0 in bf16 as a share of plain PyTorch's. The goal of 0.36 at 64 pixels is missed by 0.04:
-    squeeze-excite's fp32 vectors are 0.04 at that size (0.004 at 224 pixels), and a block keeps both y3 and, as the next block's x, out."""
+    """Bytes kept by a training step of B0 in bf16 as a share of plain PyTorch's; the goal is 0.36 at 64 pixels."""
     from efficientnet import create_model
 
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
@@ -423,3 +422,84 @@ def test_compare_would_notice(device):
     x = images(3, 16, 4, 4, device=device)
     with pytest.raises(AssertionError):
         compare(modules, x, random_like_output(modules["truth"], x))
+
+
+# ---- what a network does for its blocks together --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_are_the_factors_they_stand_for(dtype, device, scratch):
+    """Bit for bit: the kernels make 1 / keep of a draw below it, 0 of another, and leave factors as they are."""
+    from effkernels import functional
+    from effkernels.parameters import BatchNormParams, SqueezeExciteParams
+
+    block = FusedMBConv(16, 16, 3, 1, 2, 0.25, drop_path=0.4).to(device, dtype)
+    randomise(block)
+    norm = BatchNormParams.of
+    layers = (
+        (block.conv_pw.weight, norm(block.bn1)),
+        (block.conv_dw.weight, norm(block.bn2)),
+        SqueezeExciteParams.of(block.se),
+        (block.conv_pwl.weight, norm(block.bn3)),
+    )
+    x = images(6, 16, 4, 5, device=device).to(dtype)
+    draws = torch.tensor([0.0, 0.59, 0.61, 0.2, 0.99, 0.5], device=device)
+    gradient, results = torch.randn_like(x), []
+    for how in ({"drop_path": 0.4, "draws": draws}, {"mask": (draws < 0.6).float() / 0.6}):
+        leaf = x.clone().requires_grad_()
+        out = functional.mbconv(leaf, *layers, residual=True, training=True, **how)
+        results.append((out, *torch.autograd.grad(out, [leaf, *block.parameters()], gradient)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][0][2], x[2]) and not torch.equal(results[0][0][1], x[1])
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_stem_and_first_block_as_one(autocast, padding, memory, device, scratch):
+    """Output, gradients of the images and of every parameter, running statistics, at odd sizes; a channels_last stem weight too."""
+    from effkernels.modules.stem_head import stem, stem_and_block
+
+    blocks = twins(FusedMBConv, 16, 24, 3, 2, 1, 0.5, padding=padding, memory=memory, device=device)
+    torch.manual_seed(2)
+    conv = nn.Conv2d(3, 16, 3, 2, 1 if padding == "symmetric" else 0, bias=False)
+    if memory == "keep":
+        conv.to(memory_format=torch.channels_last)
+    ends = nn.Sequential(conv, nn.BatchNorm2d(16)).to(device)
+    randomise(ends)
+    x, results = images(4, 3, 13, 11, device=device), {}
+    gradient = None
+    for name, block in blocks.items():
+        module = copy.deepcopy(ends).double() if name == "truth" else copy.deepcopy(ends)
+        leaf = (x.double() if name == "truth" else x.clone()).requires_grad_()
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None and name != "truth"):
+            if name == "fused":
+                out = stem_and_block(leaf, *module, "silu", padding, block)
+            else:
+                out = block(stem(leaf, *module, "silu", padding, fused=False))
+        gradient = torch.randn(out.shape, dtype=torch.float64).to(device) if gradient is None else gradient
+        out.backward(gradient.to(out.dtype))
+        named = [*module.named_parameters("stem"), *block.named_parameters("block")]
+        results[name] = {"out": out, "x": leaf.grad} | {key: p.grad for key, p in named}
+        results[name] |= {f"{i} {key}": b for i, m in enumerate((module, block)) for key, b in m.named_buffers() if b.is_floating_point()}
+    assert_close_to_truth(results["fused"], results["eager"], results["truth"])
+
+
+def test_when_stem_and_first_block_are_not_one(device):
+    from effkernels.modules.stem_head import stem_and_block
+
+    conv, bn, x = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), images(2, 3, 8, 8, device=device)
+
+    def one(block, act="silu"):
+        return stem_and_block(x, conv.to(device), bn.to(device), act, "symmetric", block.to(device)) is not None
+
+    assert one(FusedMBConv(8, 16, 3, 1, 1))
+    assert not one(FusedMBConv(8, 8, 3, 1, 1)), "a residual needs the stem's output"
+    assert not one(FusedMBConv(8, 16, 3, 1, 4)), "a block that expands has a first convolution of its own"
+    assert not one(FusedMBConv(8, 16, 3, 1, 1), "relu") and not one(FusedMBConv(8, 16, 3, 1, 1, padding="same"))
+    assert not one(FusedMBConv(16, 24, 3, 1, 1)), "the channels differ"
+    block = FusedMBConv(8, 16, 3, 1, 1)
+    block.register_forward_hook(lambda *args: None)
+    assert not one(block), "its hook would see images"
+    bn.eval()
+    assert not one(FusedMBConv(8, 16, 3, 1, 1).eval()), "nothing is trained: the stem's output is one launch away"

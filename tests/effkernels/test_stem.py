@@ -73,6 +73,7 @@ def convolve(x, weight, stride, padding):
 
 
 def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, device):
+    from effkernels.kernels.batchnorm import Merge
     from effkernels.kernels.stem import stem_forward
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
@@ -84,19 +85,21 @@ def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, dev
         mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
         return {"y": y, "mean": mean, "var": var, "out": ACTIVATIONS[act](batch_norm(y, *bn, EPS))}
 
-    y, (count, mean, m2) = stem_forward(x, weight, stride, pads(x, stride, padding), dtype=compute, stats=True)
+    counters, momenta = torch.zeros(8, dtype=torch.int32, device=device), (torch.zeros(S, device=device), torch.ones(S, device=device))
+    merge = Merge(EPS, *momenta, momentum=1.0)  # which leaves the running variance at the unbiased one
+    y, (mean, rstd) = stem_forward(x, weight, stride, pads(x, stride, padding), dtype=compute, merge=merge, counters=counters)
     out, _ = stem_forward(x, weight, stride, pads(x, stride, padding), dtype=compute, epilogue=(*bn, EPS), act=act)
-    assert y.dtype == out.dtype == compute and count.sum() == y.numel() // S
-    count, mean, m2 = count.double()[:, None], mean.double(), m2.double()
-    total = (count * mean).sum(0) / count.sum()
-    var = (m2 + count * (mean - total) ** 2).sum(0) / count.sum()
-    fused = {"y": nchw(y), "mean": total, "var": var, "out": nchw(out)}
+    assert y.dtype == out.dtype == compute and not counters.any() and torch.equal(mean, momenta[0])
+    count = y.numel() // S
+    assert torch.allclose(momenta[1] * (count - 1) / count, rstd**-2 - EPS, rtol=1e-4, atol=1e-6)
+    fused = {"y": nchw(y), "mean": mean, "var": rstd.double() ** -2 - EPS, "out": nchw(out)}
     assert_close_to_truth(fused, network(x.to(compute), weight.to(compute)), network(x.double(), weight.double()))
 
 
 def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, device):
     """With batch terms and without, by turns."""
     from effkernels.kernels.stem import stem_backward
+    from effkernels.kernels.weight_gradients import finish
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
     act = ACTS[i % 6]
@@ -123,7 +126,8 @@ def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, de
 
     truth, terms = gradient(torch.float64)
     terms = [guarded(v.float()) for v in terms] if terms else None
-    dw = stem_backward(nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), bn, terms=terms, act=act)
+    partials = stem_backward(nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), bn, terms=terms, act=act)
+    dw = finish(stem=(partials, weight))[2]
     assert dw.dtype == weight.dtype and dw.stride() == weight.stride()
     assert_close_to_truth(dw, gradient(compute, terms)[0], truth)
 
