@@ -372,21 +372,22 @@ def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training,
 
 
 def stem_and_head_launches(dtype, channels, inputs, features, *, training, images=64) -> list[Launch]:
-    """Launches of a network's first convolution, on normalised images of the compute dtype, and, in inference, of its last."""
-    from effkernels import functional
+    """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its first block's, and
+    of its last."""
+    from effkernels import FusedMBConv, functional
     from effkernels.parameters import BatchNormParams
 
     def norm(channels):
         return BatchNormParams.of(torch.nn.BatchNorm2d(channels, device="meta").train(training))
 
     weight, first = torch.nn.Parameter(_meta(channels, 3, 3, 3)), norm(channels)
-    launches = call_launches(lambda x: functional.stem(x, weight, first), _meta(images, 3, 224, 224, dtype=dtype), training)
-    if not training:
-        last = norm(features)
-        launches += call_launches(
-            lambda x: functional.head(x, _meta(features, inputs, 1, 1), last), _meta(images, inputs, 7, 7, dtype=dtype), False
-        )
-    return launches
+    pixels = _meta(images, 3, 224, 224, dtype=dtype)
+    launches = call_launches(lambda x: functional.stem(x, weight, first), pixels, training)
+    if training:
+        block = FusedMBConv(channels, channels // 2, 3, 1, 1, device="meta")
+        launches += call_launches(lambda x: block.fused(x, stem=(weight, first), stem_stride=2), pixels, True)
+    last, conv = norm(features), torch.nn.Parameter(_meta(features, inputs, 1, 1))
+    return launches + call_launches(lambda x: functional.head(x, conv, last), _meta(images, inputs, 7, 7, dtype=dtype), training)
 
 
 def shipped_launches(full: bool = False) -> list[Launch]:
