@@ -151,9 +151,9 @@ def layer_problem(
         return f"{name} has hooks"
     if "forward" in layer.__dict__:
         return f"{name}.forward was replaced"
-    if kind not in (nn.Conv2d, nn.BatchNorm2d):
+    if kind not in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm):
         return f"{name} is a {type(layer).__name__}"
-    if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
     if shape is not None and tuple(layer.weight.shape[:2]) != shape:
         return f"{name} does not fit its neighbours: its weight is {tuple(layer.weight.shape)}, {shape} wanted"

@@ -84,6 +84,12 @@ def _check_norms(*norms, acts=()):
             raise ValueError(f"act must be one of {sorted(ACTIVATIONS)}, got {act!r}")
 
 
+def _check_alone(*norms):
+    for norm in norms:
+        if norm.group:
+            raise ValueError(f"a BatchNorm that synchronises processes is for mbconv, stem and head, got group {norm.group!r}")
+
+
 def depthwise_conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -101,6 +107,7 @@ def depthwise_conv_bn_act(
     x [N, C, H, W], weight [C, 1, k, k] -> [N, C, H', W'].
     """
     norms = [norm] if pre_norm is None else [norm, pre_norm]
+    _check_alone(*norms)
     _check(x, weight, *norms, stride=stride, padding=padding, acts=(act, pre_act))
     if weight.shape[0] != x.shape[1]:
         raise ValueError(f"weight must have x's {x.shape[1]} channels, got {weight.shape[0]}")
@@ -118,6 +125,7 @@ def depthwise_conv_bn_act(
 def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=None) -> torch.Tensor:
     """``act(BN(x)) * mask[n] + residual``; x and residual [N, C, H, W], mask fp32 [N]."""
     _check_norms(norm, acts=(act,))
+    _check_alone(norm)
     check_batch(norm, x.shape)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
@@ -237,7 +245,7 @@ def mbconv(
     batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
     args = (
         shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
-        mask, *settings, keep, stem_stride, *batch, memory == "recompute",
+        mask, *settings, keep, stem_stride, *batch, memory == "recompute", [norm.group for norm in (norm1, norm2, norm3)],
     )  # fmt: skip
     return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])
 
@@ -258,6 +266,7 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
         return library.run("head_inference", None, library.head_inference, args)
     _advance(norm)
     args = (_nhwc(x), weight.contiguous(), *norm[:2], *_running(norm), DTYPE_NAMES[dtype], act, norm.training, norm.momentum, norm.eps)
+    args += (norm.group,)
     return library.run("head", library.Head, library.head, args)[0]
 
 
@@ -279,5 +288,5 @@ def stem(
         args = (x, weight, *norm[:4], *settings, norm.eps)
         return _nchw(library.run("stem_inference", None, library.stem_inference, args))
     _advance(norm)
-    args = (x, weight, *norm[:2], *_running(norm), *settings, norm.training, norm.momentum, norm.eps)
+    args = (x, weight, *norm[:2], *_running(norm), *settings, norm.training, norm.momentum, norm.eps, norm.group)
     return _nchw(library.run("stem", library.Stem, library.stem, args)[0])

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class BatchNormParams(NamedTuple):
@@ -10,6 +11,7 @@ class BatchNormParams(NamedTuple):
 
     training: normalise with the batch's statistics, and update the running ones (unbiased variance) where there are any;
     otherwise normalise with the running ones. momentum None is the cumulative average over num_batches_tracked.
+    group: name of the process group whose batches are normalised together in training (nn.SyncBatchNorm); "" is this process alone.
     """
 
     weight: Tensor
@@ -20,6 +22,7 @@ class BatchNormParams(NamedTuple):
     momentum: float | None = 0.01
     eps: float = 1e-3
     training: bool = True
+    group: str = ""
 
     @classmethod
     def of(cls, bn) -> "BatchNormParams":
@@ -28,11 +31,20 @@ class BatchNormParams(NamedTuple):
         running = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
         if bn.training and not bn.track_running_stats:  # switched off after construction: nothing is updated
             running = (None, None, None)
-        return cls(bn.weight, bn.bias, *running, bn.momentum, bn.eps, training)
+        group = _group_name(bn) if bn.training and isinstance(bn, nn.SyncBatchNorm) else ""
+        return cls(bn.weight, bn.bias, *running, bn.momentum, bn.eps, training, group)
 
     @property
     def updates(self) -> bool:
         return self.training and self.running_mean is not None
+
+
+def _group_name(bn: nn.SyncBatchNorm) -> str:
+    """Of the processes that ``bn`` synchronises with; "" where there are none."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ""
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
 
 
 class SqueezeExciteParams(NamedTuple):

@@ -51,7 +51,7 @@ def check_batch(norm: BatchNormParams, shape, *conv) -> None:
 
     shape [N, C, H, W] of the normalised tensor, or of the input of the convolution (kernel_size, stride, padding) before it.
     """
-    if norm.training:
+    if norm.training and not norm.group:
         n, c, h, w = shape
         if conv:
             h, w = conv_out_size(h, *conv), conv_out_size(w, *conv)
@@ -66,6 +66,8 @@ def check_memory(memory: str) -> None:
 
 def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
     """BatchNorm over [N, C, H, W] as nn.BatchNorm2d computes it, running statistics and counter included."""
+    if norm.group:
+        raise ValueError(f"the plain twins normalise one process's batch, got a BatchNorm of process group {norm.group!r}")
     momentum = norm.momentum
     if norm.updates and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -12,6 +12,7 @@ import functools
 import torch
 
 from effkernels.geometry import pad_amounts
+from effkernels.library import synchronise
 from effkernels.library.counters import own_counters
 
 LIB = torch.library.Library("effkernels", "DEF")
@@ -39,14 +40,18 @@ def batch_or_running(batch, tiles, running_mean, running_var, num_batches, momen
     return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
 
 
-def normalised(kernel, batch, running_mean, running_var, num_batches, momentum, eps):
-    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False."""
+def normalised(kernel, weight, batch, running_mean, running_var, num_batches, momentum, eps, group=""):
+    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False.
+
+    weight: the BatchNorm's. group: of the processes whose batches are normalised together.
+    """
     if not batch:
         out, _ = kernel()
         return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
     from effkernels.kernels.batchnorm import Merge
 
-    out, statistics = kernel(merge=Merge(eps, running_mean, running_var, num_batches, momentum))
+    merge = Merge(eps, running_mean, running_var, num_batches, momentum)
+    out, statistics = synchronise.merged(kernel, weight, merge, group) if group else kernel(merge=merge)
     return out, *statistics
 
 

@@ -8,18 +8,19 @@ feature map is never stored.
 import torch
 from torch.autograd.function import once_differentiable
 
+from effkernels.library import synchronise
 from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, normalised, on_its_device, register
 from effkernels.library.counters import zeroed_counters
 from effkernels.library.mbconv import DTYPES
 
 LIB.define(
     "head(Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches, str dtype, str act, bool batch, float? momentum, float eps) "
+    "Tensor(c!)? num_batches, str dtype, str act, bool batch, float? momentum, float eps, str group) "
     "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor s2, Tensor s4)"
 )
 LIB.define(
     "head_backward(Tensor dout, Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor y, Tensor mean, Tensor rstd, Tensor s2, "
-    "Tensor s4, str act, bool batch, bool[] needs) -> (Tensor dx, Tensor dconv_weight, Tensor dweight, Tensor dbias)"
+    "Tensor s4, str act, bool batch, str group, bool[] needs) -> (Tensor dx, Tensor dconv_weight, Tensor dweight, Tensor dbias)"
 )
 LIB.define(
     "head_inference(Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, str dtype, "
@@ -28,7 +29,7 @@ LIB.define(
 
 
 @on_its_device
-def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps):
+def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps, group):
     from effkernels.kernels.head import pooled_norm
     from effkernels.kernels.pointwise import pointwise_forward
 
@@ -36,7 +37,7 @@ def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, d
         counters = zeroed_counters(x, conv_weight.shape[0])
         return pointwise_forward(x, conv_weight, dtype=DTYPES[dtype], counters=counters, **how)
 
-    y, mean, rstd = normalised(convolution, batch, running_mean, running_var, num_batches, momentum, eps)
+    y, mean, rstd = normalised(convolution, weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
     out, s2, s4 = pooled_norm(y, (weight, bias, mean, rstd), act=act)
     return out, y, mean, rstd, s2, s4
 
@@ -49,7 +50,7 @@ def head_fake(x, conv_weight, weight, bias, running_mean, running_var, num_batch
 
 
 @on_its_device
-def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act, batch, needs):
+def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act, batch, group, needs):
     """Gradients of (x, conv_weight, weight, bias); ``needs`` says which."""
     from effkernels.kernels.head import pooled_norm_backward, pooled_norm_gradients
 
@@ -58,6 +59,8 @@ def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act
     dx = dw = dgamma = dbeta = terms = None
     if batch or needs[2] or needs[3]:
         dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, bn, H * W)
+        if group and batch:
+            terms = synchronise.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
     if needs[0] or needs[1]:
         dy = pooled_norm_backward(dout, y, bn, terms if batch else None, act=act).view(-1, O)
         if needs[0]:
@@ -78,7 +81,7 @@ class Head(torch.autograd.Function):
         results = call("head", head, dispatched, args)
         out, *aux = results
         ctx.save_for_backward(*args[:4], *aux)
-        ctx.settings = args[8:10]
+        ctx.settings = (*args[8:10], args[12])
         ctx.dispatched, ctx.count = dispatched, len(args)
         ctx.mark_non_differentiable(*aux)
         ctx.set_materialize_grads(False)

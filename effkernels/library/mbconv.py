@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
+from effkernels.library import synchronise
 from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, normalised, on_its_device, pads_of, register
 from effkernels.library.counters import zeroed_counters
 
@@ -37,7 +38,7 @@ _SHAPE = "str dtype, int stride, str padding, str act, str se_act, str gate, boo
 LIB.define(
     f"mbconv(Tensor x, Tensor? expand_weight, {_norm(1, '?')}, Tensor depthwise_weight, {_norm(2)}, {_SE}, Tensor project_weight, "
     f"{_norm(3)}, Tensor? mask, {_SHAPE}, float keep, int stem, bool batch1, float? momentum1, float eps1, "
-    "bool batch2, float? momentum2, float eps2, bool batch3, float? momentum3, float eps3, bool recompute) "
+    "bool batch2, float? momentum2, float eps2, bool batch3, float? momentum3, float eps3, bool recompute, str[] groups) "
     "-> (Tensor out, Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
     "Tensor gates, Tensor pooled, Tensor u)"
 )
@@ -46,7 +47,8 @@ LIB.define(
     f"Tensor weight2, Tensor bias2, {_SE}, Tensor project_weight, Tensor weight3, Tensor bias3, Tensor? mask, "
     "Tensor y1, Tensor y2, Tensor y3, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor mean3, Tensor rstd3, "
     f"Tensor gates, Tensor pooled, Tensor u, {_SHAPE}, float keep, int stem, bool batch1, bool batch2, bool batch3, "
-    "bool[] needs) -> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
+    "str[] groups, bool[] needs) "
+    "-> (Tensor x, Tensor expand_weight, Tensor weight1, Tensor bias1, Tensor depthwise_weight, Tensor weight2, "
     "Tensor bias2, Tensor, Tensor, Tensor, Tensor, Tensor project_weight, Tensor weight3, Tensor bias3)"
 )
 _FROZEN = "Tensor{q} weight{i}, Tensor{q} bias{i}, Tensor{q} running_mean{i}, Tensor{q} running_var{i}"
@@ -81,7 +83,7 @@ def mbconv(
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
     dtype, stride, padding, act, se_act, gate, residual, keep, stem,
-    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
+    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute, groups,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
 
@@ -96,7 +98,7 @@ def mbconv(
         def expand(**how):
             return first_convolution(x, expand_weight, stem, padding, compute, counters=counters, **how)
 
-        y1, mean1, rstd1 = normalised(expand, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1)
+        y1, mean1, rstd1 = normalised(expand, weight1, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1, groups[0])
         prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
 
     def depthwise_forward(**how):
@@ -104,7 +106,7 @@ def mbconv(
         act1 = act if prologue else "identity"
         return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, counters=counters, **how)[:2]
 
-    y2, mean2, rstd2 = normalised(depthwise_forward, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2)
+    y2, mean2, rstd2 = normalised(depthwise_forward, weight2, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2, groups[1])
     bn2 = (weight2, bias2, mean2, rstd2)
     gates = pooled = u = None
     if se_reduce_weight is not None:
@@ -116,7 +118,7 @@ def mbconv(
     def project(**how):
         return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, counters=counters, **how)
 
-    y3, mean3, rstd3 = normalised(project, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3)
+    y3, mean3, rstd3 = normalised(project, weight3, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3, groups[2])
     out = batchnorm.apply(
         y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, keep=keep, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
@@ -131,7 +133,7 @@ def mbconv_fake(
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias,
     project_weight, weight3, bias3, running_mean3, running_var3, num_batches3, mask,
     dtype, stride, padding, act, se_act, gate, residual, keep, stem,
-    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute,
+    batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute, groups,
 ):  # fmt: skip
     compute = DTYPES[dtype]
     N, H, W, _ = x.shape
@@ -170,7 +172,7 @@ def mbconv_backward(
     dout, x, expand_weight, weight1, bias1, depthwise_weight, weight2, bias2,
     se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3, mask,
     y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u,
-    dtype, stride, padding, act, se_act, gate, residual, keep, stem, batch1, batch2, batch3, needs,
+    dtype, stride, padding, act, se_act, gate, residual, keep, stem, batch1, batch2, batch3, groups, needs,
 ):  # fmt: skip
     """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite, weight_gradients
@@ -185,11 +187,14 @@ def mbconv_backward(
 
     counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
     bn2 = (weight2, bias2, mean2, rstd2)
+    rows2 = y2.numel() // y2.shape[-1]
     k0 = k1 = None
     if batch3 or any(needs[12:14]):
         grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
             dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, keep=keep, counters=counters
         )
+        if batch3 and groups[2]:
+            k0, k1 = synchronise.batch_terms(grads["norm3"], grads["bias3"], (weight3, mean3, rstd3), rows2, groups[2])
     partials = {}
     if need_data or need_project:
         dq, sums, partials["project"] = pointwise.project_backward(
@@ -209,6 +214,8 @@ def mbconv_backward(
         elif batch2 or any(need_norm2):
             norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
         grads["norm2"], grads["bias2"], k0, k1 = norm2
+        if batch2 and groups[1]:
+            k0, k1 = synchronise.batch_terms(*norm2[:2], (weight2, mean2, rstd2), rows2, groups[1])
     if need_dq:
         a = y1 if expands else x.to(DTYPES[dtype])
         if expands and y1.numel() == 0:  # recompute
@@ -223,6 +230,8 @@ def mbconv_backward(
     if need_da and expands:
         grads["norm1"], grads["bias1"], *terms = norm1
         terms = terms if batch1 else None
+        if batch1 and groups[0]:
+            terms = synchronise.batch_terms(*norm1[:2], (weight1, mean1, rstd1), a.numel() // a.shape[-1], groups[0])
         if stem:
             bn1 = (weight1, bias1, mean1, rstd1)
             grads["x"], partials["stem"] = stem_gradients(da, a, x, expand_weight, stem, padding, bn1, terms, need_x, need_expand)
@@ -261,7 +270,7 @@ def mbconv_backward_fake(
         se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, project_weight, weight3, bias3,
     )  # fmt: skip
     results = [contiguous_like(like) if need else absent(x) for like, need in zip(likes, rest[-1], strict=True)]
-    if rest[-5]:  # stem: gradients lie as images and weight do
+    if rest[-6]:  # stem: gradients lie as images and weight do
         results[:2] = [torch.empty_like(like) if need else absent(x) for like, need in zip(likes[:2], rest[-1], strict=False)]
     return tuple(results)
 
@@ -269,7 +278,7 @@ def mbconv_backward_fake(
 # Where, among mbconv's arguments, those are that its backward gives a gradient of.
 _DIFFERENTIABLE = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19)
 _MASK, _SETTINGS = 23, slice(24, 33)
-_BATCH = (33, 36, 39)
+_BATCH, _GROUPS = (33, 36, 39), 43
 
 
 class MBConvFunction(torch.autograd.Function):
@@ -278,7 +287,7 @@ class MBConvFunction(torch.autograd.Function):
         results = call("mbconv", mbconv, dispatched, args)
         out, *aux = results
         ctx.save_for_backward(*(args[i] for i in _DIFFERENTIABLE), args[_MASK], *aux)
-        ctx.settings = (*args[_SETTINGS], *(args[i] for i in _BATCH))
+        ctx.settings = (*args[_SETTINGS], *(args[i] for i in _BATCH), args[_GROUPS])
         ctx.dispatched, ctx.count = dispatched, len(args)
         ctx.mark_non_differentiable(*aux)
         ctx.set_materialize_grads(False)

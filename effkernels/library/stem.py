@@ -9,18 +9,19 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels.library import synchronise
 from effkernels.library.base import LIB, absent, call, fp32, normalised, on_its_device, register
 from effkernels.library.counters import zeroed_counters
 from effkernels.library.mbconv import DTYPES
 
 LIB.define(
     "stem(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches, str dtype, int stride, str padding, str act, bool batch, float? momentum, float eps) "
+    "Tensor(c!)? num_batches, str dtype, int stride, str padding, str act, bool batch, float? momentum, float eps, str group) "
     "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd)"
 )
 LIB.define(
     "stem_backward(Tensor dout, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor mean, Tensor rstd, "
-    "int stride, str padding, str act, bool batch, bool need_dx, bool need_dw) "
+    "int stride, str padding, str act, bool batch, str group, bool need_dx, bool need_dw) "
     "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)"
 )
 LIB.define(
@@ -39,7 +40,9 @@ def _output(x, weight, dtype, stride, padding):
 
 
 @on_its_device
-def stem(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, act, batch, momentum, eps):
+def stem(
+    x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, act, batch, momentum, eps, group
+):
     from effkernels.kernels import batchnorm
     from effkernels.kernels import stem as kernels
 
@@ -47,7 +50,7 @@ def stem(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batch
         counters = zeroed_counters(x, weight.shape[0])
         return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], counters=counters, **how)
 
-    y, mean, rstd = normalised(convolution, batch, running_mean, running_var, num_batches, momentum, eps)
+    y, mean, rstd = normalised(convolution, norm_weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
     return batchnorm.apply(y, (norm_weight, norm_bias, mean, rstd, eps, True), act=act), y, mean, rstd
 
 
@@ -58,13 +61,15 @@ def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_
 
 
 @on_its_device
-def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, need_dx, need_dw):
+def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, need_dx, need_dw):
     from effkernels.kernels import batchnorm, weight_gradients
     from effkernels.kernels import stem as kernels
 
     bn = (norm_weight, norm_bias, mean, rstd)
     counters = zeroed_counters(x, y.shape[-1])
     dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, bn, act=act, counters=counters)
+    if group and batch:
+        terms = synchronise.batch_terms(dnorm_weight, dnorm_bias, (norm_weight, mean, rstd), y.numel() // y.shape[-1], group)
     terms = terms if batch else None
     pads = image_pads(x, stride, padding)
     dx, dw = absent(x), absent(x)
@@ -87,7 +92,7 @@ def image_gradient(dy, x, weight, stride, pads):
     return torch.empty_like(x).copy_(dx[:, :, top : top + H, left : left + W])
 
 
-def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, need_dx, need_dw):
+def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, need_dx, need_dw):
     dx = torch.empty_like(x) if need_dx else absent(x)
     return dx, torch.empty_like(weight) if need_dw else absent(x), torch.empty_like(norm_weight), torch.empty_like(norm_bias)
 
@@ -98,7 +103,7 @@ class Stem(torch.autograd.Function):
         results = call("stem", stem, dispatched, args)
         out, *aux = results
         ctx.save_for_backward(*args[:4], *aux)
-        ctx.settings = args[8:12]
+        ctx.settings = (*args[8:12], args[14])
         ctx.dispatched, ctx.count = dispatched, len(args)
         ctx.mark_non_differentiable(*aux)
         ctx.set_materialize_grads(False)

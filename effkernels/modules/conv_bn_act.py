@@ -52,7 +52,8 @@ class FusedDepthwiseConvBNAct(nn.Module):
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
         C = self.conv.in_channels
-        return dispatch.why_not_fused(x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)})
+        judge = (lambda: "bn is a SyncBatchNorm") if isinstance(self.bn, nn.SyncBatchNorm) else None  # whole blocks have it fused
+        return dispatch.why_not_fused(x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)}, judge)
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""

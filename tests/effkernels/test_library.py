@@ -74,12 +74,24 @@ def operator_arguments(name, device):
         x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
         vectors, settings = norm(device, True, requires_grad=False), ("fp32", 2, "same", "silu")
         if name == "stem":
-            yield (x.requires_grad_(), weight.requires_grad_(), *norm(device, True), *settings, True, None, 1e-3)
-            yield (x.to(memory_format=torch.channels_last), weight, *norm(device, True), "bf16", 2, "symmetric", "relu", False, 0.1, 1e-3)
+            yield (x.requires_grad_(), weight.requires_grad_(), *norm(device, True), *settings, True, None, 1e-3, "")
+            yield (
+                x.to(memory_format=torch.channels_last),
+                weight,
+                *norm(device, True),
+                "bf16",
+                2,
+                "symmetric",
+                "relu",
+                False,
+                0.1,
+                1e-3,
+                "",
+            )
         elif name == "stem_backward":
-            out, *aux = library.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3)
-            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, True, True)
-            yield (out, x, weight.to(memory_format=torch.channels_last), *vectors[:2], *aux, *settings[1:], False, False, True)
+            out, *aux = library.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3, "")
+            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, "", True, True)
+            yield (out, x, weight.to(memory_format=torch.channels_last), *vectors[:2], *aux, *settings[1:], False, "", False, True)
         else:
             yield (x, weight, *vectors[:4], *settings, 1e-3)
 
@@ -88,13 +100,13 @@ def operator_arguments(name, device):
     elif name in ("head", "head_backward"):
         conv, trained = torch.randn(R, C, 1, 1).to(device), [*norm_vectors(R, device), torch.tensor(3, device=device)]
         if name == "head":
-            yield (x, conv.requires_grad_(), *trained, "fp32", "silu", True, None, 1e-3)
-            yield (x, conv, *trained, "bf16", "relu", False, 0.1, 1e-3)
+            yield (x, conv.requires_grad_(), *trained, "fp32", "silu", True, None, 1e-3, "")
+            yield (x, conv, *trained, "bf16", "relu", False, 0.1, 1e-3, "")
             return
         x = x.detach()
         for dtype, batch, needs in (("fp32", True, [True] * 4), ("bf16", False, [True, False, False, True])):
-            out, *aux = library.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3)
-            yield (out, x, conv, *trained[:2], *aux, "silu", batch, needs)
+            out, *aux = library.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3, "")
+            yield (out, x, conv, *trained[:2], *aux, "silu", batch, "", needs)
     elif name == "head_inference":
         yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "fp32", "silu", 1e-3)
         yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "bf16", "relu", 1e-3)
@@ -121,12 +133,13 @@ def block_arguments(name, device):
         yield (x, *no_expand, *depthwise, *no_se, *project, *bare, 1e-3, 1e-3, 1e-3)
         return
     batch, frozen = (True, 0.1, 1e-3), (False, 0.1, 1e-3)
+    alone = [""] * 3
     images, stem = torch.randn(N, 3, 5, 4).to(device), (weight(C, 3, 3, 3), *n())
     forward = [
-        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, 0, *batch, True, None, 1e-3, *batch, False),
-        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, 0, *frozen, *frozen, *batch, True),
-        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, 0, *frozen, *batch, *frozen, False),
-        (images, *stem, *depthwise, *se, *project, None, *bare, -1.0, 2, *batch, *batch, *batch, False),
+        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, 0, *batch, True, None, 1e-3, *batch, False, alone),
+        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, 0, *frozen, *frozen, *batch, True, alone),
+        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, 0, *frozen, *batch, *frozen, False, alone),
+        (images, *stem, *depthwise, *se, *project, None, *bare, -1.0, 2, *batch, *batch, *batch, False, alone),
     ]
     if name == "mbconv":
         yield from forward
@@ -136,7 +149,7 @@ def block_arguments(name, device):
             out, *aux = library.mbconv(*args)
         tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
         needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
-        yield (torch.randn_like(out), *tensors, *aux, *args[24:33], args[33], args[36], args[39], needs)
+        yield (torch.randn_like(out), *tensors, *aux, *args[24:33], args[33], args[36], args[39], alone, needs)
 
 
 OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))

@@ -1,0 +1,89 @@
+"""SyncBatchNorm on the kernels: two processes, with batches of different sizes, against one process of both batches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import HAS_TRITON, INTERPRET
+from torch import nn
+from truth import assert_close_to_truth
+
+if not HAS_TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if not INTERPRET:
+    pytest.skip("the interpreter is off (TRITON_INTERPRET)", allow_module_level=True)
+
+SHARES = (3, 2)  # images of each process
+
+
+def network(fused):
+    """Stem with a first block, a block of every part, and the head."""
+    from efficientnet.config import EfficientNetConfig, StageConfig
+    from efficientnet.model import EfficientNet
+
+    torch.manual_seed(0)
+    stages = (StageConfig(3, 1, 1, 16, 1), StageConfig(3, 1, 2, 16, 2))
+    model = EfficientNet(EfficientNetConfig(stages=stages, stem_channels=8, head_channels=24), 5, 3, 0.0, 0.0, fused)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    return model.train()
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(sum(SHARES), 3, 9, 8) + 0.5, torch.randn(sum(SHARES), 5)
+
+
+def step(model, x, gradient):
+    """Outputs, gradients of parameters (sums over the batch) and buffers."""
+    out = model(x)
+    out.backward(gradient.to(out.dtype))
+    grads = {f"d {name}": p.grad for name, p in model.named_parameters()}
+    return {"out": out.detach()} | grads | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def one_process(rank, address, path):
+    """What each of the processes does (this file, run as a script)."""
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=len(SHARES))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(fused=True))
+    assert all(block.why_not_fused() is None for stage in model.blocks for block in stage)
+    first = sum(SHARES[:rank])
+    x, gradient = (t[first : first + SHARES[rank]] for t in batch())
+    torch.save(step(model, x, gradient), path)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path, device):
+    if device != "cpu":
+        pytest.skip("two processes of the interpreter")
+    tests = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parents[1]), str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+    commands = [
+        [sys.executable, __file__, str(rank), f"file://{tmp_path}/meeting", str(tmp_path / f"{rank}.pt")] for rank in range(len(SHARES))
+    ]
+    processes = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARES))]
+    fused = {}
+    for name, value in parts[0].items():
+        if name == "out":
+            fused[name] = torch.cat([part[name] for part in parts])
+        elif name.startswith("d "):
+            fused[name] = parts[0][name] + parts[1][name]
+        else:
+            assert torch.equal(value, parts[1][name]), f"{name} differs between the processes"
+            fused[name] = value
+    x, gradient = batch()
+    eager = step(network(fused=False), x, gradient)
+    truth = step(network(fused=False).double(), x.double(), gradient.double())
+    assert_close_to_truth(fused, eager, truth)
+
+
+if __name__ == "__main__":
+    one_process(int(sys.argv[1]), *sys.argv[2:])
