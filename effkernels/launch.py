@@ -260,8 +260,7 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2
     BK = _power_of_two(O, 16, 64 if narrow else 32)
     BE = _power_of_two(E, 16, 64)
-    narrow_fp32 = not narrow and BE == 16
-    warps = 8 if BE == 64 else 2 if narrow_fp32 else 4
+    warps = 8 if BE == 64 else 4 if narrow or BE == 32 else 2
     elements = 16 // dtype.itemsize  # a thread's share of a tile: 16 bytes, as much as its registers hold beside five sums
     return PointwiseConfig(
         BM=_power_of_two(rows, 16, elements * 32 * warps // BE),
@@ -269,7 +268,8 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
         BK=BK,
         BL=_power_of_two(O, 16, 64),
         BR=BE,
-        shared=O <= BK and (BE == 64 or BK == 16),  # 32 x 32 on two warps would spill
+        # 32 x 32 on two warps would spill, and so would fp16, whose SiLU takes exp and a division.
+        shared=O <= BK and (BK == 16 or (BE == 64 and dtype != torch.float16)),
         num_warps=warps,
         stages=3 if narrow and BE == 64 else 2,
         waves=8 // warps,  # 255 registers

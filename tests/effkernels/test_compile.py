@@ -123,6 +123,16 @@ def test_activation_loads_are_16_bytes_wide_on_sm90(sm90):
     assert narrow == []
 
 
+def test_depthwise_forward_keeps_to_its_goal_or_says_why_not(sm90):
+    """Instructions an output: at stride 1 in bf16, as training runs it, within the goal; elsewhere a reason is printed."""
+    from effkernels.inspect import goal_of
+
+    goals = [(row, goal_of(row)) for row in sm90 if goal_of(row) is not None]
+    kept = [row for row, (most, why) in goals if not why]
+    assert {(row["constants"]["K"], row["constants"]["PROLOGUE"]) for row in kept} == {(3, False), (3, True), (5, False), (5, True)}
+    assert [(described(row), row["per_element"]) for row, (most, why) in goals if row["per_element"] > most and not why] == []
+
+
 def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
     for row in sm90:
         fast, c = "TANH" in row["special"], row["constants"]
