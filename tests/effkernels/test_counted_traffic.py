@@ -214,7 +214,7 @@ def test_depthwise(k, stride, device, small_tiles):
 def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
     """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's included.
 
-    Training forward 2 e1 + 3 e2 in at most 8, backward 3 e1 + 4 e2 in at most 7, inference 2 e1 + 2 e2 in at most 4. Each byte counts
+    Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, backward 3 e1 + 4 e2 in 6, inference 2 e1 + 2 e2 in 4. Each byte counts
     once a launch, so overlapping tiles are no excuse: one pass too many over the smaller tensor is 6 % or more.
     """
     from effkernels import FusedMBConv
@@ -223,7 +223,7 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
     x = torch.randn(2, 16, 12, 12).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     e1 = 2 * 12 * 12 * 96 * 2
     e2 = e1 // stride**2
-    budgets = {"forward": (2, 3, 8), "backward": (3, 4, 7), "inference": (2, 2, 4)}
+    budgets = {"forward": (2, 3, 6), "backward": (3, 4, 6), "inference": (2, 2, 4)}
     for name, launches in count_steps(block, x).items():
         most_e1, most_e2, most_launches = budgets[name]
         over_e1, over_e2 = passes(launches, e1, e2)

@@ -165,7 +165,7 @@ def test_launches_of_b0(on_meta):
     assert len(on_meta) + len(operators.names) <= 196, (len(on_meta), operators.names)  # the goal is 200
 
 
-@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.23), (224, "keep", 0.341)])
+@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.19), (224, "keep", 0.341)])
 def test_saved_activations_of_b0(size, memory, most, on_meta):
     """Bytes kept by a training step of B0 in bf16 as a share of plain PyTorch's; the goal is 0.36 at 64 pixels."""
     from efficientnet import create_model
@@ -503,3 +503,52 @@ def test_when_stem_and_first_block_are_not_one(device):
     assert not one(block), "its hook would see images"
     bn.eval()
     assert not one(FusedMBConv(8, 16, 3, 1, 1).eval()), "nothing is trained: the stem's output is one launch away"
+
+
+class Wrapped(nn.Module):
+    """A stage as activation checkpointing wraps it."""
+
+    def __init__(self, stage, reentrant=None):
+        super().__init__()
+        self.stage, self.reentrant = stage, reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.stage(x)
+        return torch.utils.checkpoint.checkpoint(self.stage, x, use_reentrant=self.reentrant)
+
+
+def small_network(device, **how):
+    from efficientnet import EfficientNet
+    from efficientnet.config import EfficientNetConfig, StageConfig
+
+    torch.manual_seed(0)
+    stages = (StageConfig(3, 1, 1, 8, 1), StageConfig(3, 1, 2, 8, 3))
+    config = EfficientNetConfig(stages=stages, stem_channels=8, head_channels=16)
+    return EfficientNet(config, num_classes=3, drop_rate=0.0, drop_path_rate=0.6, **how).to(device)
+
+
+def test_draws_of_a_network(device):
+    """One draw for all its blocks, the same for plain layers; a checkpointed stage, which runs twice, draws its own twice alike."""
+    x = images(6, 3, 8, 8, device=device)
+    fused, plain = small_network(device), small_network(device, fused=False)
+
+    def gradients(model):
+        model.zero_grad()
+        torch.manual_seed(3)
+        with Operators() as operators:
+            out = model(x)
+        out.square().sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return operators.names.count("aten::rand"), out.detach(), grads
+
+    results = [gradients(model) for model in (fused, plain)]
+    assert [count for count, *_ in results] == [1, 1]
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-3, atol=1e-3)
+    stage, results = fused.blocks[1], []
+    for reentrant in (None, False, True):
+        fused.blocks[1] = Wrapped(stage, reentrant)
+        results.append(gradients(fused))
+    assert results[0][0] == 3, "each of its three blocks drops"
+    for result in results[1:]:
+        torch.testing.assert_close(result[1:], results[0][1:], rtol=1e-5, atol=1e-5)
