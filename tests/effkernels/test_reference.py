@@ -89,14 +89,15 @@ def test_activate_in_place_or_not(act):
 
 
 def test_drop_path():
-    """Per sample, kept samples divided by 1 - rate; nothing in eval or at rate 0; one draw a sample."""
+    """Per sample, kept samples divided by 1 - rate; nothing in eval or at rate 0; one draw a sample, here or by the caller."""
     x = torch.randn(4000, 2, 1, 1)
     assert reference.drop_path(x, 0.3, False) is x and reference.drop_path(x, 0.0, True) is x
     torch.manual_seed(0)
     out = reference.drop_path(x, 0.25, True)
     torch.manual_seed(0)
-    mask = reference.drop_path_mask(4000, 0.25, "cpu")
-    assert torch.equal(out, x * mask.view(-1, 1, 1, 1))
+    draws = reference.drop_path_draws(4000, "cpu")
+    mask = (draws < 0.75) / torch.tensor(0.75)
+    assert torch.equal(out, x * mask.view(-1, 1, 1, 1)) and torch.equal(reference.drop_path(x, 0.25, True, draws), out)
     assert set(mask.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs((mask > 0).float().mean() - 0.75) < 0.03  # four standard deviations
 
