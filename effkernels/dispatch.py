@@ -5,6 +5,7 @@ reference (plain PyTorch). TRITON_INTERPRET=1, set before the first kernel is im
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 
@@ -35,6 +36,16 @@ def triton_problem() -> str | None:
     """Why Triton cannot be used, or None; does not import it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    return None
+
+
+@functools.cache
+def triton_import_problem() -> str | None:
+    """Why Triton, which is installed, cannot be imported, or None; imports it: asked only where its kernels would run."""
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # another Python's build, a missing driver library, ...: whatever its import raises
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
     return None
 
 
@@ -75,7 +86,7 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     if device_type == "cpu":
-        return None if interpreting() else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+        return triton_import_problem() if interpreting() else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
     if device_type != "cuda":
         return f"kernels need an NVIDIA GPU, the input is on {device_type}"
     if torch.version.hip:
@@ -83,7 +94,7 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(device_index)
     if capability < MIN_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}, kernels need sm_80 or newer"
-    return None
+    return triton_import_problem()
 
 
 @_constant

@@ -278,6 +278,7 @@ def run_python(code, **environment):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")} | environment
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_imports_are_lazy():
