@@ -1,0 +1,162 @@
+"""README and docs: every Python block runs, every command is one, the API reference is current, every reason is in the table."""
+
+import ast
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficientnet import cli, create_model
+from efficientnet.checkpoints import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")])
+COMMIT = "0" * 40
+
+
+def blocks(language):
+    """(page:line, text) of the fenced blocks of a language."""
+    for page in PAGES:
+        lines, inside = page.read_text(encoding="utf-8").splitlines(), None
+        for number, line in enumerate(lines, 1):
+            if line.startswith("```"):
+                if inside is None:
+                    inside, start = line[3:], number + 1
+                else:
+                    if inside == language:
+                        yield f"{page.relative_to(ROOT)}:{start}", "\n".join(lines[start - 1 : number - 1]) + "\n"
+                    inside = None
+
+
+def commands():
+    """(page:line, words) of every command of the package in blocks without a language, or of bash."""
+    for where, text in [*blocks(""), *blocks("bash")]:
+        for line in text.splitlines():
+            words = shlex.split(line.rpartition(" | ")[2], comments=True)
+            if words[1:3] == ["-m", "efficientnet"]:
+                yield f"{where}: {' '.join(words)}", words[3:]
+
+
+def cases(pairs):
+    return [pytest.param(value, id=name) for name, value in pairs]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub cache with timm's default weights of B0, which random numbers stand for."""
+    home = tmp_path_factory.mktemp("hub")
+    repo = home / "models--timm--efficientnet_b0.ra_in1k"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(COMMIT)
+    (repo / "snapshots" / COMMIT).mkdir(parents=True)
+    save_checkpoint(create_model("efficientnet_b0", fused=False), repo / "snapshots" / COMMIT / "model.safetensors")
+    return home
+
+
+@pytest.mark.parametrize("source", cases(blocks("python")))
+@pytest.mark.filterwarnings("ignore:classifier is re-initialised")
+def test_python_block(source, hub, timm, torchvision, tmp_path, monkeypatch, capsys):
+    """As it stands, alone, where training on digits has left its best checkpoint, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(hub), raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/digits").mkdir(parents=True)
+    if "runs/digits" in source:
+        save_checkpoint(create_model("efficientnet_b0", num_classes=10), "runs/digits/best.safetensors")
+    torch.manual_seed(0)
+    exec(compile(source, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("argv", cases(commands()))
+def test_command_is_one(argv):
+    """Every option exists and takes what is given."""
+    args = cli._parser().parse_args(argv)
+    assert args.command == argv[0] and callable(args.run)
+
+
+@pytest.mark.parametrize("argv", cases(c for c in commands() if c[1][0] == "info" or c[1][:2] == ["scale", "--phi"]))
+def test_cheap_command(argv, capsys):
+    assert cli.main(argv) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_commands_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """Those that the first one's checkpoint is for, in order; it trains two epochs here."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--data", "digits", "--output", "runs/digits", "--epochs", "2"]) == 0
+    ran = []
+    for where, argv in commands():
+        if "runs/digits/best.safetensors" in argv:
+            if argv[-1] == "-":  # the names of images from find
+                monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(str(p) for p in Path("runs").rglob("samples/*.png"))))
+            assert cli.main(argv) == 0, where
+            ran.append(argv[0])
+    assert {"validate", "predict", "export"} <= set(ran)
+
+
+@pytest.mark.slow
+def test_other_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(create_model("tf_efficientnet_b0"), "tf_b0.safetensors")
+    torch.save(create_model("efficientnet_b0").state_dict(), "efficientnet-b0.pth")
+    for where, argv in commands():
+        if argv[0] == "convert" or (argv[0] == "scale" and "--data" not in argv and "cuda" not in argv):
+            assert cli.main(argv) == 0, where
+
+
+def test_api_reference_is_current():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'docs'); import make_api; sys.stdout.write(make_api.page())"],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "docs/api.md").read_text(encoding="utf-8"), "run python docs/make_api.py"
+
+
+def reasons():
+    """(file, constant parts of a reason) of every string that the gate's functions return."""
+    for name in ("dispatch", "layouts", "networks", "modules/mbconv"):
+        tree = ast.parse((ROOT / f"effkernels/{name}.py").read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef) or function.name in ("extra_repr", "_qualified", "padding"):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and isinstance(node.value, (ast.Constant, ast.JoinedStr)):
+                    value = node.value
+                    parts = (
+                        [value.value] if isinstance(value, ast.Constant) else [v.value for v in value.values if isinstance(v, ast.Constant)]
+                    )
+                    parts = [part.strip(" ,:(") for part in parts if isinstance(part, str)]
+                    if any(len(part.split()) >= 3 for part in parts):
+                        yield name, max(parts, key=len)
+
+
+def test_every_reason_is_in_the_troubleshooting_table():
+    table = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    found = list(reasons())
+    assert len(found) >= 30
+    assert [reason for reason in found if reason[1] not in table] == []
+
+
+def test_links_between_pages():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_sources_are_python_310():
+    """The oldest Python of setup.py: its grammar (ruff's target-version is the same)."""
+    minimum = re.search(r'python_requires=">=3\.(\d+)"', (ROOT / "setup.py").read_text()).group(1)
+    assert minimum == "10" and 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
+    for package in ("effkernels", "efficientnet", "benchmarks", "tests", "docs"):
+        for path in (ROOT / package).rglob("*.py"):
+            ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
