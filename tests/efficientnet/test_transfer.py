@@ -1,6 +1,7 @@
 """Freezing, layer-wise rates, feature maps, other input channels: against timm where timm has them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from efficientnet import create_model, freeze, load_checkpoint, parameter_groups
 from efficientnet.checkpoints import save_checkpoint
+from efficientnet.settings import TrainConfig
+from efficientnet.train import Trainer
 from efficientnet.transfer import EfficientNetFeatures
 from effkernels import accelerate, explain
 from effkernels.modules.mbconv import MBConvBase
@@ -167,3 +170,26 @@ def test_other_input_channels(tmp_path, timm, model, in_chans):
     torch.save(adapted.state_dict(), tmp_path / "adapted.pt")
     with pytest.raises(ValueError, match=f"in_chans is 3, but the weights are for {in_chans} channels"):
         create_model("b0", pretrained=tmp_path / "adapted.pt")
+
+
+def test_what_was_learnt_on_some_digits_helps_with_the_others(tmp_path):
+    """The README's example, on a small network: digits 0-4 first, then 5-9 with that trunk frozen, beats the same with a random trunk."""
+
+    def train(name, data, **settings):
+        config = TrainConfig(data, model="efficientnet_d0.1_w0.5_r32", device="cpu", epochs=3, output=str(tmp_path / name))
+        return Trainer(replace(config, **settings)).run().accuracy
+
+    assert train("low", "digits:0-4") > 0.9
+    # A random trunk at its best: running statistics that fit the images, weights as they began.
+    train("random", "digits:0-4", epochs=1, lr=1e-20, weight_decay=0.0, bn_momentum=0.5)
+    sources = {name: str(tmp_path / name / "last.safetensors") for name in ("low", "random")}
+    learnt = train("high", "digits:5-9", pretrained=sources["low"], freeze_until="5")
+    random = train("high-random", "digits:5-9", pretrained=sources["random"], freeze_until="5")
+    classifier = train("classifier-random", "digits:5-9", pretrained=sources["random"], freeze_until="head")
+    assert learnt > random + 0.05 and learnt > classifier + 0.1, (learnt, random, classifier)
+
+    before, after = (load_checkpoint(None, path).state_dict() for path in (sources["low"], tmp_path / "high" / "last.safetensors"))
+    for key, value in before.items():
+        frozen = key.startswith(("conv_stem", "bn1", "blocks")) and not key.startswith("blocks.6")
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(after[key], value) == frozen, key
