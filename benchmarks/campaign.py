@@ -1,9 +1,10 @@
 """The suite within a time limit: ``python -m benchmarks.campaign --minutes N --out DIR``, most important rows first.
 
-Rows of one case run in a process of their own, which writes each row into DIR/rows as soon as it is measured. The campaign watches it,
-and ends it when a row takes too long, when it dies, or when the time is up; what is left goes on in another process. A row that is
-not expected to fit into the remaining time is left out. Run it again with the same DIR to go on: rows that were measured, failed or
-hung are not run again (``--retry`` runs the latter two). ``python -m benchmarks.report DIR`` makes tables and plots of it.
+Rows that follow one another and share a network's case, or are a network's layers, run in a process of their own, which writes each
+row into DIR/rows as soon as it is measured. The campaign watches it, and ends it when a row takes too long, when it dies, or when the
+time is up; what is left goes on in another process. A row that is not expected to fit into the remaining time is left out. Run it
+again with the same DIR to go on: rows that were measured, failed or hung are not run again (``--retry`` runs the latter two).
+``python -m benchmarks.report DIR`` makes tables and plots of it.
 """
 
 import argparse
@@ -37,6 +38,12 @@ class Job(NamedTuple):
     node: str
     row: Row
     seconds: float
+
+    @property
+    def process(self) -> tuple:
+        """Jobs of which this is equal may share a process: a network's variants, whose float64 results are the same; layers are small."""
+        share = self.row.case if isinstance(self.row.shape, shapes.Model) else (self.row.model, self.row.training)
+        return self.node.partition("::")[0], share
 
 
 def write(path: Path, text: str) -> None:
@@ -81,12 +88,14 @@ def _rank(row: Row, kind: str) -> tuple:
     if not must:
         group = {"model": 4, "latency": 5}.get(kind, 6)
     elif not main:
-        group = 3 if kind == "model" else 6
+        group = 3 if kind in ("model", "latency") else 6
     elif group == 2 and row.variant.compile_mode:
         group = 6
+    if kind not in ("model", "latency"):
+        return group, row.model, row.training, kind
     order = ("ours", "channels_last", "compile-default", "eager")
     name = row.variant.name
-    return group, row.model, row.training, order.index(name) if name in order else len(order)
+    return group, row.model, row.training, kind, order.index(name) if name in order else len(order)
 
 
 def jobs(gpu: bool, only: str = "") -> list[Job]:
@@ -142,13 +151,12 @@ class Campaign:
             todo = [job for job in todo if not self.measured(job.node) and job.node not in self.state]
 
     def _next(self, todo: list[Job]) -> list[Job]:
-        """The first row that fits, with those of the same case that fit after it."""
-        first = next((job for job in todo if START + job.seconds <= self.remaining), None)
-        if first is None:
-            return []
+        """The first row that fits, with those right after it that may share its process and fit too."""
         batch, left = [], self.remaining - START
         for job in todo:
-            if (job.row.case, job.node.split("[")[0]) == (first.row.case, first.node.split("[")[0]) and job.seconds <= left:
+            if batch and job.process != batch[0].process:
+                break
+            if job.seconds <= left:
                 batch.append(job)
                 left -= job.seconds
         return batch
