@@ -26,6 +26,19 @@ def add_arguments(parser):
 
 
 def run(args):
+    """Under torchrun, each process evaluates its share of the images, and the first one prints."""
+    from efficientnet.distributed import join, leave
+    from efficientnet.engine import pick_device
+
+    try:
+        with checking_input():
+            processes = join(pick_device(args.device).type)
+        _validate(args, processes)
+    finally:
+        leave()
+
+
+def _validate(args, processes):
     from efficientnet.data import load_data
     from efficientnet.engine import Unreadable
     from efficientnet.profile import count_parameters
@@ -35,6 +48,7 @@ def run(args):
             if getattr(args, name) < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {getattr(args, name)}")
         runner, model, classes, preprocess = load(args)
+        runner.processes = processes
         given = {name: getattr(args, name) for name in ("crop_pct", "interpolation") if getattr(args, name) is not None}
         preprocess = replace(preprocess, **given)
         shards = {"val_data": args.data, "num_classes": model.num_classes} if args.data.startswith("webdataset:") else {}
@@ -52,12 +66,15 @@ def run(args):
     batches = (runner.batches(part, args.batch_size, args.num_workers, unreadable=unreadable) for part in parts)
     result = runner.evaluate(model, chain.from_iterable(batches))
 
+    problems = processes.gather(unreadable.seen)
+    if not processes.first:
+        return
     percent = {"top1": 100 * result.accuracy, "top5": 100 * result.accuracy5}
     if args.json:
         row = {"model": model.config.name, "checkpoint": args.checkpoint, "data": args.data, "split": args.split, "images": result.total}
         row |= {"loss": result.loss, **percent, **{f"{key}_err": 100 - value for key, value in percent.items()}}
         row |= {"param_count": count_parameters(model) / 1e6, "img_size": preprocess.img_size, "crop_pct": preprocess.crop_pct}
-        row |= {"interpolation": preprocess.interpolation, "unreadable": unreadable.seen}
+        row |= {"interpolation": preprocess.interpolation, "unreadable": [problem for part in problems for problem in part]}
         names = zip(data.classes, result.per_class, strict=True)
         row["per_class"] = [{"class": name, "images": total, "top1": 100 * hit / total if total else None} for name, (hit, total) in names]
         print(json.dumps(row))

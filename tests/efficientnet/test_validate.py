@@ -1,13 +1,16 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import results, start_group
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.checkpoints import save_checkpoint
+from efficientnet.cli import main
 from efficientnet.data import Preprocess, load_data, read_image
 
 
@@ -107,6 +110,21 @@ def test_images_that_cannot_be_read(run, seven, tmp_path):  # noqa: F811
     assert len(err.splitlines()) == 2 and all("cannot decode image" in line for line in err.splitlines())
     code, out, err = run(*options, "--max-corrupt", 1)
     assert code == 2 and out == "" and "(after 1 others that were skipped)" in err.splitlines()[-1]
+
+
+def test_processes_share_the_images(run, seven, tmp_path):  # noqa: F811
+    """Three processes of 35 images, one of them damaged: the figures of one process, printed once."""
+    shutil.copytree(seven[0], tmp_path / "images")
+    (tmp_path / "images" / "class3" / "1.png").write_text("text")
+    argv = ["validate", "--checkpoint", str(seven[1]), "--data", f"imagefolder:{tmp_path / 'images'}", "--split", "all", "--json"]
+    argv += ["--batch-size", "4", "--device", "cpu"]
+    _, out, _ = run(*argv)
+    assert results(*start_group(3, main, argv, log=tmp_path / "log")) == [0, 0, 0]
+    first, *others = ((tmp_path / f"log.{rank}").read_text() for rank in range(3))
+    rows = [json.loads(text) for text in (out, next(line for line in first.splitlines() if line.startswith("{")))]
+    assert rows[0]["images"] == 34 and not any('"top1"' in text for text in others)
+    loss = rows[0].pop("loss")
+    assert rows[1].pop("loss") == pytest.approx(loss, rel=1e-3) and rows[0] == rows[1]
 
 
 def test_bad_input(run, seven):  # noqa: F811
