@@ -19,6 +19,8 @@ from efficientnet.engine import Runner
 from efficientnet.settings import InputError, TrainConfig
 from efficientnet.train import Trainer
 
+TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels
+
 
 def image_of(height, width):
     """uint8 [3, H, W] whose channels tell row, column and neither apart."""
@@ -249,7 +251,7 @@ def test_a_folder_with_damaged_images_trains(tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:-200])
     text.write_text("not an image")
     name = f"imagefolder:{tmp_path / 'images'}"
-    config = TrainConfig(name, img_size=8, epochs=3, batch_size=3, device="cpu", output=str(tmp_path / "run"), max_corrupt=2)
+    config = TrainConfig(name, model=TINY, img_size=8, epochs=3, batch_size=3, device="cpu", output=str(tmp_path / "run"), max_corrupt=2)
     Trainer(config).run()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped, ")]
     assert [line[:21] for line in said] == ["skipped, 1 of at most", "skipped, 2 of at most"]  # once each, in three epochs

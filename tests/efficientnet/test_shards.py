@@ -21,6 +21,7 @@ from efficientnet.train import Trainer
 
 wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
 CLASSES = 3
+TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels
 
 
 def png(value):
@@ -244,7 +245,8 @@ def learnable(tmp_path_factory):
 
 def config_for(learnable, output, **more):
     train, val = learnable
-    settings = {"img_size": 8, "epochs": 2, "batch_size": 6, "lr": 3e-3, "device": "cpu", "num_workers": 2, "output": str(output)}
+    settings = {"model": TINY, "img_size": 8, "epochs": 2, "batch_size": 6, "lr": 3e-3, "device": "cpu", "num_workers": 2}
+    settings |= {"output": str(output)}
     return TrainConfig(data=train, val_data=val, **settings | more)
 
 
