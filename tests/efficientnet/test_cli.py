@@ -116,6 +116,15 @@ def test_predict_with_weights_from_elsewhere(run, image_folder, tmp_path):
         (["train", "--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
         (["train", "--amp", "int8"], "argument --amp: invalid choice: 'int8'"),
         (["train", "--epochs", "0"], "epochs must be an integer >= 1, got 0"),
+        (["train", "--recipe", "paper-b99"], "unknown recipe 'paper-b99'; accepted: a .toml file, or one of paper-b"),
+        (["train", "--aa", "augmix"], "aa must be auto or rand"),
+        (["train", "--global-batch-size", "100", "--grad-accum-steps", "3"], "global_batch_size must be divisible .* got 100; try 102"),
+        (["train", "--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a CUDA device, and this run is on the CPU"),
+        (["train", "--sync-bn", "--device", "cpu"], "sync_bn needs several processes"),
+        (["train", "--freeze-until", "7"], "freeze_until must be one of stem, 0, .*, head, got '7'"),
+        (["train", "--layer-decay", "0"], r"layer_decay must be in \(0, 1\], got 0.0"),
+        (["train", "--scale", "0.5", "0.1"], r"scale must be two numbers, .*, got \(0.5, 0.1\)"),
+        (["train", "--dist-bn", "sum"], "argument --dist-bn: invalid choice: 'sum'"),
         (["train", "--lr", "nan"], "lr must be a finite number > 0, got nan"),
         (["train", "--data", "mnist"], "data must be one of digits.* got 'mnist'"),
         (["train", "--data", "imagefolder:/no/such"], "data folder '/no/such' does not exist"),
@@ -184,6 +193,19 @@ def test_a_bad_image_in_the_data_set(run, image_folder, tmp_path, num_workers):
     assert re.fullmatch(
         r"efficientnet: error: cannot decode image '.*/green/0\d.png' \(UnidentifiedImageError: .*\); .*", err.splitlines()[-1]
     )
+
+
+def test_data_and_checkpoints_that_do_not_fit(run, trained, image_folder, tmp_path):
+    """An empty class folder, another architecture, other classes: found before training."""
+    (state,) = list((trained[1] / "checkpoints").glob("step-00000012.*"))
+    options = ("--device", "cpu", "--img-size", 8, "--output", tmp_path / "out", "--epochs", 9)
+    resume = ("train", "--data", f"imagefolder:{image_folder}", *options, "--resume", state)
+    assert_one_line(run(*resume, "--model", "b1"), "was trained with name 'efficientnet_b0', but this run has 'efficientnet_b1'")
+    assert_one_line(run("train", *options, "--resume", state), "was trained with num_classes 3, but this run has 10")
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "violet").mkdir()
+    assert_one_line(run("train", "--data", f"imagefolder:{tmp_path / 'images'}", *options), "class folder '.*violet' has no image")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_programming_error_keeps_its_traceback(run, image_folder, tmp_path, monkeypatch):

@@ -175,3 +175,96 @@ def test_cuda_without_a_gpu():
     assert pick_device("auto").type == "cpu"
     with pytest.raises(InputError, match="device 'cuda' was asked for, but torch sees no CUDA device"):
         pick_device("cuda")
+
+
+TINY = "efficientnet_d0.1_w0.1_r32"
+
+
+def test_pretrained_weights_of_other_classes_keep_the_trunk(image_folder, trained, tmp_path):
+    """From a checkpoint of ours: the trunk is its, its normalisation too, the classifier starts at zero; of the same classes it stays."""
+    config, output, _ = trained
+    weights = load_checkpoint(None, output / "last.safetensors").state_dict()
+    settings = {"pretrained": str(output / "last.safetensors"), "output": str(tmp_path), "device": "cpu"}
+    trainer = Trainer(TrainConfig("digits:0-4", **settings))
+    state = trainer.model.state_dict()
+    assert same_state(*({k: v for k, v in part.items() if "classifier" not in k} for part in (state, weights)))
+    assert state["classifier.weight"].shape == (5, 1280) and not state["classifier.weight"].any()
+    stored = read_metadata(output / "last.safetensors")["preprocess"]
+    assert trainer.data.train.preprocess.mean == tuple(stored["mean"]) == trainer.data.val.preprocess.mean
+    assert same_state(Trainer(TrainConfig(config.data, img_size=8, **settings)).model.state_dict(), weights)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "message"),
+    [("no_such_tag", "pretrained weights 'no_such_tag' of 'efficientnet_b0' are not known; its tags: ra_in1k"), ("no/such.pt", "no such")],
+)
+def test_pretrained_weights_that_are_not_there(tmp_path, pretrained, message):
+    with pytest.raises((InputError, ValueError, OSError), match=message):
+        Trainer(TrainConfig(pretrained=pretrained, device="cpu", output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_frozen_layers_stay_and_layers_have_rates_of_their_own(image_folder, tmp_path):
+    """Stages 0 to 2 with their statistics are left as they are, also in the average; later blocks learn by 0.5 to the depth."""
+    settings = {"img_size": 16, "epochs": 2, "batch_size": 10, "warmup_epochs": 0.0, "model_ema": True, "device": "cpu", "lr": 0.1}
+    data = f"imagefolder:{image_folder}"
+    trainer = Trainer(TrainConfig(data, model=TINY, output=str(tmp_path), freeze_until="2", layer_decay=0.5, sched="step", **settings))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.run()
+    frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.", "blocks.2.")
+    for model in (trainer.model, trainer.average.module):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]) == key.startswith(frozen), key
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["classifier.decay"] == pytest.approx(0.1) and rates["blocks.6.0.no_decay"] == pytest.approx(0.05)
+    assert rates["blocks.3.0.decay"] == pytest.approx(0.1 / 16) and not any(name.startswith("blocks.2") for name in rates)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(trained, tmp_path):
+    """Without BatchNorm's batch statistics: two batches of 5 are one of 10, to rounding."""
+    config, *_ = trained
+    gradients = []
+    for parts in (1, 2):
+        settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "batch_size": 10 // parts, "grad_accum_steps": parts}
+        trainer = Trainer(replace(config, output=str(tmp_path), **settings))
+        torch.nn.init.normal_(trainer.model.classifier.weight, generator=torch.Generator().manual_seed(0))
+        trainer.order.begin(0, 0)
+        trainer.model.eval()
+        loss = trainer._gradients(iter(trainer.loader))
+        gradients.append([loss, *(p.grad for p in trainer.model.parameters())])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_norm(trained, tmp_path):
+    config, *_ = trained
+    trainer = Trainer(replace(config, model=TINY, clip_grad=1e-3, opt="sgd", momentum=0.0, weight_decay=0.0, output=str(tmp_path)))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.order.begin(0, 0)
+    trainer._update(iter(trainer.loader))
+    change = torch.cat([(p - b).flatten() for p, b in zip(trainer.model.parameters(), before, strict=True)]).norm()
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    assert trainer.norm > 0.01 and change.item() == pytest.approx(1e-3 * rate, rel=1e-3)
+
+
+def test_images_grow_in_stages(trained, tmp_path, monkeypatch):
+    """From 8 to 32 pixels in three stages of two epochs, in multiples of 8; evaluation sees the last size."""
+    config, *_ = trained
+    settings = {"progressive_size": 8, "progressive_stages": 3, "epochs": 6, "img_size": 32, "model": TINY}
+    trainer, seen = Trainer(replace(config, output=str(tmp_path), **settings)), []
+    trainer.model.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0].shape[-1])))
+    trainer.run()
+    sizes = list(dict.fromkeys(size for training, size in seen if training))
+    assert sizes == [8, 16, 32]
+    assert [size for training, size in seen if training].count(8) == 6
+    assert {size for training, size in seen if not training} == {32}
+    with pytest.raises(InputError, match="progressive_size must be at most img_size 32, got 64"):
+        Trainer(replace(config, output=str(tmp_path), **settings | {"progressive_size": 64}))
+
+
+def test_mixing_and_erasing_train(trained, tmp_path):
+    config, *_ = trained
+    settings = {"mixup": 0.2, "cutmix": 1.0, "reprob": 0.3, "aa": "auto", "scale": (0.3, 1.0), "model": TINY, "img_size": 32}
+    trainer = Trainer(replace(config, epochs=1, output=str(tmp_path), **settings))
+    evaluation = trainer.run()
+    assert trainer.step == 3 and evaluation.total == 6 and 0 < trainer.history[0]["train_loss"] < 3
