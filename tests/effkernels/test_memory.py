@@ -8,7 +8,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -280,16 +279,45 @@ def keys(batch, size):
         launches += inspect.call_launches(block, x, training)
     return sorted({(l.name, repr(l.specialization()), repr(sorted(l.options.items()))) for l in launches})
 
-print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (2000, 56), (256, 57), (33, 224))]))
+print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (8000, 56), (256, 57), (33, 224))]))
 """
+
+# The type of every offset that is added to a pointer to 2^31 elements or more, in the code that the compiler made of two kernels.
+OFFSET_TYPES = """
+import json, re, torch
+from effkernels import FusedMBConv, inspect
+
+block = FusedMBConv(48, 48, 3, 1, 1, 0.0, device="meta").eval()
+block.why_not_fused = lambda x=None: None
+x = torch.empty(3567, 48, 112, 112, dtype=torch.bfloat16, device="meta")
+found = {}
+for launch in inspect.call_launches(block, x, False):
+    code = inspect.compile_launch(launch, 90).asm["ttir"]
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor) and value.numel() >= 2**31:
+            types = re.findall(rf"tt\\.addptr %{name}, \\S+ : !tt\\.ptr<\\w+>, (\\w+)", code)
+            found[f"{launch.name} {name}"] = types
+print(json.dumps(found))
+"""
+
+
+def compiled(code):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_offsets_are_compiled_to_64_bits():
+    found = compiled(OFFSET_TYPES)
+    assert {name.split()[0] for name in found} == {"depthwise_forward_kernel", "pointwise_forward_kernel"}
+    for name, types in found.items():
+        assert types and set(types) == {"i64"}, (name, types)
 
 
 def test_a_new_batch_or_size_compiles_nothing():
     """What Triton keys compiled kernels by is the same for every batch and image size, past 2^31 elements too."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(CACHE_KEYS)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    first, *others = json.loads(done.stdout)
+    first, *others = compiled(CACHE_KEYS)
     assert len(first) >= 12
     for other in others:
         assert other == first
