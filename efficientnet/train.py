@@ -174,7 +174,7 @@ class Trainer:
             row = self.history[-1]
             evaluation = Evaluation(row["val_loss"], row["val_correct"], row["val_total"])
         if self.processes.first:
-            with replacing(self.output / "curves.png") as path:
+            with self._writing("curves"), replacing(self.output / "curves.png") as path:
                 plot_curves(self.history, path)
             best = max(self.history, key=lambda row: row["val_acc"])
             self.say(f"checkpoint  {self.output / 'last.safetensors'}")
@@ -302,7 +302,8 @@ class Trainer:
             self._save_weights(row)
         self._save_state()
         if self.log:
-            self.log.epoch(self.history, self.step)
+            with self._writing("the epoch's row"):
+                self.log.epoch(self.history, self.step)
             self.say(
                 f"epoch {epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out loss {evaluation.loss:.3f}  "
                 f"accuracy {100 * evaluation.accuracy:6.2f} %  {row['images_per_s']:.0f} images/s, {100 * row['data_wait']:.0f} % waiting"
@@ -320,7 +321,8 @@ class Trainer:
             self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.config.epochs}, loss {loss:.3f}", refresh=False)
             lr = learning_rate(self.config, self.step - 1, self.steps, self.order.images)
             row = {"step": self.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "grad_norm": self.norm.item()}
-            self.log.step(row | {"images_per_s": rate, "data_wait": self.seconds["wait"] / self.seconds["epoch"]})
+            with self._writing("the update's row"):
+                self.log.step(row | {"images_per_s": rate, "data_wait": self.seconds["wait"] / self.seconds["epoch"]})
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -348,12 +350,18 @@ class Trainer:
 
     def _save_weights(self, row):
         metadata = self._metadata() | {"epoch": row["epoch"], "metrics": row}
-        try:
+        with self._writing("weights"):
             save_checkpoint(self.evaluated, self.output / "last.safetensors", **metadata)
             if row["val_acc"] > max((earlier["val_acc"] for earlier in self.history[:-1]), default=-1.0):
                 save_checkpoint(self.evaluated, self.output / "best.safetensors", **metadata)
+
+    @contextmanager
+    def _writing(self, what):
+        """A full disk, say, ends the run with what it could not write, and how to go on."""
+        try:
+            yield
         except OSError as error:
-            raise TrainingStopped(f"cannot write weights: {error}; {self._how_to_continue()}") from error
+            raise TrainingStopped(f"cannot write {what}: {error}; {self._how_to_continue()}") from error
 
     def _save_state(self):
         # What differs between processes: random numbers, and running statistics until they are shared.

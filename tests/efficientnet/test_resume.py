@@ -1,5 +1,6 @@
 """Nothing lost: resumed runs against runs that never stopped, damaged and unwritable checkpoints, signals, kills at random moments."""
 
+import errno
 import os
 import random
 import shutil
@@ -172,6 +173,20 @@ def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monk
     assert {path.name[:13] for path in (tmp_path / "checkpoints").iterdir()} == {f"step-{i:08d}" for i in (2, 3, 4)}
     Trainer(replace(config, resume="auto")).run()
     assert_same(newest(tmp_path), newest(whole))
+
+
+@pytest.mark.parametrize(
+    ("writes", "what"), [("Log.step", "the update's row"), ("Log.epoch", "the epoch's row"), ("save_checkpoint", "weights")]
+)
+def test_a_full_disk_ends_the_run_whatever_is_written(config, tmp_path, monkeypatch, writes, what):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "steps.jsonl")
+
+    monkeypatch.setattr(f"efficientnet.train.{writes}", full)
+    with pytest.raises(
+        TrainingStopped, match=rf"cannot write {what}: .*No space left on device.*the last good checkpoint is .*step-0000000"
+    ):
+        Trainer(replace(config, output=str(tmp_path), log_interval=2)).run()
 
 
 def test_an_unwritable_folder_is_found_before_any_work(config, tmp_path):
