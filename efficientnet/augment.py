@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,14 +42,13 @@ def training_crop(config: TrainConfig) -> Callable | None:
         return None
     v2 = torchvision_module("transforms.v2")
     # Only the box is drawn here: resizing is Preprocess's, at whatever size the epoch has.
-    draw, flip = v2.RandomResizedCrop(1, config.scale), v2.RandomHorizontalFlip(config.hflip)
+    return partial(_crop, v2.RandomResizedCrop(1, config.scale), v2.RandomHorizontalFlip(config.hflip))
 
-    def crop(image):
-        box = draw.make_params([image])
-        top, left, height, width = (box[key] for key in ("top", "left", "height", "width"))
-        return flip(image[:, top : top + height, left : left + width])
 
-    return crop
+def _crop(draw, flip, image):
+    box = draw.make_params([image])
+    top, left, height, width = (box[key] for key in ("top", "left", "height", "width"))
+    return flip(image[:, top : top + height, left : left + width])
 
 
 def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | None:
@@ -59,15 +59,13 @@ def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | 
     if config.reprob > 0:
         v2 = torchvision_module("transforms.v2")
         steps.append(v2.RandomErasing(config.reprob, value=[round(255 * m) for m in mean]))
-    if not steps:
-        return None
+    return partial(_in_turn, steps) if steps else None
 
-    def finish(image):
-        for step in steps:
-            image = step(image)
-        return image
 
-    return finish
+def _in_turn(steps, image):
+    for step in steps:
+        image = step(image)
+    return image
 
 
 def _policy(name):

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from efficientnet.augment import training_crop, training_finish
 from efficientnet.data import (
     Draw,
     ImageSet,
@@ -275,6 +277,17 @@ def test_batches_travel_as_bytes_and_are_normalised_at_the_device(num_workers, c
     assert torch.equal(torch.cat([images for images, _ in received]), expected)
     assert torch.cat([labels for _, labels in received]).tolist() == data.val.labels
     assert not batches.loader.pin_memory and Runner(torch.device("cuda")).batches(data.val, 16, num_workers).loader.pin_memory
+
+
+def test_augmentation_reaches_workers_that_are_not_forked():
+    """As on macOS, and from Python 3.14 on: what is sent to them must survive pickling, and draw the same."""
+    config = TrainConfig("digits:0-1", scale=(0.5, 1.0), aa="rand", reprob=0.9)
+    data = load_data(config.data, 24)
+    data.train.augment, data.train.finish = training_crop(config), training_finish(config, data.preprocess.mean)
+    sent = pickle.loads(pickle.dumps(data.train))
+    for i in range(5):
+        assert torch.equal(sent[Draw(i, 1, 24)][0], data.train[Draw(i, 1, 24)][0])
+        assert not torch.equal(sent[Draw(i, 1, 24)][0], sent[i][0])
 
 
 def test_missing_image_is_a_file_not_found_error():
