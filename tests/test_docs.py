@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from efficientnet import cli, create_model
-from efficientnet.checkpoints import save_checkpoint
+from efficientnet.checkpoints import convert, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")])
@@ -107,7 +107,7 @@ def test_commands_of_a_checkpoint(tmp_path, monkeypatch, capsys):
 def test_other_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(create_model("tf_efficientnet_b0"), "tf_b0.safetensors")
-    torch.save(create_model("efficientnet_b0").state_dict(), "efficientnet-b0.pth")
+    convert("tf_b0.safetensors", "efficientnet-b0.pth", "lukemelas")
     for where, argv in commands():
         if argv[0] == "convert" or (argv[0] == "scale" and "--data" not in argv and "cuda" not in argv):
             assert cli.main(argv) == 0, where
