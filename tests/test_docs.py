@@ -155,8 +155,9 @@ def test_links_between_pages():
 
 def test_sources_are_python_310():
     """The oldest Python of setup.py: its grammar (ruff's target-version is the same)."""
-    minimum = re.search(r'python_requires=">=3\.(\d+)"', (ROOT / "setup.py").read_text()).group(1)
-    assert minimum == "10" and 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
+    setup = (ROOT / "setup.py").read_text()
+    assert 'python_requires=">=3.10"' in setup and "Python :: 3.{minor}" in setup and "(10, 11, 12, 13)" in setup
+    assert 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
     for package in ("effkernels", "efficientnet", "benchmarks", "tests", "docs"):
         for path in (ROOT / package).rglob("*.py"):
             ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
