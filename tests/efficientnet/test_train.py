@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -268,3 +269,19 @@ def test_mixing_and_erasing_train(trained, tmp_path):
     trainer = Trainer(replace(config, epochs=1, output=str(tmp_path), **settings))
     evaluation = trainer.run()
     assert trainer.step == 3 and evaluation.total == 6 and 0 < trainer.history[0]["train_loss"] < 3
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(trained, tmp_path, monkeypatch):
+    """Through Dynamo and AOTAutograd, without the compiler's minutes: the losses of the model as it is, the same names in its files."""
+    config, *_ = trained
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for compiled in (True, False):
+        settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "epochs": 2, "img_size": 16}
+        trainer = Trainer(replace(config, compile=compiled, output=str(tmp_path / str(compiled)), **settings))
+        assert hasattr(trainer.forward, "_orig_mod") == compiled
+        trainer.run()
+        losses.append([row["train_loss"] for row in trainer.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    load_checkpoint(None, tmp_path / "True" / "last.safetensors")
