@@ -18,8 +18,8 @@ def timm_model(name, **settings):
     return pytest.importorskip("timm").create_model(name, num_classes=10, **settings)
 
 
-def torchvision_model(name):
-    return getattr(pytest.importorskip("torchvision").models, name)(num_classes=10)
+def torchvision_model(name, **settings):
+    return getattr(pytest.importorskip("torchvision").models, name)(num_classes=10, **settings)
 
 
 def lukemelas_model(name, **settings):
