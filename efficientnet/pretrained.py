@@ -176,23 +176,25 @@ def _from_url(url):
 
 
 def _from_hub(repo, revision=None):
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
-    cause = None
+    cause, names = None, []
+    try:  # one request: where there is no connection, hf_hub_download would repeat its own for half a minute a file
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+    except Exception as error:  # offline, no connection, no such repository, no right to it: of many classes
+        cause = error
     for filename in HUB_FILES:
+        if cause is None and filename not in names:
+            continue
         try:
-            return Path(hf_hub_download(repo, filename, revision=revision))
-        except LocalEntryNotFoundError as error:  # offline, or no connection: the other name may be in the cache
+            return Path(hf_hub_download(repo, filename, revision=revision, local_files_only=not names))
+        except Exception as error:  # not in the cache either, or a broken connection
             cause = cause or error
-        except EntryNotFoundError as error:
-            cause = error
-        except Exception as error:  # no such repository, no right to it, a broken connection: of many classes
-            cause = error
-            break
+    cause = cause or f"its files are {', '.join(names[:5])}"
     cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     line = " ".join(str(cause).split())
     raise ConnectionError(
         f"cannot fetch {' or '.join(HUB_FILES)} of {repo!r} from the Hub ({line}), nor from the cache {str(cache)!r}; "
         "there is no such file here either"
-    ) from cause
+    ) from (cause if isinstance(cause, Exception) else None)

@@ -3,7 +3,7 @@
 A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward`` runs the
 kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers, submodules, their names, hooks on
 the block, references to it and ``isinstance`` hold without copying anything, and ``restore`` gives the class back. What a block is made
-of is read from it at every call (``effkernels.layouts``), so nothing that is edited later goes stale.
+of is read from it at every call (``effkernels.blocks``), so nothing that is edited later goes stale.
 """
 
 import copyreg
@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import nn
 
-from effkernels import dispatch, layouts, networks
+from effkernels import blocks, dispatch, networks
 
 
 class Swapped:
@@ -42,15 +42,15 @@ class AcceleratedBlock(Swapped):
         reason, verdict = _judge(self, block, x)
         if reason is not None:
             return super().forward(*args, **kwargs)
-        return layouts.run(x, block, verdict, self.training)
+        return blocks.run(x, block, verdict, self.training)
 
 
 def _judge(module, block, x):
     """(None, settings of the kernels) or (the reason, None)."""
     if isinstance(block, str):
         return dispatch.why_not_fused(x, (), judge=lambda: block), None
-    layers = layouts.layers_of(block)
-    verdict = layouts.judge(module, block, layers)
+    layers = blocks.layers_of(block)
+    verdict = blocks.judge(module, block, layers)
     problem = verdict if isinstance(verdict, str) else block.now
     largest = max(layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d))
     reason = dispatch.why_not_fused(x, [(name, layer) for _, name, layer in layers], largest, judge=lambda: problem)
@@ -66,8 +66,8 @@ class AcceleratedNetwork(Swapped):
 
     @staticmethod
     def _why_not(network, x):
-        layers = () if isinstance(network, str) else networks.layers_of(network)
-        return dispatch.why_not_fused(x, layers, judge=lambda: networks.judge(network))
+        layers, largest = ((), 1) if isinstance(network, str) else (networks.layers_of(network), network.stem.conv[1].out_channels)
+        return dispatch.why_not_fused(x, layers, largest, judge=lambda: networks.judge(network))
 
     def _forward(self, x):
         if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
@@ -91,10 +91,14 @@ def accelerated_class(cls: type) -> type:
     """The subclass of a block's or network's class that runs it fused."""
     namespace = {"_original": cls, "__doc__": cls.__doc__, "__module__": __name__}
     if (network := networks.known(cls)) is not None:
-        namespace |= {"_reader": staticmethod(network[0]), "forward": _FORWARDS[networks.argument_of(cls)]}
+        namespace["_reader"] = staticmethod(network[0])
+        if networks.runs_itself(cls):
+            namespace["fused"] = property(lambda self: True)
+        else:
+            namespace["forward"] = _FORWARDS[networks.argument_of(cls)]
         return type(f"Accelerated{cls.__name__}", (AcceleratedNetwork, cls), namespace)
-    base, reader = layouts.known(cls)
-    if reader is layouts.own:
+    base, reader = blocks.known(cls)
+    if reader is None:
         from effkernels.modules.mbconv import FusedMBConv
 
         return type(f"Accelerated{cls.__name__}", (Swapped, FusedMBConv, cls), namespace)
@@ -117,7 +121,7 @@ def _view(module):
 def _ineligible(module, x=None, ask=True) -> str | None:
     """Why kernels cannot serve a block of a known class, accelerated or not, or None. ask: platform and mode too."""
     cls = type(module)._original if isinstance(module, Swapped) else type(module)
-    base, reader = layouts.known(cls)
+    base, reader = blocks.known(cls)
     if isinstance(reader, str):
         return reader
     if cls.forward is not base.forward:
@@ -127,10 +131,10 @@ def _ineligible(module, x=None, ask=True) -> str | None:
     view = module if isinstance(module, Swapped) else _view(module)
     if ask:
         return view.why_not_fused(x)
-    if reader is layouts.own:
+    if reader is None:
         return None if dispatch.requested_backend() == "reference" else view.why_not_fused()
     block = reader(module)
-    verdict = block if isinstance(block, str) else layouts.judge(module, block, layouts.layers_of(block))
+    verdict = block if isinstance(block, str) else blocks.judge(module, block, blocks.layers_of(block))
     return verdict if isinstance(verdict, str) else None
 
 
@@ -140,7 +144,7 @@ def _network_problem(module, x=None, ask=True) -> str | None:
     reader, reason = networks.known(cls)
     if reason is not None:
         return reason
-    if "forward" in module.__dict__:
+    if any(method in module.__dict__ for method in networks.methods_of(cls)):
         return "the network's forward was replaced"
     return AcceleratedNetwork._why_not(reader(module), x) if ask else networks.judge(reader(module))
 
@@ -160,7 +164,7 @@ def _blocks(model):
     for name, module in model.named_modules():
         if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)) and not isinstance(module, Swapped):
             yield name, module, True
-        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or layouts.known(type(module)) is not None:
+        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or blocks.known(type(module)) is not None:
             yield name, module, False
 
 
@@ -195,7 +199,8 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
             f"{type(model).__name__} has no block that effkernels can run{':' if listed else ', nor any of a known class'}{listed}"
         )
     if swaps or fused:
-        swaps += [m for _, m in _networks(model) if not isinstance(m, Swapped) and _network_problem(m, ask=False) is None]
+        plain = [m for _, m in _networks(model) if not isinstance(m, Swapped) and not (networks.runs_itself(type(m)) and m.fused)]
+        swaps += [m for m in plain if _network_problem(m, ask=False) is None]
     for module in swaps:
         module.__class__ = accelerated_class(type(module))
     return model
@@ -266,5 +271,7 @@ def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
             network = networks.known(type(module)._original if isinstance(module, Swapped) else type(module))[0](module)
         prefix = f"{name}." if name else ""
         ends[f"{prefix}stem"] = problem
+        if network is not None and network.separable is not None:
+            ends[f"{prefix}{network.separable[0]}"] = problem
         ends[f"{prefix}head"] = problem if network is None or not isinstance(network.head, str) else network.head
     return Explanation(reasons, plain, kinds, ends)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from effkernels import dispatch
-from effkernels.layouts import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Stage, activation, edited, path_of
-from effkernels.layouts import padding as padding_rule
+from effkernels import blocks as mbconv
+from effkernels.blocks import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Block, Stage, activation, edited, path_of
+from effkernels.blocks import padding as padding_rule
 from effkernels.parameters import BatchNormParams
 
 
@@ -24,6 +25,7 @@ class Network(NamedTuple):
     head: Stage | str  # the 1x1 convolution before the pooling, or why there is none that kernels have
     tail: object  # what follows the pooling (the stem's successor ``middle``, where there is no head)
     bypassed: tuple  # (name, module) of everything inside that is not called by name any more
+    separable: tuple[str, Block] | None = None  # after the stem: a block whose layers are no module by themselves
 
 
 def _is(module, path):
@@ -62,8 +64,8 @@ def _timm(model):
 
 
 def _sequential_stage(name, layers):
-    """Stage of convolution, BatchNorm and activation in a Sequential's (name, module) pairs; None for anything else."""
-    if len(layers) != 3 or not isinstance(layers[0][1], nn.Conv2d):
+    """Stage of convolution, BatchNorm and perhaps activation in a Sequential's (name, module) pairs; None for anything else."""
+    if len(layers) not in (2, 3) or not isinstance(layers[0][1], nn.Conv2d):
         return None
     return Stage(*((f"{name}.{inner}", layer) for inner, layer in layers))
 
@@ -73,18 +75,19 @@ def _torchvision(model):
     flat = hasattr(model, "layers")
     name = "layers" if flat else "features"
     container = getattr(model, name)
-    children = list(container.named_children())
+    children, separable = list(container.named_children()), None
     if flat:
-        stem, head, blocks = (_sequential_stage(name, part) for part in (children[:3], children[-3:])), None, children[3:-3]
-        stem, head = stem
-        ends = children[:3] + children[-3:]
+        stem, depthwise, project, head = (_sequential_stage(name, part) for part in (children[:3], children[3:6], children[6:8], children[-3:]))
+        if depthwise is not None and project is not None:
+            separable = f"{name}.{children[3][0]} to {children[7][0]}", Block(None, depthwise, None, project, residual=False)
+        ends, blocks = children[:8] + children[-3:], children[8:-3]
     else:
         ends = [children[0], children[-1]]
         if any(type(end).forward is not nn.Sequential.forward for _, end in ends):
             return f"{name} does not begin and end with a convolution, its BatchNorm and activation"
         stem, head = (_sequential_stage(f"{name}.{inner}", list(end.named_children())) for inner, end in ends)
         blocks = children[1:-1]
-    if stem is None or head is None:
+    if stem is None or head is None or (flat and separable is None):
         return f"{name} does not begin and end with a convolution, its BatchNorm and activation"
 
     def middle(x):
@@ -99,7 +102,7 @@ def _torchvision(model):
             return f"avgpool is {model.avgpool}"
     if dispatch.has_hooks(container) or "forward" in container.__dict__:
         return f"{name} has hooks"
-    return Network(stem, middle, head, model.classifier, tuple(bypassed))
+    return Network(stem, middle, head, model.classifier, tuple(bypassed), separable)
 
 
 def _lukemelas(model):
@@ -123,6 +126,15 @@ def _lukemelas(model):
     return Network(stage("_conv_stem", "_bn0"), middle, stage("_conv_head", "_bn1"), lambda x: model._fc(model._dropout(x)), bypassed)
 
 
+def _own(model):
+    """efficientnet's, whose activation and padding are settings, and whose forward runs stem and head itself where ``fused`` is set."""
+    act = ("config.act", model.config.act)
+    stem = Stage(("conv_stem", model.conv_stem), ("bn1", model.bn1), act, ("config.padding", model.config.padding))
+    head = Stage(("conv_head", model.conv_head), ("bn2", model.bn2), act)
+    bypassed = tuple((name, getattr(model, name)) for name in ("conv_stem", "bn1", "conv_head", "bn2"))
+    return Network(stem, model.blocks, head, model.classifier, bypassed)
+
+
 def _transformers(stem):
     """EfficientNetEmbeddings, a module of its own; the head's features are a result of the model, so they must be stored."""
     layers = [(name, getattr(stem, name)) for name in ("convolution", "batchnorm", "activation", "padding")]
@@ -134,6 +146,7 @@ _COMMON = "forward_features forward_head conv_stem bn1 grad_checkpointing torch 
 _COMMON += "drop_rate F dropout training classifier conv_head "
 # class: (reader, methods, the names in their code)
 NETWORKS = {
+    "efficientnet.model.EfficientNet": (_own, _TIMM, None),
     "timm.models.efficientnet.EfficientNet": (_timm, _TIMM, _COMMON + "bn2"),
     "timm.models.mobilenetv3.MobileNetV3": (_timm, _TIMM, _COMMON + "norm_head act2 flatten"),
     "torchvision.models.efficientnet.EfficientNet": (_torchvision, _VISION, "_forward_impl features avgpool torch flatten classifier"),
@@ -162,10 +175,20 @@ def known(cls: type):
             if any(getattr(cls, method, None) is not getattr(base, method, None) for method in methods):
                 return None, f"{cls.__name__} has a forward of its own"
             used = {name for method in methods for name in getattr(base, method).__code__.co_names}
-            if used != set(names.split()):
+            if names is not None and used != set(names.split()):
                 return None, f"{base.__name__}'s forward is not the one known here"
             return reader, None
     return None
+
+
+def methods_of(cls: type) -> tuple[str, ...]:
+    """What a known network's forward consists of."""
+    return next(NETWORKS[path_of(base)][1] for base in cls.__mro__ if path_of(base) in NETWORKS)
+
+
+def runs_itself(cls: type) -> bool:
+    """Whether a network's own forward takes kernels for stem and head where its attribute ``fused`` is set."""
+    return any(path_of(base) in NETWORKS and NETWORKS[path_of(base)][0] is _own for base in cls.__mro__)
 
 
 def argument_of(cls: type) -> str:
@@ -210,22 +233,36 @@ def judge(network: Network | str) -> str | None:
     problem = _stage_problem(network.stem, "conv_stem")
     if problem is None and not isinstance(network.head, str):
         problem = _stage_problem(network.head, "conv_head")
+    if problem is None and network.separable is not None:
+        verdict = _judge_separable(network)
+        problem = verdict if isinstance(verdict, str) else None
     return problem
 
 
+def _judge_separable(network):
+    _, block = network.separable
+    return mbconv.judge_layers(block, mbconv.layers_of(block))
+
+
 def layers_of(network: Network):
+    """(name, module) of every layer with parameters that kernels stand in for."""
     stages = [network.stem] if isinstance(network.head, str) else [network.stem, network.head]
-    return [layer for stage in stages for layer in (stage.conv, stage.bn)]
+    layers = [layer for stage in stages for layer in (stage.conv, stage.bn)]
+    if network.separable is not None:
+        layers += [(name, layer) for _, name, layer in mbconv.layers_of(network.separable[1])]
+    return layers
 
 
 def run(x, network: Network):
-    """The whole network, stem and head on kernels."""
+    """The whole network, stem, head and what is separable after the stem on kernels."""
     from effkernels import functional
 
     stem, head = network.stem, network.head
     conv, act = stem.conv[1], activation(stem.act, ACTS, "identity")
     norm = BatchNormParams.of(stem.bn[1])
     x = functional.stem(x, conv.weight, norm, stride=conv.stride[0], padding=padding_rule(stem), act=act)
+    if network.separable is not None:
+        x = mbconv.run(x, network.separable[1], _judge_separable(network), norm.training)
     x = network.middle(x)
     if not isinstance(head, str):
         x = functional.head(x, head.conv[1].weight, BatchNormParams.of(head.bn[1]), act=activation(head.act, ACTS, "identity"))

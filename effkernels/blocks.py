@@ -53,12 +53,15 @@ def path_of(cls: type) -> str:
 
 
 class Stage(NamedTuple):
-    """A convolution, its BatchNorm and its activation, and what pads for it; each (name, module), or None where there is none."""
+    """A convolution, its BatchNorm and its activation, and what pads for it; each (name, module), or None where there is none.
+
+    act may be a name of ``effkernels.reference.ACTIVATIONS`` in place of the module, pad one of ``effkernels.geometry.PADDINGS``.
+    """
 
     conv: tuple[str, nn.Module]
     bn: tuple[str, nn.Module]
-    act: tuple[str, nn.Module] | None = None
-    pad: tuple[str, nn.Module] | None = None
+    act: tuple[str, nn.Module | str] | None = None
+    pad: tuple[str, nn.Module | str] | None = None
 
 
 class Gate(NamedTuple):
@@ -262,14 +265,9 @@ def squeeze_excite(name, module):
     return Gate(*((f"{name}.{inner}", getattr(module, inner)) for inner in names))
 
 
-def own(block):
-    """effkernels' own layers (efficientnet.MBConv): FusedMBConv reads them itself."""
-    raise NotImplementedError
-
-
 _TIMM, _VISION = "timm.models._efficientnet_blocks", "torchvision.models"
 READERS = {
-    "efficientnet.mbconv.MBConv": own,
+    "efficientnet.mbconv.MBConv": None,  # effkernels' own layers, which FusedMBConv reads itself
     f"{_TIMM}.InvertedResidual": _timm,
     f"{_TIMM}.DepthwiseSeparableConv": _timm,
     f"{_VISION}.efficientnet.MBConv": _torchvision,
@@ -292,9 +290,9 @@ OTHERS = {  # blocks of the same networks that are not MBConv
 def known(cls: type) -> tuple[type, object] | None:
     """(the library's class that ``cls`` is or inherits from, its reader or the reason why it has none); None for any other class."""
     for base in cls.__mro__:
-        found = READERS.get(path_of(base)) or OTHERS.get(path_of(base))
-        if found is not None:
-            return base, found
+        path = path_of(base)
+        if path in READERS or path in OTHERS:
+            return base, READERS[path] if path in READERS else OTHERS[path]
     return None
 
 
@@ -306,7 +304,7 @@ def activation(named, accepted, default) -> str | None:
     if named is None:
         return default
     module = named[1]
-    name = ACTIVATIONS.get(path_of(type(module)))
+    name = module if isinstance(module, str) else ACTIVATIONS.get(path_of(type(module)))
     if name == "gelu" and getattr(module, "approximate", "none") != "none":
         return None
     return name if name in accepted else None
@@ -323,6 +321,9 @@ def padding(stage: Stage) -> str | None:
         return None
     left, right, top, bottom = own[1], own[1], own[0], own[0]
     pad = None if stage.pad is None else stage.pad[1]
+    if isinstance(pad, str):
+        expected = (k - 1) // 2 if pad == "symmetric" else 0
+        return pad if own == (expected, expected) else None
     if pad is not None and path_of(type(pad)) != "torch.nn.modules.linear.Identity":
         if path_of(type(pad)) != "torch.nn.modules.padding.ZeroPad2d":
             return None
@@ -356,9 +357,11 @@ def layers_of(block: Block) -> list[tuple[str, str, nn.Module]]:
 
 def judge(module: nn.Module, block: Block, layers) -> Verdict | str:
     """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are not asked."""
-    problem = edited(module, "")
-    if problem is not None:
-        return problem
+    return edited(module, "") or judge_layers(block, layers)
+
+
+def judge_layers(block: Block, layers) -> Verdict | str:
+    """As ``judge``, of layers that are no module by themselves."""
     for name, inner in block.identities:
         if path_of(type(inner)) != "torch.nn.modules.linear.Identity":
             return f"{name} is a {type(inner).__name__}"
