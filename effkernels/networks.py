@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import nn
 
-from effkernels import dispatch
 from effkernels import blocks as mbconv
+from effkernels import dispatch
 from effkernels.blocks import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Block, Stage, activation, edited, path_of
 from effkernels.blocks import padding as padding_rule
 from effkernels.parameters import BatchNormParams
@@ -77,7 +77,9 @@ def _torchvision(model):
     container = getattr(model, name)
     children, separable = list(container.named_children()), None
     if flat:
-        stem, depthwise, project, head = (_sequential_stage(name, part) for part in (children[:3], children[3:6], children[6:8], children[-3:]))
+        stem, depthwise, project, head = (
+            _sequential_stage(name, part) for part in (children[:3], children[3:6], children[6:8], children[-3:])
+        )
         if depthwise is not None and project is not None:
             separable = f"{name}.{children[3][0]} to {children[7][0]}", Block(None, depthwise, None, project, residual=False)
         ends, blocks = children[:8] + children[-3:], children[8:-3]

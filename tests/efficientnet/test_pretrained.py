@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -188,3 +189,26 @@ def test_urls(tmp_path, monkeypatch, capsys):
         main(["convert", f"{url}/gone.pt", str(tmp_path / "x.pt"), "--to", "timm", "--model", "b0"])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "Connection refused" in error and str(tmp_path / "cache") in error
+
+
+def test_without_a_connection_the_hub_is_asked_once(tmp_path, monkeypatch):
+    """huggingface_hub's own repetitions, which sleep in between, are not reached; what is in the cache is found."""
+    from huggingface_hub import constants
+
+    def sleeping(seconds):
+        raise AssertionError("asked again")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and not listening
+        for owner in ("huggingface_hub.hf_api", "huggingface_hub.constants"):
+            monkeypatch.setattr(f"{owner}.ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}", raising=False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", sleeping)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(ConnectionError, match=r"cannot fetch .* of 'nobody/nothing' from the Hub \(.*, nor from the cache '.*nothing'"):
+            fetch("nobody/nothing")
+        snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
+        (snapshot / "pytorch_model.bin").write_bytes(b"weights")
+        assert fetch("nobody/nothing") == snapshot / "pytorch_model.bin"

@@ -164,7 +164,7 @@ def test_training_with_an_optimizer_made_before(name, twins_serve):
             optimizer.step()
         results.append(trained)
     assert twins_serve.count("mbconv") == 2 * eligible
-    assert twins_serve.count("stem") == 2
+    assert twins_serve.count("stem") == (0 if "own" in name else 2)  # it is part of the first block there, in training
     plain, fused = results
     for key, value in fused.state_dict().items():
         assert relative_error(value, plain.state_dict()[key]) < 1e-6, key

@@ -200,3 +200,18 @@ def test_depthwise_conv_against_its_definition():
         for i, j in itertools.product(range(out.shape[2]), range(out.shape[3])):
             window = wide[:, :, i * stride : i * stride + k, j * stride : j * stride + k]
             torch.testing.assert_close(out[:, :, i, j], (window * weight[:, 0]).sum((2, 3)))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_given_mask_scales_the_branch(residual):
+    """x [N, ...] + mask[n] * branch, whatever drop_path says: efficientnet_pytorch draws its own."""
+    torch.manual_seed(0)
+    block = MBConv(8, 8, 3, expand_ratio=2, se_ratio=0).eval()
+    layers = [(conv.weight, BatchNormParams.of(bn)) for conv, bn in ((block.conv_pw, block.bn1), (block.conv_dw, block.bn2))]
+    x, mask = torch.randn(3, 8, 4, 4), torch.tensor([0.0, 1.0, 2.5])
+    arguments = (x, layers[0], layers[1], None, (block.conv_pwl.weight, BatchNormParams.of(block.bn3)))
+    with torch.no_grad():
+        branch = reference.mbconv(*arguments)
+        masked = reference.mbconv(*arguments, residual=residual, drop_path=0.5, training=True, mask=mask)
+    expected = branch * mask[:, None, None, None] + (x if residual else 0)
+    torch.testing.assert_close(masked, expected)
