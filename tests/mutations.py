@@ -85,7 +85,7 @@ FAULTS = [
         "kernels/batchnorm.py",
         "n = (block // image_blocks).to(tl.int64)",
         "n = block // image_blocks",
-        "test_memory.py::test_offsets_pass_2_to_the_31[expanded, stride 1]",
+        "test_memory.py::test_offsets_pass_2_to_the_31[not expanded]",
     ),
     # ---- the rest of the block
     Fault("no residual", "kernels/batchnorm.py", "if RESIDUAL:", "if False:", BATCHNORM),

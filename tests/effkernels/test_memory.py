@@ -229,12 +229,12 @@ def addresses(function, arguments, grid, monkeypatch):
 
 
 LARGE = [
-    # what, the module's arguments, x's shape: 2^31 elements and some in the tensors inside
-    ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (1784, 16, 112, 112)),
-    ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1784, 16, 112, 112)),
-    ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3567, 48, 112, 112)),
+    # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins
+    ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (1800, 16, 112, 112)),
+    ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1800, 16, 112, 112)),
+    ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3600, 48, 112, 112)),
     ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
-     (3567, 48, 112, 112)),
+     (3600, 48, 112, 112)),
 ]  # fmt: skip
 
 
