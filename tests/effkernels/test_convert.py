@@ -338,3 +338,22 @@ def test_no_library_is_imported():
         assert not {"timm", "torchvision", "transformers", "efficientnet_pytorch", "triton"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())], check=True)
+
+
+LARGE = {
+    **{f"timm-{p}efficientnet_b{i}": lambda n=f"{p}efficientnet_b{i}": timm_model(n) for p in ("", "tf_") for i in range(2, 9)},
+    **{f"timm-tf_efficientnet_lite{i}": lambda i=i: timm_model(f"tf_efficientnet_lite{i}") for i in range(1, 5)},
+    **{f"torchvision-efficientnet_b{i}": lambda i=i: torchvision_model(f"efficientnet_b{i}") for i in range(1, 8)},
+    **{f"torchvision-{n}": lambda n=n: torchvision_model(n) for n in ("efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large")},
+    **{f"lukemelas-b{i}": lambda i=i: lukemelas_model(f"efficientnet-b{i}") for i in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_every_block_of_the_large_ones_is_eligible(name):
+    """Built without memory: what is read from a block needs no values."""
+    with torch.device("meta"):
+        found = explain(LARGE[name]())
+    assert all(reason is None or "a dense k x k convolution" in reason for reason in found.values()), found
+    assert list(found.ends.values()) == [None, None] and len(found.waiting) >= (9 if "lite" in name else 15)
+    assert ("v2" in name) == any(found.values())
