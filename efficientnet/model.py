@@ -258,7 +258,8 @@ class EfficientNet(nn.Module):
         if blocks is None:
             return self.blocks(stem(x, *layers, fused=self.fused))
         dropping = sum(block.drops for block in blocks)
-        draws = iter(torch.rand(dropping, x.shape[0], device=x.device).unbind() if dropping else ())  # one launch for all blocks
+        draws = torch.rand(dropping, x.shape[0], dtype=torch.float32, device=x.device).unbind() if dropping else ()  # one launch for all
+        draws = iter(draws)
         y = stem_and_block(x, *layers, blocks[0]) if self.fused else None
         if y is None:
             y = stem(x, *layers, fused=self.fused)
@@ -348,6 +349,8 @@ class EfficientNet(nn.Module):
             raise ValueError(f"images must be [N, {self.in_chans}, H, W], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"images must be floating point, got {x.dtype}")
+        if self.training and x.shape[0] == 0:
+            raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
         device = self.conv_stem.weight.device
         if x.device != device:
             raise ValueError(f"images are on {x.device} but the model is on {device}")

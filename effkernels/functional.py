@@ -114,6 +114,9 @@ def depthwise_conv_bn_act(
     check_batch(norm, x.shape, weight.shape[-1], stride, padding)
     if pre_norm is not None:
         check_batch(pre_norm, x.shape)
+    if x.shape[0] == 0:
+        size = (conv_out_size(n, weight.shape[-1], stride, padding) for n in x.shape[2:])
+        return x.new_empty(0, weight.shape[0], *size, dtype=compute_dtype(x))
     _advance(norm, pre_norm)
     y = _depthwise_block(
         _nhwc(x, compute_dtype(x)), weight, norm,
@@ -138,6 +141,8 @@ def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
     """``x * gate(W_e act(W_r mean_hw(x) + b_r) + b_e)``; x [N, C, H, W]."""
+    if x.shape[0] == 0:
+        return x.new_empty(x.shape)
     args = (_nhwc(x), *params)  # the product keeps its dtype, also under autocast
     return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
 
@@ -261,6 +266,8 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
     _check_norms(norm, acts=(act,))
     check_batch(norm, x.shape)
     dtype = compute_dtype(x)
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0], dtype=dtype)
     if not norm.training and not _differentiable([x, weight, *norm[:2]]):
         args = (_nhwc(x), weight.contiguous(), *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
         return library.run("head_inference", None, library.head_inference, args)

@@ -231,3 +231,30 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
         least = 0 if name == "inference" else 0.9 * budget  # which may expand inside the depthwise kernel, and store no e1
         assert least <= moved <= 1.02 * budget, f"{name}: {over_e1:.2f} e1 + {over_e2:.2f} e2\n{summary(launches)}"
         assert len(launches) <= most_launches, f"{name}\n{summary(launches)}"
+
+
+# expand_ratio, se_ratio, k, stride; passes over e1 and e2 and launches of forward, backward, inference. Without squeeze-excite no pass
+# pools y2. Without expand e1 is the block's input: read forward; read, and its gradient written, backward.
+KINDS = [
+    pytest.param(6, 0.25, 5, 2, {"forward": (2, 3, 5), "backward": (3, 4, 6), "inference": (2, 2, 4)}, id="5x5"),
+    pytest.param(6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 6), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"),
+    pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 4), "backward": (2, 4, 5), "inference": (1, 2, 3)}, id="no expand"),
+]
+
+
+@pytest.mark.parametrize("expand, se, k, stride, budgets", KINDS)
+def test_blocks_of_other_kinds_keep_to_their_budget(expand, se, k, stride, budgets, device, small_tiles):
+    from effkernels import FusedMBConv
+
+    N, I, size = 3, 16 if expand > 1 else 48, 8  # so that no weight has the size of an activation
+    block = FusedMBConv(I, 20, k, stride, expand, se)
+    x = torch.randn(N, I, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    e1 = N * size**2 * I * expand * 2
+    e2 = e1 // stride**2
+    for name, launches in count_steps(block, x).items():
+        most_e1, most_e2, most_launches = budgets[name]
+        over_e1, over_e2 = passes(launches, e1, e2)
+        moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
+        least = 0 if name == "inference" else 0.9 * budget
+        assert least <= moved <= 1.02 * budget, f"{name}: {over_e1:.2f} e1 + {over_e2:.2f} e2\n{summary(launches)}"
+        assert len(launches) <= most_launches, f"{name}\n{summary(launches)}"

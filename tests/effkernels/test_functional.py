@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from effkernels import BatchNormParams, functional, reference
+from effkernels.parameters import SqueezeExciteParams
 
 
 def norms(device):
@@ -28,3 +29,29 @@ def test_each_norm_has_its_own_momentum_eps_and_mode(training, device):
         results.append([y, *(t for n in own for t in n[2:5])])
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["no gradient", "gradient"])
+def test_empty_batch(wanted, device):
+    """In eval an empty result of the twin's shape, in training an error."""
+    norm = norms(device)(0.1, 1e-3, False)
+    x = torch.empty(0, 8, 5, 4, device=device, requires_grad=wanted)
+
+    def weight(*shape):
+        return torch.randn(shape, device=device, requires_grad=wanted)
+
+    gate = SqueezeExciteParams(weight(2, 8, 1, 1), weight(2), weight(8, 2, 1, 1), weight(8))
+    dw, pw, stem = weight(8, 1, 3, 3), weight(8, 8, 1, 1), weight(8, 8, 3, 3)
+    calls = {
+        "depthwise": lambda impl, norm: impl.depthwise_conv_bn_act(x, dw, norm, stride=2, squeeze_excite=gate),
+        "bn_act_add": lambda impl, norm: impl.bn_act_add(x, norm),
+        "mbconv": lambda impl, norm: impl.mbconv(x, (pw, norm), (dw, norm), gate, (pw, norm), residual=True),
+        "head": lambda impl, norm: impl.head(x, pw, norm),
+        "stem": lambda impl, norm: impl.stem(x, stem, norm),
+    }
+    for name, call in calls.items():
+        out = call(functional, norm)
+        assert (out.shape, out.dtype) == (call(reference, norm).shape, torch.float32), name
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            call(functional, norm._replace(training=True))
+    assert functional.squeeze_excite(x, gate).shape == x.shape

@@ -261,8 +261,10 @@ def test_empty_batch_through_a_network(device):
     from efficientnet import create_model
 
     model = create_model("efficientnet_b0", num_classes=5)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.empty(0, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert model.eval()(torch.empty(0, 3, 32, 32)).shape == (0, 5)
 
@@ -552,3 +554,17 @@ def test_draws_of_a_network(device):
     assert results[0][0] == 3, "each of its three blocks drops"
     for result in results[1:]:
         torch.testing.assert_close(result[1:], results[0][1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_draws_do_not_depend_on_the_default_dtype(fused, device):
+    model, x = small_network(device, fused=fused), images(6, 3, 8, 8, device=device)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(3)
+        torch.set_default_dtype(dtype)
+        try:
+            results.append(model(x))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*results)
