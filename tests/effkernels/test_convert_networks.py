@@ -60,6 +60,7 @@ def triple(name, size=33, batch=3):
 
 def operators(name, stem, block, head):
     _, blocks, has_head = NETWORKS[name]
+    blocks += "mnasnet0_5" in name  # its first separable layers, which are no module by themselves
     return [stem, *[block] * blocks, *[head] * has_head]
 
 
