@@ -92,14 +92,12 @@ FAULTS = [
     Fault(
         "drop-path forgotten in the backward",
         "kernels/batchnorm.py",
-        "g = g * tl.load(mask + n, mask=row_ok, other=0.0)[:, None]",
+        "g = g * branch_factor(tl.load(mask + n, mask=row_ok, other=0.0), keep)[:, None]",
         "g = g * 1.0",
         SUMS,
     ),
     Fault("gate before the activation", "kernels/pointwise.py", "v = v * gate", "v = activate(v * gate, ACT, FAST)", BLOCK),
-    Fault(
-        "pooled by parts, not pixels", "kernels/squeeze_excite.py", "0, cc, mcc, C, 3, PB) / rows", "0, cc, mcc, C, 3, PB) / parts", BLOCK
-    ),
+    Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, PB) / rows", "cc, mcc, C, PB) / parts", BLOCK),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
     Fault("sigmoid's derivative", "kernels/common.py", "return g * (1.0 - g)", "return g", BLOCK),
     Fault(
@@ -109,7 +107,13 @@ FAULTS = [
         "acc += 0.0",
         BLOCK,
     ),
-    Fault("dx without the mean's term", "kernels/pointwise.py", "acc += load_vector(matrix + I * I, c, mc)[None, :]", "acc += 0.0", BLOCK),
+    Fault(
+        "dx without the mean's term",
+        "kernels/pointwise.py",
+        "acc += tl.load(matrix + I * I + c, mask=mc, other=0.0",
+        "acc += 0.0 * tl.load(matrix + I * I + c, mask=mc, other=0.0",
+        BLOCK,
+    ),
     # ---- activations and what is shared
     Fault("SiLU's derivative", "kernels/common.py", "s + phi * (1.0 - s)", "s + x * (1.0 - s)", HARD_SWISH),
     Fault("hard-swish's slope", "kernels/common.py", "x * (1.0 / 3.0) + 0.5", "x * (1.0 / 6.0) + 0.5", HARD_SWISH),
