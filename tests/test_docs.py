@@ -124,8 +124,11 @@ def test_api_reference_is_current():
 
 def reasons():
     """(file, constant parts of a reason) of every string that the gate's functions return."""
-    for name in ("dispatch", "layouts", "networks", "modules/mbconv"):
-        tree = ast.parse((ROOT / f"effkernels/{name}.py").read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "effkernels").rglob("*.py")):
+        name = str(path.relative_to(ROOT / "effkernels"))
+        if not name.startswith(("dispatch", "blocks", "networks", "modules/mbconv")):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef) or function.name in ("extra_repr", "_qualified", "padding"):
                 continue
