@@ -34,7 +34,7 @@ class Change(NamedTuple):
 def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
     """(figures that changed, entries that only one side has) of two tables of static costs; better is anything lower."""
     changes, alone = [], []
-    for section in ("networks", "blocks", "counted", "machine code"):
+    for section in ("networks", "blocks", "kept", "counted", "machine code"):
         before, after = old.get(section, {}), new.get(section, {})
         alone += [f"{section}: {key} {'is gone' if key in before else 'is new'}" for key in sorted(set(before) ^ set(after))]
         for key in before:

@@ -6,6 +6,7 @@ present tree with it, ``--update`` accepts the present tree (half a minute). Its
 - ``networks``: launches of one step of B0 to B7 in bf16, PyTorch's own operators among them, and the bytes of all their tensors, each
   once a launch, per image. Read off the launchers, which run on the ``meta`` device.
 - ``blocks``: the same of each different block of B0 and B4.
+- ``kept``: bytes that a training step of B0 in bf16 keeps for the backward, per image, and their share of what plain layers keep.
 - ``counted``: distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
 - ``machine code``: the most registers, spilled bytes and instructions of each kernel, from effkernels/tables/static_sm90.json.
 
@@ -28,6 +29,7 @@ BASELINE = Path(__file__).parent / "static.json"
 TABLE = ROOT / "effkernels" / "tables" / "static_sm90.json"
 NETWORKS = tuple(f"b{i}" for i in range(8))
 BATCH = 64
+KEPT = ((64, "keep"), (64, "recompute"), (224, "keep"))
 COUNTED = {"8 to 16, 3x3, stride 2": (8, 16, 3, 2), "8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is slow
 
 
@@ -95,6 +97,44 @@ def block_summary(block, training: bool) -> dict:
     return _summary(*step_launches(module, x, training), BATCH)
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Within: bytes of the storages saved for the backward, each once, parameters and buffers of ``module`` apart."""
+
+    def __init__(self, module):
+        own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+        self.storages: dict = {}
+
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage._cdata not in own:
+                self.storages[storage._cdata] = (storage.nbytes(), t)  # kept alive, so that no address comes twice
+            return t
+
+        super().__init__(pack, lambda t: t)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for size, _ in self.storages.values())
+
+
+def kept(size: int, memory: str) -> dict:
+    """Of images of ``size`` pixels."""
+    from efficientnet import create_model
+
+    x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
+    found = {}
+    for fused in (True, False):
+        model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype)
+        with Kept(model) as saved, recorded():
+            model(x)
+        found[fused] = saved.bytes
+    return {"bytes_per_image": round(found[True] / len(x)), "of_plain": round(found[True] / found[False], 4)}
+
+
 def machine_code() -> dict:
     """{kernel and dtype: the most registers, spilled bytes and instructions of its configurations} of the table in git."""
     found: dict[str, dict] = {}
@@ -151,6 +191,7 @@ def measure() -> dict:
         "kind": "static",
         "networks": networks,
         "blocks": found,
+        "kept": {f"b0, {size} pixels, {memory}": kept(size, memory) for size, memory in KEPT},
         "counted": _counted_in_the_interpreter(),
         "machine code": machine_code(),
     }

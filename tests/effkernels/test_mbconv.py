@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import assert_close_to_truth, on_gpu
 
+from benchmarks.static import Kept
 from efficientnet import MBConv
 from effkernels import FusedMBConv
 
@@ -73,37 +74,13 @@ def test_recompute_gives_the_same_bits(dtype, device, scratch):
         assert torch.equal(value, second[name]), name
 
 
-class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the storages saved for the backward, parameters and buffers apart, each once."""
-
-    def __init__(self, module):
-        own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
-        self.storages = {}
-
-        def pack(t):
-            storage = t.untyped_storage()
-            if storage._cdata not in own:
-                self.storages[storage._cdata] = (storage.nbytes(), t)  # kept alive, so that no address comes twice
-            return t
-
-        super().__init__(pack, lambda t: t)
-
-    def __enter__(self):
-        super().__enter__()
-        return self
-
-    @property
-    def bytes(self):
-        return sum(size for size, _ in self.storages.values())
-
-
 @pytest.mark.parametrize(("memory", "large"), [("keep", 3), ("recompute", 2)])
 def test_what_a_block_keeps(memory, large, device):
     """x and the convolutions' outputs, in the compute dtype, and vectors; nothing else the size of an image."""
     I, E, H, W, N = 16, 96, 8, 8, 2
     block = FusedMBConv(I, I, 3, 1, 6, 0.25, memory=memory).to(device)
     x = images(N, I, H, W, device=device).requires_grad_()
-    with Saved(block) as saved:
+    with Kept(block) as saved:
         block(x)
     image = 4 * N * H * W
     wanted = sorted([image * I, image * I, *[image * E] * (large - 1)])
@@ -174,7 +151,7 @@ def test_saved_activations_of_b0(size, memory, most, on_meta):
     kept = {}
     for fused in (True, False):
         model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype)
-        with Saved(model) as saved:
+        with Kept(model) as saved:
             model(x)
         kept[fused] = saved.bytes
     ratio = kept[True] / kept[False]
