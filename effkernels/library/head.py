@@ -55,12 +55,13 @@ def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act
     from effkernels.kernels.head import pooled_norm_backward, pooled_norm_gradients
 
     N, H, W, O = y.shape
-    bn = (weight, bias, mean, rstd)
+    bn = (weight.float(), bias.float(), mean, rstd) if group else (weight, bias, mean, rstd)
     dx = dw = dgamma = dbeta = terms = None
     if batch or needs[2] or needs[3]:
         dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, bn, H * W)
         if group and batch:
             terms = synchronise.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
+        dgamma, dbeta = dgamma.to(weight.dtype), dbeta.to(bias.dtype)
     if needs[0] or needs[1]:
         dy = pooled_norm_backward(dout, y, bn, terms if batch else None, act=act).view(-1, O)
         if needs[0]:

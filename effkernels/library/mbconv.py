@@ -186,6 +186,12 @@ def mbconv_backward(
     grads = dict.fromkeys("x expand norm1 bias1 depthwise norm2 bias2 reduce_w reduce_b expand_w expand_b project norm3 bias3".split())
 
     counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
+    norms = {"norm1": weight1, "bias1": bias1, "norm2": weight2, "bias2": bias2, "norm3": weight3, "bias3": bias3}
+    dtypes = {name: None if t is None else t.dtype for name, t in norms.items()}
+    # The kernels round a BatchNorm's sums to its parameters' dtype, which the processes' sums must not be.
+    weight1, bias1 = (t.float() if groups[0] and t is not None else t for t in (weight1, bias1))
+    weight2, bias2 = (t.float() if groups[1] else t for t in (weight2, bias2))
+    weight3, bias3 = (t.float() if groups[2] else t for t in (weight3, bias3))
     bn2 = (weight2, bias2, mean2, rstd2)
     rows2 = y2.numel() // y2.shape[-1]
     k0 = k1 = None
@@ -255,9 +261,9 @@ def mbconv_backward(
     )
     if se is not None:
         grads.update(zip(("reduce_w", "reduce_b", "expand_w", "expand_b"), se, strict=True))
-    for name, like in (("norm1", weight1), ("bias1", bias1), ("norm2", weight2), ("bias2", bias2)):
+    for name, dtype in dtypes.items():
         if grads[name] is not None:
-            grads[name] = grads[name].to(like.dtype)
+            grads[name] = grads[name].to(dtype)
     return tuple(absent(x) if grad is None or not need else grad for grad, need in zip(grads.values(), needs, strict=True))
 
 

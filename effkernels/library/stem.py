@@ -65,7 +65,7 @@ def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride
     from effkernels.kernels import batchnorm, weight_gradients
     from effkernels.kernels import stem as kernels
 
-    bn = (norm_weight, norm_bias, mean, rstd)
+    bn = (norm_weight.float(), norm_bias.float(), mean, rstd) if group else (norm_weight, norm_bias, mean, rstd)
     counters = zeroed_counters(x, y.shape[-1])
     dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, bn, act=act, counters=counters)
     if group and batch:
@@ -78,7 +78,7 @@ def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride
         dw = weight_gradients.finish(stem=(partials, weight))[2]
     if need_dx:
         dx = image_gradient(batchnorm.apply_backward(dout, y, bn, terms=terms, act=act), x, weight, stride, pads)
-    return dx, dw, dnorm_weight, dnorm_bias
+    return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
 def image_gradient(dy, x, weight, stride, pads):

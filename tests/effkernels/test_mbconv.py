@@ -302,19 +302,23 @@ def test_unknown_memory(memory):
 
 @pytest.mark.slow
 def test_three_steps_of_b0_follow_the_reference(device):
-    """Weights after three optimizer steps, B0 at 32 pixels: as near to float64's as plain PyTorch's are."""
+    """Weights after three optimizer steps, B0 at 64 pixels: as near to float64's as plain PyTorch's, channels_last as the kernels are.
+
+    At 32 pixels the last maps have one pixel, and a BatchNorm over four values makes 1e-3 of each rounding of 1e-7: plain PyTorch is
+    a quarter off after three steps.
+    """
     from efficientnet import create_model
 
     torch.manual_seed(0)
     models = {name: create_model("efficientnet_b0", num_classes=10, drop_rate=0.0, fused=name == "fused") for name in ("fused", "eager")}
     models["eager"].load_state_dict(models["fused"].state_dict())
     models["truth"] = copy.deepcopy(models["eager"]).double()
-    batches = [(images(4, 3, 32, 32, device=device), torch.randint(10, (4,), device=device)) for _ in range(3)]
+    batches = [(images(4, 3, 64, 64, device=device), torch.randint(10, (4,), device=device)) for _ in range(3)]
     start = {name: p.detach().clone().double() for name, p in models["truth"].named_parameters()}
     moved = {}
     for name, model in models.items():
-        model.to(device).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        model.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         torch.manual_seed(7)  # drop-path
         for x, y in batches:
             loss = nn.functional.cross_entropy(model(x.double() if name == "truth" else x), y)

@@ -47,24 +47,27 @@ def step(model, x, gradient):
     return {"out": out.detach()} | grads | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
-def one_process(rank, address, path):
+def one_process(rank, address, path, dtype):
     """What each of the processes does (this file, run as a script)."""
+    dtype = getattr(torch, dtype)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=len(SHARES))
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(fused=True))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(fused=True)).to(dtype)
     assert all(block.why_not_fused() is None for stage in model.blocks for block in stage)
     first = sum(SHARES[:rank])
     x, gradient = (t[first : first + SHARES[rank]] for t in batch())
-    torch.save(step(model, x, gradient), path)
+    torch.save(step(model, x.to(dtype), gradient), path)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_processes_are_one(dtype, tmp_path, device):
     if device != "cpu":
         pytest.skip("two processes of the interpreter")
     tests = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parents[1]), str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
     commands = [
-        [sys.executable, __file__, str(rank), f"file://{tmp_path}/meeting", str(tmp_path / f"{rank}.pt")] for rank in range(len(SHARES))
+        [sys.executable, __file__, str(rank), f"file://{tmp_path}/meeting", str(tmp_path / f"{rank}.pt"), str(dtype).split(".")[1]]
+        for rank in range(len(SHARES))
     ]
     processes = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
@@ -80,8 +83,8 @@ def test_two_processes_are_one(tmp_path, device):
             assert torch.equal(value, parts[1][name]), f"{name} differs between the processes"
             fused[name] = value
     x, gradient = batch()
-    eager = step(network(fused=False), x, gradient)
-    truth = step(network(fused=False).double(), x.double(), gradient.double())
+    eager = step(network(fused=False).to(dtype), x.to(dtype), gradient)
+    truth = step(network(fused=False).to(dtype).double(), x.to(dtype).double(), gradient.double())
     assert_close_to_truth(fused, eager, truth)
 
 
