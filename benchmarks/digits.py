@@ -1,6 +1,7 @@
-"""``python -m benchmarks.digits``: trains B0 on scikit-learn's digits as the README does, with several seeds.
+"""``python -m benchmarks.digits``: the README's trainings of B0 on scikit-learn's digits, with several seeds.
 
-Each run is a process of its own, so its CPU time is all that it took, imports included. Held-out accuracy is the last epoch's.
+Each run is a process of its own, so its CPU time is all that it took, imports included. Held-out accuracy is the last epoch's. In
+``transfer``, {trunk, trained layers: accuracy} of digits 5 to 9; the random trunk gets running statistics of the digits first.
 """
 
 import argparse
@@ -19,35 +20,53 @@ from tqdm import tqdm
 from efficientnet.timing import versions
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
-COMMAND = ("-m", "efficientnet", "train", "--data", "digits")
+COMMAND = ("-m", "efficientnet", "train", "--data")
+STATISTICS_ALONE = ("--lr", "1e-20", "--weight-decay", "0", "--bn-momentum", "0.1", "--epochs", "4")
 
 
-def run(seed: int) -> dict:
+def run(seed: int, output: str, data: str, *options) -> dict:
     """{"accuracy", "epochs", "cpu_s"} of one training. Raises RuntimeError with its output if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, *COMMAND, "--seed", str(seed), "--output", folder]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, *COMMAND, data, *options, "--seed", str(seed), "--output", output]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"accuracy": rows[-1]["val_acc"], "epochs": len(rows), "cpu_s": round(cpu, 1)}
 
 
+def plain(seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(seed, folder, "digits")
+
+
+def transfer(seed: int) -> dict:
+    """{"digits 0 to 4, until 3": accuracy, ...} of trunks that were trained on five digits or not, frozen as far as that."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for trunk, options in (("digits 0 to 4", ()), ("random", STATISTICS_ALONE)):
+            run(seed, f"{folder}/{trunk}", "digits:0-4", *options)
+            weights = f"{folder}/{trunk}/last.safetensors" if trunk == "random" else f"{folder}/{trunk}/best.safetensors"
+            for until in ("3", "head"):
+                how = ("--pretrained", weights, "--freeze-until", until)
+                found[f"{trunk}, until {until}"] = run(seed, f"{folder}/{trunk} {until}", "digits:5-9", *how)["accuracy"]
+    return found
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description="Trains B0 on digits, as the README does.")
-    parser.add_argument("--seeds", type=int, default=5, help="runs, of seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs on all digits, of seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--transfer-seeds", type=int, default=2, help="runs from digits 0 to 4 to 5 to 9 (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    table = {
-        "kind": "digits",
-        "command": " ".join(("python", *COMMAND, "--seed S")),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(torch.device("cpu")),
-        "seeds": {str(seed): run(seed) for seed in tqdm(range(args.seeds), unit="run")},
-    }
+    table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    table |= {"kind": "digits", "command": " ".join(("python", *COMMAND, "digits --seed S"))}
+    table |= {"date": datetime.now(timezone.utc).date().isoformat(), "versions": versions(torch.device("cpu"))}
+    for name, one, seeds in (("seeds", plain, args.seeds), ("transfer", transfer, args.transfer_seeds)):
+        if seeds:  # 0 leaves what the file has
+            table[name] = {str(seed): one(seed) for seed in tqdm(range(seeds), desc=name, unit="seed")}
     args.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
