@@ -75,22 +75,14 @@ def test_network_in_inference(name, device, monkeypatch):
 
 
 def training_step(module, x):
-    """Logits, {name: gradient} of the images and of every parameter, {name: running statistic} after it."""
+    """Logits, the gradients of images and of every parameter, and the running statistics after it."""
     x = x.detach().requires_grad_()
     torch.manual_seed(1)  # for drop-path
     out = logits(module.train(), x)
     parameters = dict(module.named_parameters())
     gradients = torch.autograd.grad(out.square().sum(), [x, *parameters.values()])
     buffers = {key: value for key, value in module.named_buffers() if value.is_floating_point()}
-    return out, dict(zip(["images", *parameters], gradients, strict=True)), buffers
-
-
-def weighed(tensors, truth):
-    """All in one vector, each in units of its true norm: the relative error of that is the root mean square of theirs.
-
-    That of one vector of sixteen numbers behind so many layers is as large as chance has it, in plain PyTorch too.
-    """
-    return torch.cat([tensor.double().flatten() / truth[name].norm() for name, tensor in tensors.items()])
+    return {"logits": out, "images": gradients[0], **dict(zip(parameters, gradients[1:], strict=True)), **buffers}
 
 
 @networks()
@@ -98,9 +90,5 @@ def test_network_in_training(name, device, monkeypatch):
     modules, x = triple(name)
     runs = kernels_of(monkeypatch)
     results = {key: training_step(module, x.double() if key == "truth" else x) for key, module in modules.items()}
-    assert runs == operators(name, "stem", "mbconv", "bn_act_add")
-    (out, *fused), (eager_out, *eager), (true_out, *truth) = (results[key] for key in ("fused", "eager", "truth"))
-    assert_close_to_truth(out, eager_out, true_out, "logits")
-    for what, a, b, t in zip(("gradients", "running statistics"), fused, eager, truth, strict=True):
-        assert a.keys() == b.keys() == t.keys() and all(x.norm() > 0 for x in t.values())
-        assert_close_to_truth(weighed(a, t), weighed(b, t), weighed(t, t), what)
+    assert runs == operators(name, "stem", "mbconv", "head")
+    assert_close_to_truth(*(results[key] for key in ("fused", "eager", "truth")))
