@@ -121,7 +121,7 @@ def test_a_table_comes_back_as_it_was(tmp_path):
 LAUNCH = """
 import effkernels.modules.mbconv as m
 forward = m.FusedMBConv.forward
-m.FusedMBConv.forward = lambda self, x: forward(self, x.clone())  # a pass and a launch more in every block
+m.FusedMBConv.forward = lambda self, x, draws=None: forward(self, x.clone(), draws)  # a pass and a launch more in every block
 """
 PASS = """
 import torch
