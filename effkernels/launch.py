@@ -20,6 +20,11 @@ def processor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def register_limit(maxnreg: int | None) -> dict:
+    """The compiler option; left out where it is ptxas's choice."""
+    return {} if maxnreg is None else {"maxnreg": maxnreg}
+
+
 @dataclass(frozen=True)
 class DepthwiseConfig:
     """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp: S * BC / 32 channels a thread.
@@ -44,9 +49,7 @@ class DepthwiseConfig:
 
     @property
     def options(self) -> dict:
-        """Compiler options; maxnreg is left out where it is ptxas's choice."""
-        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
         """Persistent programs per channel block: as many as are resident at once, or fewer if the longest still does as many tiles.
@@ -205,8 +208,7 @@ class PointwiseConfig:
 
     @property
     def options(self) -> dict:
-        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def _programs(self, work: int, blocks: int, device: torch.device, share: float = 1.0) -> int:
         """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device once."""
@@ -300,8 +302,7 @@ class StemConfig:
 
     @property
     def options(self) -> dict:
-        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
         """(tiles a program, programs) for each of ``blocks``: consecutive tiles, none without work, the device filled once."""
@@ -343,12 +344,12 @@ class ExpandDepthwiseConfig:
     S: int = 16
     num_warps: int = 2
     stages: int = 2
-    maxnreg: int = 255
+    maxnreg: int | None = 255
     warps_per_sm: int = 8
 
     @property
     def options(self) -> dict:
-        return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
         """Persistent programs per channel block: two waves, so that the tail is short."""
@@ -455,11 +456,11 @@ class SqueezeExciteConfig:
     CB: int
     PB: int = 8
     num_warps: int = 4
-    maxnreg: int = 128  # ptxas, left alone, spilled 8 bytes to stay at 72 or 96
+    maxnreg: int | None = 128  # ptxas, left alone, spilled 8 bytes to stay at 72 or 96
 
     @property
     def options(self) -> dict:
-        return {"num_warps": self.num_warps, "maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, **register_limit(self.maxnreg)}
 
 
 @tuned

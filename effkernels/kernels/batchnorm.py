@@ -25,6 +25,7 @@ from effkernels.kernels.common import (
     check_counters,
     fast_math,
     last_to_arrive,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -333,6 +334,7 @@ def _fp32(device, *shape):
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
+@launcher
 def statistics(y):
     """(count [P], mean [P, C], m2 [P, C]) of y [..., C] over everything but C, in fp32 partials."""
     C = y.shape[-1]
@@ -389,6 +391,7 @@ def merge(tiles, how: Merge):
     return mean, rstd
 
 
+@launcher
 def apply(y, bn, *, act="identity", gate=None, mask=None, keep=-1.0, residual=None, out_dtype=None):
     """phi(BN(y)) [* gate] [* mask] [+ residual] for y [N, H, W, C].
 
@@ -409,6 +412,7 @@ def apply(y, bn, *, act="identity", gate=None, mask=None, keep=-1.0, residual=No
     return out
 
 
+@launcher
 def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
     """Partial sums [N, parts, 2 or 5, C] of ``gradient_sums_kernel``; bn (gamma, beta, mean, rstd) or None (gate sum only)."""
     N, H, W, C = y.shape
@@ -425,6 +429,7 @@ def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
     return sums
 
 
+@launcher
 def gradient_reduce(dout, y, bn, *, act="identity", mask=None, keep=-1.0, counters):
     """(dgamma, dbeta, k0, k1) of phi(BN(y)) * mask in one launch: ``gradient_sums`` and ``gradient_merge``.
 
@@ -465,6 +470,7 @@ def gradient_merge(sums, bn, count):
     return outs
 
 
+@launcher
 def apply_backward(dz, y, bn, *, terms=None, act="identity", gate=None, dpool=None, mask=None, out_dtype=None):
     """Gradient of ``apply``'s y; bn (gamma, beta, mean, rstd) or None, terms (k0, k1) or None for frozen statistics."""
     N, H, W, C = dz.shape

@@ -4,12 +4,18 @@ Kernels index NHWC tensors. ``C = CV * CVEC`` with CVEC a compile-time power of 
 by 16 in an integer argument, and this tells it about 8, so that loads stay 16 bytes wide for C = 24, 40, 72, ...
 """
 
+import functools
 import inspect
 import math
+import warnings
 
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from effkernels import tables
 
 INTERPRET = triton.knobs.runtime.interpret
 _INTERPRETING = tl.constexpr(INTERPRET)
@@ -29,6 +35,46 @@ def sized_jit(fn):
     """``triton.jit`` of a kernel whose sizes never cause a recompilation."""
     named = [name for name in inspect.signature(fn).parameters if name in SIZES]
     return triton.jit(fn, do_not_specialize=named)
+
+
+def _does_not_compile(error: Exception) -> bool:
+    """Whether a launch failed for its configuration's sake, before anything ran; a pass of the compiler that fails raises RuntimeError."""
+    return isinstance(error, (CompilationError, OutOfResources, PTXASError)) or (
+        isinstance(error, RuntimeError) and "PassManager" in str(error)
+    )
+
+
+def launcher(fn):
+    """A function that asks rules of launch.py for a configuration and starts one kernel with it.
+
+    Where that does not compile, or needs more than the GPU has, the next of ``tables.FALLBACKS`` is tried, from now on at once, and
+    a RuntimeWarning says so; RuntimeError when none is left. A configuration under ``tables.override`` stands as it is.
+    """
+
+    @functools.wraps(fn)
+    def start(*args, **kwargs):
+        try:
+            return fn(*args, **kwargs)
+        except Exception as error:
+            if tables.overridden() or not _does_not_compile(error):
+                raise
+            failure = error
+        for fields in tables.FALLBACKS:
+            try:
+                with tables.falling_back(fields) as asked:
+                    result = fn(*args, **kwargs)
+            except Exception as error:
+                if not _does_not_compile(error):
+                    raise
+                continue
+            used = ", ".join(f"{config} for {family} at {key or 'any size'}" for family, key, config in asked)
+            warnings.warn(f"{fn.__name__}: {type(failure).__name__}: {failure}. Used instead: {used}", RuntimeWarning, stacklevel=2)
+            return result
+        raise RuntimeError(
+            f"{fn.__name__}: no configuration of its kernel compiles here; EFFKERNELS_BACKEND=reference runs the plain layers"
+        ) from failure
+
+    return start
 
 
 @triton.jit

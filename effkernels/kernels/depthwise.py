@@ -34,6 +34,7 @@ from effkernels.kernels.common import (
     check_counters,
     fast_math,
     last_to_arrive,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -564,6 +565,7 @@ def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
     return pad // stride, (size - 1 + pad) // stride - pad // stride + 1
 
 
+@launcher
 def depthwise_forward(
     x,
     weight,
@@ -634,6 +636,7 @@ def depthwise_forward(
     return y, statistics, sums
 
 
+@launcher
 def depthwise_backward(
     dq,
     x,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, sized_jit
+from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.pointwise import load_forward_weight
 from effkernels.launch import expand_depthwise_config
@@ -124,6 +124,7 @@ def expand_depthwise_kernel(
             tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
 
 
+@launcher
 def expand_depthwise(x, w1, bn1, weight, bn2, stride, pads, *, act, pool, precision="ieee"):
     """a2 of the module docstring for x [N, H, W, I], w1 [E, I, 1, 1], depthwise weight [E, 1, k, k].
 

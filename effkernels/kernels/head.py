@@ -19,6 +19,7 @@ from effkernels.kernels.common import (
     cast,
     channel_vector_width,
     fast_math,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -108,6 +109,7 @@ def _fp32(device, *shape):
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
+@launcher
 def pooled_norm(y, bn, *, act):
     """(out [N, C] in y's dtype, s2, s4 fp32 [N, C]) of y [N, H, W, C], as in the module docstring; bn (gamma, beta, mean, rstd)."""
     N, H, W, C = y.shape
@@ -132,6 +134,7 @@ def pooled_norm_gradients(dout, s2, s4, bn, pixels):
     return outs
 
 
+@launcher
 def pooled_norm_backward(dout, y, bn, terms, *, act):
     """dy like y [N, H, W, C] from dout [N, C]; terms (k0, k1), or None when the statistics are frozen."""
     N, H, W, C = y.shape

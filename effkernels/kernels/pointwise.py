@@ -30,6 +30,7 @@ from effkernels.kernels.common import (
     dot,
     fast_math,
     last_to_arrive,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -519,6 +520,7 @@ def matmul_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+@launcher
 def pointwise_forward(
     x, weight, *, dtype=None, prologue=None, act1="identity", gate=None, merge=None, stats=False, counters=None,
     epilogue=None, act2="identity", residual=None, pool=False, out_dtype=None,
@@ -568,6 +570,7 @@ def pointwise_forward(
     return y, (tiles_out[0][0], *tiles_out[1:]) if stats else None
 
 
+@launcher
 def project_backward(
     dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, keep=-1.0, need_data=True, need_dq=True, need_dw=True
 ):
@@ -609,6 +612,7 @@ def project_backward(
     return dq, sums, partials
 
 
+@launcher
 def expand_backward(dz, x, weight, bn1, terms, *, counters=None, residual=None, need_dx=True, need_dw=True, out_dtype=None):
     """Data and weight gradient of the expand convolution in one launch, without its output.
 

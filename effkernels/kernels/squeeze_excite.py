@@ -25,6 +25,7 @@ from effkernels.kernels.common import (
     gate_derivative,
     gate_function,
     last_to_arrive,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -371,6 +372,7 @@ def _fp32(device, *shape):
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
+@launcher
 def pool(y, bn=None, *, act="identity"):
     """fp32 sums [N, parts, C] over pixels of phi(BN(y)), y [N, H, W, C]; bn (gamma, beta, mean, var or rstd, eps, is_rstd)."""
     N, H, W, C = y.shape
@@ -387,6 +389,7 @@ def pool(y, bn=None, *, act="identity"):
     return sums
 
 
+@launcher
 def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act, gate, counters):
     """Pooling of phi(BN2(y)) and squeeze-excite in one launch, for training.
 
@@ -425,6 +428,7 @@ def _blocks(R):
     return {"RB": RB, "CB": max(16, min(128, 4096 // RB)), "num_warps": 4 if RB <= 256 else 8}
 
 
+@launcher
 def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand, *, act="silu", gate="sigmoid"):
     """(gate [N, C], pooled [N, C], u [N, R]), fp32, from pool sums [N, parts, C] over ``pixels`` pixels."""
     N, parts, C = sums.shape
@@ -439,6 +443,7 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     return gates, pooled, u
 
 
+@launcher
 def gate_backward(sums, gates, u, weights, bn2, pixels, *, act, gate, counters):
     """Backward of ``pool_and_gate`` in one launch, but for the weights' gradients; with BatchNorm 2's.
 

@@ -24,6 +24,7 @@ from effkernels.kernels.common import (
     dot,
     fast_math,
     last_to_arrive,
+    launcher,
     load_vector,
     sized_jit,
 )
@@ -203,6 +204,7 @@ def _geometry(x, weight, OW, rows, pads) -> dict:
     }  # fmt: skip
 
 
+@launcher
 def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="identity", merge=None, counters=None):
     """y = conv3x3(x) for images x [N, I, H, W] of any strides and dtype, weight [S, I, 3, 3]; see the module docstring.
 
@@ -246,6 +248,7 @@ def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="ide
     return y, merged if stats else None
 
 
+@launcher
 def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="identity"):
     """Weight gradient of ``stem_forward`` followed by BatchNorm and act, as partials for ``weight_gradients.finish``: fp32 [P, S * K],
     to be summed, in the order in which ``torch.empty_like(weight)`` lies in memory.

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, load_vector, sized_jit
+from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, launcher, load_vector, sized_jit
 from effkernels.launch import weight_gradient_config
 
 
@@ -151,6 +151,7 @@ def weight_gradients_kernel(
             tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
 
 
+@launcher
 def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=None):
     """Weight gradients, in the parameters' shapes and dtypes, in one launch; an absent layer gives None.
 

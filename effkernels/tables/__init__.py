@@ -3,6 +3,9 @@
 ``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/tables/sm_<major><minor>.json, or the
 file that EFFKERNELS_TABLE names; it is read once, when the first kernel of that architecture starts. Without one the rules decide.
 (static_sm<arch>.json beside them is what ``effkernels.inspect`` knows of the machine code.)
+
+Where a configuration does not compile, or needs more than the GPU has, a launcher (kernels/common.py) tries FALLBACKS in turn; the
+first that works is remembered for the rest of the process.
 """
 
 import contextlib
@@ -16,6 +19,11 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
+# Changes to a rule's configuration: none (where a table had said otherwise), the least shared memory, the registers that ptxas chooses,
+# the fewest registers a thread.
+FALLBACKS = ({}, {"stages": 1}, {"stages": 1, "maxnreg": None}, {"stages": 1, "maxnreg": None, "num_warps": 8})
+_remembered: dict[tuple, dict] = {}
+_fallback: dict | None = None
 _overrides: dict[str, dict] = {}
 _watchers: list[list] = []
 _disabled = False
@@ -105,6 +113,11 @@ def _replaced(config, fields: dict, source):
         raise ValueError(f"{source}: {error}") from error
 
 
+def _fallen_back(config, fields: dict):
+    """``config`` with those of the fields that it has."""
+    return dataclasses.replace(config, **{name: value for name, value in fields.items() if hasattr(config, name)})
+
+
 def tuned(rule):
     """A rule ``<family>_config(...)`` of launch.py whose result the row of the same family and bucket, if there is one, overrides."""
     family = rule.__name__.removesuffix("_config")
@@ -113,10 +126,12 @@ def tuned(rule):
 
     @functools.lru_cache(maxsize=4096)
     def decided(capability, *args):
-        config = rule(*args)
+        config, key = rule(*args), key_of(names, args)
+        if (fields := _remembered.get((capability, family, key))) is not None:
+            return _fallen_back(config, fields)
         if capability is not None:
             path, rows = _table(capability)
-            if fields := rows.get((family, key_of(names, args))):
+            if fields := rows.get((family, key)):
                 return _replaced(config, fields, f"{path}, family {family}")
         return config
 
@@ -125,7 +140,8 @@ def tuned(rule):
         if kwargs:
             args = signature.bind(*args, **kwargs).args
         if _watchers or family in _overrides:
-            chosen = _replaced(rule(*args), _overrides.get(family, {}), f"override of {family}")
+            chosen = _fallen_back(rule(*args), _fallback or {})
+            chosen = _replaced(chosen, _overrides.get(family, {}), f"override of {family}")
             for seen in _watchers:
                 seen.append((family, key_of(names, args), chosen))
             return chosen
@@ -136,7 +152,12 @@ def tuned(rule):
 
 
 def forget() -> None:
-    """Look tables up afresh."""
+    """Look tables up afresh, and try again what has failed."""
+    _remembered.clear()
+    _forget_decisions()
+
+
+def _forget_decisions() -> None:
     for cache in _caches:
         cache.cache_clear()
 
@@ -160,6 +181,27 @@ def watch():
         yield seen
     finally:
         _watchers.remove(seen)
+
+
+@contextlib.contextmanager
+def falling_back(fields: dict):
+    """Within: every rule returns its configuration with ``fields``, as far as it has them. What it was asked, as ``watch`` lists it, is
+    remembered at the end, unless by an error."""
+    global _fallback
+    before, _fallback = _fallback, fields
+    try:
+        with watch() as asked:
+            yield asked
+    finally:
+        _fallback = before
+    capability = _architecture(None)
+    _remembered.update({(capability, family, key): fields for family, key, _ in asked})
+    _forget_decisions()
+
+
+def overridden() -> bool:
+    """Whether a configuration was asked for by name, so that no other may stand in for it."""
+    return bool(_overrides)
 
 
 @contextlib.contextmanager
