@@ -306,7 +306,7 @@ def block_launches(
             out, *aux = library.depthwise_block(
                 x, weight, w1, b1, m1, v1, None, w2, b2, m2, v2, None, *se, *settings, expands, 0.1, 1e-3, True, 0.1, 1e-3
             )
-            library.depthwise_block_backward(out, x, weight, w1, b1, w2, b2, *se, *aux, *settings, expands, True, True, True)
+            library.depthwise_block_backward(out, x, weight, w1, b1, w2, b2, *se, *aux, *settings, expands, True, [True] * 10)
     return launches
 
 
@@ -322,7 +322,7 @@ def norm_launches(dtype, *, channels=40, size=28, images=64, training=True):
             library.bn_act_add_backward(out, x, weight, bias, *stats, mask, "identity", True, True)
             se = [_meta(10, channels, 1, 1), _meta(10), _meta(channels, 10, 1, 1), _meta(channels)]
             out, *aux = library.squeeze_excite(x, *se, "silu", "sigmoid")
-            library.squeeze_excite_backward(out, x, *se, *aux, "silu", "sigmoid", True)
+            library.squeeze_excite_backward(out, x, *se, *aux, "silu", "sigmoid", [True] * 5)
         else:
             library.bn_act_add_inference(x, weight, bias, mean, var, torch.empty_like(x), "identity", 1e-3)
     return launches

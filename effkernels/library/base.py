@@ -1,15 +1,16 @@
 """Custom operators: where kernels meet autograd, torch.compile and fake tensors. This file: what all of them share.
 
 Each differentiable operator is a pair ``name`` / ``name_backward`` in the ``effkernels`` namespace with a fake implementation for
-each, and one ``torch.autograd.Function``. Eager calls go through the Function straight to the launchers; the dispatcher (under
-torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators. ``torch.library.custom_op``
-is not used because the forwards update running statistics in place, which it does not allow together with an autograd formula.
-Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
+each, and one ``torch.autograd.Function`` (``differentiable``). Eager calls go through the Function straight to the launchers; the
+dispatcher (under torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators.
+``torch.library.custom_op`` is not used because the forwards update running statistics in place, which it does not allow together with
+an autograd formula. Tensors are NHWC and contiguous here. Absent results are tensors of no elements.
 """
 
 import functools
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import pad_amounts
 from effkernels.library import synchronise
@@ -78,6 +79,44 @@ def call(name, implementation, dispatched, args):
         return implementation(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.effkernels, name)(*args)
+
+
+def differentiable(name, forward, backward, inputs, settings, also=()):
+    """The ``torch.autograd.Function`` of operator ``name``: a gradient for its first result, none for the others, which are kept.
+
+    Args:
+        inputs: positions of the forward's arguments that have a gradient; also: of tensors that are kept beside them; settings: of what
+            else its backward takes.
+        backward: called as backward(dout, *inputs, *also, *the forward's other results, *settings, needs); a gradient for each of
+            ``inputs``, read where ``needs``, a list of booleans, says so.
+    """
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, dispatched, *args):
+            results = call(name, forward, dispatched, args)
+            out, *aux = results
+            ctx.save_for_backward(*(args[i] for i in (*inputs, *also)), *aux)
+            ctx.settings = [args[i] for i in settings]
+            ctx.dispatched, ctx.count = dispatched, len(args)
+            ctx.mark_non_differentiable(*aux)
+            ctx.set_materialize_grads(False)
+            return tuple(results)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dout, *unused):
+            grads = [None] * ctx.count
+            if dout is not None:
+                needs = [ctx.needs_input_grad[1 + i] for i in inputs]
+                args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs)
+                results = call(f"{name}_backward", backward, ctx.dispatched, args)
+                for i, grad, need in zip(inputs, results, needs, strict=True):
+                    grads[i] = grad if need else None
+            return None, *grads
+
+    Node.__name__ = Node.__qualname__ = name.title().replace("_", "")
+    return Node
 
 
 def register(name, implementation, fake, function=None):

@@ -6,10 +6,9 @@ feature map is never stored.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, normalised, on_its_device, register
+from effkernels.library.base import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, register
 from effkernels.library.counters import zeroed_counters
 from effkernels.library.mbconv import DTYPES
 
@@ -76,30 +75,6 @@ def head_backward_fake(dout, x, conv_weight, weight, bias, *rest):
     return tuple(contiguous_like(t) if need else absent(x) for t, need in zip(likes, rest[-1], strict=True))
 
 
-class Head(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dispatched, *args):
-        results = call("head", head, dispatched, args)
-        out, *aux = results
-        ctx.save_for_backward(*args[:4], *aux)
-        ctx.settings = (*args[8:10], args[12])
-        ctx.dispatched, ctx.count = dispatched, len(args)
-        ctx.mark_non_differentiable(*aux)
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *unused):
-        grads = [None] * ctx.count
-        if dout is not None:
-            needs = list(ctx.needs_input_grad[1:5])
-            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs)
-            results = call("head_backward", head_backward, ctx.dispatched, args)
-            grads[:4] = (grad if need else None for grad, need in zip(results, needs, strict=True))
-        return None, *grads
-
-
 @on_its_device
 def head_inference(x, conv_weight, weight, bias, running_mean, running_var, dtype, act, eps):
     """x [N, H, W, K] -> [N, O] in the compute dtype."""
@@ -113,6 +88,7 @@ def head_inference_fake(x, conv_weight, weight, bias, running_mean, running_var,
     return x.new_empty(x.shape[0], conv_weight.shape[0], dtype=DTYPES[dtype])
 
 
+Head = differentiable("head", head, head_backward, inputs=range(4), settings=(8, 9, 12))
 register("head", head, head_fake, Head)
 register("head_backward", head_backward, head_backward_fake)
 register("head_inference", head_inference, head_inference_fake)

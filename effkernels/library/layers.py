@@ -4,7 +4,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
-from effkernels.library.base import LIB, absent, batch_or_running, call, contiguous_like, fp32, on_its_device, pads_of, register
+from effkernels.library.base import (
+    LIB,
+    absent,
+    batch_or_running,
+    call,
+    contiguous_like,
+    differentiable,
+    fp32,
+    on_its_device,
+    pads_of,
+    register,
+)
 
 # ---- depthwise_block: [BN1 + act1] -> depthwise -> BN2 + act2 -> [squeeze-excite gate] -------------------------------------------
 
@@ -23,7 +34,7 @@ LIB.define(
 LIB.define(
     "depthwise_block_backward(Tensor dout, Tensor x, Tensor weight, Tensor? weight1, Tensor? bias1, Tensor weight2, Tensor bias2, "
     f"{_SE}, Tensor y, Tensor mean1, Tensor rstd1, Tensor mean2, Tensor rstd2, Tensor gates, Tensor pooled, Tensor u, "
-    "int stride, str padding, str act1, str act2, str se_act, str gate, bool batch1, bool batch2, bool need_dx, bool need_dw) "
+    "int stride, str padding, str act1, str act2, str se_act, str gate, bool batch1, bool batch2, bool[] needs) "
     "-> (Tensor dx, Tensor dw, Tensor dweight1, Tensor dbias1, Tensor dweight2, Tensor dbias2, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -68,13 +79,19 @@ def depthwise_block_fake(
     return (torch.empty_like(y), y, *norm1, fp32(x, C), fp32(x, C), *se)
 
 
+def _needs(needs):
+    """(dx, dw): the gradients of BN1 come with dx."""
+    return needs[0] or needs[2] or needs[3], needs[1]
+
+
 @on_its_device
 def depthwise_block_backward(
     dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias,
-    y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, need_dx, need_dw,
+    y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, needs,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
 
+    need_dx, need_dw = _needs(needs)
     C = x.shape[-1]
     taps = weight.shape[-1] ** 2
     pixels = y.shape[1] * y.shape[2]
@@ -108,41 +125,11 @@ def depthwise_block_backward(
 def depthwise_block_backward_fake(
     dout, x, weight, weight1, bias1, weight2, bias2, reduce_weight, reduce_bias, expand_weight, expand_bias, y, *rest,
 ):  # fmt: skip
-    *_, need_dx, need_dw = rest
+    need_dx, need_dw = _needs(rest[-1])
     norm1 = [torch.empty_like(t) if weight1 is not None and need_dx else absent(x) for t in (weight1, bias1)]
     se = [absent(x) if t is None else contiguous_like(t) for t in (reduce_weight, reduce_bias, expand_weight, expand_bias)]
     dx = torch.empty_like(x) if need_dx else absent(x)
     return dx, contiguous_like(weight) if need_dw else absent(x), *norm1, torch.empty_like(weight2), torch.empty_like(bias2), *se
-
-
-class DepthwiseBlock(torch.autograd.Function):
-    """Saves x and y (before their BatchNorms), per-channel and per-(n, c) fp32 vectors; nothing activated is kept."""
-
-    @staticmethod
-    def forward(ctx, dispatched, *args):
-        results = call("depthwise_block", depthwise_block, dispatched, args)
-        out, *aux = results
-        x, weight, weight1, bias1, *_ = args
-        weight2, bias2 = args[7:9]
-        ctx.save_for_backward(x, weight, weight1, bias1, weight2, bias2, *args[12:16], *aux)
-        ctx.settings = (*args[16:22], args[22], args[25])
-        ctx.dispatched = dispatched
-        ctx.mark_non_differentiable(*aux)
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *unused):
-        if dout is None:
-            return (None,) * 29
-        needs = ctx.needs_input_grad[1:]
-        need_dx, need_dw = needs[0] or needs[2] or needs[3], needs[1]
-        args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, need_dx, need_dw)
-        grads = call("depthwise_block_backward", depthwise_block_backward, ctx.dispatched, args)
-        dx, dw, dweight1, dbias1, dweight2, dbias2, *dse = grads
-        grads = (dx, dw, dweight1, dbias1, None, None, None, dweight2, dbias2, None, None, None, *dse)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), *(None,) * 12
 
 
 # ---- bn_act_add: act(BN(x)) * mask + residual ------------------------------------------------------------------------------------
@@ -229,7 +216,7 @@ LIB.define(
 )
 LIB.define(
     "squeeze_excite_backward(Tensor dout, Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, "
-    "Tensor expand_bias, Tensor gates, Tensor pooled, Tensor u, str act, str gate, bool need_dx) "
+    "Tensor expand_bias, Tensor gates, Tensor pooled, Tensor u, str act, str gate, bool[] needs) "
     "-> (Tensor dx, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -252,7 +239,7 @@ def squeeze_excite_fake(x, reduce_weight, *rest):
 
 @on_its_device
 def squeeze_excite_backward(
-    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
+    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, needs,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm
     from effkernels.kernels import squeeze_excite as kernels
@@ -260,38 +247,15 @@ def squeeze_excite_backward(
     sums = batchnorm.gradient_sums(dout, x, None, gate=True)
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     dpool, grads, _ = kernels.squeeze_excite_backward(sums, x.shape[1] * x.shape[2], gates, pooled, u, weights, act=act, gate=gate)
-    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if need_dx else absent(x)
+    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if needs[0] else absent(x)
     return (dx, *grads)
 
 
 def squeeze_excite_backward_fake(
-    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, need_dx,
+    dout, x, reduce_weight, reduce_bias, expand_weight, expand_bias, gates, pooled, u, act, gate, needs,
 ):  # fmt: skip
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    return torch.empty_like(x) if need_dx else absent(x), *(contiguous_like(t) for t in weights)
-
-
-class SqueezeExcite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dispatched, *args):
-        results = call("squeeze_excite", squeeze_excite, dispatched, args)
-        out, *aux = results
-        ctx.save_for_backward(*args[:5], *aux)
-        ctx.settings = args[5:]
-        ctx.dispatched = dispatched
-        ctx.mark_non_differentiable(*aux)
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *unused):
-        if dout is None:
-            return (None,) * 8
-        needs = ctx.needs_input_grad[1:]
-        args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0])
-        grads = call("squeeze_excite_backward", squeeze_excite_backward, ctx.dispatched, args)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
+    return torch.empty_like(x) if needs[0] else absent(x), *(contiguous_like(t) for t in weights)
 
 
 # ---- depthwise_block_inference: running statistics, no gradient ------------------------------------------------------------------
@@ -349,6 +313,15 @@ def bn_act_add_inference_fake(x, weight, bias, running_mean, running_var, residu
     return torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
 
 
+# Keeps x and y (before their BatchNorms), per-channel and per-(n, c) fp32 vectors; nothing activated.
+DepthwiseBlock = differentiable(
+    "depthwise_block",
+    depthwise_block,
+    depthwise_block_backward,
+    inputs=(0, 1, 2, 3, 7, 8, 12, 13, 14, 15),
+    settings=(*range(16, 22), 22, 25),  # stride to gate, batch1 and batch2
+)
+SqueezeExcite = differentiable("squeeze_excite", squeeze_excite, squeeze_excite_backward, inputs=range(5), settings=(5, 6))
 register("depthwise_block", depthwise_block, depthwise_block_fake, DepthwiseBlock)
 register("depthwise_block_backward", depthwise_block_backward, depthwise_block_backward_fake)
 register("bn_act_add", bn_act_add, bn_act_add_fake, BatchNormActAdd)

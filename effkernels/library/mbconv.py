@@ -15,11 +15,10 @@ depthwise convolution):
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
 from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, call, contiguous_like, fp32, normalised, on_its_device, pads_of, register
+from effkernels.library.base import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, pads_of, register
 from effkernels.library.counters import zeroed_counters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -281,37 +280,6 @@ def mbconv_backward_fake(
     return tuple(results)
 
 
-# Where, among mbconv's arguments, those are that its backward gives a gradient of.
-_DIFFERENTIABLE = (0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19)
-_MASK, _SETTINGS = 23, slice(24, 33)
-_BATCH, _GROUPS = (33, 36, 39), 43
-
-
-class MBConvFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dispatched, *args):
-        results = call("mbconv", mbconv, dispatched, args)
-        out, *aux = results
-        ctx.save_for_backward(*(args[i] for i in _DIFFERENTIABLE), args[_MASK], *aux)
-        ctx.settings = (*args[_SETTINGS], *(args[i] for i in _BATCH), args[_GROUPS])
-        ctx.dispatched, ctx.count = dispatched, len(args)
-        ctx.mark_non_differentiable(*aux)
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *unused):
-        grads = [None] * ctx.count
-        if dout is not None:
-            needs = [ctx.needs_input_grad[1 + i] for i in _DIFFERENTIABLE]
-            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs)
-            results = call("mbconv_backward", mbconv_backward, ctx.dispatched, args)
-            for i, grad, need in zip(_DIFFERENTIABLE, results, needs, strict=True):
-                grads[i] = grad if need else None
-        return None, *grads
-
-
 @on_its_device
 def mbconv_inference(
     x, expand_weight, weight1, bias1, running_mean1, running_var1,
@@ -362,6 +330,14 @@ def mbconv_inference_fake(x, *rest):
     return x.new_empty(x.shape[0], H, W, project_weight.shape[0], dtype=out_dtype)
 
 
+MBConvFunction = differentiable(
+    "mbconv",
+    mbconv,
+    mbconv_backward,
+    inputs=(0, 1, 2, 3, 7, 8, 9, 13, 14, 15, 16, 17, 18, 19),
+    also=(23,),  # mask
+    settings=(*range(24, 33), 33, 36, 39, 43),  # dtype to stem, batch1 to batch3, groups
+)
 register("mbconv", mbconv, mbconv_fake, MBConvFunction)
 register("mbconv_backward", mbconv_backward, mbconv_backward_fake)
 register("mbconv_inference", mbconv_inference, mbconv_inference_fake)

@@ -6,11 +6,10 @@ block's first convolution in training (``mbconv``), which saves the launches and
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, call, fp32, normalised, on_its_device, register
+from effkernels.library.base import LIB, absent, differentiable, fp32, normalised, on_its_device, register
 from effkernels.library.counters import zeroed_counters
 from effkernels.library.mbconv import DTYPES
 
@@ -21,7 +20,7 @@ LIB.define(
 )
 LIB.define(
     "stem_backward(Tensor dout, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor mean, Tensor rstd, "
-    "int stride, str padding, str act, bool batch, str group, bool need_dx, bool need_dw) "
+    "int stride, str padding, str act, bool batch, str group, bool[] needs) "
     "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)"
 )
 LIB.define(
@@ -61,7 +60,7 @@ def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_
 
 
 @on_its_device
-def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, need_dx, need_dw):
+def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, needs):
     from effkernels.kernels import batchnorm, weight_gradients
     from effkernels.kernels import stem as kernels
 
@@ -73,10 +72,10 @@ def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride
     terms = terms if batch else None
     pads = image_pads(x, stride, padding)
     dx, dw = absent(x), absent(x)
-    if need_dw:
+    if needs[1]:
         partials = kernels.stem_backward(dout, y, x, weight, stride, pads, bn, terms=terms, act=act)
         dw = weight_gradients.finish(stem=(partials, weight))[2]
-    if need_dx:
+    if needs[0]:
         dx = image_gradient(batchnorm.apply_backward(dout, y, bn, terms=terms, act=act), x, weight, stride, pads)
     return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
@@ -92,33 +91,9 @@ def image_gradient(dy, x, weight, stride, pads):
     return torch.empty_like(x).copy_(dx[:, :, top : top + H, left : left + W])
 
 
-def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, need_dx, need_dw):
-    dx = torch.empty_like(x) if need_dx else absent(x)
-    return dx, torch.empty_like(weight) if need_dw else absent(x), torch.empty_like(norm_weight), torch.empty_like(norm_bias)
-
-
-class Stem(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dispatched, *args):
-        results = call("stem", stem, dispatched, args)
-        out, *aux = results
-        ctx.save_for_backward(*args[:4], *aux)
-        ctx.settings = (*args[8:12], args[14])
-        ctx.dispatched, ctx.count = dispatched, len(args)
-        ctx.mark_non_differentiable(*aux)
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *unused):
-        grads = [None] * ctx.count
-        if dout is not None:
-            needs = ctx.needs_input_grad[1:5]
-            args = (dout.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[1])
-            results = call("stem_backward", stem_backward, ctx.dispatched, args)
-            grads[:4] = (grad if need else None for grad, need in zip(results, needs, strict=True))
-        return None, *grads
+def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, needs):
+    dx, dw = (torch.empty_like(t) if need else absent(x) for t, need in zip((x, weight), needs, strict=False))
+    return dx, dw, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
 
 
 @on_its_device
@@ -134,6 +109,7 @@ def stem_inference_fake(x, weight, norm_weight, norm_bias, running_mean, running
     return _output(x, weight, dtype, stride, padding)
 
 
+Stem = differentiable("stem", stem, stem_backward, inputs=range(4), settings=(8, 9, 10, 11, 14))
 register("stem", stem, stem_fake, Stem)
 register("stem_backward", stem_backward, stem_backward_fake)
 register("stem_inference", stem_inference, stem_inference_fake)

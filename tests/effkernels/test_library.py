@@ -42,11 +42,11 @@ def operator_arguments(name, device):
             args = (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
             aux = library.depthwise_block(*args)[1:]
             fixed = [t.detach() for t in (x, weight, *vectors, *squeeze(device))]
-        yield (dout, *fixed, *aux, *settings, True, True, True, True)
+        yield (dout, *fixed, *aux, *settings, True, True, [True] * 10)
         none = torch.empty(0, device=device)
         yield (
             dout, *fixed[:2], None, None, *fixed[4:6], *[None] * 4, aux[0], none, none, *aux[3:5], *[none] * 3,
-            *settings, False, False, False, True,
+            *settings, False, False, [False, True, *[False] * 2, *[True] * 2, *[False] * 4],
         )  # fmt: skip
     elif name == "depthwise_block_inference":
         frozen = {"requires_grad": False}
@@ -69,7 +69,7 @@ def operator_arguments(name, device):
         weights = squeeze(device, False)
         x = x.detach()
         yield (nhwc(device, requires_grad=False), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
-               "sigmoid", True)  # fmt: skip
+               "sigmoid", [True] * 5)  # fmt: skip
     elif name.startswith("stem"):
         x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
         vectors, settings = norm(device, True, requires_grad=False), ("fp32", 2, "same", "silu")
@@ -90,8 +90,18 @@ def operator_arguments(name, device):
             )
         elif name == "stem_backward":
             out, *aux = library.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3, "")
-            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, "", True, True)
-            yield (out, x, weight.to(memory_format=torch.channels_last), *vectors[:2], *aux, *settings[1:], False, "", False, True)
+            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, "", [True] * 4)
+            yield (
+                out,
+                x,
+                weight.to(memory_format=torch.channels_last),
+                *vectors[:2],
+                *aux,
+                *settings[1:],
+                False,
+                "",
+                [False, True, True, True],
+            )
         else:
             yield (x, weight, *vectors[:4], *settings, 1e-3)
 

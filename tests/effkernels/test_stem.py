@@ -266,7 +266,7 @@ for name, S, I in (("bf16", 32, 3), ("fp16", 40, 3), ("fp32", 64, 3), ("bf16", 6
     with record_launches() as launches:
         library.stem_inference(x, weight, *norm, name, 2, "symmetric", "silu", 1e-3)
         out, *aux = library.stem(x, weight, *norm, None, name, 2, "same", "silu", True, 0.1, 1e-3, "")
-        library.stem_backward(out, x, weight, *norm[:2], *aux, 2, "same", "silu", True, "", False, True)
+        library.stem_backward(out, x, weight, *norm[:2], *aux, 2, "same", "silu", True, "", [False, True, True, True])
     for launch in launches:
         if launch.name.startswith("stem"):
             cost = cost_of(launch)
