@@ -24,6 +24,7 @@ from effkernels.kernels.common import (
     channel_vector_width,
     check_counters,
     fast_math,
+    fp32,
     last_to_arrive,
     launcher,
     load_vector,
@@ -330,10 +331,6 @@ def sum_partials_kernel(partials, out, parts, row_stride, COLS, C, TAPS: tl.cons
     tl.store(out + i % C * TAPS + i // C, cast(tl.sum(acc, 0), out.dtype.element_ty), mask=i < COLS)
 
 
-def _fp32(device, *shape):
-    return torch.empty(shape, device=device, dtype=torch.float32)
-
-
 @launcher
 def statistics(y):
     """(count [P], mean [P, C], m2 [P, C]) of y [..., C] over everything but C, in fp32 partials."""
@@ -342,7 +339,7 @@ def statistics(y):
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, P = cfg.split(rows, blocks_c, y.device)
-    tiles = _fp32(y.device, P), _fp32(y.device, P, C), _fp32(y.device, P, C)
+    tiles = fp32(y.device, P), fp32(y.device, P, C), fp32(y.device, P, C)
     statistics_kernel[(blocks_c, P)](
         y, *tiles, rows, C // channel_vector_width(C), rows_per_program,
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, num_warps=cfg.num_warps,
@@ -384,7 +381,7 @@ def merge(tiles, how: Merge):
     """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C])."""
     count, tile_mean, tile_m2 = tiles
     P, C = tile_mean.shape
-    mean, rstd = _fp32(count.device, C), _fp32(count.device, C)
+    mean, rstd = fp32(count.device, C), fp32(count.device, C)
     merge_kernel[(triton.cdiv(C, 32),)](
         count, tile_mean, tile_m2, mean, rstd, tiles=P, C=C, **how.arguments(mean), BP=64, BC=32, num_warps=4,
     )  # fmt: skip
@@ -419,7 +416,7 @@ def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = _fp32(y.device, N, parts, 5 if gate else 2, C)
+    sums = fp32(y.device, N, parts, 5 if gate else 2, C)
     g, b, m, r = bn or (y,) * 4
     gradient_sums_kernel[(blocks_c * N * parts,)](
         dq, y, sums, g, b, m, r, y if mask is None else mask, H * W, C // channel_vector_width(C), rows_per_program, parts,
@@ -445,8 +442,8 @@ def gradient_reduce(dout, y, bn, *, act="identity", mask=None, keep=-1.0, counte
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, P = cfg.persistent(N * H * W, blocks_c, y.device)
     check_counters(counters, blocks_c)
-    sums = _fp32(y.device, P, 2, C)
-    outs = torch.empty_like(gamma), torch.empty_like(beta), _fp32(y.device, C), _fp32(y.device, C)
+    sums = fp32(y.device, P, 2, C)
+    outs = torch.empty_like(gamma), torch.empty_like(beta), fp32(y.device, C), fp32(y.device, C)
     gradient_reduce_kernel[(blocks_c * P,)](
         dout, y, sums, gamma, beta, mean, rstd, y if mask is None else mask, counters, *outs,
         N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W), keep,
@@ -463,7 +460,7 @@ def gradient_merge(sums, bn, count):
     """
     gamma, mean, rstd = bn
     C = sums.shape[-1]
-    outs = [_fp32(sums.device, C) for _ in range(4)]
+    outs = [fp32(sums.device, C) for _ in range(4)]
     gradient_merge_kernel[(triton.cdiv(C, 32),)](
         sums, gamma, mean, rstd, *outs, sums.shape[0], sums.stride(0), C, float(count), BP=64, BC=32, num_warps=4,
     )  # fmt: skip

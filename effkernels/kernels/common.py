@@ -223,6 +223,11 @@ def check_counters(counters, needed: int) -> None:
         raise ValueError(f"counters must be int32 and at least {needed}, got {found}")
 
 
+def fp32(device, *shape):
+    """Memory for statistics, sums and partial results."""
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
 def channel_vector_width(channels: int, itemsize: int = 2) -> int:
     """CVEC: the power of two, at most 16 bytes of elements, that divides the channel count."""
     return math.gcd(channels, 16 // itemsize)

@@ -33,6 +33,7 @@ from effkernels.kernels.common import (
     channel_vector_width,
     check_counters,
     fast_math,
+    fp32,
     last_to_arrive,
     launcher,
     load_vector,
@@ -607,20 +608,19 @@ def depthwise_forward(
     groups = triton.cdiv(strips, cfg.S)
     blocks_c = triton.cdiv(C, cfg.BC)
     P = cfg.programs(N * groups, blocks_c, x.device)
-    fp32 = {"device": x.device, "dtype": torch.float32}
     tiles = statistics = None
     if stats or merge is not None:
         rows = P if merge is None else P + triton.cdiv(P, GROUP.value)
         counts = rows if merge is None else rows * blocks_c
-        statistics = tiles = (torch.empty(counts, **fp32), torch.empty(rows, C, **fp32), torch.empty(rows, C, **fp32))
+        statistics = tiles = (fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C))
     mean = rstd = weight
     if merge is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
-        statistics = mean, rstd = torch.empty(C, **fp32), torch.empty(C, **fp32)
+        statistics = mean, rstd = fp32(x.device, C), fp32(x.device, C)
         finish = merge.arguments(mean)
     else:
         finish = Merge(0.0).arguments(weight)
-    sums = torch.empty(N, groups, C, **fp32) if pool else None
+    sums = fp32(x.device, N, groups, C) if pool else None
     g1, b1, m1, v1, eps1, is_rstd = prologue or (weight,) * 4 + (0.0, False)
     g2, b2, m2, v2, eps2 = epilogue or (weight,) * 4 + (0.0,)
     depthwise_forward_kernel[(P * blocks_c,)](
@@ -680,7 +680,7 @@ def depthwise_backward(
     parts = need_dx + 2 * need_dw if cfg.split else 1
     P = cfg.programs(N * groups, blocks_c * max(parts, 1), x.device)
     dx = torch.empty_like(x) if need_dx else None
-    partials = torch.empty(P, K * K + 2, C, device=x.device, dtype=torch.float32)
+    partials = fp32(x.device, P, K * K + 2, C)
     y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
     g1, b1, m1, r1 = bn1 or (None,) * 4
     finished = None
@@ -689,7 +689,7 @@ def depthwise_backward(
     finish = (weight,) * 6
     if finished is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
-        finish = counters, torch.empty(triton.cdiv(P, GROUP.value), 2, C, device=x.device, dtype=torch.float32), *finished
+        finish = counters, fp32(x.device, triton.cdiv(P, GROUP.value), 2, C), *finished
     pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))

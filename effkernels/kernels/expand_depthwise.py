@@ -10,11 +10,10 @@ TW outputs evaluates (TW - 1) * s + k columns: an element of a1 is computed (1 +
 1.29 times at k = 3, s = 2, TW = 2, TH = 16.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, launcher, sized_jit
+from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.pointwise import load_forward_weight
 from effkernels.launch import expand_depthwise_config
@@ -147,7 +146,7 @@ def expand_depthwise(x, w1, bn1, weight, bn2, stride, pads, *, act, pool, precis
     groups = triton.cdiv(strips, cfg.S)
     blocks_c = triton.cdiv(C, cfg.BE)
     P = cfg.programs(N * groups, blocks_c, x.device)
-    sums = torch.empty(N, groups, C, device=x.device, dtype=torch.float32) if pool else None
+    sums = fp32(x.device, N, groups, C) if pool else None
     expand_depthwise_kernel[(P * blocks_c,)](
         x, w1, weight, y, *bn1[:4], *bn2[:4], weight if sums is None else sums, bn1[4], bn2[4],
         N, H, W, I // channel_vector_width(I), C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P, cfg.TH,

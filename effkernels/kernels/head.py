@@ -19,6 +19,7 @@ from effkernels.kernels.common import (
     cast,
     channel_vector_width,
     fast_math,
+    fp32,
     launcher,
     load_vector,
     sized_jit,
@@ -105,16 +106,12 @@ def pooled_norm_backward_kernel(
     tl.store(dy + n * rows * C + offset, cast(d, dy.dtype.element_ty), mask=ok)
 
 
-def _fp32(device, *shape):
-    return torch.empty(shape, device=device, dtype=torch.float32)
-
-
 @launcher
 def pooled_norm(y, bn, *, act):
     """(out [N, C] in y's dtype, s2, s4 fp32 [N, C]) of y [N, H, W, C], as in the module docstring; bn (gamma, beta, mean, rstd)."""
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
-    out, s2, s4 = y.new_empty(N, C), _fp32(y.device, N, C), _fp32(y.device, N, C)
+    out, s2, s4 = y.new_empty(N, C), fp32(y.device, N, C), fp32(y.device, N, C)
     pooled_norm_kernel[(N * triton.cdiv(C, cfg.BC),)](
         y, out, s2, s4, *bn, H * W, C // channel_vector_width(C),
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, ACT=act, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
@@ -126,7 +123,7 @@ def pooled_norm_gradients(dout, s2, s4, bn, pixels):
     """(dgamma, dbeta in their parameters' dtypes, k0, k1 fp32 [C]) from dout [N, C] and the results of ``pooled_norm``."""
     N, C = dout.shape
     gamma, beta, mean, rstd = bn
-    outs = torch.empty_like(gamma), torch.empty_like(beta), _fp32(dout.device, C), _fp32(dout.device, C)
+    outs = torch.empty_like(gamma), torch.empty_like(beta), fp32(dout.device, C), fp32(dout.device, C)
     pooled_norm_gradients_kernel[(triton.cdiv(C, 32),)](
         dout, s2, s4, gamma, mean, rstd, *outs, N, C // channel_vector_width(C), 1.0 / pixels, float(N * pixels),
         CVEC=channel_vector_width(C), BN=64, BC=32, num_warps=4,

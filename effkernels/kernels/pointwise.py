@@ -29,6 +29,7 @@ from effkernels.kernels.common import (
     check_counters,
     dot,
     fast_math,
+    fp32,
     last_to_arrive,
     launcher,
     load_vector,
@@ -511,10 +512,6 @@ def expand_backward_kernel(
             )  # fmt: skip
 
 
-def _fp32(device, *shape):
-    return torch.empty(shape, device=device, dtype=torch.float32)
-
-
 def matmul_precision() -> str:
     """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there too)."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -550,8 +547,8 @@ def pointwise_forward(
     want_stats = stats or merge is not None
     if merge is not None:
         check_counters(counters, blocks_n)
-    tiles_out = (_fp32(x.device, blocks_n, P), _fp32(x.device, P, O), _fp32(x.device, P, O)) if want_stats else (weight,) * 3
-    merged = (_fp32(x.device, O), _fp32(x.device, O)) if merge is not None else (weight, weight)
+    tiles_out = (fp32(x.device, blocks_n, P), fp32(x.device, P, O), fp32(x.device, P, O)) if want_stats else (weight,) * 3
+    merged = (fp32(x.device, O), fp32(x.device, O)) if merge is not None else (weight, weight)
     how = (merge or Merge(epilogue[4] if epilogue else 0.0)).arguments(weight)
     g1, b1, m1, r1 = prologue or (weight,) * 4
     g2, b2, m2, v2 = epilogue[:4] if epilogue else (weight,) * 4
@@ -595,9 +592,9 @@ def project_backward(
     wgrad = "" if not need_dw else "shared" if cfg.shared and need_data else "role"
     parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, need_data, y2.device)
     dq = torch.empty_like(y2) if need_dq else None
-    sums = _fp32(y2.device, N, parts, 2 if gate is None else 5, E) if need_data else None
+    sums = fp32(y2.device, N, parts, 2 if gate is None else 5, E) if need_data else None
     copies = programs if wgrad == "shared" else splits
-    partials = _fp32(y2.device, copies, O, E) if need_dw else None
+    partials = fp32(y2.device, copies, O, E) if need_dw else None
     k0, k1 = terms or (None, None)
     pointers = [weight if t is None else t for t in (dq, sums, partials, *bn3, k0, k1, mask, *bn2, gate)]
     pointers.append(keep)
@@ -631,13 +628,13 @@ def expand_backward(dz, x, weight, bn1, terms, *, counters=None, residual=None, 
     matrix = None
     if terms is not None and need_dx:
         check_counters(counters, 3)
-        matrix = _fp32(dz.device, I + 1, I)
+        matrix = fp32(dz.device, I + 1, I)
     blocks_i = triton.cdiv(I, cfg.BN)
     blocks_l = triton.cdiv(E, cfg.BL) + (triton.cdiv(I, cfg.BL) if terms is not None else 0)
     programs, splits = cfg.roles(tiles, blocks_i, blocks_l * triton.cdiv(I, cfg.BR), need_dx, need_dw, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype or x.dtype) if need_dx else None
-    partials = _fp32(dz.device, splits, E, I) if need_dw else None
-    grams = _fp32(dz.device, splits, I + 1, I) if need_dw and terms is not None else None
+    partials = fp32(dz.device, splits, E, I) if need_dw else None
+    grams = fp32(dz.device, splits, I + 1, I) if need_dw and terms is not None else None
     pointers = [weight if t is None else t for t in (dx, partials, grams, *bn1, *(terms or (None, None)), matrix, residual, counters)]
     grid = (programs * blocks_i if need_dx else 0) + (splits * blocks_l * triton.cdiv(I, cfg.BR) if need_dw else 0)
     grid += 0 if matrix is None else triton.cdiv(I, GRAM_BLOCK) ** 2

@@ -22,6 +22,7 @@ from effkernels.kernels.common import (
     channel_vector_width,
     check_counters,
     fast_math,
+    fp32,
     gate_derivative,
     gate_function,
     last_to_arrive,
@@ -368,10 +369,6 @@ def squeeze_excite_wgrad_kernel(
         tl.store(k1 + c, b1, mask=mc & first)
 
 
-def _fp32(device, *shape):
-    return torch.empty(shape, device=device, dtype=torch.float32)
-
-
 @launcher
 def pool(y, bn=None, *, act="identity"):
     """fp32 sums [N, parts, C] over pixels of phi(BN(y)), y [N, H, W, C]; bn (gamma, beta, mean, var or rstd, eps, is_rstd)."""
@@ -379,7 +376,7 @@ def pool(y, bn=None, *, act="identity"):
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = _fp32(y.device, N, parts, C)
+    sums = fp32(y.device, N, parts, C)
     g, b, m, v, eps, is_rstd = bn or (y,) * 4 + (0.0, True)
     pool_kernel[(blocks_c * N * parts,)](
         y, sums, g, b, m, v, eps, H * W, C // channel_vector_width(C), rows_per_program, parts,
@@ -405,8 +402,8 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = _fp32(y.device, N, parts, C)
-    gates, pooled, u = (_fp32(y.device, N, size) for size in (C, C, R))
+    sums = fp32(y.device, N, parts, C)
+    gates, pooled, u = (fp32(y.device, N, size) for size in (C, C, R))
     pool_and_gate_kernel[(blocks_c * N * parts,)](
         y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates,
         H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
@@ -433,7 +430,7 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
     """(gate [N, C], pooled [N, C], u [N, R]), fp32, from pool sums [N, parts, C] over ``pixels`` pixels."""
     N, parts, C = sums.shape
     R = w_reduce.shape[0]
-    outs = _fp32(sums.device, N, C), _fp32(sums.device, N, R), _fp32(sums.device, N, C)
+    outs = fp32(sums.device, N, C), fp32(sums.device, N, R), fp32(sums.device, N, C)
     squeeze_excite_kernel[(N,)](
         sums, w_reduce, b_reduce, w_expand, b_expand, *outs,
         parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
@@ -462,9 +459,9 @@ def gate_backward(sums, gates, u, weights, bn2, pixels, *, act, gate, counters):
     cfg = gate_backward_config()
     blocks_n, blocks_c = triton.cdiv(N, cfg.NB), triton.cdiv(C, cfg.CB)
     check_counters(counters, cfg.counters(N, C))
-    dt, dv, du, dpool = (_fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
-    partials = _fp32(u.device, blocks_n, 2, C)
-    norm = torch.empty_like(gamma), torch.empty_like(beta), _fp32(u.device, C), _fp32(u.device, C)
+    dt, dv, du, dpool = (fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
+    partials = fp32(u.device, blocks_n, 2, C)
+    norm = torch.empty_like(gamma), torch.empty_like(beta), fp32(u.device, C), fp32(u.device, C)
     gate_backward_kernel[(2 * blocks_n * blocks_c,)](
         sums, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
         N, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels, float(N * pixels),
@@ -485,13 +482,13 @@ def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, bn=None,
     w_reduce, b_reduce, w_expand, b_expand = weights
     N, parts, _, C = sums.shape
     R = u.shape[1]
-    dt, du, dpool = _fp32(u.device, N, C), _fp32(u.device, N, R), _fp32(u.device, N, C)
+    dt, du, dpool = fp32(u.device, N, C), fp32(u.device, N, R), fp32(u.device, N, C)
     squeeze_excite_dgrad_kernel[(N,)](
         sums, gates, u, w_reduce, w_expand, dt, du, dpool, parts, C, R, 1.0 / pixels,
         **_blocks(R), ACT=act, GATE=gate,
     )  # fmt: skip
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
-    norms = [_fp32(u.device, C) for _ in range(4)] if bn else [u] * 4
+    norms = [fp32(u.device, C) for _ in range(4)] if bn else [u] * 4
     gamma, mean, rstd = bn or (u,) * 3
     RB = min(64, _blocks(R)["RB"])
     squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16), triton.cdiv(R, RB))](

@@ -23,6 +23,7 @@ from effkernels.kernels.common import (
     check_counters,
     dot,
     fast_math,
+    fp32,
     last_to_arrive,
     launcher,
     load_vector,
@@ -230,12 +231,11 @@ def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="ide
     per_program, P = cfg.spread(N * tiles, blocks_n, x.device)
     y = x.new_empty((N, OH, OW, S), dtype=dtype)
     stats = merge is not None
-    fp32 = {"device": x.device, "dtype": torch.float32}
     partial, merged = (weight,) * 3, (weight, weight)
     if stats:
         check_counters(counters, blocks_n)
-        partial = torch.empty(blocks_n, P, **fp32), torch.empty(P, S, **fp32), torch.empty(P, S, **fp32)
-        merged = torch.empty(S, **fp32), torch.empty(S, **fp32)
+        partial = fp32(x.device, blocks_n, P), fp32(x.device, P, S), fp32(x.device, P, S)
+        merged = fp32(x.device, S), fp32(x.device, S)
     finish = (merge or Merge(0.0)).arguments(merged[0])
     g, b, m, v, eps = epilogue or (weight,) * 4 + (0.0,)
     finish["eps"] = finish["eps"] if stats else eps
@@ -265,7 +265,7 @@ def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="iden
     tiles = triton.cdiv(rows, cfg.BM)
     blocks = triton.cdiv(S, cfg.BN) * triton.cdiv(K, cfg.BK)
     per_program, P = cfg.spread(N * tiles, blocks, x.device)
-    partials = torch.empty(P, S * K, device=x.device, dtype=torch.float32)
+    partials = fp32(x.device, P, S * K)
     k0, k1 = terms or (weight, weight)
     stem_backward_kernel[(P * blocks,)](
         dout, y, x, partials, *bn, k0, k1, **_geometry(x, torch.empty_like(weight), OW, rows, pads), tiles=tiles,

