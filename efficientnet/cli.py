@@ -1,6 +1,7 @@
 """``efficientnet COMMAND``: what the user typed, to the Python API. Bad input ends in one line and exit code 2."""
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -25,10 +26,17 @@ EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. An unexpected error keeps its traceback."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], args.options, n=1)
+        _fail(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
     with _leaving_at_once(getattr(args, "output", None)):
         try:
             args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough: the end of this program too, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of what it cannot write at its end
+            return 128 + signal.SIGPIPE
         except (InputError, OSError) as error:
             _fail(error)
         except Interrupted as stop:
@@ -59,6 +67,7 @@ def _parser():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY, allow_abbrev=False)
         sub.set_defaults(run=command.run)
         command.add_arguments(sub)
+        sub.set_defaults(options=list(sub._option_string_actions))
     return parser
 
 

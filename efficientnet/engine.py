@@ -25,6 +25,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def use_tf32(yes: bool) -> None:
+    """Whether CUDA's fp32 products and convolutions may be TF32. Set so that both of torch's interfaces can read it: after the newer one
+    (``fp32_precision``) alone, the older raises, and libraries read that."""
+    torch.set_float32_matmul_precision("high" if yes else "highest")
+    torch.backends.cudnn.allow_tf32 = yes
+
+
 def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
     """Which kernels the model's MBConv blocks run for such images, and why not the fused ones where they do not."""
     from effkernels import explain

@@ -3,8 +3,10 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -21,7 +23,7 @@ from efficientnet.config import EfficientNetConfig
 from efficientnet.cuda_graph import GraphedStep
 from efficientnet.data import Data, TrainingOrder, load_data
 from efficientnet.distributed import join, lost_process, share_running_statistics, synchronize_batch_norm, without_reduction, wrap
-from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device
+from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device, use_tf32
 from efficientnet.logs import Log, plot_curves
 from efficientnet.model import create_model
 from efficientnet.optim import average_of, create_optimizer, learning_rate
@@ -57,8 +59,7 @@ class Trainer:
         config = self.config = _for_processes(config, device, self.processes.world)
         if device.type == "cuda":
             device = torch.device("cuda", self.processes.local_rank)
-            precision = "tf32" if config.tf32 else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = precision
+            use_tf32(config.tf32)
         self.runner = Runner(device, config.amp, config.channels_last, self.processes)
 
         torch.manual_seed(config.seed)
@@ -73,9 +74,8 @@ class Trainer:
         self.steps = self.order.steps
 
         self.average = average_of(self.model, config.model_ema_decay) if config.model_ema else None
-        self.forward = wrap(self.model, self.processes)
-        if config.compile:
-            self.forward = torch.compile(self.forward)
+        self.forward = wrap(_compiled(self.model, device) if config.compile else self.model, self.processes)
+        self.compiled: set[int] = set()  # sizes of images that the compiled model has been trained with
         self.optimizer = create_optimizer(config, parameter_groups(self.model, config.lr, config.weight_decay, config.layer_decay))
         self.scaler = torch.amp.GradScaler(self.runner.device.type, enabled=config.amp == "fp16")
         self.forward_backward = GraphedStep(self._forward_backward, self.model) if config.cuda_graphs else self._forward_backward
@@ -191,6 +191,7 @@ class Trainer:
         for step in range(first, self.steps):
             started, waited = time.perf_counter(), self.loader.wait
             self._update(batches)
+            self.compiled.add(self.img_size(epoch))
             self.step += 1
             self.seconds["epoch"] += time.perf_counter() - started
             self.seconds["wait"] += self.loader.wait - waited
@@ -485,8 +486,11 @@ class Trainer:
                 if signum == signal.SIGTERM:
                     os._exit(128 + signum)
                 return
-            self.signal = signum
             signal.signal(signum, before[signum])  # torchrun turns a Ctrl-C into SIGTERM besides: that is not asking again
+            if self.config.compile and self.img_size(len(self.history)) not in self.compiled:
+                signal.raise_signal(signum)  # compiling takes minutes, and a Ctrl-C ends the compiler too: the update cannot be waited for
+            else:
+                self.signal = signum
 
         before.update({signum: signal.signal(signum, notice) for signum in (signal.SIGINT, signal.SIGTERM)})
         try:
@@ -585,6 +589,14 @@ def _for_processes(config, device, world):
         }
         for what in (what for what, given in never.items() if given):
             raise InputError(f"cuda_graphs needs {what}; leave --cuda-graphs out")
+    if config.compile and device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        never = {
+            f"a C++ compiler, and there is no {compiler} (CXX names another)": shutil.which(compiler) is None,
+            "Python's C headers (Debian: python3-dev)": not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        }
+        for what in (what for what, given in never.items() if given):
+            raise InputError(f"compile needs {what}; leave --compile out")
     if config.global_batch_size is None:
         return config
     parts = world * config.grad_accum_steps
@@ -594,6 +606,12 @@ def _for_processes(config, device, world):
             f"got {config.global_batch_size}; try {max(2, math.ceil(config.global_batch_size / parts)) * parts}"
         )
     return replace(config, batch_size=config.global_batch_size // parts)
+
+
+def _compiled(model, device):
+    # On the CPU every kernel is a C++ file, of half a second of kernel and seconds of headers, unless the code that calls them is C++ too:
+    # then all are one file.
+    return torch.compile(model, options={"cpp_wrapper": True} if device.type == "cpu" else None)
 
 
 def _pretrained(config):

@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -112,7 +114,8 @@ def test_predict_with_weights_from_elsewhere(run, image_folder, tmp_path):
     [
         ([], "the following arguments are required"),
         (["fly"], "invalid choice: 'fly'"),
-        (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3; did you mean --epochs.$"),
+        (["info", "--qqq=3"], "unrecognized arguments: --qqq=3$"),
         (["train", "--epochs", "three"], "argument --epochs: invalid int value: 'three'"),
         (["train", "--amp", "int8"], "argument --amp: invalid choice: 'int8'"),
         (["train", "--epochs", "0"], "epochs must be an integer >= 1, got 0"),
@@ -215,6 +218,18 @@ def test_a_programming_error_keeps_its_traceback(run, image_folder, tmp_path, mo
     monkeypatch.setattr("efficientnet.train.Trainer.run", bug)
     with pytest.raises(ValueError, match="a bug"):
         run("train", "--data", f"imagefolder:{image_folder}", "--output", tmp_path, "--img-size", 8)
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence(monkeypatch, capsys):
+    """As ``predict ... | head`` does: no message, the exit code of a program that SIGPIPE ended, nothing said at Python's own end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", file)
+            assert main(["info"]) == 128 + signal.SIGPIPE
+        file.write("more")  # closing flushes it
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_missing_package_is_named(run, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from efficientnet import create_model
 from efficientnet.cli import main
 from efficientnet.data import load_data
 from efficientnet.distributed import Processes, SyncBatchNorm, join, leave, synchronize_batch_norm
@@ -20,6 +21,7 @@ from efficientnet.run_state import RunStates, read_state
 from efficientnet.settings import InputError, TrainConfig
 from efficientnet.train import Trainer, _for_processes
 from efficientnet.transfer import parameter_groups
+from effkernels import explain
 
 # The same sums in another order, in fp32, over six updates. At five times the rate one part in 10^7 of the weights grows tenfold with
 # every update: there a tolerance would say nothing.
@@ -186,6 +188,15 @@ def test_sync_batch_norm_is_batch_norm_of_all(tmp_path, kwargs):
     if kwargs.get("track_running_stats", True):
         inference = np.concatenate([part[-1] for part in found])
         np.testing.assert_allclose(inference, layer.eval()(x).detach().numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_on_a_gpu_synchronised_blocks_run_in_kernels():
+    """There --sync-bn takes torch's SyncBatchNorm, which the kernels merge: every block stays eligible. On no device, so without a GPU."""
+    model = create_model("efficientnet_b0", device="meta")
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    model = synchronize_batch_norm(model)
+    assert [name for name, layer in model.named_modules() if type(layer) is nn.SyncBatchNorm] == names and len(names) == 49
+    assert explain(model).fused == 16
 
 
 # Lost processes and wrong environments

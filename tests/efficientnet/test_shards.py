@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import replace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.data import Preprocess, TrainingOrder, load_data
 from efficientnet.engine import Runner, Unreadable
+from efficientnet.run_state import RunStates, read_state
 from efficientnet.settings import InputError, Interrupted, TrainConfig
 from efficientnet.shards import ShardLoader, ShardSet, find_shards
 from efficientnet.train import Trainer
@@ -273,6 +275,26 @@ def test_training_from_shards_resumes_within_an_epoch(learnable, tmp_path, capsy
     assert Trainer(resumed).run().correct == evaluation.correct
     whole, again = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert load(whole).keys() == load(again).keys() and all(torch.equal(load(whole)[key], load(again)[key]) for key in load(whole))
+
+
+def test_two_processes_resume_from_shards_within_an_epoch(learnable, tmp_path):
+    """The same weights at the end; one process, for which the shards would be shared out otherwise, is refused."""
+    settings = {"num_workers": 1, "batch_size": 3, "sched": "step", "warmup_epochs": 0.0, "checkpoint_interval": 1, "checkpoint_hist": 9}
+    config = config_for(learnable, tmp_path / "whole", **settings)
+    stopped = replace(config, output=str(tmp_path / "stopped"), epochs=1)
+    groups = [processes.start_group(2, processes.train, part, log=tmp_path / "log") for part in (config, stopped)]
+    (_, whole), (_, other) = processes.results(*groups[0])
+    assert all((whole[key] == other[key]).all() for key in whole)
+    processes.results(*groups[1])
+    states = RunStates(tmp_path / "stopped" / "checkpoints")
+    for path in states.paths()[:3]:
+        path.unlink()
+    assert read_state(states.paths()[0])["step"] == 3  # of the six updates of an epoch
+    resumed = replace(config, output=str(tmp_path / "stopped"), resume="auto")
+    with pytest.raises(InputError, match="was trained with 2 processes, but this run has 1"):
+        Trainer(replace(resumed, batch_size=6))
+    (_, again), _ = processes.results(*processes.start_group(2, processes.train, resumed, log=tmp_path / "log"))
+    assert all((whole[key] == again[key]).all() for key in whole)
 
 
 def test_validate_on_shards(run, learnable, image_folder, trained):  # noqa: F811

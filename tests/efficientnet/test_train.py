@@ -1,7 +1,11 @@
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,9 +15,9 @@ from PIL import Image
 from efficientnet import create_model, load_checkpoint
 from efficientnet.checkpoints import read_metadata
 from efficientnet.data import load_data
-from efficientnet.engine import Evaluation, Runner, describe_backend, pick_device
+from efficientnet.engine import Evaluation, Runner, describe_backend, pick_device, use_tf32
 from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.settings import InputError, Interrupted, TrainConfig
 from efficientnet.train import Trainer
 
 
@@ -272,16 +276,91 @@ def test_mixing_and_erasing_train(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_the_same(trained, tmp_path, monkeypatch):
-    """Through Dynamo and AOTAutograd, without the compiler's minutes: the losses of the model as it is, the same names in its files."""
+def test_a_compiled_model_trains_the_same(trained, tmp_path):
+    """By Inductor: the losses of the model as it is, the same names in its files, and stopped and resumed the same weights."""
     config, *_ = trained
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    losses = []
+    settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "img_size": 16, "sched": "step", "warmup_epochs": 0.0}
+    config, losses = replace(config, epochs=2, **settings), []
     for compiled in (True, False):
-        settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "epochs": 2, "img_size": 16}
-        trainer = Trainer(replace(config, compile=compiled, output=str(tmp_path / str(compiled)), **settings))
+        trainer = Trainer(replace(config, compile=compiled, output=str(tmp_path / str(compiled))))
         assert hasattr(trainer.forward, "_orig_mod") == compiled
         trainer.run()
         losses.append([row["train_loss"] for row in trainer.history])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    load_checkpoint(None, tmp_path / "True" / "last.safetensors")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]
+    weights = load_checkpoint(None, tmp_path / "True" / "last.safetensors").state_dict()
+    for epochs in (1, 2):  # from its end on a run of one epoch is one of two
+        Trainer(replace(config, compile=True, epochs=epochs, resume="auto", output=str(tmp_path / "parts"))).run()
+    assert same_state(weights, load_checkpoint(None, tmp_path / "parts" / "last.safetensors").state_dict())
+
+
+class Left(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_path, monkeypatch, signum):
+    """The handler of before has it, which ends a command at once; after the first update, and its second size, the update is finished."""
+    config, *_ = trained
+    settings = {"model": TINY, "img_size": 16, "progressive_size": 8, "progressive_stages": 2, "epochs": 4, "compile": True}
+    config, at = replace(config, output=str(tmp_path), **settings), [0]
+
+    def leave(signum, frame):
+        raise Left
+
+    def compiled(model, device):
+        def forward(images):
+            if trainer.step == at[0]:
+                signal.raise_signal(signum)
+            return model(images)
+
+        return forward
+
+    before = signal.signal(signum, leave)
+    try:
+        monkeypatch.setattr("efficientnet.train._compiled", compiled)
+        for at[0], stop in ((0, Left), (1, Interrupted), (6, Left), (8, Interrupted)):  # updates 6 on are of the second size
+            trainer = Trainer(replace(config, resume="auto"))
+            with pytest.raises(stop):
+                trainer.run()
+            assert trainer.step == at[0] + (stop is Interrupted)
+            assert signal.getsignal(signum) is leave
+    finally:
+        signal.signal(signum, before)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_compiler_runs(image_folder, tmp_path, monkeypatch):
+    """Ctrl-C reaches the compiler as well: one line, no traceback, and the checkpoint of before goes on."""
+    options = ["--data", f"imagefolder:{image_folder}", "--model", TINY, "--img-size", "16", "--batch-size", "10", "--device", "cpu"]
+    options = [sys.executable, "-m", "efficientnet", "train", *options, "--output", str(tmp_path / "out"), "--resume", "auto", "--epochs"]
+    subprocess.run([*options, "1"], check=True, capture_output=True)
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    with subprocess.Popen([*options, "2", "--compile"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not list((tmp_path / "cache").rglob("*.main.cpp")) and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in err
+    assert err.splitlines()[-1] == "efficientnet: stopped by SIGINT; continue with --resume auto"
+    subprocess.run([*options, "2"], check=True, capture_output=True)
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler, and there is no no-such-compiler .*; leave --compile out"):
+        Trainer(TrainConfig(compile=True, device="cpu", output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_tf32_is_set_for_both_interfaces(yes):
+    """Each of these raises where only the other one was used."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        use_tf32(yes)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == yes
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == (torch.backends.cudnn.conv.fp32_precision == "tf32") == yes
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
