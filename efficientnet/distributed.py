@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import socket
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -85,13 +87,27 @@ def join(device: str, timeout: float = 600) -> Processes:
             raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
         torch.cuda.set_device(local_rank)
     try:
+        if rank:
+            _wait_for(host, port, timeout)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(
             f"process {rank} of {world} cannot reach the others at {host}:{port} ({line}); check world size, rank and port"
         ) from error
     return Processes(rank, world, local_rank)
+
+
+def _wait_for(host, port, seconds):
+    """Until the first process listens. Torch waits too, but where nobody comes it ends with forty lines of its own."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def leave() -> None:
