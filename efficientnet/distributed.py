@@ -46,13 +46,22 @@ class Processes:
         dist.gather_object(value, values)
         return values
 
-    def from_first(self, value):
-        """The first process's value, everywhere."""
+    def by_first(self, do: Callable):
+        """What ``do()`` returns in the first process, everywhere; an InputError that it raises there is raised everywhere."""
         if self.world == 1:
-            return value
-        box = [value]
+            return do()
+        result, error = None, None
+        if self.first:
+            try:
+                result = do()
+            except InputError as caught:
+                error = caught
+        box = [(result, error)]
         dist.broadcast_object_list(box)
-        return box[0]
+        result, error = box[0]
+        if error is not None:
+            raise error
+        return result
 
 
 def join(device: str, timeout: float = 600) -> Processes:

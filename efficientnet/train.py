@@ -89,7 +89,7 @@ class Trainer:
         self.states = RunStates(self.output / "checkpoints", config.checkpoint_hist)
         self.signal = None
         resumed = self._resume() if config.resume else False
-        self._check_output()
+        self.processes.by_first(self._check_output)
         if not resumed and self.processes.first:
             self._set_aside()
 
@@ -403,13 +403,18 @@ class Trainer:
 
     def _resume(self) -> bool:
         path = self.config.resume
+        state = None
         if path == "auto":
-            found = self.states.newest(self.say) if self.processes.first else None
-            path = self.processes.from_first(None if found is None else str(found[0]))
+
+            def newest():
+                nonlocal state
+                found, state = self.states.newest(self.say) or (None, None)
+                return found
+
+            path = self.processes.by_first(newest)
             if path is None:
                 return False
-            state = found[1] if found is not None else read_state(path)
-        else:
+        if state is None:
             state = read_state(path)
         stored, ours = (_flat(described) for described in (state["metadata"], describe_model(self.model) | self._metadata()))
         for field in ("name", *ours):  # the name first: it explains the rest
@@ -451,8 +456,6 @@ class Trainer:
 
     def _check_output(self):
         """Whether files can be written, found out before any work."""
-        if not self.processes.first:
-            return
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             with replacing(self.output / "writable") as probe:

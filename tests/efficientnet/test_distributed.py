@@ -237,6 +237,21 @@ def test_a_killed_process_is_an_error_and_a_checkpoint_to_go_on_from(config, tmp
         assert torch.equal(value, resumed["model"][key]), key
 
 
+@pytest.mark.parametrize(
+    ("output", "message"), [("two", "no checkpoint in .* can be read"), ("file/two", "output .* cannot be written: Not a directory")]
+)
+def test_what_only_the_first_process_finds_wrong_ends_all(config, tmp_path, output, message):
+    """The same line from each, and exit code 2."""
+    (tmp_path / "file").touch()
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "two" / "checkpoints" / "step-00000003.train.pt").touch()
+    group = processes.start_group(2, command, *arguments(config, tmp_path / output, "--resume", "auto"), log=tmp_path / "log")
+    for rank, process in enumerate(group):
+        process.join(300)
+        err = [line for line in (tmp_path / f"log.{rank}").read_text().splitlines() if "falling back" not in line]
+        assert process.exitcode == 2 and len(err) == 1 and re.match(f"efficientnet: error: {message}", err[0]), err
+
+
 def test_a_signal_reaches_every_process(config, tmp_path):
     """SIGTERM to one of them: all finish the update and leave together, saved."""
     argv = arguments(config, tmp_path / "two", "--epochs", 100_000)
