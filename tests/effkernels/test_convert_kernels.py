@@ -2,12 +2,13 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
 from test_modules import compare, images, random_like_output, randomise, step
 from torch import nn
-from truth import assert_close_to_truth, relative_error
+from truth import assert_close_to_truth, images_away_from_kinks, relative_error
 
 from efficientnet import MBConv
 from effkernels import accelerate, explain
@@ -124,6 +125,45 @@ def test_block_in_inference(name, device, scratch, monkeypatch):
     with torch.no_grad():
         out = {key: module.eval()(x.double() if key == "truth" else x) for key, module in modules.items()}
     assert runs == ["mbconv_inference"]
+    assert_close_to_truth(out["fused"], out["eager"], out["truth"])
+
+
+# What every run of the tests sees of each library in half precision; --slow adds all others.
+NARROW = [
+    ("timm-lite", "float16", "cast"),
+    ("torchvision-mobilenetv2-first", "float16", "autocast"),
+    ("lukemelas", "bfloat16", "cast"),
+    ("transformers-odd", "bfloat16", "autocast"),
+    ("own", "bfloat16", "autocast"),
+]
+HALF = [
+    pytest.param(*case, id="-".join(case), marks=() if case in NARROW else pytest.mark.slow)
+    for case in itertools.product(BLOCKS, ("bfloat16", "float16"), ("cast", "autocast"))
+]
+
+
+@pytest.mark.parametrize("name, dtype, how", HALF)
+def test_block_in_half_precision(name, dtype, how, device, scratch, monkeypatch):
+    """Parameters, buffers and images in half precision, or fp32 ones under autocast: in training, all gradients too, and in inference."""
+    make, size = BLOCKS[name]
+    modules, runs, dtype = triple(make), kernels_of(monkeypatch), getattr(torch, dtype)
+    if how == "cast":
+        for module in modules.values():
+            module.to(dtype)
+        modules["truth"].double()  # of the rounded values
+    kind = dtype if how == "cast" else torch.float32
+    shape = (3, in_channels(modules["eager"]), *size)
+    x = images_away_from_kinks(modules["truth"], lambda: images(*shape).to(kind), enough=4 * torch.finfo(dtype).eps)
+    autocast = dtype if how == "autocast" else None
+    gradient = random_like_output(modules["truth"], x).to(dtype)
+    compare(modules, x, gradient, autocast)
+    assert runs == ["mbconv"]
+    out = {}
+    for key, module in modules.items():
+        with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None and key != "truth"):
+            out[key] = module.eval()(x.double() if key == "truth" else x)
+    assert runs[1:] == ["mbconv_inference"]
+    assert out["fused"].dtype == out["eager"].dtype
     assert_close_to_truth(out["fused"], out["eager"], out["truth"])
 
 
