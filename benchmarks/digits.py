@@ -1,7 +1,8 @@
 """``python -m benchmarks.digits``: the README's trainings of B0 on scikit-learn's digits, with several seeds.
 
 Each run is a process of its own, so its CPU time is all that it took, imports included. Held-out accuracy is the last epoch's. In
-``transfer``, {trunk, trained layers: accuracy} of digits 5 to 9; the random trunk gets running statistics of the digits first.
+``transfer``, {trunk, trained layers: accuracy} of digits 5 to 9 with frozen running statistics, for which the random trunk is shown digits
+0 to 4 first; in ``classifier``, {trunk: accuracy} of a classifier on frozen weights, whose statistics follow digits 5 to 9.
 """
 
 import argparse
@@ -55,16 +56,27 @@ def transfer(seed: int) -> dict:
     return found
 
 
+def classifier(seed: int) -> dict:
+    """{"digits 0 to 4": accuracy, "random": ...} of digits 5 to 9, on a trunk whose weights stay as digits 0 to 4 or chance left them."""
+    options = ("--freeze-until", "head", "--freeze-bn", "weights", "--drop", "0", "--drop-path", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        run(seed, f"{folder}/low", "digits:0-4")
+        trunks = {"digits 0 to 4": ("--pretrained", f"{folder}/low/best.safetensors"), "random": ()}
+        return {trunk: run(seed, f"{folder}/{trunk}", "digits:5-9", *more, *options)["accuracy"] for trunk, more in trunks.items()}
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description="Trains B0 on digits, as the README does.")
     parser.add_argument("--seeds", type=int, default=5, help="runs on all digits, of seeds 0, 1, ... (default: 5)")
     parser.add_argument("--transfer-seeds", type=int, default=2, help="runs from digits 0 to 4 to 5 to 9 (default: 2)")
+    parser.add_argument("--classifier-seeds", type=int, default=3, help="the same with a classifier alone (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     table |= {"kind": "digits", "command": " ".join(("python", *COMMAND, "digits --seed S"))}
     table |= {"date": datetime.now(timezone.utc).date().isoformat(), "versions": versions(torch.device("cpu"))}
-    for name, one, seeds in (("seeds", plain, args.seeds), ("transfer", transfer, args.transfer_seeds)):
+    parts = {"seeds": (plain, args.seeds), "transfer": (transfer, args.transfer_seeds), "classifier": (classifier, args.classifier_seeds)}
+    for name, (one, seeds) in parts.items():
         if seeds:  # 0 leaves what the file has
             table[name] = {str(seed): one(seed) for seed in tqdm(range(seeds), desc=name, unit="seed")}
     args.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("adamw", "rmsproptf", "sgd")
 SCHEDULES = ("cosine", "step")
+FREEZE_BN = ("all", "weights", "none")
 DIST_BN = ("reduce", "broadcast")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -60,6 +61,7 @@ class TrainConfig:
         metavar="WEIGHTS", nargs="?", const="default",
     )  # fmt: skip
     freeze_until: str | None = option(None, "leave the layers up to this one as they are: stem, a stage from 0 to 6, or head")
+    freeze_bn: str = option("all", "of their BatchNorm stay: all, weights (statistics follow the images), none", choices=FREEZE_BN)
     layer_decay: float = option(1.0, "learning rate of each block as a share of the next one's")
     bn_momentum: float | None = option(None, "of BatchNorm, as PyTorch has it (default: the model's own)")
     bn_eps: float | None = option(None, "of BatchNorm (default: the model's own)")
@@ -153,7 +155,8 @@ class TrainConfig:
         number("in [0, 1]", lambda v: 0 <= v <= 1, "hflip", "reprob")
         number("in (0, 1]", lambda v: 0 < v <= 1, "decay_rate", "crop_pct", "layer_decay")
         for name, choices in (
-            ("amp", AMP), ("opt", OPTIMIZERS), ("sched", SCHEDULES), ("dist_bn", DIST_BN), ("interpolation", INTERPOLATIONS),
+            ("amp", AMP), ("opt", OPTIMIZERS), ("sched", SCHEDULES), ("dist_bn", DIST_BN), ("freeze_bn", FREEZE_BN),
+            ("interpolation", INTERPOLATIONS),
         ):  # fmt: skip
             check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
         until = ("stem", *map(str, range(7)), "head")

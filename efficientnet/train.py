@@ -132,7 +132,8 @@ class Trainer:
         if config.sync_bn:
             model = synchronize_batch_norm(model)
         if config.freeze_until is not None:
-            freeze(model, int(config.freeze_until) if config.freeze_until.isdigit() else config.freeze_until)
+            until = int(config.freeze_until) if config.freeze_until.isdigit() else config.freeze_until
+            freeze(model, until, bn={"all": True, "weights": "weights", "none": False}[config.freeze_bn])
         return model
 
     def _order(self, config):

@@ -1,7 +1,7 @@
 """Transfer learning: freezing, layer-wise learning rates, feature maps.
 
 model = create_model("efficientnet_b0", pretrained=True, num_classes=10)
-freeze(model, until="stem" | 0..6 | "head" | "all" | None, bn=True)
+freeze(model, until="stem" | 0..6 | "head" | "all" | None, bn=True | "weights" | False)
 groups = parameter_groups(model, lr, weight_decay=0.0, layer_decay=1.0)
 optimizer = torch.optim.AdamW(groups)
 """
@@ -15,18 +15,21 @@ from efficientnet.model import EfficientNet
 from effkernels.modules.stem_head import stem
 
 
-def freeze(model: EfficientNet, until: str | int | None, bn: bool = True) -> list[str]:
+def freeze(model: EfficientNet, until: str | int | None, bn: bool | str = True) -> list[str]:
     """Stop training of everything up to and including ``until``; everything after it is trained. Returns the frozen modules' names.
 
     Args:
         until: "stem"; the index of a stage (0 to 6: with the stem and all stages before); "head" for all but the classifier;
             "all"; or None for nothing, which undoes it.
         bn: True freezes BatchNorm too: no gradients, and running statistics that are used and not updated, also after
-            ``model.train()``. False leaves the BatchNorm layers of the frozen part as they are in training.
+            ``model.train()``. "weights" freezes its weights and biases, and statistics follow the images. False leaves the BatchNorm
+            layers of the frozen part as they are in training.
 
     A frozen tensor has ``requires_grad=False``: build the optimizer afterwards (``parameter_groups`` leaves frozen ones out).
-    Raises TypeError for another module, ValueError for another ``until``.
+    Raises TypeError for another module, ValueError for another ``until`` or ``bn``.
     """
+    if bn not in (True, False, "weights"):
+        raise ValueError(f"bn must be True, 'weights' or False, got {bn!r}")
     if not isinstance(model, EfficientNet):
         raise TypeError(f"model must be an EfficientNet, got {type(model).__name__}")
     names = _until(model, until)
@@ -37,8 +40,8 @@ def freeze(model: EfficientNet, until: str | int | None, bn: bool = True) -> lis
         module.requires_grad_(False)
         for inner, layer in module.named_modules():
             if isinstance(layer, _BatchNorm):
-                layer.requires_grad_(not bn)
-                frozen_norms += [f"{name}.{inner}" if inner else name] * bn
+                layer.requires_grad_(bn is False)
+                frozen_norms += [f"{name}.{inner}" if inner else name] * (bn is True)
     model.frozen_norms = tuple(frozen_norms)
     model.train(model.training)
     return names

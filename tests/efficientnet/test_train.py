@@ -225,6 +225,22 @@ def test_frozen_layers_stay_and_layers_have_rates_of_their_own(image_folder, tmp
     assert rates["blocks.3.0.decay"] == pytest.approx(0.1 / 16) and not any(name.startswith("blocks.2") for name in rates)
 
 
+@pytest.mark.parametrize("freeze_bn", ["all", "weights", "none"])
+def test_what_freezing_leaves_of_batch_norm(image_folder, tmp_path, freeze_bn):
+    """All but the classifier frozen: convolutions stay; BatchNorm's weights, and its statistics, as asked for."""
+    settings = {"img_size": 16, "epochs": 1, "batch_size": 10, "model": TINY, "device": "cpu", "output": str(tmp_path)}
+    trainer = Trainer(TrainConfig(f"imagefolder:{image_folder}", freeze_until="head", freeze_bn=freeze_bn, **settings))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.run()
+    norms = {name for name, layer in trainer.model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    moves = {"all": (), "weights": ("running_mean",), "none": ("running_mean", "weight")}[freeze_bn]
+    for key in before:
+        module, _, tensor = key.rpartition(".")
+        if module not in norms or tensor in ("running_mean", "weight"):
+            changes = tensor in moves if module in norms else module == "classifier"
+            assert torch.equal(trainer.model.state_dict()[key], before[key]) != changes, key
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(trained, tmp_path):
     """Without BatchNorm's batch statistics: two batches of 5 are one of 10, to rounding."""
     config, *_ = trained

@@ -29,24 +29,26 @@ def part(name):
 
 
 @pytest.mark.parametrize(("until", "count"), [(None, 0), ("stem", 2), (0, 3), (4, 7), (6, 9), ("head", 11), ("all", 12)])
-@pytest.mark.parametrize("bn", [True, False])
+@pytest.mark.parametrize("bn", [True, "weights", False])
 def test_a_step_changes_what_is_not_frozen(model, until, count, bn):
     model = copy.deepcopy(model).double()
     assert freeze(model, until, bn) == PARTS[:count]
     frozen, before = set(PARTS[:count]), copy.deepcopy(model.state_dict())
     model.eval()
     model.train()  # does not wake frozen statistics
-    if until == "all" and bn:
+    loss = model(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().sum()
+    if until == "all" and bn is not False:
         with pytest.raises(ValueError, match="no parameter to train"):
             parameter_groups(model, 0.1)
     else:
         optimizer = torch.optim.SGD(parameter_groups(model, 0.1), lr=0.1)
-        model(torch.randn(4, 3, 32, 32, dtype=torch.float64)).square().sum().backward()
+        loss.backward()
         optimizer.step()
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     for key, tensor in model.state_dict().items():
         module = key.rpartition(".")[0]
-        stays = part(key) in frozen and (bn or module not in norms)
+        statistics = module in norms and not key.endswith((".weight", ".bias"))
+        stays = part(key) in frozen and (bn is True or module not in norms or bn == "weights" and not statistics)
         assert torch.equal(tensor, before[key]) == stays, key
 
 
@@ -68,6 +70,8 @@ def test_freeze_with_bad_input(model, until):
         freeze(model, until)
     with pytest.raises(TypeError, match="model must be an EfficientNet, got Linear"):
         freeze(nn.Linear(2, 2), "stem")
+    with pytest.raises(ValueError, match="bn must be True, 'weights' or False, got 'statistics'"):
+        freeze(model, "stem", bn="statistics")
 
 
 def test_layer_decay_is_timms(timm, model):
