@@ -19,24 +19,24 @@ from truth import images_away_from_kinks, relative_error
 from effkernels import accelerate, explain, restore
 
 
-def _block(size):
-    return min(256, max(16, 1 << (size - 1).bit_length()))
+def _block(size, most=256):
+    return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
     """Blocks that take most layers of a network in one program each: the interpreter's time is its operations, whatever their size, so
-    a network takes a quarter of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
+    a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
     if not (HAS_TRITON and INTERPRET):
         return
-    from effkernels.kernels import depthwise, pointwise, weight_gradients
+    from effkernels.kernels import depthwise, pointwise, squeeze_excite, weight_gradients
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: replace(config(*args), **sizes(*args)))
 
     def strips(K, stride, N, height, width, C, *_):
-        return {"S": _block(height * width), "TW": 1, "TH": 1, "BC": _block(C)}
+        return {"S": _block(height * width, 512), "TW": 1, "TH": 1, "BC": _block(C)}
 
     enlarge(depthwise, "depthwise_forward_config", strips)
     enlarge(depthwise, "depthwise_backward_config", strips)
@@ -51,7 +51,11 @@ def large_blocks(monkeypatch):
                 "BM": _block(rows), **dict.fromkeys(wide, _block(E)), **dict.fromkeys(narrow, _block(other))
             },
         )  # fmt: skip
-    finish = {"TP": 16, "TL": 1024, "BP": 16, "BL": 4096, "BE": 128, "BI": 128, "BS": 1, "CB": 128}
+    monkeypatch.setattr(pointwise, "GRAM_BLOCK", 256)
+    enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BC": _block(C)})
+    enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"CB": 1024})
+    enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"KB": 128, "RB": 64})
+    finish = {"TP": 16, "TL": 8192, "BP": 16, "BL": 16384, "BE": 256, "BI": 256, "BS": 1, "CB": 256}
     enlarge(weight_gradients, "weight_gradient_config", lambda *_: finish)
 
 
