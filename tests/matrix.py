@@ -1,17 +1,19 @@
 """Every supported Triton: its interpreter runs the kernels' tests, its compiler compiles them for NVIDIA's and AMD's GPUs (none is needed).
 
-    python tests/matrix.py [--triton 3.6.0 ...] [--folder DIR] [--step suite|compile] [--quick]
+    python tests/matrix.py [--triton 3.6.0 ...] [--step suite|compile] [--jobs N] [--quick] [--fresh] [--folder DIR]
 
 Each version gets a virtual environment in --folder with that Triton and the NumPy it needs; everything else, PyTorch too, is that of
-the Python that runs this (CPU builds of PyTorch come without Triton, so any goes with any here). Exit code 1 unless all is as
-docs/numerics.md says: what a version cannot do stands in UNABLE.
+the Python that runs this (CPU builds of PyTorch come without Triton, so any goes with any here). What is green is kept in --folder and
+not run again for the same sources, so that an interrupted run goes on. Ends with a table; exit code 1 unless all is green.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,17 +27,16 @@ TARGETS = {
     **{f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
     **{arch: ("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
 }
-# What fails, by version ("*": each) and target, with the kernels.
-# bf16's rounding in this kernel is inline PTX.
-UNABLE: dict[tuple[str, str], set] = {("*", arch): {"expand_depthwise_kernel"} for arch in ("gfx90a", "gfx942")}
-SUITE = [
-    f"tests/effkernels/test_{name}.py"
-    for name in (
-        "activations batchnorm counted_traffic depthwise expand_depthwise functional gate library mbconv modules pointwise properties "
-        "reference squeeze_excite stem weight_gradients"
-    ).split()
-]
-QUICK = [f"tests/effkernels/test_{name}.py" for name in ("activations", "functional", "gate", "weight_gradients")]
+# What of tests/effkernels is left out: files that no Triton runs in (mathematics in PyTorch, how other libraries' modules are read), and
+# the machine code of the one Triton that the table in git was made with.
+LEFT_OUT = {"convert", "convert_networks", "convert_reasons", "geometry", "gradcheck", "compile"}
+QUICK = {"activations", "functional", "gate", "weight_gradients"}
+
+
+def selected(quick: bool) -> list[str]:
+    names = {path.stem.removeprefix("test_"): str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/effkernels/test_*.py"))}
+    assert LEFT_OUT | QUICK <= names.keys()
+    return [path for name, path in names.items() if (name in QUICK if quick else name not in LEFT_OUT)]
 
 
 def environment(folder: Path, version: str) -> Path:
@@ -58,11 +59,12 @@ def run(python, *arguments, **environment_changes):
     return subprocess.run([python, *arguments], cwd=ROOT, env=env | environment_changes, capture_output=True, text=True)
 
 
-def suite(python, quick: bool) -> str | None:
-    """None if the kernels' tests pass under ``python``, else the end of what pytest printed."""
-    done = run(python, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *(QUICK if quick else SUITE))
-    print("   ", done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr[-500:], flush=True)
-    return None if done.returncode == 0 else done.stdout[-6000:] + done.stderr[-2000:]
+def suite(python, jobs: int, quick: bool) -> tuple[str, str | None]:
+    """(what pytest counted, None if the kernels' tests pass under ``python``, else the end of what it printed)."""
+    workers = str(jobs if jobs > 1 else 0)
+    done = run(python, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", *selected(quick), OMP_NUM_THREADS="1")
+    counts = re.sub(r",? *\d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1]) if done.stdout else "no answer"
+    return counts, None if done.returncode == 0 else done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def compile_one(job) -> str | None:
@@ -74,7 +76,7 @@ def compile_one(job) -> str | None:
     index, target = job
     launch = launches()[index]
     options = launch.options
-    if TARGETS[target][0] == "hip":  # no PTX, and no register limit given to its assembler
+    if TARGETS[target][0] == "hip":  # no PTX, which is what FAST stands for, and no register limit given to its assembler
         launch = dataclasses.replace(launch, arguments={k: False if k == "FAST" else v for k, v in launch.arguments.items()})
         options = {k: v for k, v in options.items() if k != "maxnreg"}
     try:
@@ -90,47 +92,71 @@ def launches():
     return list({launch.name: launch for launch in reversed(inspect.shipped_launches())}.values())
 
 
-def compile_here() -> dict:
+def compile_here(jobs: int) -> dict:
     """{target: {kernel: error or None}} of one launch of every kernel."""
     names = [launch.name for launch in launches()]
-    jobs = [(i, target) for target in TARGETS for i in range(len(names))]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        answers = list(pool.map(compile_one, jobs))
+    todo = [(i, target) for target in TARGETS for i in range(len(names))]
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        answers = list(pool.map(compile_one, todo))
     found: dict = {target: {} for target in TARGETS}
-    for (i, target), answer in zip(jobs, answers, strict=True):
+    for (i, target), answer in zip(todo, answers, strict=True):
         found[target][names[i]] = answer
     return found
+
+
+def compiled(python, jobs: int) -> tuple[str, str | None]:
+    """("target n/m" of every target, None if every kernel compiles for every target, else the errors)."""
+    done = run(python, str(Path(__file__)), "--compile-here", "--jobs", str(jobs), PYTHONPATH=str(ROOT))
+    if done.returncode:
+        return "no answer", done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    failed = {target: {k: error for k, error in answers.items() if error} for target, answers in found.items()}
+    counts = ", ".join(f"{target} {len(answers) - len(failed[target])}/{len(answers)}" for target, answers in found.items())
+    return counts, json.dumps({t: errors for t, errors in failed.items() if errors}, indent=1) if any(failed.values()) else None
+
+
+def sources() -> str:
+    """A digest of all that an answer depends on, Triton aside."""
+    import torch
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in ("effkernels", "efficientnet", "tests"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--triton", nargs="+", default=list(VERSIONS), metavar="VERSION", help=f"default: {' '.join(VERSIONS)}")
-    parser.add_argument("--folder", type=Path, default=Path("runs/matrix"), help="where virtual environments are kept")
     parser.add_argument("--step", choices=["suite", "compile"], help="only this one")
-    parser.add_argument("--quick", action="store_true", help="four of the test files")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: one per core)")
+    parser.add_argument("--quick", action="store_true", help=f"only the tests of {', '.join(sorted(QUICK))}")
+    parser.add_argument("--fresh", action="store_true", help="run again what was green")
+    parser.add_argument("--folder", type=Path, default=Path("runs/matrix"), help="where virtual environments and answers are kept")
     parser.add_argument("--compile-here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.compile_here:
-        print(json.dumps(compile_here()))
+        print(json.dumps(compile_here(args.jobs)))
         return 0
-    wrong = []
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, wrong = folder / "green.json", []
+    green = json.loads(kept.read_text()) if kept.exists() and not args.fresh else {}
+    steps = {"suite": lambda python: suite(python, args.jobs, args.quick), "compile": lambda python: compiled(python, args.jobs)}
     for version in args.triton:
         print(f"Triton {version}", flush=True)
-        python = environment(args.folder.resolve(), version)
-        if args.step != "compile" and (problem := suite(python, args.quick)):
-            wrong.append(f"Triton {version}, tests:\n{problem}")
-        if args.step != "suite":
-            done = run(python, str(Path(__file__)), "--compile-here", PYTHONPATH=str(ROOT))
-            if done.returncode:
-                wrong.append(f"Triton {version}, compiling:\n{done.stderr[-3000:]}")
-                continue
-            for target, answers in json.loads(done.stdout).items():
-                failed = {kernel: error for kernel, error in answers.items() if error}
-                print(f"    {target}: {len(answers) - len(failed)} of {len(answers)} kernels compile", flush=True)
-                known = UNABLE.get((version, target), UNABLE.get(("*", target), set()))
-                if set(failed) != known:
-                    wrong.append(f"Triton {version}, {target}: not as expected ({sorted(known)}): {json.dumps(failed, indent=1)}")
-    print("\n".join(wrong) if wrong else "all as expected")
+        python = environment(folder, version)
+        for step in [args.step] if args.step else steps:
+            key = f"{sources()} {version} {step}{' quick' * (args.quick and step == 'suite')}"
+            counts, problem = (green[key], None) if key in green else steps[step](python)
+            print(f"    {step:8}{counts}{' (kept)' * (key in green)}{' NOT GREEN' * (problem is not None)}", flush=True)
+            if problem is not None:
+                wrong.append(f"Triton {version}, {step}:\n{problem}")
+            else:
+                green[key] = counts
+                kept.write_text(json.dumps(green, indent=1) + "\n")
+    print("\n".join(wrong) if wrong else "all green")
     return bool(wrong)
 
 

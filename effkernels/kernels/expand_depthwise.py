@@ -13,19 +13,19 @@ TW outputs evaluates (TW - 1) * s + k columns: an element of a1 is computed (1 +
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import _INTERPRETING, activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
+from effkernels.kernels.common import activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.pointwise import load_forward_weight
 from effkernels.launch import expand_depthwise_config
 
 
 @triton.jit
-def rounded(v, dtype: tl.constexpr):
+def rounded(v, dtype: tl.constexpr, FAST: tl.constexpr):
     """v (fp32) as it would come back from memory in the compute dtype.
 
-    For bf16 two values a conversion: cast up again right away, LLVM converts one by one, on the slow unit that also does tanh.
+    FAST (bf16 only): two values a conversion; cast up again right away, LLVM converts one by one, on the slow unit that also does tanh.
     """
-    if dtype == tl.bfloat16 and not _INTERPRETING:
+    if FAST:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
             "=r,=r,r,r", [v], dtype=tl.float32, is_pure=True, pack=2,
@@ -91,7 +91,7 @@ def expand_depthwise_kernel(
                             part = load_forward_weight(w1, c, start + i, I, rest[:, None] & mc[None, :], dtype)
                             column = tl.load(xn + off_in + (j * I + start), mask=inside[:, None] & rest[None, :], other=0.0)
                             e = dot(column, part, e, PRECISION)
-                    a = rounded(activate(e * scale1 + shift1, ACT, FAST), dtype)
+                    a = rounded(activate(e * scale1 + shift1, ACT, FAST), dtype, FAST)
                     a = tl.where(inside[:, None], a, 0.0)
                     summed = ()
                     for m in tl.static_range(M):
