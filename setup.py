@@ -28,6 +28,7 @@ TEST = [
     "filelock>=3.12",
     "hypothesis>=6.80",
     "ruff>=0.9",
+    "vermin>=1.6",
     "timm>=1.0.9",
     "efficientnet_pytorch>=0.7.1",
     "transformers>=5.0",

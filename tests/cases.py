@@ -5,11 +5,39 @@ and shrinks what fails.
 """
 
 import functools
+import random
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 
 factor = 1  # set by tests/conftest.py from --cases, before test modules are imported
 ran = 0  # cases in this process so far
+_decks: list[dict] = []
+
+
+def dealt(values):
+    """One of a few values, each as often as the others: with tens of cases, hypothesis alone leaves out some and repeats others.
+
+    A deck is shuffled and dealt, card by card, to the numbers that hypothesis draws; the same number gets the same card. To be called
+    at a module's top level. With --cases it is hypothesis' choice, which shrinks better.
+    """
+    values, deck = list(values), {}
+    if factor > 1:
+        return st.sampled_from(values)
+    name = len(_decks)
+    _decks.append(deck)
+
+    def card(number):
+        turn, place = divmod(deck.setdefault(number, len(deck)), len(values))
+        return random.Random(f"{name} {turn}").sample(values, len(values))[place]
+
+    return st.integers(0, 2**31 - 1).map(card)
+
+
+def shuffle():
+    """Every deck is whole again, so that a test draws the same cases whichever ran before."""
+    for deck in _decks:
+        deck.clear()
 
 
 def cases(count):
@@ -25,7 +53,7 @@ def cases(count):
             return inner(*args, **kwargs)
 
         test.hypothesis.inner_test = counted
-        return settings(
+        test = settings(
             max_examples=count * factor,
             derandomize=factor == 1,
             phases=[Phase.explicit, Phase.generate] + ([Phase.shrink] if factor > 1 else []),
@@ -33,5 +61,24 @@ def cases(count):
             deadline=None,  # an interpreted kernel takes as long as the machine is busy
             suppress_health_check=list(HealthCheck),  # slow data and one ``scratch`` for all cases of a test are meant
         )(test)
+        test.drawn = functools.partial(_drawn, test)
+        return test
 
     return decorate
+
+
+def _drawn(test):
+    """The cases that this test draws, without running it."""
+    shuffle()
+    inner, found = test.hypothesis.inner_test, []
+
+    @functools.wraps(inner)
+    def keep(case, **fixtures):
+        found.append(case)
+
+    test.hypothesis.inner_test = keep
+    try:
+        test(**dict.fromkeys(("device", "scratch")))
+    finally:
+        test.hypothesis.inner_test = inner
+    return found

@@ -29,6 +29,7 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     before = cases.ran
+    cases.shuffle()
     try:
         return (yield)
     finally:

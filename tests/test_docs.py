@@ -157,10 +157,13 @@ def test_links_between_pages():
 
 
 def test_sources_are_python_310():
-    """The oldest Python of setup.py: its grammar (ruff's target-version is the same)."""
+    """The oldest Python of setup.py: its grammar (ruff's target-version is the same), and nothing of a newer standard library."""
     setup = (ROOT / "setup.py").read_text()
     assert 'python_requires=">=3.10"' in setup and "Python :: 3.{minor}" in setup and "(10, 11, 12, 13)" in setup
     assert 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
     for package in ("effkernels", "efficientnet", "benchmarks", "tests", "docs"):
         for path in (ROOT / package).rglob("*.py"):
             ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
+    check = [sys.executable, "-c", "import vermin; vermin.main()", "--quiet", "--no-tips", "--violations", "-t=3.10-"]
+    done = subprocess.run([*check, "effkernels", "efficientnet"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -228,6 +228,21 @@ def addresses(function, arguments, grid, monkeypatch):
     return touched
 
 
+class Ends(torch.nn.Module):
+    """A network's stem, a BatchNorm with activation and residual, and its head."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.stem, self.head = torch.nn.Conv2d(3, 48, 3, bias=False, device=device), torch.nn.Conv2d(48, 64, 1, bias=False, device=device)
+        self.first, self.apply, self.last = (torch.nn.BatchNorm2d(c, device=device) for c in (48, 48, 64))
+
+    def forward(self, x):
+        norm = BatchNormParams.of
+        y = functional.stem(x, self.stem.weight, norm(self.first), stride=2)
+        y = functional.bn_act_add(y, norm(self.apply), act="silu", residual=y)
+        return functional.head(y, self.head.weight, norm(self.last))
+
+
 LARGE = [
     # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins
     ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (1800, 16, 112, 112)),
@@ -235,6 +250,7 @@ LARGE = [
     ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3600, 48, 112, 112)),
     ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
      (3600, 48, 112, 112)),
+    ("stem and head", lambda: Ends("meta"), (3600, 3, 224, 224)),
 ]  # fmt: skip
 
 

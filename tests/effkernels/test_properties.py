@@ -4,13 +4,15 @@ Hypothesis draws the cases (``cases.py`` says how many); each compares the outpu
 Not drawn: fewer than eight channels or values a channel, since what nearly cancels has no error to be twice of.
 """
 
+import collections
 import contextlib
 import copy
+import itertools
 from typing import NamedTuple
 
 import pytest
 import torch
-from cases import cases, factor
+from cases import cases, dealt, factor
 from hypothesis import event, given
 from hypothesis import strategies as st
 from truth import batch_norm, nchw, nhwc, norm_vectors, relative_error
@@ -24,30 +26,28 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 HALF = (torch.bfloat16, torch.float16)
 # How numbers are kept: fp32; autocast to a half type; parameters and buffers cast to it.
-precisions = st.sampled_from([("fp32", torch.float32), *((how, dtype) for how in ("autocast", "cast") for dtype in HALF)])
+precisions = dealt([("fp32", torch.float32), *((how, dtype) for how in ("autocast", "cast") for dtype in HALF)])
+dtypes = dealt([torch.float32, *HALF])
 channels = st.integers(8, 40)
-activations = st.sampled_from(sorted(ACTIVATIONS))
-gates = st.sampled_from(sorted(GATES))
-
-
-def of_few_units(precision, functions, smooth):
-    """A function of squeeze-excite: smooth in half precision, where a hidden unit near a kink is as often on its other side, and a few
-    units do not average that out."""
-    return functions if precision[0] == "fp32" else st.sampled_from(smooth)
+activations = dealt(sorted(ACTIVATIONS))
+gates = dealt(sorted(GATES))
+smooth = dealt(["gelu", "identity", "silu"])
 
 
 def hidden(precision):
-    return of_few_units(precision, activations, ["gelu", "identity", "silu"])
+    """An activation of squeeze-excite: smooth in half precision, where a hidden unit near a kink is as often on its other side, and a
+    few units do not average that out."""
+    return activations if precision[0] == "fp32" else smooth
 
 
 def gate(precision):
-    return of_few_units(precision, gates, ["sigmoid"])
+    return gates if precision[0] == "fp32" else st.just("sigmoid")
 
 
 seeds = st.integers(0, 2**31 - 1)
 CONV_AND_NORM = ["x", "weight", "norm.weight", "norm.bias"]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "strided", "expanded", "transposed", "offset")
-layouts = st.sampled_from(LAYOUTS)
+layouts, gradient_layouts, residual_layouts = (dealt(LAYOUTS) for _ in range(3))
 
 
 def laid_out(tensor, layout):
@@ -85,8 +85,8 @@ class Norm(NamedTuple):
 
 
 norms = st.builds(
-    Norm, training=st.sampled_from([True, True, False]), tracks=st.sampled_from([True, True, False]),
-    momentum=st.sampled_from([0.01, 0.3, None]), eps=st.sampled_from([1e-3, 1e-5, 0.1]),
+    Norm, training=dealt([True, True, False]), tracks=dealt([True, True, False]), momentum=dealt([0.01, 0.3, None]),
+    eps=dealt([1e-3, 1e-5, 0.1]),
 )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def different(image):
 
 
 images = st.builds(
-    Image, N=st.integers(1, 4), H=st.integers(1, 9), W=st.integers(1, 9), layout=layouts, gradient_layout=layouts,
-    mean=st.sampled_from([0.0, 0.5, 3.0]), seed=seeds,
+    Image, N=st.integers(1, 4), H=st.integers(1, 9), W=st.integers(1, 9), layout=layouts,
+    gradient_layout=gradient_layouts, mean=dealt([0.0, 0.5, 3.0]), seed=seeds,
 ).map(different)  # fmt: skip
 
 
@@ -123,20 +123,43 @@ def values(image, kernel_size=1, stride=1, padding="symmetric"):
     return image.N * conv_out_size(image.H, kernel_size, stride, padding) * conv_out_size(image.W, kernel_size, stride, padding)
 
 
+kernel_sizes = dealt([1, 3, 3, 5] + [7, 9] * (factor > 1))  # the large ones cost seconds each: test_depthwise.py has them
+strides = dealt([1, 2])
+paddings = dealt(["symmetric", "same", "same_as_even"])
+
+
 @st.composite
-def convolutions(draw, kernel_sizes=(1, 3, 3, 5)):
-    """(image, kernel size, stride, padding) that leave eight values a channel; k = 7 and 9 cost seconds each."""
-    k, stride = draw(st.sampled_from(kernel_sizes + ((7, 9) if factor > 1 else ()))), draw(st.sampled_from([1, 2]))
-    padding = draw(st.sampled_from(["symmetric", "same", "same_as_even"]))
+def convolutions(draw, kernel_sizes=kernel_sizes):
+    """(image, kernel size, stride, padding) that leave eight values a channel."""
+    k, stride, padding = draw(kernel_sizes), draw(strides), draw(paddings)
     least = 3 if stride == 2 else 2
     size = st.integers(least, 7)
     image = draw(images)._replace(H=draw(size), W=draw(size))
     return (image if values(image, k, stride, padding) >= 8 else image._replace(N=8)), k, stride, padding
 
 
+everything = dealt([True, False])
+
+
 def wanted(names):
     """All gradients, half of the time; else some."""
-    return st.one_of(st.just(frozenset(names)), st.frozensets(st.sampled_from(names), min_size=1))
+    return everything.flatmap(lambda all: st.just(frozenset(names)) if all else st.frozensets(st.sampled_from(names), min_size=1))
+
+
+def gradient_of(out, seed):
+    """Other numbers than those of x, which BatchNorm's backward would take out again."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1)).to(out.dtype)
+
+
+def of_one_tap(want, weight, k, norm):
+    """Without the gradient of a 1x1 depthwise weight before batch statistics: they undo its scale, and all but eps cancels."""
+    return want - {weight} if k == 1 and norm.training else want
+
+
+def past_kinks(want, precision, *acts):
+    """No gradients in half precision where an activation has kinks: one value of thousands that comes to lie on the other side is more
+    than the bound, and who is hit is chance. fp32 has them, and test_modules.py's cases."""
+    return frozenset() if precision[0] != "fp32" and not {"relu", "relu6", "hard_swish"}.isdisjoint(acts) else want
 
 
 def copies(case, kind):
@@ -169,7 +192,7 @@ def check(call, case, precision=("fp32", torch.float32), gradient_layout="contig
         cast = torch.autocast("cpu", dtype) if how == "autocast" and kind != "truth" else contextlib.nullcontext()
         with cast:
             out = call(module, tensors, layers)
-        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+        gradient = gradient_of(out, seed)
         leaves = {name: t for name, t in tensors.items() if name in case[2]}
         leaves |= {f"{n}.{f}": getattr(norm, f) for n, norm in layers.items() for f in ("weight", "bias") if f"{n}.{f}" in case[2]}
         if out.dim() == 4:
@@ -202,17 +225,22 @@ def precise(precision):
 
 # ---- depthwise -------------------------------------------------------------------------------------------------------------------
 
+before, gated = dealt([True, False]), dealt([True, False, False])
+pre_activations = dealt(sorted(ACTIVATIONS))
+
 
 @st.composite
 def depthwise_cases(draw):
     image, k, stride, padding = draw(convolutions())
     precision, C = draw(precisions), draw(channels)
     settings = {"stride": stride, "padding": padding, "act": draw(activations)}
-    pre = draw(st.booleans())
+    pre = draw(before)
     layers = {"norm": draw(norms), **({"pre": draw(norms)} if pre else {})}
-    se = draw(st.sampled_from([None, None, (draw(st.integers(8, 12)), draw(hidden(precision)), draw(gate(precision)))]))
+    se = (draw(st.integers(8, 12)), draw(hidden(precision)), draw(gate(precision))) if draw(gated) else None
     names = ["x", "weight", *(f"{n}.{f}" for n in layers for f in ("weight", "bias"))] + (["wr", "br", "we", "be"] if se else [])
-    return image, C, k, precision, settings, layers, draw(activations) if pre else "identity", se, draw(wanted(names))
+    pre_act = draw(pre_activations) if pre else "identity"
+    want = past_kinks(of_one_tap(draw(wanted(names)), "weight", k, layers["norm"]), precision, settings["act"], pre_act)
+    return image, C, k, precision, settings, layers, pre_act, se, want
 
 
 @cases(12)
@@ -239,15 +267,17 @@ def test_depthwise(case, device, scratch):
 
 # ---- batchnorm -------------------------------------------------------------------------------------------------------------------
 
+added, masked = dealt([True, False]), dealt([True, False])
+
 
 @st.composite
 def batchnorm_cases(draw):
     image = draw(images)
     image = image if values(image) >= 8 else image._replace(N=8)
-    residual, names = draw(st.booleans()), ["x", "norm.weight", "norm.bias"]
+    residual, names = draw(added), ["x", "norm.weight", "norm.bias"]
     return (
-        image, draw(channels), draw(st.sampled_from([torch.float32, *HALF])), draw(norms), draw(activations), draw(st.booleans()),
-        draw(st.sampled_from(LAYOUTS)) if residual else None, draw(wanted(names + (["residual"] if residual else []))),
+        image, draw(channels), draw(dtypes), draw(norms), draw(activations), draw(masked),
+        draw(residual_layouts) if residual else None, draw(wanted(names + (["residual"] if residual else []))),
     )  # fmt: skip
 
 
@@ -297,18 +327,13 @@ def test_squeeze_excite(case, device, scratch):
 # ---- pointwise, stem and head ----------------------------------------------------------------------------------------------------
 
 
+FLAGS = ("prologue", "gate", "epilogue", "residual")
+flags = dealt([dict(zip(FLAGS, on, strict=True)) for on in itertools.product([True, False], repeat=4)])
+
+
 @st.composite
 def pointwise_cases(draw):
-    image = draw(images)
-    flags = {name: draw(st.booleans()) for name in ("prologue", "gate", "epilogue", "residual")}
-    return (
-        image,
-        draw(st.integers(8, 150)),
-        draw(st.integers(8, 150)),
-        draw(st.sampled_from([torch.float32, *HALF])),
-        draw(activations),
-        flags,
-    )
+    return draw(images), draw(st.integers(8, 150)), draw(st.integers(8, 150)), draw(dtypes), draw(activations), draw(flags)
 
 
 @cases(50)
@@ -343,18 +368,10 @@ def test_pointwise(case, device, scratch):
 
 @st.composite
 def stem_cases(draw):
-    image, _, stride, padding = draw(convolutions((3,)))
-    return (
-        image,
-        draw(st.integers(1, 5)),
-        draw(channels),
-        draw(precisions),
-        stride,
-        padding,
-        draw(activations),
-        draw(norms),
-        draw(wanted(["x", "weight", "norm.weight", "norm.bias"])),
-    )
+    image, _, stride, padding = draw(convolutions(st.just(3)))
+    precision, act = draw(precisions), draw(activations)
+    want = past_kinks(draw(wanted(CONV_AND_NORM)), precision, act)
+    return image, draw(st.integers(1, 5)), draw(channels), precision, stride, padding, act, draw(norms), want
 
 
 @cases(20)
@@ -375,15 +392,9 @@ def test_stem(case, device, scratch):
 def head_cases(draw):
     image = draw(images)
     image = image if values(image) >= 8 and image.N > 1 else image._replace(N=8)  # pooling's gradient is constant in each image
-    return (
-        image,
-        draw(channels),
-        draw(channels),
-        draw(precisions),
-        draw(activations),
-        draw(norms),
-        draw(st.one_of(st.just(frozenset()), wanted(["x", "weight", "norm.weight", "norm.bias"]))),
-    )
+    precision, act = draw(precisions), draw(activations)
+    want = past_kinks(draw(wanted(CONV_AND_NORM)), precision, act)
+    return image, draw(channels), draw(channels), precision, act, draw(norms), want
 
 
 @cases(20)
@@ -413,21 +424,28 @@ class Block(NamedTuple):
     want: frozenset
 
 
+same_channels = dealt([True, False])
+se_ratios, expand_ratios = dealt([0, 0.5, 1.0]), dealt([1, 1.5, 2, 4])
+drop_paths, memories = dealt([0.0, 0.4]), dealt(["keep", "recompute"])
+modes = dealt(["train", "train", "train", "eval", "inference"])
+
+
 @st.composite
 def block_cases(draw):
     image, k, stride, padding = draw(convolutions())
     I = draw(st.integers(8, 20))
-    O = draw(st.sampled_from([I, draw(st.integers(8, 24))]))
-    precision, se_ratio = draw(precisions), draw(st.sampled_from([0, 0.5, 1.0]))
+    O = I if draw(same_channels) else draw(st.integers(8, 24))
+    precision, se_ratio = draw(precisions), draw(se_ratios)
     arguments = {
         "in_channels": I, "out_channels": O, "kernel_size": k, "stride": stride, "padding": padding,
         "act": draw(hidden(precision) if se_ratio else activations), "se_ratio": se_ratio,
-        "expand_ratio": draw(st.sampled_from([1, 1.5, 2, 4])),
-        "drop_path": draw(st.sampled_from([0.0, 0.4])), "memory": draw(st.sampled_from(["keep", "recompute"])),
+        "expand_ratio": draw(expand_ratios), "drop_path": draw(drop_paths), "memory": draw(memories),
     }  # fmt: skip
     names = [name for name, _ in FusedMBConv(**arguments).named_parameters()]
-    mode = draw(st.sampled_from(["train", "train", "train", "eval", "inference"]))
-    return image, Block(arguments, precision, mode, tuple(draw(norms) for _ in range(3)), draw(wanted(["x", *names])))
+    mode, norms_drawn = draw(modes), tuple(draw(norms) for _ in range(3))
+    second = norms_drawn[1 if arguments["expand_ratio"] != 1 else 0]
+    want = past_kinks(of_one_tap(draw(wanted(["x", *names])), "conv_dw.weight", k, second), precision, arguments["act"])
+    return image, Block(arguments, precision, mode, norms_drawn, want)
 
 
 def run_block(module, x, case, image, dtype):
@@ -440,8 +458,8 @@ def run_block(module, x, case, image, dtype):
     with autocast, torch.set_grad_enabled(case.mode != "inference"):
         out = module(x)
     found = {"out": out.detach()}
-    if case.mode != "inference":
-        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(image.seed)).to(out.dtype)
+    if case.mode != "inference" and case.want:
+        gradient = gradient_of(out, image.seed)
         out.backward(laid_out(gradient, image.gradient_layout))
         leaves = {"x": x, **dict(module.named_parameters())}
         assert {name for name, leaf in leaves.items() if leaf.grad is not None} == case.want
@@ -478,3 +496,56 @@ def test_block(case, device, scratch):
         if name.endswith("num_batches_tracked"):
             assert buffer == modules["eager"].get_buffer(name)
     compare(*results.values(), dtype)
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------------------
+
+
+def dimensions(value, name=""):
+    """(dimension, value) of all that a case is made of; strings tell by themselves what they are."""
+    if isinstance(value, (Image, Norm, Block)):
+        value = value._asdict()
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from dimensions(part, key)
+    elif isinstance(value, frozenset):
+        yield "gradients", value
+    elif isinstance(value, tuple) and isinstance(value[-1], torch.dtype):
+        yield "precision", value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from dimensions(part, name)
+    elif value in ACTIVATIONS:
+        yield "activation", value
+    elif value in GATES:
+        yield "gate", value
+    elif value in ("symmetric", "same", "same_as_even"):
+        yield "padding", value
+    else:
+        yield name, value
+
+
+@pytest.mark.skipif(factor > 1, reason="these draws are hypothesis' own")
+def test_every_value_of_every_dimension_is_drawn():
+    """By the cases that each run draws: nearly all for each operator, all of them for all operators."""
+    met = {}
+    for test in (test_depthwise, test_batchnorm, test_squeeze_excite, test_stem, test_head, test_block):
+        found = met[test.__name__] = collections.defaultdict(set)
+        for name, value in (pair for case in test.drawn() for pair in dimensions(case)):
+            found[name].add(value)
+    together = collections.defaultdict(set)
+    for found in met.values():
+        for name, values in found.items():
+            together[name] |= values
+    five = {("fp32", torch.float32), *((how, dtype) for how in ("autocast", "cast") for dtype in HALF)}
+    wanted = {
+        "layout": set(LAYOUTS), "gradient_layout": set(LAYOUTS), "precision": five, "activation": set(ACTIVATIONS), "gate": set(GATES),
+        "kernel_size": {1, 3, 5}, "stride": {1, 2}, "padding": {"symmetric", "same", "same_as_even"}, "se_ratio": {0, 0.5, 1.0},
+        "expand_ratio": {1, 1.5, 2, 4}, "drop_path": {0.0, 0.4}, "memory": {"keep", "recompute"}, "mode": {"train", "eval", "inference"},
+        "training": {True, False}, "tracks": {True, False}, "momentum": {0.01, 0.3, None}, "eps": {1e-3, 1e-5, 0.1},
+    }  # fmt: skip
+    assert {name: values - together[name] for name, values in wanted.items() if not values <= together[name]} == {}
+    for name, found in met.items():
+        assert len(found["layout"]) >= 6 and len(found["gradient_layout"]) >= 6 and len(found["activation"]) >= 5, (name, found)
+        assert name == "test_batchnorm" or found["precision"] == five, name
+    assert len(together["gradients"]) >= 25
