@@ -17,12 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within the
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes each")
-    parser.addoption("--cases", type=int, default=1, metavar="N", help="draw N times as many cases in property tests, afresh")
+    parser.addoption("--cases", type=float, default=1, metavar="N", help="draw N times as many cases in property tests, afresh")
 
 
 def pytest_configure(config):
     cases.factor = config.getoption("--cases")
-    settings.register_profile("repeatable", derandomize=cases.factor == 1, deadline=None, database=None)
+    settings.register_profile("repeatable", derandomize=cases.factor <= 1, deadline=None, database=None)
     settings.load_profile("repeatable")
 
 

@@ -9,7 +9,7 @@ import torch
 from test_dispatch import run_python
 
 import effkernels
-from effkernels import FusedMBConv, FusedSqueezeExcite, dispatch, tables
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, tables
 
 TABLE = Path(effkernels.__file__).parent / "tables/static_sm90.json"
 SMALLEST_SHARED_MEMORY = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 has 163 KB, sm_90 227 KB
@@ -116,6 +116,26 @@ def test_every_configuration_fits_the_smallest_shared_memory():
 
 def described(kernel, constants):
     return kernel, *(constants.get(name) for name in ("BM", "BN", "BK", "STAGES", "SINGLE"))
+
+
+@pytest.mark.parametrize("make", [lambda: FusedMBConv(8, 8), lambda: FusedDepthwiseConvBNAct(8), lambda: FusedSqueezeExcite(8, 2)])
+def test_weights_are_read_where_they_are(make, device, monkeypatch):
+    """What a captured graph replays are launches with these addresses: changed in place, weights and statistics count."""
+    from effkernels.kernels import depthwise
+
+    function, addresses = type(depthwise.depthwise_forward_kernel), set()
+    run = function.run
+
+    def recording(self, *args, **kwargs):
+        addresses.update(t.data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(function, "run", recording)
+    module = make().to(device).eval()
+    with torch.no_grad():
+        module(torch.randn(1, 8, 3, 3, device=device))
+    tensors = {**dict(module.named_parameters()), **{k: b for k, b in module.named_buffers() if "num_batches" not in k}}
+    assert [name for name, t in tensors.items() if t.data_ptr() not in addresses] == []
 
 
 def test_mixed_devices(monkeypatch):
