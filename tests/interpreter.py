@@ -5,6 +5,7 @@ put back after, so that fused modules keep to their plain PyTorch path on the CP
 fixture ``device`` of tests/effkernels. With a GPU the interpreter runs only if the user sets it.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -43,5 +44,35 @@ def _search_language_once_a_launch():
     interpreter._patch_lang = patch
 
 
+def _look_up_dtypes_once():
+    """It makes a dictionary of all NumPy dtypes to look one up, for every block."""
+    from triton.runtime import interpreter
+
+    make, known = interpreter._get_np_dtype, {}
+
+    def dtype(of):
+        scalar = of.scalar
+        if scalar.is_ptr():
+            return make(of)
+        if scalar.name not in known:
+            known[scalar.name] = make(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = dtype
+
+
+def check_overflow(on: bool):
+    """Whether every sum and product of integers is made a second time in int64, to compare: a third of all time.
+
+    Only offsets beyond 2^31 can overflow; test_memory.py, which makes them, switches it on.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=on)
+
+
 if HAS_TRITON and INTERPRET:
     _search_language_once_a_launch()
+    _look_up_dtypes_once()
+    check_overflow(False)

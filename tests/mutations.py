@@ -134,7 +134,7 @@ FAULTS = [
 
 
 def pytest(tree: Path, *tests: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *(TESTS + test for test in tests)]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 

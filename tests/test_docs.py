@@ -33,13 +33,18 @@ def blocks(language):
                     inside = None
 
 
-def commands():
-    """(page:line, words) of every command of the package in blocks without a language, or of bash."""
+def lines():
+    """(page:line of the block, words) of every command in blocks without a language, or of bash; of a pipe the last."""
     for where, text in [*blocks(""), *blocks("bash")]:
         for line in text.splitlines():
-            words = shlex.split(line.rpartition(" | ")[2], comments=True)
-            if words[1:3] == ["-m", "efficientnet"]:
-                yield f"{where}: {' '.join(words)}", words[3:]
+            yield where, shlex.split(line.rpartition(" | ")[2], comments=True)
+
+
+def commands():
+    """(page:line, arguments) of every command of the package, started by python or torchrun."""
+    for where, words in lines():
+        if "efficientnet" in words and words[words.index("efficientnet") - 1] == "-m":
+            yield f"{where}: {' '.join(words)}", words[words.index("efficientnet") + 1 :]
 
 
 def cases(pairs):
@@ -80,6 +85,21 @@ def test_command_is_one(argv):
     """Every option exists and takes what is given."""
     args = cli._parser().parse_args(argv)
     assert args.command == argv[0] and callable(args.run)
+
+
+def test_every_other_command_is_known():
+    """Those that are not the package's own: virtual environments, installations of what setup.py has, and pytest on what is there."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for where, words in lines():
+        if "efficientnet" in words:
+            continue
+        if "install" in words:
+            constraints, extra = words[words.index("-c") + 1], re.fullmatch(r"\.\[(\w+)\]", words[-1])[1]
+            assert (ROOT / constraints).exists() and f'"{extra}": ' in setup, where
+        elif Path(words[0]).name == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:] if word.endswith("/")), where
+        else:
+            assert words == ["python3", "-m", "venv", ".venv"], (where, words)
 
 
 @pytest.mark.parametrize("argv", cases(c for c in commands() if c[1][0] == "info" or c[1][:2] == ["scale", "--phi"]))

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET
+from interpreter import HAS_TRITON, INTERPRET, check_overflow
 from test_modules import images, randomise
 
 from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, functional
@@ -217,6 +217,7 @@ def addresses(function, arguments, grid, monkeypatch):
             patch.setitem(vars(module), "range", typed_range)
         scope = interpreter._patch_lang(executor.fn)
         tl.range = lambda *bounds, **how: typed_range(*bounds)  # put back with the scope
+        check_overflow(True)
         try:
             bound = {name: value if name in executor.constexprs else convert(value) for name, value in arguments.items()}
             size = (*grid, 1, 1)[:3]
@@ -224,6 +225,7 @@ def addresses(function, arguments, grid, monkeypatch):
             interpreter.interpreter_builder.set_grid_idx(*(n - 1 for n in size))
             executor.fn(**bound)
         finally:
+            check_overflow(False)
             scope.restore()
     return touched
 

@@ -290,7 +290,7 @@ def batchnorm_cases(draw):
     )  # fmt: skip
 
 
-@cases(60)
+@cases(40)
 @given(case=batchnorm_cases())
 def test_batchnorm(case, device, scratch):
     image, C, dtype, norm, act, masked, residual, want = case
@@ -318,7 +318,7 @@ def squeeze_cases(draw):
     return image, draw(channels), draw(st.integers(8, 20)), precision, *functions, draw(wanted(names))
 
 
-@cases(40)
+@cases(30)
 @given(case=squeeze_cases())
 def test_squeeze_excite(case, device, scratch):
     image, C, R, precision, act, gate, want = case
