@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import digits
 
+NO_TRANSFER, NO_CLASSIFIER = ("--transfer-seeds", "0"), ("--classifier-seeds", "0")
+
 
 @pytest.fixture
 def trainings(monkeypatch):
@@ -31,7 +33,7 @@ def trainings(monkeypatch):
 
 def test_the_last_epoch_of_every_seed(trainings, tmp_path):
     out = tmp_path / "digits.json"
-    digits.main(["--seeds", "2", "--transfer-seeds", "0", "--out", str(out)])
+    digits.main(["--seeds", "2", *NO_TRANSFER, *NO_CLASSIFIER, "--out", str(out)])
     table = json.loads(out.read_text())
     assert [options["data"] for options in trainings] == ["digits", "digits"]
     assert {seed: (run["accuracy"], run["epochs"]) for seed, run in table["seeds"].items()} == {"0": (0.7, 3), "1": (0.71, 3)}
@@ -43,7 +45,7 @@ def test_transfer_takes_the_trunk_it_names(trainings, tmp_path):
     """The best of training on digits 0 to 4, and of the random trunk the last: its statistics are all that was trained."""
     out = tmp_path / "digits.json"
     out.write_text('{"seeds": {"0": {"accuracy": 0.9}}}')
-    digits.main(["--seeds", "0", "--transfer-seeds", "1", "--out", str(out)])
+    digits.main(["--seeds", "0", "--transfer-seeds", "1", *NO_CLASSIFIER, "--out", str(out)])
     table = json.loads(out.read_text())
     assert table["seeds"] == {"0": {"accuracy": 0.9}}, "what is not measured again stays"
     assert table["transfer"] == {"0": {f"{trunk}, until {until}": 0.7 for trunk in ("digits 0 to 4", "random") for until in ("3", "head")}}
@@ -53,6 +55,18 @@ def test_transfer_takes_the_trunk_it_names(trainings, tmp_path):
     assert [run["--freeze-until"] for run in heads] == ["3", "head"]
     assert {run["--pretrained"] for run in heads} == {f"{trunk['--output']}/best.safetensors"}
     assert last["--pretrained"] == f"{random['--output']}/last.safetensors"
+
+
+def test_a_classifier_on_frozen_weights(trainings, tmp_path):
+    out = tmp_path / "digits.json"
+    digits.main(["--seeds", "0", *NO_TRANSFER, "--classifier-seeds", "2", "--out", str(out)])
+    assert json.loads(out.read_text())["classifier"] == {
+        "0": {"digits 0 to 4": 0.7, "random": 0.7}, "1": {"digits 0 to 4": 0.71, "random": 0.71}
+    }  # fmt: skip
+    low, trained, random = trainings[:3]
+    assert low["data"] == "digits:0-4" and trained["data"] == random["data"] == "digits:5-9"
+    assert trained["--pretrained"] == f"{low['--output']}/best.safetensors" and "--pretrained" not in random
+    assert trained["--freeze-until"] == random["--freeze-until"] == "head" and random["--freeze-bn"] == "weights"
 
 
 def test_a_failed_training_is_an_error_with_its_output(monkeypatch, tmp_path):
