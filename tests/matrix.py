@@ -79,7 +79,7 @@ def suite(python, jobs: int, quick: bool) -> tuple[str, str | None]:
         "--cases",
         SHARE,
         "-k",
-        "not compiled",
+        "not test_compiled",
         *selected(quick),
         OMP_NUM_THREADS="1",
     )
