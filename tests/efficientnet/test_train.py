@@ -334,6 +334,7 @@ def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_pat
     before = signal.signal(signum, leave)
     try:
         monkeypatch.setattr("efficientnet.train._compiled", compiled)
+        monkeypatch.setattr("efficientnet.train._for_processes", lambda config, *_: config)  # no compiler is asked for
         for at[0], stop in ((0, Left), (1, Interrupted), (6, Left), (8, Interrupted)):  # updates 6 on are of the second size
             trainer = Trainer(replace(config, resume="auto"))
             with pytest.raises(stop):
@@ -342,6 +343,16 @@ def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_pat
             assert signal.getsignal(signum) is leave
     finally:
         signal.signal(signum, before)
+
+
+def test_processes_come_around_what_is_compiled(trained, tmp_path, monkeypatch):
+    """So that DistributedDataParallel, which knows how to accumulate without an exchange, is not hidden in it."""
+    config, *_ = trained
+    monkeypatch.setattr("efficientnet.train._for_processes", lambda config, *_: config)
+    monkeypatch.setattr("efficientnet.train._compiled", lambda model, device: ("compiled", model))
+    monkeypatch.setattr("efficientnet.train.wrap", lambda model, processes: ("wrapped", model))
+    trainer = Trainer(replace(config, model=TINY, compile=True, output=str(tmp_path)))
+    assert trainer.forward == ("wrapped", ("compiled", trainer.model))
 
 
 @pytest.mark.slow
