@@ -172,11 +172,12 @@ def main(argv=None) -> int:
             counts, problem = (green[key], None) if key in green else steps[step](python)
             print(f"    {step:8}{counts}{' (kept)' * (key in green)}{' NOT GREEN' * (problem is not None)}", flush=True)
             if problem is not None:
-                wrong.append(f"Triton {version}, {step}:\n{problem}")
+                wrong.append(f"Triton {version}, {step}")
+                print(problem, flush=True)
             else:
                 green[key] = counts
                 kept.write_text(json.dumps(green, indent=1) + "\n")
-    print("\n".join(wrong) if wrong else "all green")
+    print(f"not green: {'; '.join(wrong)}" if wrong else "all green")
     return bool(wrong)
 
 
