@@ -89,6 +89,7 @@ class Block(NamedTuple):
     drop_rate: float = 0.0  # of samples of the residual branch, in this mode
     drop_mask: object = draw_drop_path  # (x, rate) -> fp32 [N], one draw as the library's own
     now: str | None = None  # a reason that holds in the block's present mode only
+    in_place: bool = False  # the residual is added in place: under autocast the sum keeps the branch's dtype, not an fp32 input's
 
 
 # ---- readers -----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def _torchvision(block):
         return gate
     expand, depthwise, project = ([None] if len(stages) == 2 else []) + [Stage(*stage) for stage in stages]
     residual = block.apply_residual if name == "layers" else block.use_res_connect
-    found = Block(expand, depthwise, gate, project, residual, tuple(identities))
+    found = Block(expand, depthwise, gate, project, residual, tuple(identities), in_place=name == "block")
     return _with_drop_path(found, "stochastic_depth", getattr(block, "stochastic_depth", None))
 
 
@@ -460,7 +461,7 @@ def run(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -> torc
         reduce, expand = block.gate.reduce[1], block.gate.expand[1]
         se = SqueezeExciteParams(reduce.weight, reduce.bias, expand.weight, expand.bias, verdict.se_act, verdict.gate)
     stages = [None if s is None else (s.conv[1].weight, norm(s.bn[1])) for s in (block.expand, block.depthwise, block.project)]
-    return functional.mbconv(
+    out = functional.mbconv(
         x,
         stages[0],
         stages[1],
@@ -473,3 +474,4 @@ def run(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -> torc
         training=training,
         mask=block.drop_mask(x, block.drop_rate) if block.drop_rate > 0 else None,
     )
+    return out.to(dispatch.compute_dtype(x)) if block.in_place else out

@@ -14,7 +14,7 @@ from interpreter import HAS_TRITON, INTERPRET
 from test_convert import calibrated, logits, lukemelas_model, timm_model, torchvision_model, transformers_model
 from test_convert_kernels import kernels_of
 from torch import nn
-from truth import images_away_from_kinks, relative_error
+from truth import images_away_from_kinks
 
 from effkernels import accelerate, explain, restore
 
@@ -108,11 +108,18 @@ def operators(name, stem, block, head):
 
 
 def assert_within_bound(fused, eagers, truth):
-    """The rule of ``truth.py`` against the largest of several errors of eager PyTorch, for each tensor."""
+    """The rule of ``truth.py`` against the largest of several errors of eager PyTorch, for each tensor.
+
+    The gradient of a bias vanishes where a BatchNorm follows without a residual in between: what is left of it is rounding, which is
+    measured against the gradient of that layer's weight.
+    """
     assert fused.keys() == truth.keys()
     for name, value in truth.items():
-        error, eager = relative_error(fused[name], value), max(relative_error(eager[name], value) for eager in eagers)
-        assert error <= 2 * eager + 1e-6, f"{name}: relative error {error:.3g}, eager PyTorch's up to {eager:.3g}"
+        size, weight = value.norm(), truth.get(name.removesuffix("bias") + "weight")
+        if name.endswith("bias") and weight is not None and size < 1e-9 * weight.norm():
+            size = weight.norm()
+        error, *eager = (((result[name].double() - value).norm() / size).item() for result in (fused, *eagers))
+        assert error <= 2 * max(eager) + 1e-6, f"{name}: relative error {error:.3g}, eager PyTorch's up to {max(eager):.3g}"
 
 
 def eager_runs(module, x, run):
