@@ -105,9 +105,13 @@ def twins_serve(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_and_back(name, twins_serve):
-    """Same logits through what is read from each block; every eligible block fused; restored: the same objects and bits."""
+    """Same logits through what is read from each block; every eligible block fused; restored: the same objects and bits.
+
+    In float64, since networks this deep and random amplify fp32's rounding to 1e-5, more or less by the kind of CPU.
+    """
     make, blocks, eligible, size = MODELS[name]
     model, x = calibrated(make, size)
+    model, x = model.double(), x.double()
     before = explain(model)
     modules, types = list(model.modules()), [type(m) for m in model.modules()]
     tensors = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
@@ -115,7 +119,7 @@ def test_a_model_and_back(name, twins_serve):
         plain = logits(model, x)
         assert accelerate(model) is model
         fused = logits(model, x)
-    assert relative_error(fused, plain.double()) < 1e-5
+    assert relative_error(fused, plain) < 1e-10
     ends = [end.rpartition(".")[2] for end, reason in before.ends.items() if reason is None]
     separable = [end for end in ends if end not in ("stem", "head")]  # layers that are no module by themselves
     assert Counter(twins_serve) == Counter(["mbconv"] * (eligible + len(separable)) + ["stem"] + ["head"] * ("head" in ends))
