@@ -55,6 +55,10 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         device = pick_device(config.device)
         self.processes = join(device.type, config.dist_timeout)
+        with lost_process(self.processes, lambda: "it had not begun to train"):
+            self._prepare(config, device)
+
+    def _prepare(self, config, device):
         self.output = Path(config.output)
         config = self.config = _for_processes(config, device, self.processes.world)
         if device.type == "cuda":

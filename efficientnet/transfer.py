@@ -28,7 +28,7 @@ def freeze(model: EfficientNet, until: str | int | None, bn: bool | str = True) 
     A frozen tensor has ``requires_grad=False``: build the optimizer afterwards (``parameter_groups`` leaves frozen ones out).
     Raises TypeError for another module, ValueError for another ``until`` or ``bn``.
     """
-    if bn not in (True, False, "weights"):
+    if not isinstance(bn, bool) and bn != "weights":  # 1 is in (True, False) too, and would be neither below
         raise ValueError(f"bn must be True, 'weights' or False, got {bn!r}")
     if not isinstance(model, EfficientNet):
         raise TypeError(f"model must be an EfficientNet, got {type(model).__name__}")

@@ -1,5 +1,6 @@
 """Processes of one run (gloo, on the CPU): the same training as in one, exact evaluation, lost processes, wrong environments."""
 
+import os
 import re
 import signal
 from dataclasses import replace
@@ -250,6 +251,21 @@ def test_what_only_the_first_process_finds_wrong_ends_all(config, tmp_path, outp
         process.join(300)
         err = [line for line in (tmp_path / f"log.{rank}").read_text().splitlines() if "falling back" not in line]
         assert process.exitcode == 2 and len(err) == 1 and re.match(f"efficientnet: error: {message}", err[0]), err
+
+
+def command_without_data(*argv):
+    """``command``, with a data folder that the second process's machine lacks."""
+    return command(*argv, *(("--data", "imagefolder:/no/such") if os.environ["RANK"] == "1" else ()))
+
+
+def test_a_process_that_ends_before_training_is_one_line_in_the_others(config, tmp_path):
+    group = processes.start_group(2, command_without_data, *arguments(config, tmp_path / "two"), log=tmp_path / "log")
+    for process in group:
+        process.join(300)
+    texts = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in group] == [1, 2] and not any("Traceback" in text for text in texts), texts
+    assert "efficientnet: error: process 0 lost another process of the run (" in texts[0] and "; it had not begun to train" in texts[0]
+    assert texts[1] == "efficientnet: error: data folder '/no/such' does not exist\n"
 
 
 def test_a_signal_reaches_every_process(config, tmp_path):

@@ -70,8 +70,9 @@ def test_freeze_with_bad_input(model, until):
         freeze(model, until)
     with pytest.raises(TypeError, match="model must be an EfficientNet, got Linear"):
         freeze(nn.Linear(2, 2), "stem")
-    with pytest.raises(ValueError, match="bn must be True, 'weights' or False, got 'statistics'"):
-        freeze(model, "stem", bn="statistics")
+    for bn in ("statistics", 1, 0, None):
+        with pytest.raises(ValueError, match=f"bn must be True, 'weights' or False, got {bn!r}"):
+            freeze(model, "stem", bn=bn)
 
 
 def test_layer_decay_is_timms(timm, model):
