@@ -111,14 +111,15 @@ def assert_within_bound(fused, eagers, truth):
     """The rule of ``truth.py`` against the largest of several errors of eager PyTorch, for each tensor.
 
     The gradient of a bias vanishes where a BatchNorm follows without a residual in between: what is left of it is rounding, which is
-    measured against the gradient of that layer's weight.
+    measured against the gradient of that layer's weight. That of a block whose images are all dropped is zero.
     """
     assert fused.keys() == truth.keys()
     for name, value in truth.items():
+        assert fused[name].shape == value.shape, name
         size, weight = value.norm(), truth.get(name.removesuffix("bias") + "weight")
         if name.endswith("bias") and weight is not None and size < 1e-9 * weight.norm():
             size = weight.norm()
-        error, *eager = (((result[name].double() - value).norm() / size).item() for result in (fused, *eagers))
+        error, *eager = ((result[name].double() - value).norm().item() / (size.item() or 1.0) for result in (fused, *eagers))
         assert error <= 2 * max(eager) + 1e-6, f"{name}: relative error {error:.3g}, eager PyTorch's up to {max(eager):.3g}"
 
 
@@ -155,7 +156,7 @@ def inference(module, x):
 def training_step(module, x):
     """Logits, the gradients of images and of every parameter, and the running statistics after it."""
     x = x.detach().requires_grad_()
-    torch.manual_seed(1)  # for drop-path and drop-connect
+    torch.manual_seed(11)  # for drop-path and drop-connect: some images are dropped, of no block of these networks all
     out = logits(module.train(), x)
     parameters = dict(module.named_parameters())
     gradients = torch.autograd.grad(out.square().sum(), [x, *parameters.values()])
