@@ -3,6 +3,8 @@
 import inspect
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -95,15 +97,14 @@ def join(device: str, timeout: float = 600) -> Processes:
         if local_rank >= count:
             raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
         torch.cuda.set_device(local_rank)
+    problem = f"process {rank} of {world} cannot reach the others at {host}:{port} ({{}}); check world size, rank and port"
     try:
         if rank:
             _wait_for(host, port, timeout)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+        with _at_most(2 * timeout + 5, problem.format("somebody else listens there")):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     except (OSError, RuntimeError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"process {rank} of {world} cannot reach the others at {host}:{port} ({line}); check world size, rank and port"
-        ) from error
+        raise InputError(problem.format(str(error).strip().splitlines()[0])) from error
     return Processes(rank, world, local_rank)
 
 
@@ -117,6 +118,23 @@ def _wait_for(host, port, seconds):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+
+
+@contextmanager
+def _at_most(seconds, problem):
+    """Torch waits for good, deaf to signals, for the answer of a server that is no process of the run: the process ends with a line."""
+
+    def end():
+        print(f"efficientnet: error: {problem}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave() -> None:

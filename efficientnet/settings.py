@@ -162,6 +162,8 @@ class TrainConfig:
         until = ("stem", *map(str, range(7)), "head")
         if self.freeze_until is not None:
             check("freeze_until", f"one of {', '.join(until)}", lambda v: v in until)
+        elif self.freeze_bn != "all":
+            raise InputError(f"freeze_bn {self.freeze_bn} is about layers that freeze_until freezes: give --freeze-until too")
         if self.scale is not None:
             object.__setattr__(self, "scale", tuple(self.scale))  # a list, from a recipe
             check("scale", "two numbers, 0 < smallest <= largest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)

@@ -212,7 +212,7 @@ class Trainer:
         lr = learning_rate(config, self.step, self.steps, self.order.images)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else None
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite or self.scaler.is_enabled() else None
         try:
             loss = self._gradients(batches)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -235,8 +235,11 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self._not_finite(loss, buffers)
-        if finite:
+            self._not_finite(loss)
+        if not finite:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):  # BatchNorm has seen the batch
+                buffer.copy_(before)
+        else:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             for sums in self.sums.values():
@@ -263,7 +266,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _not_finite(self, loss, buffers):
+    def _not_finite(self, loss):
         self.skipped += 1
         epoch, step = divmod(self.step, self.steps)
         names = self.loader.names(epoch, step)
@@ -275,8 +278,6 @@ class Trainer:
                 f"{what} in {where}{already}: a lower --lr or --clip-grad may help, --skip-nonfinite leaves such updates out; "
                 + self._how_to_continue()
             )
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):  # BatchNorm has seen the batch
-            buffer.copy_(before)
         self.say(f"left out, {self.skipped} of at most {self.config.skip_nonfinite}: {what} in {where}")
 
     def _finish_epoch(self, epoch) -> Evaluation:

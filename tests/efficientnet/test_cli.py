@@ -125,6 +125,7 @@ def test_predict_with_weights_from_elsewhere(run, image_folder, tmp_path):
         (["train", "--cuda-graphs", "--device", "cpu"], "cuda_graphs needs a CUDA device, and this run is on the CPU"),
         (["train", "--sync-bn", "--device", "cpu"], "sync_bn needs several processes"),
         (["train", "--freeze-until", "7"], "freeze_until must be one of stem, 0, .*, head, got '7'"),
+        (["train", "--freeze-bn", "weights"], "freeze_bn weights is about layers that freeze_until freezes: give --freeze-until too"),
         (["train", "--freeze-bn", "some"], "argument --freeze-bn: invalid choice: 'some'"),
         (["train", "--layer-decay", "0"], r"layer_decay must be in \(0, 1\], got 0.0"),
         (["train", "--scale", "0.5", "0.1"], r"scale must be two numbers, .*, got \(0.5, 0.1\)"),

@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -309,6 +312,28 @@ def test_a_wrong_environment_is_one_line(monkeypatch, tmp_path, capfd, env, mess
     assert stop.value.code == 2 and err.startswith("efficientnet: error: ") and err.count("\n") == 1
     assert re.search(message, err), err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_another_server_at_the_port_is_one_line(tmp_path):
+    """It takes the connection and never answers, which torch waits for without an end, whatever the timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        command = [
+            sys.executable,
+            "-m",
+            "efficientnet",
+            "train",
+            "--device",
+            "cpu",
+            "--dist-timeout",
+            "1",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "process 1 of 2 cannot reach the others at 127.0.0.1:" in done.stderr and "check world size, rank and port" in done.stderr
 
 
 def test_what_needs_other_numbers_of_processes(config, tmp_path):

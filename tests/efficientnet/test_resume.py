@@ -245,6 +245,19 @@ def test_updates_that_are_not_finite_are_left_out_up_to_a_limit(config, tmp_path
         trainer.run()
 
 
+def test_an_overflow_under_loss_scaling_halves_the_scale_and_leaves_nothing_else(config, tmp_path, monkeypatch):
+    """Nor are BatchNorm's statistics those of the batch that overflowed, which a checkpoint would carry on."""
+    trainer = Trainer(replace(config, output=str(tmp_path), epochs=2))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    divergence(trainer, monkeypatch, 4)
+    trainer.run()
+    assert trainer.skipped == 0 and trainer.scaler.get_scale() == 2.0
+    states = [read_state(path) for path in RunStates(tmp_path / "checkpoints").paths()]
+    assert [state["step"] for state in states] == [6, 5, 4]
+    for part in ("model", "average"):
+        assert_same(states[1][part], states[2][part])
+
+
 def test_out_of_memory_names_the_batch_to_try(config, tmp_path, monkeypatch):
     trainer = Trainer(replace(config, output=str(tmp_path)))
 
