@@ -368,15 +368,22 @@ def test_compiled_as_one_graph(name):
 
 
 EXPORTED = {  # 64 pixels: of fewer, calibrated statistics are those of four values, and eager PyTorch itself is 5 % off
-    "timm": narrow,
-    "torchvision": lambda: calibrated(lambda: torchvision_model("mobilenet_v3_small"), 64),
-    "lukemelas": lambda: calibrated(lambda: lukemelas_model("efficientnet-b0", image_size=64), 64),
-    "transformers": lambda: calibrated(lambda: transformers_model(0.5, 0.5, 224), 64),
+    "timm-narrow": narrow,
+    **{f"timm-{n}": lambda n=n: calibrated(lambda: timm_model(n), 64) for n in ("mobilenetv2_035", "tf_mobilenetv3_small_100")},
+    **{
+        f"torchvision-{n}": lambda n=n: calibrated(lambda: torchvision_model(n), 64)
+        for n in ("mobilenet_v3_small", "mobilenet_v2", "efficientnet_b0")
+    },
+    **{f"lukemelas-b{i}": lambda i=i: calibrated(lambda: lukemelas_model(f"efficientnet-b{i}", image_size=64), 64) for i in range(3)},
+    **{
+        f"transformers-{w}-{d}": lambda w=w, d=d: calibrated(lambda: transformers_model(w, d, 224), 64)
+        for w, d in ((0.5, 0.5), (1.0, 1.0), (1.0, 1.1))
+    },
     "own": lambda: calibrated(lambda: create_model("efficientnet_b0", num_classes=10, fused=False), 64),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "timm" else pytest.mark.slow) for name in EXPORTED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "timm-narrow" else pytest.mark.slow) for name in EXPORTED])
 def test_onnx_export_of_a_restored_model(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
