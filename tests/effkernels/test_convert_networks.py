@@ -125,9 +125,8 @@ def assert_within_bound(fused, eagers, truth):
         error, *eager = ((result[name].double() - value).norm().item() / (size.item() or 1.0) for result in (fused, *eagers))
         assert error <= 2 * max(eager) + 1e-6, f"{name}: relative error {error:.3g}, eager PyTorch's up to {max(eager):.3g}"
         ratios.append(error / (statistics.median(eager) + 1e-9))
-    assert len(ratios) == 1 or statistics.median(ratios) <= 2, (
-        f"errors are {statistics.median(ratios):.3g} times eager PyTorch's, by the median"
-    )
+    median = statistics.median(ratios)
+    assert len(ratios) == 1 or median <= 2, f"errors are {median:.3g} times eager PyTorch's, by the median"
 
 
 def eager_runs(module, x, run):
