@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -167,7 +167,13 @@ class Trainer:
         self._write_samples()
         bar = tqdm(total=total, initial=self.step, unit="batch", mininterval=interval, dynamic_ncols=True, disable=not self.processes.first)
         evaluation = None
-        with bar, self._noticing_signals(), lost_process(self.processes, self._how_to_continue):
+        with (
+            bar,
+            self._noticing_signals(),
+            lost_process(self.processes, self._how_to_continue),
+            closing(self.loader),
+            closing(self.val_loader),
+        ):
             self.bar = bar
             while len(self.history) < self.config.epochs:
                 epoch = len(self.history)

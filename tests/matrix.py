@@ -135,14 +135,15 @@ def compiled(python, jobs: int) -> tuple[str, str | None]:
     return counts, json.dumps({t: errors for t, errors in failed.items() if errors}, indent=1) if any(failed.values()) else None
 
 
-def sources() -> str:
-    """A digest of all that an answer depends on, Triton aside."""
+def sources(step: str) -> str:
+    """A digest of all that a step's answer depends on, Triton aside."""
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())
-    for package in ("effkernels", "efficientnet", "tests"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for place in ("effkernels", "efficientnet", "tests" if step == "suite" else "tests/matrix.py"):
+        path = ROOT / place
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -168,7 +169,7 @@ def main(argv=None) -> int:
         print(f"Triton {version}", flush=True)
         python = environment(folder, version)
         for step in [args.step] if args.step else steps:
-            key = f"{sources()} {version} {step}{' quick' * (args.quick and step == 'suite')}"
+            key = f"{sources(step)} {version} {step}{' quick' * (args.quick and step == 'suite')}"
             counts, problem = (green[key], None) if key in green else steps[step](python)
             print(f"    {step:8}{counts}{' (kept)' * (key in green)}{' NOT GREEN' * (problem is not None)}", flush=True)
             if problem is not None:

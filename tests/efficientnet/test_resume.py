@@ -1,6 +1,7 @@
 """Nothing lost: resumed runs against runs that never stopped, damaged and unwritable checkpoints, signals, kills at random moments."""
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -83,9 +84,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config, whole, tmp_path, mo
             raise Stop
         update(self, batches)
 
+    before = set(multiprocessing.active_children())
     monkeypatch.setattr(Trainer, "_update", stopped)
     with pytest.raises(Stop):
         Trainer(config).run()
+    assert set(multiprocessing.active_children()) <= before, "data workers outlive their run"
     monkeypatch.undo()
     torch.manual_seed(99)
     trainer = Trainer(replace(config, resume="auto"))
