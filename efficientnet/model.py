@@ -222,7 +222,8 @@ class EfficientNet(nn.Module):
         self.conv_head = nn.Conv2d(channels, config.head_channels, 1, bias=False, **factory)
         self.bn2 = nn.BatchNorm2d(config.head_channels, **norm)
         self.classifier = self._new_classifier(num_classes, **factory)
-        self.apply(_init_weights)
+        if not self.conv_stem.weight.is_meta:  # nothing to fill, and PyTorch takes half a second over it
+            self.apply(_init_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``forward_head(forward_features(x))``; fused, the head's feature map is not stored in inference."""

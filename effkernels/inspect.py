@@ -590,10 +590,10 @@ def update(path: Path, launches, arch: int, processes: int | None = None) -> tup
 
 
 def sample(rows, one_in: int = 60) -> list[dict]:
-    """The rows to check by compiling: the shortest of each kernel and dtype, and one in ``one_in``, others whenever a kernel changes."""
+    """The rows to check by compiling: the shortest of each kernel, and one in ``one_in``, others whenever a kernel changes."""
     shortest = {}
     for row in sorted(rows, key=lambda row: (row["instructions"], row["digest"])):
-        shortest.setdefault((row["kernel"], row["dtype"]), row)
+        shortest.setdefault(row["kernel"], row)
     drawn = [row for row in rows if int(row["digest"], 16) % one_in == 0]
     return list({row["digest"]: row for row in (*shortest.values(), *drawn)}.values())
 

@@ -61,6 +61,34 @@ def _look_up_dtypes_once():
     interpreter._get_np_dtype = dtype
 
 
+def _describe_types_and_shapes_once():
+    """It makes the type of every intermediate value anew, its shape of objects of the language, and again to compare it."""
+    from triton.language import core
+
+    make_type, types = core.block_type.__init__, {}
+    make_tensor, tensors = core.tensor.__init__, {}
+
+    def block_type(self, element_ty, shape):
+        key = (element_ty.name, *(size if type(size) is int else size.value for size in shape))
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def tensor(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(self.__dict__)
+        self.__dict__.update(tensors[type.name], handle=handle, type=type)
+
+    equal = core.tuple.__eq__
+
+    def equal_tuples(self, other):
+        return core.constexpr(self.values == other.values) if type(other) is core.tuple else equal(self, other)
+
+    core.block_type.__init__, core.tensor.__init__, core.tuple.__eq__ = block_type, tensor, equal_tuples
+
+
 def check_overflow(on: bool):
     """Whether every sum and product of integers is made a second time in int64, to compare: a third of all time.
 
@@ -75,4 +103,5 @@ def check_overflow(on: bool):
 if HAS_TRITON and INTERPRET:
     _search_language_once_a_launch()
     _look_up_dtypes_once()
+    _describe_types_and_shapes_once()
     check_overflow(False)

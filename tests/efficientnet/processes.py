@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from unittest.mock import patch
 
@@ -72,5 +72,6 @@ def _child(sender, target, args, log, env):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
+    set_start_method("fork", force=True)  # data workers start as they do in a user's process, which no server started
     sender.send(target(*args))
     sender.close()

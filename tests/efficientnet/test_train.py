@@ -30,11 +30,11 @@ def last_state(output):
 
 
 def test_it_learns_digits(tmp_path):
-    """A third of the main job's images: the loss falls, and most held-out digits are told apart."""
-    config = TrainConfig("digits:0-4", epochs=6, warmup_epochs=1, batch_size=32, val_fraction=0.5, device="cpu", output=str(tmp_path))
+    """Three of them, half of their images: the loss falls, and most held-out digits are told apart."""
+    config = TrainConfig("digits:0-2", epochs=5, warmup_epochs=1, batch_size=32, val_fraction=0.5, device="cpu", output=str(tmp_path))
     trainer = Trainer(config)
     evaluation = trainer.run()
-    assert evaluation.accuracy > 0.7 and evaluation.total > 400
+    assert evaluation.accuracy > 0.8 and evaluation.total > 250
     assert trainer.history[-1]["train_loss"] < 0.6 * trainer.history[0]["train_loss"]
 
 
