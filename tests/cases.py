@@ -9,6 +9,10 @@ import random
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+
+# Hypothesis also draws numbers that stand in the sources of the modules loaded so far: cases would depend on what else is collected.
+providers._get_local_constants = lambda: providers._local_constants  # none yet
 
 factor = 1  # set by tests/conftest.py from --cases, before test modules are imported
 ran = 0  # cases in this process so far

@@ -15,6 +15,7 @@ from benchmarks.results import NOT_YET
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
+TINY = "efficientnet_d0.1_w0.1_r32"  # seven blocks
 SUITE = """
 import pytest
 
@@ -26,7 +27,7 @@ from efficientnet import create_model
 class Shallow(Model):
     def build(self, fused, device=None):
         settings = {{"fused": fused, "drop_rate": 0.0, "drop_path_rate": 0.0, "device": device}}
-        return create_model("efficientnet_d0.1_w0.1_r32", **settings)
+        return create_model("{TINY}", **settings)
 
 
 SHAPES = {{"b0": [{shape}]}}
@@ -51,7 +52,7 @@ def run_suite(folder):
         "latency": {"shape": 'Shallow("b0", 32)', "steps": (False,), "latency": True},
     }
     for kind, what in suites.items():
-        (folder / f"test_{kind}.py").write_text(SUITE.format(kind=kind, **what))
+        (folder / f"test_{kind}.py").write_text(SUITE.format(kind=kind, TINY=TINY, **what))
     plugins = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "fake_gpu", "-p", "benchmarks.conftest")
     how = ("--benchmark-only", "-p", "no:cacheprovider", f"--save-rows={folder / 'out'}", f"--benchmark-json={folder}/all.json")
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *how, "--batch-size=2", "-k", FEW, str(folder)]
@@ -132,7 +133,7 @@ sys.exit(code)
 )
 def test_the_command(arguments, timing, baseline_timing):
     sizes = "--img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 3 --device cuda --results-format json"
-    command = [sys.executable, "-c", COMMAND, "benchmark", "--model", "b0", *arguments.split(), *sizes.split()]
+    command = [sys.executable, "-c", COMMAND, "benchmark", "--model", TINY, *arguments.split(), *sizes.split()]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, other = json.loads(done.stdout)

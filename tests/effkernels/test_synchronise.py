@@ -59,7 +59,7 @@ def one_process(rank, address, path, dtype):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_two_processes_are_one(dtype, tmp_path, device):
     if device != "cpu":
         pytest.skip("two processes of the interpreter")
