@@ -116,7 +116,6 @@ class Batches:
 
     def __init__(self, dataset, loader: DataLoader, runner: "Runner", unreadable: Unreadable):
         self.dataset, self.loader, self.runner, self.unreadable, self.wait = dataset, loader, runner, unreadable, 0.0
-        self._running = None
 
     def names(self, epoch: int, step: int) -> list[str]:
         """Images of an update, in training: all processes', or of shards this one's."""
@@ -130,7 +129,7 @@ class Batches:
         return self.loader.description if isinstance(self.loader, ShardLoader) else {}
 
     def __iter__(self):
-        batches = self._running = iter(self.loader)
+        batches = iter(self.loader)
         while True:
             started = time.perf_counter()
             batch, problems = next(batches, (None, None))
@@ -142,14 +141,14 @@ class Batches:
                 yield self.runner.to_device(*batch, self.dataset.preprocess)
 
     def close(self):
-        """Ends the data workers; iterating again starts others.
+        """Ends the data workers that wait for another epoch; iterating again starts others.
 
         Left to the garbage collector they stand still for 5 s each: it closes their queues before the loader can ask them to end.
         """
-        if hasattr(self._running, "_shutdown_workers"):  # PyTorch has no public way
-            self._running._shutdown_workers()
+        waiting = getattr(self.loader, "_iterator", None)  # PyTorch has no public way
+        if waiting is not None:
+            waiting._shutdown_workers()
             self.loader._iterator = None
-        self._running = None
 
 
 class Runner:
