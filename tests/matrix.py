@@ -140,10 +140,10 @@ def sources(step: str) -> str:
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())
-    for place in ("effkernels", "efficientnet", "tests" if step == "suite" else "tests/matrix.py"):
-        path = ROOT / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+    for place in ("effkernels", "tests/matrix.py") if step == "compile" else ("effkernels", "efficientnet", "benchmarks", "tests"):
+        for file in sorted([ROOT / place, *(ROOT / place).rglob("*")]):
+            if file.suffix in (".py", ".json"):
+                digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

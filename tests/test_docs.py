@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from efficientnet import cli, create_model
 from efficientnet.checkpoints import convert, save_checkpoint
@@ -123,6 +124,42 @@ def test_commands_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert {"validate", "predict", "export"} <= set(ran)
 
 
+# What shortens a command that trains or measures: options that come later count.
+SHORT = {
+    "train": "--epochs 1 --img-size 32 --batch-size 4 --device cpu",
+    "scale": "--step 0.2 --img-size 32 --batch-size 4 --device cpu",
+}
+
+
+@pytest.mark.slow
+def test_commands_that_train_or_measure(hub, tmp_path, monkeypatch):
+    """Those on images of one's own, on digits and on a GPU, in order and shortened: on a few images, an epoch, the CPU."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        path = Path(f"images/{'abc'[i % 3]}/{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 30), 60).convert("RGB").save(path)
+    ran = []
+    for where, argv in commands():
+        if argv[0] == "train" or (argv[0] == "scale" and ("--search" in argv or "--latency" in argv)):
+            argv = [word.replace("imagefolder:PATH", "imagefolder:images") for word in argv] + SHORT[argv[0]].split()
+            if "digits" in " ".join(argv):
+                argv += ["--batch-size", "64"]
+            if "--global-batch-size" in argv:
+                argv += ["--global-batch-size", "8", "--no-sync-bn"]  # one process here
+            if "--latency" in argv:
+                argv += ["--latency", "1000"]
+            if "--data" in argv and argv[0] == "scale" or "auto" in argv:
+                argv += ["--epochs", "1" if argv[0] == "scale" else "2"]
+            assert cli.main(argv) == 0, (where, argv)
+            ran.append(argv)
+    assert len(ran) >= 10
+
+
 @pytest.mark.slow
 def test_other_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -146,7 +183,7 @@ def reasons():
     """(file:line, longest constant part) of every string of three words or more that the gate's functions return or set."""
     for path in sorted((ROOT / "effkernels").rglob("*.py")):
         name = str(path.relative_to(ROOT / "effkernels"))
-        if not name.startswith(("dispatch", "blocks", "networks", "modules/mbconv")):
+        if not name.startswith(("dispatch", "blocks", "networks", "modules/mbconv", "modules/stem_head")):
             continue
         tree, other = ast.parse(path.read_text(encoding="utf-8")), set()
         for node in ast.walk(tree):
@@ -168,6 +205,22 @@ def test_every_reason_is_in_the_troubleshooting_table():
     found = list(reasons())
     assert len(found) >= 45
     assert [reason for reason in found if reason[1] not in table] == []
+
+
+# Of the standard library, gone in 3.12 (distutils, asyncore, asynchat, imp, smtpd) and 3.13 (PEP 594, lib2to3).
+REMOVED = set(
+    "distutils asyncore asynchat imp smtpd aifc audioop cgi cgitb chunk crypt imghdr mailcap msilib nis nntplib ossaudiodev pipes sndhdr "
+    "spwd sunau telnetlib uu xdrlib lib2to3".split()
+)
+
+
+def test_nothing_that_newer_pythons_removed_is_imported():
+    for package in ("effkernels", "efficientnet", "benchmarks", "tests", "docs"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert REMOVED.isdisjoint(name.split(".")[0] for name in names), (path, names)
 
 
 def test_links_between_pages():

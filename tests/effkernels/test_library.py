@@ -24,13 +24,13 @@ def squeeze(device, requires_grad=True):
     return [torch.randn(s).to(device).requires_grad_(requires_grad) for s in shapes]
 
 
-def nhwc(device, *shape, requires_grad=True):
-    return torch.randn(shape or (N, H, W, C)).to(device).requires_grad_(requires_grad)
+def nhwc(device, *shape, requires_grad=True, dtype=torch.float32):
+    return torch.randn(shape or (N, H, W, C)).to(device, dtype).requires_grad_(requires_grad)
 
 
-def operator_arguments(name, device):
-    """Small arguments of every operator of the package, with and without what is optional."""
-    x, dout = nhwc(device), nhwc(device, N, 2, 1, C, requires_grad=False)
+def operator_arguments(name, device, dtype=torch.float32):
+    """Small arguments of every operator of the package, with and without what is optional; activations of single layers in ``dtype``."""
+    x, dout = nhwc(device, dtype=dtype), nhwc(device, N, 2, 1, C, requires_grad=False, dtype=dtype)
     weight = torch.randn(C, 1, 3, 3).to(device).requires_grad_()
     settings = (2, "same", "silu", "relu6", "silu", "sigmoid")
     if name == "depthwise_block":
@@ -54,21 +54,22 @@ def operator_arguments(name, device):
         yield (x, weight, *norm(device, **frozen), *norm(device, **frozen), *squeeze(device, False), *settings, 1e-3, 1e-3)
         yield (x, weight, *[None] * 4, *norm(device, **frozen), *[None] * 4, *settings, 1e-3, 1e-3)
     elif name == "bn_act_add":
-        yield (x, *norm(device, True), torch.rand(N, device=device), nhwc(device), "silu", True, 0.1, 1e-3)
+        yield (x, *norm(device, True), torch.rand(N, device=device), nhwc(device, dtype=dtype), "silu", True, 0.1, 1e-3)
         yield (x, *norm(device, True), None, None, "identity", False, None, 1e-3)
     elif name == "bn_act_add_backward":
         vectors = norm(device, requires_grad=False)
         yield (dout, dout + 1, *vectors, torch.rand(N, device=device), "silu", True, True)
         yield (dout, dout + 1, *vectors, None, "identity", False, False)
     elif name == "bn_act_add_inference":
-        yield (x.detach(), *norm(device, requires_grad=False), nhwc(device, requires_grad=False), "relu", 1e-3)
+        residual = nhwc(device, requires_grad=False, dtype=dtype)
+        yield (x.detach(), *norm(device, requires_grad=False), residual, "relu", 1e-3)
         yield (x.detach(), *norm(device, requires_grad=False), None, "identity", 1e-3)
     elif name == "squeeze_excite":
         yield (x, *squeeze(device), "silu", "sigmoid")
     elif name == "squeeze_excite_backward":
         weights = squeeze(device, False)
         x = x.detach()
-        yield (nhwc(device, requires_grad=False), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
+        yield (dout.new_ones(N, H, W, C), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
                "sigmoid", [True] * 5)  # fmt: skip
     elif name.startswith("stem"):
         x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
@@ -171,6 +172,8 @@ def test_opcheck(name, device):
     torch.manual_seed(0)
     cases = list(operator_arguments(name, device))
     assert cases, f"no arguments for {name} in this test"
+    if name.startswith(("depthwise", "bn_act_add", "squeeze_excite")):  # the others are told the compute dtype, and have both above
+        cases.append(next(operator_arguments(name, device, torch.bfloat16)))
     for args in cases:
         torch.library.opcheck(getattr(torch.ops.effkernels, name), args)
 
@@ -237,6 +240,21 @@ def test_compiled_plain_path(name, fresh_compiler, monkeypatch):
     monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
     torch.manual_seed(0)
     assert_compiled_is_eager(MODULES[name](), SHAPES)
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.module(x)
+
+
+def test_compiled_under_autocast(device, fresh_compiler):
+    torch.manual_seed(0)
+    assert_compiled_is_eager(Autocast(MODULES["mbconv"]()).to(device), SHAPES[:1], modes=["train", "inference"])
 
 
 def test_compiled_cumulative_momentum(device, fresh_compiler):

@@ -95,6 +95,7 @@ BLOCKS = [
     (11, 8, 3, 2, 4, 1.0, "symmetric", "gelu", 0.0, 5, 4, None),
     (16, 9, 5, 2, 1, 0.5, "symmetric", "identity", 0.0, 7, 1, torch.float16),
     (8, 8, 5, 1, 4, 1.0, "symmetric", "silu", 0.5, 2, 3, torch.bfloat16),
+    (8, 12, 3, 2, 2, 0.5, "symmetric", "relu6", 0.0, 5, 4, torch.bfloat16),
 ]
 REAL_BLOCKS = [
     (32, 16, 3, 1, 1, 0.25, "symmetric", "silu", 0.0, 112, 112, torch.bfloat16),
