@@ -240,7 +240,7 @@ class Ends(torch.nn.Module):
 
     def forward(self, x):
         norm = BatchNormParams.of
-        y = functional.stem(x, self.stem.weight, norm(self.first), stride=2)
+        y = functional.stem(x[:, :3], self.stem.weight, norm(self.first), stride=2)
         y = functional.bn_act_add(y, norm(self.second), act="silu", residual=y)
         return functional.head(y, self.head.weight, norm(self.last))
 
@@ -302,58 +302,55 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
 # ---- nothing piles up ------------------------------------------------------------------------------------------------------------
 
 # In a process without the interpreter: kernels as the compiler would be asked for them.
-CACHE_KEYS = """
-import json, torch
+LAUNCHES = f"""
+import json, re, torch
 from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, functional, inspect
 
+{inspect.getsource(Ends)}
 dispatch.why_not_fused = lambda *args, **kwargs: None  # meta tensors are no reason here
 
-class Ends(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = torch.nn.Conv2d(3, 16, 3, bias=False), torch.nn.Conv2d(16, 64, 1, bias=False)
-        self.first, self.second, self.last = (torch.nn.BatchNorm2d(c) for c in (16, 16, 64))
+def launches(module, *shape):
+    for part in module.modules():
+        part.why_not_fused = lambda x=None: None
+    for training in (True, False):
+        yield from inspect.call_launches(module.train(training), torch.empty(shape, dtype=torch.bfloat16, device="meta"), training)
+"""
 
-    def forward(self, x):
-        norm = BatchNormParams.of
-        y = functional.stem(x[:, :3], self.stem.weight, norm(self.first), stride=2)
-        y = functional.bn_act_add(y, norm(self.second), act="silu", residual=y)
-        return functional.head(y, self.head.weight, norm(self.last))
-
+CACHE_KEYS = """
 with torch.device("meta"):
     MODULES = [
         FusedMBConv(16, 16, 3, 1, 6, 0.25), FusedMBConv(16, 24, 3, 2, 6, 0.25), FusedMBConv(16, 24, 5, 2, 1, 0, padding="same"),
-        FusedDepthwiseConvBNAct(16), FusedSqueezeExcite(16, 8), Ends(),
+        FusedDepthwiseConvBNAct(16), FusedSqueezeExcite(16, 8), Ends(None),
     ]
 
 def keys(batch, size):
-    launches = []
-    for module in MODULES:
-        module.why_not_fused = lambda x=None: None
-        for training in (True, False):
-            module.train(training)
-            x = torch.empty(batch, 16, size, size, dtype=torch.bfloat16, device="meta")
-            launches += inspect.call_launches(module, x, training)
-    return sorted({(l.name, repr(l.specialization()), repr(sorted(l.options.items()))) for l in launches})
+    found = [l for module in MODULES for l in launches(module, batch, 16, size, size)]
+    return sorted({(l.name, repr(l.specialization()), repr(sorted(l.options.items()))) for l in found})
 
 print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (8000, 56), (256, 57), (33, 224))]))
 """
 
-# The type of every offset that is added to a pointer to 2^31 elements or more, in the code that the compiler made of two kernels.
+# The types of offsets that are added to a pointer to 2^31 elements or more, in the code that the compiler makes of each kernel.
 OFFSET_TYPES = """
-import json, re, torch
-from effkernels import FusedMBConv, inspect
+WORKLOADS = [
+    (FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), 11000, 16, 112, 112),
+    (FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), 3600, 48, 112, 112),
+    (torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")), 3600, 48, 112, 112),
+    (Ends("meta"), 3600, 3, 224, 224),
+]
 
-block = FusedMBConv(48, 48, 3, 1, 1, 0.0, device="meta").eval()
-block.why_not_fused = lambda x=None: None
-x = torch.empty(3567, 48, 112, 112, dtype=torch.bfloat16, device="meta")
+def offset_types(code, name):
+    "Of what is added to the pointer, or to a tile that is filled with it."
+    for variable in (name, *re.findall(rf"%(\\w+) = tt.splat %{name} : !tt.ptr", code)):
+        yield from re.findall(rf"tt\\.addptr %{variable}, \\S+ : \\S+, (?:tensor<[\\dx]+)?(i\\d+)", code)
+
 found = {}
-for launch in inspect.call_launches(block, x, False):
-    code = inspect.compile_launch(launch, 90).asm["ttir"]
-    for name, value in launch.arguments.items():
-        if isinstance(value, torch.Tensor) and value.numel() >= 2**31:
-            types = re.findall(rf"tt\\.addptr %{name}, \\S+ : !tt\\.ptr<\\w+>, (\\w+)", code)
-            found[f"{launch.name} {name}"] = types
+for module, *shape in WORKLOADS:
+    for launch in launches(module, *shape):
+        large = {id(v): n for n, v in reversed(launch.arguments.items()) if isinstance(v, torch.Tensor) and v.numel() >= 2**31}
+        if large and launch.name not in found:
+            code = inspect.compile_launch(launch, 90).asm["ttir"]
+            found[launch.name] = {name: list(offset_types(code, name)) for name in large.values()}
 print(json.dumps(found))
 """
 
@@ -366,15 +363,16 @@ def compiled(code):
 
 
 def test_offsets_are_compiled_to_64_bits():
-    found = compiled(OFFSET_TYPES)
-    assert {name.split()[0] for name in found} == {"depthwise_forward_kernel", "pointwise_forward_kernel"}
-    for name, types in found.items():
-        assert types and set(types) == {"i64"}, (name, types)
+    """In every kernel that meets tensors so large, to each of them."""
+    found = compiled(LAUNCHES + OFFSET_TYPES)
+    assert found.keys() == set().union(*(kernels(row[3]) for row in LARGE))
+    for name, tensors in found.items():
+        assert tensors and all(types and set(types) == {"i64"} for types in tensors.values()), (name, tensors)
 
 
 def test_a_new_batch_or_size_compiles_nothing():
     """What Triton keys compiled kernels by is the same for every batch and image size, past 2^31 elements too."""
-    first, *others = compiled(CACHE_KEYS)
+    first, *others = compiled(LAUNCHES + CACHE_KEYS)
     assert {name for name, *_ in first} == every_kernel()
     for other in others:
         assert other == first
