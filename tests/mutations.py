@@ -114,6 +114,24 @@ FAULTS = [
         "acc += 0.0 * tl.load(matrix + I * I + c, mask=mc, other=0.0",
         BLOCK,
     ),
+    # ---- stem, head, and the expansion inside the depthwise kernel
+    Fault(
+        "the stem's statistics without the pivot",
+        "kernels/stem.py",
+        "p.to(tl.int64) * N + c, pivot + moved",
+        "p.to(tl.int64) * N + c, moved",
+        "test_stem.py",
+    ),
+    Fault("the stem counts rows outside", "kernels/stem.py", "tl.minimum(rows - row0, BM).to(tl.float32)", "BM * 1.0", "test_stem.py"),
+    Fault("the head's gamma gradient without rstd", "kernels/head.py", "tl.sum(s4, 0) * r_std", "tl.sum(s4, 0)", "test_head.py"),
+    Fault("the head pools a row too many", "kernels/head.py", "tl.sum(total, 0) / rows", "tl.sum(total, 0) / (rows + 1)", "test_head.py"),
+    Fault(
+        "expanded padding not zero",
+        "kernels/expand_depthwise.py",
+        "a = tl.where(inside[:, None], a, 0.0)",
+        "a = a * 1.0",
+        "test_expand_depthwise.py",
+    ),
     # ---- activations and what is shared
     Fault("SiLU's derivative", "kernels/common.py", "s + phi * (1.0 - s)", "s + x * (1.0 - s)", HARD_SWISH),
     Fault("hard-swish's slope", "kernels/common.py", "x * (1.0 / 3.0) + 0.5", "x * (1.0 / 6.0) + 0.5", HARD_SWISH),
