@@ -23,13 +23,13 @@ def curves(config, output):
 
 
 def test_b0_on_digits_on_the_cpu(tmp_path, monkeypatch):
-    """B0 on two digits, an epoch: without a GPU the fused blocks are the reference, so the curves are the same to the bit."""
+    """B0 on two digits: without a GPU the fused blocks are the reference, so the curves are the same to the bit."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    settings = {"epochs": 1, "batch_size": 24, "lr": 1e-3, "warmup_epochs": 0.5, "bn_momentum": 0.3, "drop_path_rate": 0.0}
+    settings = {"epochs": 2, "batch_size": 24, "lr": 1e-3, "warmup_epochs": 0.5, "bn_momentum": 0.3, "drop_path_rate": 0.0}
     config = TrainConfig("digits:0-1", val_fraction=0.3, log_interval=1, device="cpu", **settings)
     (fused, reached), (plain, expected) = curves(config, tmp_path)
-    assert len(fused) == 10 and fused == plain and reached == expected
-    assert fused[0] == pytest.approx(math.log(2), abs=1e-3) and sum(fused[-3:]) < 3 * 0.9 * fused[0]
+    assert len(fused) == 20 and fused == plain and reached == expected
+    assert fused[0] == pytest.approx(math.log(2), abs=1e-3) and sum(fused[-5:]) / 5 < 0.55 and reached.accuracy > 0.7
 
 
 @pytest.mark.slow
