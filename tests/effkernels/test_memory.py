@@ -395,7 +395,7 @@ def test_nothing_leaks_over_a_thousand_steps(monkeypatch):
             recorded.launches.clear()
 
     def alive():
-        """(tensors, whether all else is as much as it was)."""
+        """(tensors, all objects that the garbage collector knows)."""
         objects = gc.get_objects()
         return sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects)
 
