@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.plan --model b0 --gpu h200 --mode infer`` prints, for each kernel of the fused schedule, the least time by
 resource: bytes (against the copy bandwidth), matrix products, fp32 multiply-adds, special functions, and issued instructions, where
-effkernels/tables/static_sm90.json counts those an element (depthwise, pool and apply; of others only the rest is known). The largest
+effkernels/configs/static_sm90.json counts those an element (depthwise, pool and apply; of others only the rest is known). The largest
 is the kernel's floor, the resource binds, and kernels follow one another. ``--results`` adds measured times; ``--plot`` draws a roofline.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import results, shapes
 from benchmarks.static import TABLE
 from benchmarks.traffic import works
 from efficientnet.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
-from effkernels.gpus import GPUS, Gpu, gpu_of
+from effkernels.configs.gpus import GPUS, Gpu, gpu_of
 
 BATCH = {"b0": 256, "b1": 256, "b2": 256, "b3": 128, "b4": 128, "b5": 64, "b6": 32, "b7": 32}
 DTYPES = ("bfloat16", "float16", "float32")

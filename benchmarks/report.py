@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import plan, results, shapes
 from benchmarks.results import NOT_YET, find
-from effkernels.gpus import GPUS, gpu_of
+from effkernels.configs.gpus import GPUS, gpu_of
 
 README = Path(__file__).parents[1] / "README.md"
 MARKERS = "<!-- measured: made by python -m benchmarks.report, do not edit -->", "<!-- end of measured -->"

@@ -8,7 +8,7 @@ present tree with it, ``--update`` accepts the present tree (half a minute). Its
 - ``blocks``: the same of each different block of B0 and B4.
 - ``kept``: bytes that a training step of B0 in bf16 keeps for the backward, per image, and their share of what plain layers keep.
 - ``counted``: distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
-- ``machine code``: the most registers, spilled bytes and instructions of each kernel, from effkernels/tables/static_sm90.json.
+- ``machine code``: the most registers, spilled bytes and instructions of each kernel, from effkernels/configs/static_sm90.json.
 
 In training the blocks' weights are fp32, as under autocast; those of the head and classifier bf16, as autocast hands them over.
 """
@@ -42,7 +42,7 @@ def recorded():
     """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
     from effkernels import dispatch
     from effkernels.inspect import record_launches
-    from effkernels.traffic import Operators
+    from effkernels.tools.traffic import Operators
 
     original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
     operators: list[tuple[str, int]] = []
@@ -148,7 +148,7 @@ def machine_code() -> dict:
 def counted() -> dict:
     """Distinct bytes of the launches of small blocks. Triton must be interpreting (TRITON_INTERPRET=1 before its import)."""
     from effkernels import FusedMBConv
-    from effkernels.traffic import count_steps
+    from effkernels.tools.traffic import count_steps
 
     found = {}
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from effkernels.geometry import conv_out_size
-from effkernels.gpus import Gpu
+from effkernels.configs.gpus import Gpu
 
 
 class Kernel(NamedTuple):

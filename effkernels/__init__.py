@@ -13,9 +13,9 @@ _HOME = {
     "FusedSqueezeExcite": "effkernels.modules.squeeze_excite",
     "BatchNormParams": "effkernels.parameters",
     "SqueezeExciteParams": "effkernels.parameters",
-    "accelerate": "effkernels.convert",
-    "restore": "effkernels.convert",
-    "explain": "effkernels.convert",
+    "accelerate": "effkernels.adapters.accelerate",
+    "restore": "effkernels.adapters.accelerate",
+    "explain": "effkernels.adapters.accelerate",
     "why_not_fused": "effkernels.dispatch",
 }
 _MODULES = ("functional", "reference")

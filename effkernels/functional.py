@@ -9,7 +9,7 @@ import torch
 from effkernels import library
 from effkernels.dispatch import compute_dtype
 from effkernels.geometry import check_activation, check_conv_args, conv_out_size
-from effkernels.library.mbconv import NAMES as DTYPE_NAMES
+from effkernels.ops.mbconv import NAMES as DTYPE_NAMES
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_draws
 

@@ -39,7 +39,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.launch import depthwise_backward_config, depthwise_forward_config
+from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from effkernels.kernels.common import activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.pointwise import load_forward_weight
-from effkernels.launch import expand_depthwise_config
+from effkernels.configs.rules import expand_depthwise_config
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.launch import expand_backward_config, pointwise_forward_config, project_backward_config
+from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
 
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 

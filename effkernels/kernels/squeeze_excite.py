@@ -30,7 +30,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.launch import gate_backward_config, reduction_config, squeeze_excite_config
+from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
 
 
 @sized_jit

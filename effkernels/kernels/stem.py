@@ -30,7 +30,7 @@ from effkernels.kernels.common import (
     sized_jit,
 )
 from effkernels.kernels.pointwise import fold_rows, load_tile, matmul_precision, sum_rows
-from effkernels.launch import stem_backward_config, stem_forward_config
+from effkernels.configs.rules import stem_backward_config, stem_forward_config
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from benchmarks.traffic import works
 from efficientnet import create_model, roofline
 from efficientnet.profile import count_macs
 from efficientnet.roofline import block_works, floors, model_works
-from effkernels.gpus import GPUS, Gpu, gpu_of
+from effkernels.configs.gpus import GPUS, Gpu, gpu_of
 
 BLOCK = shapes.blocks("b0")[1]  # 16 -> 96 -> 24, 3x3 at stride 2, 112 pixels
 UNIT = Gpu("unit", bandwidth=1.0, processors=1, clock=1.0, matrix=1.0)

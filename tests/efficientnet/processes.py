@@ -11,7 +11,7 @@ import matplotlib.figure  # noqa: F401
 import PIL.Image
 import torch
 
-import effkernels.convert  # noqa: F401
+import effkernels.adapters.accelerate  # noqa: F401
 from efficientnet.augment import torchvision_module
 from efficientnet.distributed import leave
 from efficientnet.train import Trainer

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 from interpreter import HAS_TRITON
 
-TABLE = Path(__file__).parents[2] / "effkernels/tables/static_sm90.json"
+TABLE = Path(__file__).parents[2] / "effkernels/configs/static_sm90.json"
 # Kernels that pass over activation tensors once, in a loop or as a whole: nothing else in the loop is loaded from memory.
 STREAMING = {
     "depthwise_forward_kernel",

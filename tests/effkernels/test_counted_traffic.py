@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from effkernels import traffic
-from effkernels.traffic import LaunchTraffic, count_steps, count_traffic, passes, summary
+from effkernels.tools.traffic import LaunchTraffic, count_steps, count_traffic, passes, summary
 
 N, H, W, C = 2, 7, 6, 40
 VECTOR = 4 * C  # bytes of an fp32 vector over channels

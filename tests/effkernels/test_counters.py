@@ -6,8 +6,8 @@ import pytest
 import torch
 from truth import on_gpu
 
-from effkernels.library import counters
-from effkernels.library.counters import own_counters, zeroed_counters
+from effkernels.ops import counters
+from effkernels.ops.counters import own_counters, zeroed_counters
 
 
 class OnGpu:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc, norm_vectors, on_gpu
 
 from effkernels.geometry import pad_amounts
-from effkernels.launch import EXPAND_DEPTHWISE_INSTRUCTIONS, expand_inside
+from effkernels.configs.rules import EXPAND_DEPTHWISE_INSTRUCTIONS, expand_inside
 from effkernels.reference import ACTIVATIONS, depthwise_conv
 
 EPS = 1e-3
@@ -107,7 +107,7 @@ def test_same_as_the_launches_it_replaces(device):
 
 def test_few_images_are_cut_into_more_programs():
     """One image of B0's second stage fills an H200 only with fewer rows a program; a large batch takes the longest."""
-    from effkernels.launch import expand_depthwise_config
+    from effkernels.configs.rules import expand_depthwise_config
 
     shape = (16, 96, 56, 56, torch.bfloat16, torch.device("meta"))
     assert expand_depthwise_config(3, 2, 64, *shape).TH == 14

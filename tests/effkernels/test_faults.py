@@ -11,7 +11,7 @@ from test_dispatch import run_python
 import effkernels
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, tables
 
-TABLE = Path(effkernels.__file__).parent / "tables/static_sm90.json"
+TABLE = Path(effkernels.__file__).parent / "configs/static_sm90.json"
 SMALLEST_SHARED_MEMORY = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 has 163 KB, sm_90 227 KB
 
 

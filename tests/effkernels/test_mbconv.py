@@ -182,7 +182,7 @@ def test_frozen_parameters_cost_no_launch(device):
     pytest.importorskip("triton")
     if device != "cpu":
         pytest.skip("counted in the interpreter")
-    from effkernels.traffic import count_traffic
+    from effkernels.tools.traffic import count_traffic
 
     block = FusedMBConv(16, 16, 3, 1, 2, 0.5)
     x = images(2, 16, 3, 4)

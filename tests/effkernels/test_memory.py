@@ -85,7 +85,7 @@ def counted():
     from dataclasses import replace
 
     from effkernels.kernels import depthwise
-    from effkernels.traffic import count_traffic
+    from effkernels.tools.traffic import count_traffic
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

@@ -178,7 +178,7 @@ def test_pool_and_gate_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, devi
 def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1, weight_dtype=torch.float32):
     """From dq's sums, random, to the gradients of the gate's argument, the bottleneck, the pooling and BatchNorm 2."""
     from effkernels.kernels.squeeze_excite import gate_backward
-    from effkernels.launch import gate_backward_config
+    from effkernels.configs.rules import gate_backward_config
 
     torch.manual_seed(0)
     y, dq = (torch.randn(N, C, H, W).to(device, dtype) for _ in range(2))

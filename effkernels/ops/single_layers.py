@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import conv_out_size
-from effkernels.library.base import (
+from effkernels.ops.autograd import (
     LIB,
     absent,
     batch_or_running,

@@ -8,10 +8,10 @@ block's first convolution in training (``mbconv``), which saves the launches and
 import torch
 
 from effkernels.geometry import conv_out_size, pad_amounts
-from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, differentiable, fp32, normalised, on_its_device, register
-from effkernels.library.counters import zeroed_counters
-from effkernels.library.mbconv import DTYPES
+from effkernels.ops import synchronise
+from effkernels.ops.autograd import LIB, absent, differentiable, fp32, normalised, on_its_device, register
+from effkernels.ops.counters import zeroed_counters
+from effkernels.ops.mbconv import DTYPES
 
 LIB.define(
     "stem(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

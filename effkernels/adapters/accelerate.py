@@ -3,7 +3,7 @@
 A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward`` runs the
 kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers, submodules, their names, hooks on
 the block, references to it and ``isinstance`` hold without copying anything, and ``restore`` gives the class back. What a block is made
-of is read from it at every call (``effkernels.blocks``), so nothing that is edited later goes stale.
+of is read from it at every call (``effkernels.adapters.blocks``), so nothing that is edited later goes stale.
 """
 
 import copyreg

@@ -24,7 +24,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.launch import elementwise_config, reduction_config
+from effkernels.configs.rules import elementwise_config, reduction_config
 
 
 @sized_jit

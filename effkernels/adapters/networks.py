@@ -12,8 +12,8 @@ from torch import nn
 
 from effkernels import blocks as mbconv
 from effkernels import dispatch
-from effkernels.blocks import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Block, Stage, activation, edited, path_of
-from effkernels.blocks import padding as padding_rule
+from effkernels.adapters.blocks import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Block, Stage, activation, edited, path_of
+from effkernels.adapters.blocks import padding as padding_rule
 from effkernels.parameters import BatchNormParams
 
 

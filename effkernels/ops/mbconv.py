@@ -17,9 +17,9 @@ depthwise convolution):
 import torch
 
 from effkernels.geometry import conv_out_size
-from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, pads_of, register
-from effkernels.library.counters import zeroed_counters
+from effkernels.ops import synchronise
+from effkernels.ops.autograd import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, pads_of, register
+from effkernels.ops.counters import zeroed_counters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -67,7 +67,7 @@ def first_convolution(x, weight, stem, padding, dtype, **how):
     """The expand convolution of x [N, H, W, I]; with ``stem``, a stride, the network's 3x3 one of images x [N, I, H, W]."""
     if stem:
         from effkernels.kernels.stem import stem_forward
-        from effkernels.library.stem import image_pads
+        from effkernels.ops.stem import image_pads
 
         return stem_forward(x, weight, stem, image_pads(x, stem, padding), dtype=dtype, **how)
     from effkernels.kernels.pointwise import pointwise_forward
@@ -156,7 +156,7 @@ def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, need_dx, need_d
     """(dx or None, partials of dw or None) of a first 3x3 convolution, from the gradient dz of its BatchNorm's output."""
     from effkernels.kernels import batchnorm
     from effkernels.kernels.stem import stem_backward
-    from effkernels.library.stem import image_gradient, image_pads
+    from effkernels.ops.stem import image_gradient, image_pads
 
     pads, dx, partials = image_pads(x, stride, padding), None, None
     if need_dw:
@@ -290,7 +290,7 @@ def mbconv_inference(
 ):  # fmt: skip
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
     from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
-    from effkernels.launch import expand_inside
+    from effkernels.configs.rules import expand_inside
 
     compute = DTYPES[dtype]
     has_se = se_reduce_weight is not None

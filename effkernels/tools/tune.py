@@ -3,7 +3,7 @@
 ``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's configuration
 and moves to the fastest neighbour until none is faster. A configuration whose results differ from the rule's, or that does not
 compile, is passed over. The table is saved after each shape, and what it already holds is not measured again, so a run that was
-interrupted goes on. Nothing else in the package measures; see effkernels/tables for how a table is found.
+interrupted goes on. Nothing else in the package measures; see effkernels/configs for how a table is found.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Custom operators of the kernels; importing this registers them."""
 
-from effkernels.library.base import run
-from effkernels.library.head import Head, head, head_backward, head_inference
-from effkernels.library.layers import (
+from effkernels.ops.autograd import run
+from effkernels.ops.head import Head, head, head_backward, head_inference
+from effkernels.ops.single_layers import (
     BatchNormActAdd,
     DepthwiseBlock,
     SqueezeExcite,
@@ -15,8 +15,8 @@ from effkernels.library.layers import (
     squeeze_excite,
     squeeze_excite_backward,
 )
-from effkernels.library.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
-from effkernels.library.stem import Stem, stem, stem_backward, stem_inference
+from effkernels.ops.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
+from effkernels.ops.stem import Stem, stem, stem_backward, stem_inference
 
 __all__ = [
     "BatchNormActAdd",

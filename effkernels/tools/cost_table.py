@@ -4,7 +4,7 @@
 arguments; ``compile_launch`` compiles one for sm_80/89/90/100 with the compiler, ptxas and nvdisasm that Triton ships;
 ``Cost`` is what the machine code says: registers, spills, shared memory, vector widths and the instructions of the hottest loop.
 
-The table of every shipped configuration is in git, effkernels/tables/static_sm90.json, one row a line, each with a digest of what it
+The table of every shipped configuration is in git, effkernels/configs/static_sm90.json, one row a line, each with a digest of what it
 depends on. ``python -m effkernels.inspect`` prints it, with the time an element costs at least on a named GPU;
 ``--update`` compiles the rows whose digest is not there, and drops those that no longer ship.
 """
@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effkernels import tables
-from effkernels.gpus import GPUS, Gpu
+from effkernels.configs.gpus import GPUS, Gpu
 
 POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
@@ -637,7 +637,7 @@ def main(argv=None):
     parser.add_argument("--one-per-kernel", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--fresh", action="store_true", help="compile all of them, whatever the table says")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
-    parser.add_argument("--table", type=Path, help="the table's file (default: effkernels/tables/static_sm<arch>.json)")
+    parser.add_argument("--table", type=Path, help="the table's file (default: effkernels/configs/static_sm<arch>.json)")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:

@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import pad_amounts
-from effkernels.library import synchronise
-from effkernels.library.counters import own_counters
+from effkernels.ops import synchronise
+from effkernels.ops.counters import own_counters
 
 LIB = torch.library.Library("effkernels", "DEF")
 

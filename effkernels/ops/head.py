@@ -7,10 +7,10 @@ feature map is never stored.
 
 import torch
 
-from effkernels.library import synchronise
-from effkernels.library.base import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, register
-from effkernels.library.counters import zeroed_counters
-from effkernels.library.mbconv import DTYPES
+from effkernels.ops import synchronise
+from effkernels.ops.autograd import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, register
+from effkernels.ops.counters import zeroed_counters
+from effkernels.ops.mbconv import DTYPES
 
 LIB.define(
     "head(Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -29,7 +29,7 @@ LIB.define(
 
 @on_its_device
 def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps, group):
-    from effkernels.kernels.head import pooled_norm
+    from effkernels.kernels.pooled_norm import pooled_norm
     from effkernels.kernels.pointwise import pointwise_forward
 
     def convolution(**how):
@@ -51,7 +51,7 @@ def head_fake(x, conv_weight, weight, bias, running_mean, running_var, num_batch
 @on_its_device
 def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act, batch, group, needs):
     """Gradients of (x, conv_weight, weight, bias); ``needs`` says which."""
-    from effkernels.kernels.head import pooled_norm_backward, pooled_norm_gradients
+    from effkernels.kernels.pooled_norm import pooled_norm_backward, pooled_norm_gradients
 
     N, H, W, O = y.shape
     bn = (weight.float(), bias.float(), mean, rstd) if group else (weight, bias, mean, rstd)

@@ -1,6 +1,6 @@
 """Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of launch.py.
 
-``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/tables/sm_<major><minor>.json, or the
+``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/configs/sm_<major><minor>.json, or the
 file that EFFKERNELS_TABLE names; it is read once, when the first kernel of that architecture starts. Without one the rules decide.
 (static_sm<arch>.json beside them is what ``effkernels.inspect`` knows of the machine code.)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from effkernels.tables import tuned
+from effkernels.configs.tables import tuned
 
 
 @functools.cache
