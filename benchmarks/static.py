@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).parent / "static.json"
-TABLE = ROOT / "effkernels" / "tables" / "static_sm90.json"
+TABLE = ROOT / "effkernels" / "configs" / "static_sm90.json"
 NETWORKS = tuple(f"b{i}" for i in range(8))
 BATCH = 64
 KEPT = ((64, "keep"), (64, "recompute"), (224, "keep"))
@@ -41,7 +41,7 @@ FREE = ("empty", "detach", "copy_")
 def recorded():
     """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
     from effkernels import dispatch
-    from effkernels.inspect import record_launches
+    from effkernels.tools.launches import record_launches
     from effkernels.tools.traffic import Operators
 
     original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from effkernels.geometry import conv_out_size
 from effkernels.configs.gpus import Gpu
+from effkernels.geometry import conv_out_size
 
 
 class Kernel(NamedTuple):

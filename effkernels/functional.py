@@ -6,7 +6,7 @@ Results are channels_last. Autocast decides the compute dtype as for a convoluti
 
 import torch
 
-from effkernels import library
+from effkernels import ops
 from effkernels.dispatch import compute_dtype
 from effkernels.geometry import check_activation, check_conv_args, conv_out_size
 from effkernels.ops.mbconv import NAMES as DTYPE_NAMES
@@ -47,21 +47,21 @@ def _depthwise_block(x, weight, norm, *, stride, padding, act, pre_norm, pre_act
     batch = norm.training or pre.training
     if not batch and not _differentiable([x, weight, *pre[:2], *norm[:2], *se]):
         args = (x, weight, *pre[:4], *norm[:4], *se, stride, padding, pre_act, act, se_act, gate, pre.eps, norm.eps)
-        return library.run("depthwise_block_inference", None, library.depthwise_block_inference, args)
+        return ops.run("depthwise_block_inference", None, ops.depthwise_block_inference, args)
     args = (
         x, weight, pre.weight, pre.bias, *_running(pre), norm.weight, norm.bias, *_running(norm), *se, stride, padding, pre_act, act,
         se_act, gate, pre.training, pre.momentum, pre.eps, norm.training, norm.momentum, norm.eps,
     )  # fmt: skip
-    return library.run("depthwise_block", library.DepthwiseBlock, library.depthwise_block, args)[0]
+    return ops.run("depthwise_block", ops.DepthwiseBlock, ops.depthwise_block, args)[0]
 
 
 def _bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
     """NHWC core of ``bn_act_add``."""
     if not norm.training and mask is None and not _differentiable([x, *norm[:2], residual]):
         args = (x, *norm[:4], residual, act, norm.eps)
-        return library.run("bn_act_add_inference", None, library.bn_act_add_inference, args)
+        return ops.run("bn_act_add_inference", None, ops.bn_act_add_inference, args)
     args = (x, *norm[:2], *_running(norm), mask, residual, act, norm.training, norm.momentum, norm.eps)
-    return library.run("bn_act_add", library.BatchNormActAdd, library.bn_act_add, args)[0]
+    return ops.run("bn_act_add", ops.BatchNormActAdd, ops.bn_act_add, args)[0]
 
 
 def _check(x, weight, *norms, stride=1, padding="symmetric", acts=()):
@@ -144,7 +144,7 @@ def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     args = (_nhwc(x), *params)  # the product keeps its dtype, also under autocast
-    return _nchw(library.run("squeeze_excite", library.SqueezeExcite, library.squeeze_excite, args)[0])
+    return _nchw(ops.run("squeeze_excite", ops.SqueezeExcite, ops.squeeze_excite, args)[0])
 
 
 def _check_stem_weight(x, weight, stride, padding):
@@ -245,14 +245,14 @@ def mbconv(
         args = (
             shortcut, weight1, *norm1[:4], weight2, *norm2[:4], *se, weight3, *norm3[:4], *settings, norm1.eps, norm2.eps, norm3.eps,
         )  # fmt: skip
-        return _nchw(library.run("mbconv_inference", None, library.mbconv_inference, args))
+        return _nchw(ops.run("mbconv_inference", None, ops.mbconv_inference, args))
     _advance(*norms)
     batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
     args = (
         shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
         mask, *settings, keep, stem_stride, *batch, memory == "recompute", [norm.group for norm in (norm1, norm2, norm3)],
     )  # fmt: skip
-    return _nchw(library.run("mbconv", library.MBConvFunction, library.mbconv, args)[0])
+    return _nchw(ops.run("mbconv", ops.MBConvFunction, ops.mbconv, args)[0])
 
 
 def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: str = "silu") -> torch.Tensor:
@@ -270,11 +270,11 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
         return x.new_empty(0, weight.shape[0], dtype=dtype)
     if not norm.training and not _differentiable([x, weight, *norm[:2]]):
         args = (_nhwc(x), weight.contiguous(), *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
-        return library.run("head_inference", None, library.head_inference, args)
+        return ops.run("head_inference", None, ops.head_inference, args)
     _advance(norm)
     args = (_nhwc(x), weight.contiguous(), *norm[:2], *_running(norm), DTYPE_NAMES[dtype], act, norm.training, norm.momentum, norm.eps)
     args += (norm.group,)
-    return library.run("head", library.Head, library.head, args)[0]
+    return ops.run("head", ops.Head, ops.head, args)[0]
 
 
 def stem(
@@ -293,7 +293,7 @@ def stem(
     settings = (DTYPE_NAMES[compute_dtype(x)], stride, padding, act)
     if not norm.training and not _differentiable([x, weight, *norm[:2]]):
         args = (x, weight, *norm[:4], *settings, norm.eps)
-        return _nchw(library.run("stem_inference", None, library.stem_inference, args))
+        return _nchw(ops.run("stem_inference", None, ops.stem_inference, args))
     _advance(norm)
     args = (x, weight, *norm[:2], *_running(norm), *settings, norm.training, norm.momentum, norm.eps, norm.group)
-    return _nchw(library.run("stem", library.Stem, library.stem, args)[0])
+    return _nchw(ops.run("stem", ops.Stem, ops.stem, args)[0])

@@ -107,9 +107,9 @@ def compile_one(job) -> str | None:
 
 
 def launches():
-    from effkernels import inspect
+    from effkernels.tools import shipped
 
-    return list({launch.name: launch for launch in reversed(inspect.shipped_launches())}.values())
+    return list({launch.name: launch for launch in reversed(shipped.shipped_launches())}.values())
 
 
 def compile_here(jobs: int) -> dict:

@@ -124,7 +124,13 @@ FAULTS = [
     ),
     Fault("the stem counts rows outside", "kernels/stem.py", "tl.minimum(rows - row0, BM).to(tl.float32)", "BM * 1.0", "test_stem.py"),
     Fault("the head's gamma gradient without rstd", "kernels/pooled_norm.py", "tl.sum(s4, 0) * r_std", "tl.sum(s4, 0)", "test_head.py"),
-    Fault("the head pools a row too many", "kernels/pooled_norm.py", "tl.sum(total, 0) / rows", "tl.sum(total, 0) / (rows + 1)", "test_head.py"),
+    Fault(
+        "the head pools a row too many",
+        "kernels/pooled_norm.py",
+        "tl.sum(total, 0) / rows",
+        "tl.sum(total, 0) / (rows + 1)",
+        "test_head.py",
+    ),
     Fault(
         "expanded padding not zero",
         "kernels/expand_depthwise.py",

@@ -12,7 +12,8 @@ import functools
 import torch
 from torch import nn
 
-from effkernels import blocks, dispatch, networks
+from effkernels import dispatch
+from effkernels.adapters import blocks, networks
 
 
 class Swapped:

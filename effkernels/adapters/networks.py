@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import nn
 
-from effkernels import blocks as mbconv
 from effkernels import dispatch
+from effkernels.adapters import blocks as mbconv
 from effkernels.adapters.blocks import ACTS, FIXED_CONVS, NORMS, SAME_CONVS, Block, Stage, activation, edited, path_of
 from effkernels.adapters.blocks import padding as padding_rule
 from effkernels.parameters import BatchNormParams

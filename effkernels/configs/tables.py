@@ -1,4 +1,4 @@
-"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of launch.py.
+"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of configs/rules.py.
 
 ``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/configs/sm_<major><minor>.json, or the
 file that EFFKERNELS_TABLE names; it is read once, when the first kernel of that architecture starts. Without one the rules decide.
@@ -119,7 +119,7 @@ def _fallen_back(config, fields: dict):
 
 
 def tuned(rule):
-    """A rule ``<family>_config(...)`` of launch.py whose result the row of the same family and bucket, if there is one, overrides."""
+    """A rule ``<family>_config(...)`` of configs/rules.py whose result a row of its family and bucket overrides."""
     family = rule.__name__.removesuffix("_config")
     signature = inspect.signature(rule)
     names = list(signature.parameters)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import elementwise_config, reduction_config
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -30,7 +31,6 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.configs.rules import elementwise_config, reduction_config
 
 
 @sized_jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from effkernels import tables
+from effkernels.configs import tables
 
 INTERPRET = triton.knobs.runtime.interpret
 _INTERPRETING = tl.constexpr(INTERPRET)
@@ -45,7 +45,7 @@ def _does_not_compile(error: Exception) -> bool:
 
 
 def launcher(fn):
-    """A function that asks rules of launch.py for a configuration and starts one kernel with it.
+    """A function that asks rules of configs/rules.py for a configuration and starts one kernel with it.
 
     Where that does not compile, or needs more than the GPU has, the next of ``tables.FALLBACKS`` is tried, from now on at once, and
     a RuntimeWarning says so; RuntimeError when none is left. A configuration under ``tables.override`` stands as it is.

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
 from effkernels.kernels.batchnorm import Merge, finish_gradients, finish_statistics
 from effkernels.kernels.common import (
     activate,
@@ -39,7 +40,6 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
 
 
 @triton.jit
@@ -590,7 +590,7 @@ def depthwise_forward(
         prologue: BN1 as (gamma, beta, mean, var or rstd, eps, is_rstd): a = act1(BN1(x)) is convolved instead of x.
         stats: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
         merge, counters: instead of them return y's (mean, rstd), fp32 [C], merged by the last program of each channel block, and
-            update the running statistics; counters is int32 [launch.depthwise_counters(C, device)], 0
+            update the running statistics; counters is int32 [rules.depthwise_counters(C, device)], 0
             before and after.
         epilogue: BN2 as (gamma, beta, mean, var, eps): act2(BN2(y)) is stored instead of y.
         pool: also return fp32 sums of the stored values, [N, T, C], to be added over T.
@@ -659,7 +659,7 @@ def depthwise_backward(
         bn2: None or (y, gamma, beta, mean, rstd, k0, k1, gate, dpool); k0, k1 fp32 [C] carry BN2's batch terms (None when its
             statistics are frozen), gate and dpool are fp32 [N, C] or None.
         bn1: None or (gamma, beta, mean, rstd) of the prologue: dx is then the gradient of BN1's OUTPUT (dz1).
-        counters: int32 [launch.depthwise_counters(C, device)], 0 before and after: the last program of each channel block finishes
+        counters: int32 [rules.depthwise_counters(C, device)], 0 before and after: the last program of each channel block finishes
             BN1's backward.
 
     Returns: (dx or None, partials fp32 [P, k*k + 2, C], finished or None); rows 0..k*k-1 sum to the weight gradient, the last two

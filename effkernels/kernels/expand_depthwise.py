@@ -13,10 +13,10 @@ TW outputs evaluates (TW - 1) * s + k columns: an element of a1 is computed (1 +
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import expand_depthwise_config
 from effkernels.kernels.common import activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.pointwise import load_forward_weight
-from effkernels.configs.rules import expand_depthwise_config
 
 
 @triton.jit

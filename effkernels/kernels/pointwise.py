@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
 from effkernels.kernels.batchnorm import Merge, finish_statistics
 from effkernels.kernels.common import (
     activate,
@@ -35,7 +36,6 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
 
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 

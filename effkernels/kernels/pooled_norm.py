@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import elementwise_config, reduction_config
 from effkernels.kernels.batchnorm import bn_terms
 from effkernels.kernels.common import (
     activate_and_grad,
@@ -24,7 +25,6 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.configs.rules import elementwise_config, reduction_config
 
 
 @sized_jit

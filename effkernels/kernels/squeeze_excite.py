@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
 from effkernels.kernels.batchnorm import bn_terms, finish_gradients
 from effkernels.kernels.common import (
     activate,
@@ -30,7 +31,6 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
-from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
 
 
 @sized_jit

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from effkernels.configs.rules import stem_backward_config, stem_forward_config
 from effkernels.kernels.batchnorm import Merge, finish_statistics
 from effkernels.kernels.common import (
     activate,
@@ -30,7 +31,6 @@ from effkernels.kernels.common import (
     sized_jit,
 )
 from effkernels.kernels.pointwise import fold_rows, load_tile, matmul_precision, sum_rows
-from effkernels.configs.rules import stem_backward_config, stem_forward_config
 
 
 @triton.jit

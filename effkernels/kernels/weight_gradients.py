@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, launcher, load_vector, sized_jit
 from effkernels.configs.rules import weight_gradient_config
+from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, launcher, load_vector, sized_jit
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from effkernels.ops.autograd import run
 from effkernels.ops.head import Head, head, head_backward, head_inference
+from effkernels.ops.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
 from effkernels.ops.single_layers import (
     BatchNormActAdd,
     DepthwiseBlock,
@@ -15,7 +16,6 @@ from effkernels.ops.single_layers import (
     squeeze_excite,
     squeeze_excite_backward,
 )
-from effkernels.ops.mbconv import MBConvFunction, mbconv, mbconv_backward, mbconv_inference
 from effkernels.ops.stem import Stem, stem, stem_backward, stem_inference
 
 __all__ = [

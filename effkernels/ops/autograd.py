@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from effkernels.geometry import pad_amounts
-from effkernels.ops import synchronise
+from effkernels.ops import sync_batchnorm
 from effkernels.ops.counters import own_counters
 
 LIB = torch.library.Library("effkernels", "DEF")
@@ -52,7 +52,7 @@ def normalised(kernel, weight, batch, running_mean, running_var, num_batches, mo
     from effkernels.kernels.batchnorm import Merge
 
     merge = Merge(eps, running_mean, running_var, num_batches, momentum)
-    out, statistics = synchronise.merged(kernel, weight, merge, group) if group else kernel(merge=merge)
+    out, statistics = sync_batchnorm.merged(kernel, weight, merge, group) if group else kernel(merge=merge)
     return out, *statistics
 
 

@@ -7,7 +7,7 @@ feature map is never stored.
 
 import torch
 
-from effkernels.ops import synchronise
+from effkernels.ops import sync_batchnorm
 from effkernels.ops.autograd import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, register
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.mbconv import DTYPES
@@ -29,8 +29,8 @@ LIB.define(
 
 @on_its_device
 def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps, group):
-    from effkernels.kernels.pooled_norm import pooled_norm
     from effkernels.kernels.pointwise import pointwise_forward
+    from effkernels.kernels.pooled_norm import pooled_norm
 
     def convolution(**how):
         counters = zeroed_counters(x, conv_weight.shape[0])
@@ -59,7 +59,7 @@ def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act
     if batch or needs[2] or needs[3]:
         dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, bn, H * W)
         if group and batch:
-            terms = synchronise.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
+            terms = sync_batchnorm.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
         dgamma, dbeta = dgamma.to(weight.dtype), dbeta.to(bias.dtype)
     if needs[0] or needs[1]:
         dy = pooled_norm_backward(dout, y, bn, terms if batch else None, act=act).view(-1, O)

@@ -17,7 +17,7 @@ depthwise convolution):
 import torch
 
 from effkernels.geometry import conv_out_size
-from effkernels.ops import synchronise
+from effkernels.ops import sync_batchnorm
 from effkernels.ops.autograd import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, pads_of, register
 from effkernels.ops.counters import zeroed_counters
 
@@ -199,7 +199,7 @@ def mbconv_backward(
             dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, keep=keep, counters=counters
         )
         if batch3 and groups[2]:
-            k0, k1 = synchronise.batch_terms(grads["norm3"], grads["bias3"], (weight3, mean3, rstd3), rows2, groups[2])
+            k0, k1 = sync_batchnorm.batch_terms(grads["norm3"], grads["bias3"], (weight3, mean3, rstd3), rows2, groups[2])
     partials = {}
     if need_data or need_project:
         dq, sums, partials["project"] = pointwise.project_backward(
@@ -220,7 +220,7 @@ def mbconv_backward(
             norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
         grads["norm2"], grads["bias2"], k0, k1 = norm2
         if batch2 and groups[1]:
-            k0, k1 = synchronise.batch_terms(*norm2[:2], (weight2, mean2, rstd2), rows2, groups[1])
+            k0, k1 = sync_batchnorm.batch_terms(*norm2[:2], (weight2, mean2, rstd2), rows2, groups[1])
     if need_dq:
         a = y1 if expands else x.to(DTYPES[dtype])
         if expands and y1.numel() == 0:  # recompute
@@ -236,7 +236,7 @@ def mbconv_backward(
         grads["norm1"], grads["bias1"], *terms = norm1
         terms = terms if batch1 else None
         if batch1 and groups[0]:
-            terms = synchronise.batch_terms(*norm1[:2], (weight1, mean1, rstd1), a.numel() // a.shape[-1], groups[0])
+            terms = sync_batchnorm.batch_terms(*norm1[:2], (weight1, mean1, rstd1), a.numel() // a.shape[-1], groups[0])
         if stem:
             bn1 = (weight1, bias1, mean1, rstd1)
             grads["x"], partials["stem"] = stem_gradients(da, a, x, expand_weight, stem, padding, bn1, terms, need_x, need_expand)
@@ -289,8 +289,8 @@ def mbconv_inference(
     dtype, stride, padding, act, se_act, gate, residual, eps1, eps2, eps3,
 ):  # fmt: skip
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
-    from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
     from effkernels.configs.rules import expand_inside
+    from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
 
     compute = DTYPES[dtype]
     has_se = se_reduce_weight is not None

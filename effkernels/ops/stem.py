@@ -8,7 +8,7 @@ block's first convolution in training (``mbconv``), which saves the launches and
 import torch
 
 from effkernels.geometry import conv_out_size, pad_amounts
-from effkernels.ops import synchronise
+from effkernels.ops import sync_batchnorm
 from effkernels.ops.autograd import LIB, absent, differentiable, fp32, normalised, on_its_device, register
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.mbconv import DTYPES
@@ -68,7 +68,7 @@ def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride
     counters = zeroed_counters(x, y.shape[-1])
     dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, bn, act=act, counters=counters)
     if group and batch:
-        terms = synchronise.batch_terms(dnorm_weight, dnorm_bias, (norm_weight, mean, rstd), y.numel() // y.shape[-1], group)
+        terms = sync_batchnorm.batch_terms(dnorm_weight, dnorm_bias, (norm_weight, mean, rstd), y.numel() // y.shape[-1], group)
     terms = terms if batch else None
     pads = image_pads(x, stride, padding)
     dx, dw = absent(x), absent(x)

@@ -1,4 +1,4 @@
-"""Measures launch configurations on the present GPU and writes the table that overrides launch.py's rules there.
+"""Measures launch configurations on the present GPU and writes the table that overrides the rules of configs/rules.py there.
 
 ``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's configuration
 and moves to the fastest neighbour until none is faster. A configuration whose results differ from the rule's, or that does not
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from effkernels import tables
+from effkernels.configs import tables
 
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
 FIELDS = {
@@ -229,7 +229,7 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
 
 def workloads(widths, dtypes, batches) -> list[Workload]:
     """Those of every different block of the networks of these width coefficients."""
-    from effkernels.inspect import family_blocks
+    from effkernels.tools.shipped import family_blocks
 
     found = {}
     for width in widths:

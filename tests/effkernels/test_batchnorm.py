@@ -252,10 +252,10 @@ def test_backward_in_one_launch(i, device, scratch):
 def test_gradient_reduce_of_many_small_images_and_another_dtype(device, scratch, monkeypatch):
     """Under autocast the gradient may be fp32. Five programs for each of three blocks of channels; their steps span images, kept and
     dropped ones."""
-    from effkernels import launch
+    from effkernels.configs import rules
 
     if device == "cpu":
-        monkeypatch.setattr(launch, "processor_count", lambda device: 4)
+        monkeypatch.setattr(rules, "processor_count", lambda device: 4)
     check_backward((17, 35, 5, 7, torch.bfloat16, device), "identity", True, True, one_launch=True, dout_dtype=torch.float32)
 
 

@@ -126,7 +126,7 @@ def test_activation_loads_are_16_bytes_wide_on_sm90(sm90):
 
 def test_depthwise_forward_keeps_to_its_goal_or_says_why_not(sm90):
     """Instructions an output: at stride 1 in bf16, as training runs it, within the goal; elsewhere a reason is printed."""
-    from effkernels.inspect import goal_of
+    from effkernels.tools.cost_table import goal_of
 
     goals = [(row, goal_of(row)) for row in sm90 if goal_of(row) is not None]
     kept = [row for row, (most, why) in goals if not why]
@@ -156,7 +156,7 @@ def test_one_configuration_per_kernel_on_other_architectures(arch, sm90):
 DIGESTS = """
 import dataclasses, json, sys, types
 import triton, triton.language as tl
-from effkernels import inspect
+from effkernels.tools import launches
 
 def build(source, name="toy_kernel", offset=0):
     path = f"{sys.argv[1]}/toy{abs(hash((source, offset)))}.py"
@@ -182,8 +182,8 @@ import torch
 x = torch.empty(64, device="meta")
 
 def digest(source=BASE, offset=0, x=x, n=17, B=32, arch=90, **options):
-    inspect.source_digest.cache_clear()
-    return inspect.Launch(build(source, offset=offset), {"x": x, "n": n, "B": B}, options, (1,)).digest(arch)
+    launches.source_digest.cache_clear()
+    return launches.Launch(build(source, offset=offset), {"x": x, "n": n, "B": B}, options, (1,)).digest(arch)
 
 same = [
     digest(), digest(offset=5), digest(n=19), digest(x=torch.empty(7, device="meta")),
@@ -211,7 +211,7 @@ def test_digests_change_with_the_machine_code_only(tmp_path):
 
 
 def test_floors_by_hand():
-    from effkernels.inspect import GPUS
+    from effkernels.tools.cost_table import GPUS
 
     # bf16 read and written once at 4.3 TB/s; 27 instructions at 132 * 4 schedulers and 1.755 GHz take as long (design of the kernels).
     floors = GPUS["h200"].floors({"per_element": 27.0, "fma": 9.0, "mufu": 1.0}, 4)
@@ -220,7 +220,7 @@ def test_floors_by_hand():
 
 
 def test_update_compiles_what_is_missing_only(tmp_path, monkeypatch):
-    from effkernels import inspect as static
+    from effkernels.tools import cost_table
 
     class Named(str):
         def digest(self, arch):
@@ -235,15 +235,15 @@ def test_update_compiles_what_is_missing_only(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield {"digest": launch.digest(arch), "kernel": launch, "dtype": "float32", "constants": {"K": 3}, "instructions": len(launch)}
 
-    monkeypatch.setattr(static, "compiled_rows", rows)
+    monkeypatch.setattr(cost_table, "compiled_rows", rows)
     path = tmp_path / "tables" / "static.json"
-    assert static.update(path, [Named("a"), Named("b")], 90) == (2, 0)
-    assert static.update(path, [Named("b"), Named("c")], 90) == (1, 1)
+    assert cost_table.update(path, [Named("a"), Named("b")], 90) == (2, 0)
+    assert cost_table.update(path, [Named("b"), Named("c")], 90) == (1, 1)
     with pytest.raises(KeyboardInterrupt):
-        static.update(path, [Named("b"), Named("d"), Named("stop"), Named("e")], 90)
+        cost_table.update(path, [Named("b"), Named("d"), Named("stop"), Named("e")], 90)
     assert compiled == ["a", "b", "c", "d", "stop"]
-    assert [row["digest"] for row in static.read_table(path)["rows"]] == ["b90", "d90"], "what was compiled is kept"
+    assert [row["digest"] for row in cost_table.read_table(path)["rows"]] == ["b90", "d90"], "what was compiled is kept"
     assert len(path.read_text().splitlines()) == 4, "one row a line"
     path.write_text("{}")
     with pytest.raises(ValueError, match=f"{path} is not a table of static costs"):
-        static.read_table(path)
+        cost_table.read_table(path)

@@ -10,7 +10,7 @@ from test_modules import PLAIN, images, randomise, step, twins
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import assert_close_to_truth, on_gpu
 
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, library
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, ops
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 SMALL = (8, 8, 3, 1, 2, 0.5)
@@ -234,12 +234,12 @@ def test_kernels_start_on_the_tensors_device(monkeypatch):
         is_cuda, device = True, torch.device("cuda", 1)
 
     monkeypatch.setattr(torch.cuda, "device", device_of)
-    guarded = library.base.on_its_device(lambda x, *args: entered.append(args))
+    guarded = ops.autograd.on_its_device(lambda x, *args: entered.append(args))
     guarded(OnSecondGpu(), 5)
     assert entered == [torch.device("cuda", 1), (5,), "left"]
     operators = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")}
     assert operators
-    unguarded = [name for name in operators if not hasattr(getattr(library, name, getattr(library.mbconv, name, None)), "__wrapped__")]
+    unguarded = [name for name in operators if not hasattr(getattr(ops, name, getattr(ops.mbconv, name, None)), "__wrapped__")]
     assert unguarded == []
 
 

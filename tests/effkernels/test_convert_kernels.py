@@ -95,10 +95,10 @@ def triple(make, seed=0):
 
 def kernels_of(monkeypatch):
     """What runs on kernels, by name, from here on."""
-    from effkernels import library
+    from effkernels import ops
 
-    runs, run = [], library.run
-    monkeypatch.setattr(library, "run", lambda name, *args: (runs.append(name), run(name, *args))[1])
+    runs, run = [], ops.run
+    monkeypatch.setattr(ops, "run", lambda name, *args: (runs.append(name), run(name, *args))[1])
     return runs
 
 
@@ -305,7 +305,7 @@ def test_networks_own_forward():
 
 
 def test_a_forward_that_the_library_has_changed(monkeypatch):
-    from effkernels import networks
+    from effkernels.adapters import networks
 
     path = "timm.models.efficientnet.EfficientNet"
     reader, methods, names = networks.NETWORKS[path]

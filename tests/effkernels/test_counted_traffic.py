@@ -14,7 +14,7 @@ if not INTERPRET:
 import triton
 import triton.language as tl
 
-from effkernels import traffic
+from effkernels.tools import traffic
 from effkernels.tools.traffic import LaunchTraffic, count_steps, count_traffic, passes, summary
 
 N, H, W, C = 2, 7, 6, 40

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
 
-from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.configs.rules import DepthwiseConfig
+from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
 
 EPS = 1e-3

@@ -288,7 +288,7 @@ def test_imports_are_lazy():
         import sys
         import effkernels
         assert "torch" not in sys.modules and "triton" not in sys.modules
-        from effkernels import FusedMBConv, FusedDepthwiseConvBNAct, FusedSqueezeExcite, explain, functional, reference, why_not_fused
+        from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, explain, functional, reference, why_not_fused
         from effkernels.configs.rules import depthwise_forward_config
         import torch
         assert "triton" not in sys.modules

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc, norm_vectors, on_gpu
 
-from effkernels.geometry import pad_amounts
 from effkernels.configs.rules import EXPAND_DEPTHWISE_INSTRUCTIONS, expand_inside
+from effkernels.geometry import pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
 
 EPS = 1e-3
@@ -130,7 +130,8 @@ def test_cost_model():
 
 COMPILE = """
 import json, sys, torch
-from effkernels.inspect import cost_of, record_launches
+from effkernels.tools.launches import record_launches
+from effkernels.tools.machine_code import cost_of
 from effkernels.kernels.expand_depthwise import expand_depthwise
 
 def meta(*shape, dtype=torch.float32):

@@ -9,7 +9,8 @@ import torch
 from interpreter import HAS_TRITON
 from test_dispatch import run_python
 
-from effkernels import FusedMBConv, launch, tables
+from effkernels import FusedMBConv
+from effkernels.configs import rules, tables
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -124,7 +125,7 @@ def test_a_row_that_does_not_fit_gives_way_to_the_rule(device, refuse, tmp_path,
     monkeypatch.setattr(tables, "_architecture", lambda device: (9, 0))
     monkeypatch.delenv("EFFKERNELS_TABLE")
     tables._table.cache_clear()
-    assert launch.depthwise_forward_config(3, 1, 1, 4, 4, 8, torch.float32, torch.device("cpu")).stages == 3
+    assert rules.depthwise_forward_config(3, 1, 1, 4, 4, 8, torch.float32, torch.device("cpu")).stages == 3
 
 
 def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
@@ -156,7 +157,7 @@ def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
 
 def test_fields_of_the_fallbacks_exist():
     """Each changes something of some configuration, and nothing that decides grids or partial results."""
-    configs = [c for c in vars(launch).values() if dataclasses.is_dataclass(c)]
+    configs = [c for c in vars(rules).values() if dataclasses.is_dataclass(c)]
     for fields in tables.FALLBACKS:
         assert set(fields) <= {"stages", "maxnreg", "num_warps"}
         assert all(any(name in {f.name for f in dataclasses.fields(c)} for c in configs) for name in fields)
@@ -169,8 +170,9 @@ def test_a_table_that_asks_too_much_of_an_sm86():
         import json, os, tempfile, warnings
         import torch, triton
         from triton.runtime.errors import OutOfResources
-        from effkernels import launch, tables
-        from effkernels.inspect import Launch, compile_launch
+        from effkernels.configs import rules, tables
+        from effkernels.tools.launches import Launch
+        from effkernels.tools.machine_code import compile_launch
         from effkernels.kernels import pointwise
 
         family, key = "pointwise_forward", "K=128 N=64 rows=1024 dtype=bfloat16 prologue=False"
@@ -210,8 +212,9 @@ def test_every_kernel_compiles_with_every_fallback(step):
     found = run_python(
         f"""
         import json
-        from effkernels import tables
-        from effkernels.inspect import compile_launch, shipped_launches
+        from effkernels.configs import tables
+        from effkernels.tools.machine_code import compile_launch
+        from effkernels.tools.shipped import shipped_launches
         with tables.falling_back(tables.FALLBACKS[{step}]):
             launches = shipped_launches()
         launches = {{launch.name: launch for launch in reversed(launches)}}

@@ -9,7 +9,8 @@ import torch
 from test_dispatch import run_python
 
 import effkernels
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, tables
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch
+from effkernels.configs import tables
 
 TABLE = Path(effkernels.__file__).parent / "configs/static_sm90.json"
 SMALLEST_SHARED_MEMORY = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 has 163 KB, sm_90 227 KB
@@ -103,9 +104,9 @@ def test_every_configuration_fits_the_smallest_shared_memory():
     found = run_python(
         """
         import json, torch
-        from effkernels import inspect
-        head = inspect.stem_and_head_launches(torch.bfloat16, 64, 640, 2560, training=False)[-1]
-        shared = {arch: inspect.compile_launch(head, arch).metadata.shared for arch in (86, 89)}
+        from effkernels.tools import machine_code, shipped
+        head = shipped.stem_and_head_launches(torch.bfloat16, 64, 640, 2560, training=False)[-1]
+        shared = {arch: machine_code.compile_launch(head, arch).metadata.shared for arch in (86, 89)}
         print(json.dumps([head.name, {k: v for k, v in head.constants.items() if isinstance(v, int)}, shared]))
         """
     )

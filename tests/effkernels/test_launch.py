@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effkernels import launch
+from effkernels.configs import rules
 
 CPU = torch.device("cpu")
 sizes = st.integers(1, 600)
@@ -21,7 +21,7 @@ def is_power_of_two(n):
 @given(rows=st.integers(1, 5000), most=st.integers(1, 64))
 def test_even_rows(rows, most):
     """As few chunks as ``most`` allows, and the last at most one row per chunk shorter than the others."""
-    each = launch.even_rows(rows, most)
+    each = rules.even_rows(rows, most)
     chunks = -(-rows // each)
     assert 1 <= each <= most
     assert chunks == -(-rows // most) or each * (-(-rows // most)) >= rows
@@ -35,24 +35,24 @@ def test_strip_rows(rows, strips_w, S, halo):
     def steps(each):
         return -(-strips_w * -(-rows // each) // S) * (each + halo)
 
-    each = launch.strip_rows(rows, strips_w, S, halo)
+    each = rules.strip_rows(rows, strips_w, S, halo)
     assert 1 <= each <= 16
-    assert steps(each) <= steps(launch.even_rows(rows, 16))
+    assert steps(each) <= steps(rules.even_rows(rows, 16))
     if S == 1 and halo:
-        assert each == launch.even_rows(rows, 16)
+        assert each == rules.even_rows(rows, 16)
 
 
 def test_strips_of_small_images():
     """7 x 7: 4 strips of 7 rows would leave half of 8 lanes idle; 14 x 14: two groups of shorter strips would take longer than one."""
-    assert launch.strip_rows(7, 4, 8, 2) == 4
-    assert launch.strip_rows(14, 7, 8, 2) == 14
-    assert launch.strip_rows(112, 56, 8, 2) == 16
+    assert rules.strip_rows(7, 4, 8, 2) == 4
+    assert rules.strip_rows(14, 7, 8, 2) == 14
+    assert rules.strip_rows(112, 56, 8, 2) == 16
 
 
 @pytest.mark.parametrize("family", ["forward", "backward"])
 @given(k=st.sampled_from([1, 3, 5, 7, 9]), stride=st.sampled_from([1, 2]), n=st.integers(1, 64), h=sizes, w=sizes, c=sizes, dtype=dtypes)
 def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
-    make = getattr(launch, f"depthwise_{family}_config")
+    make = getattr(rules, f"depthwise_{family}_config")
     config = make(k, stride, n, h, w, c, dtype, CPU)
     assert is_power_of_two(config.BC) and is_power_of_two(config.S) and config.TW >= 1
     assert 1 <= config.TH <= 16
@@ -65,16 +65,16 @@ def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
 @given(k=st.sampled_from([1, 3, 5, 7, 9]), c=st.integers(1, 9000), tiles=st.integers(1, 10**6), dtype=dtypes)
 def test_depthwise_counters_suffice(k, c, tiles, dtype):
     for device in (CPU, torch.device("meta")):
-        for make in (launch.depthwise_forward_config, launch.depthwise_backward_config):
+        for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
             config = make(k, 1, 64, 56, 56, c, dtype, device)
             blocks = -(-c // config.BC)
-            assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= launch.depthwise_counters(c, device)
+            assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= rules.depthwise_counters(c, device)
 
 
 @pytest.mark.parametrize("family", ["elementwise", "reduction"])
 @given(c=st.integers(1, 4000), rows=st.integers(1, 10**6), others=st.integers(1, 5000), dtype=dtypes)
 def test_rows_config(family, c, rows, others, dtype):
-    config = getattr(launch, f"{family}_config")(c, dtype)
+    config = getattr(rules, f"{family}_config")(c, dtype)
     assert is_power_of_two(config.BR) and is_power_of_two(config.BC)
     # No smaller block of channels of those that still load 16 bytes a thread would waste fewer lanes.
     padded = -(-c // config.BC) * config.BC
@@ -88,13 +88,13 @@ def test_rows_config(family, c, rows, others, dtype):
 
 def test_processor_count():
     """The interpreter takes few programs, so that each has several tiles; compile-only launches look like an H200's."""
-    assert launch.processor_count(CPU) == 1
-    assert launch.processor_count(torch.device("meta")) == 132
+    assert rules.processor_count(CPU) == 1
+    assert rules.processor_count(torch.device("meta")) == 132
 
 
 def test_configurations_do_not_depend_on_batch_or_size():
     """Compile-time settings from k, stride and dtype alone: a new batch or image size compiles nothing."""
     for k, stride, dtype in itertools.product((3, 5, 7, 9), (1, 2), (torch.float32, torch.bfloat16)):
-        for make in (launch.depthwise_forward_config, launch.depthwise_backward_config):
+        for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
             configs = [make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))]
             assert len({(c.BC, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1

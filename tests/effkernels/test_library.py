@@ -6,7 +6,7 @@ import pytest
 import torch
 from truth import norm_vectors
 
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, library
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, ops
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 N, H, W, C, R = 2, 3, 2, 4, 3
@@ -40,7 +40,7 @@ def operator_arguments(name, device, dtype=torch.float32):
         vectors = [v for v in (*norm(device)[:2], *norm(device)[:2])]
         with torch.no_grad():
             args = (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
-            aux = library.depthwise_block(*args)[1:]
+            aux = ops.depthwise_block(*args)[1:]
             fixed = [t.detach() for t in (x, weight, *vectors, *squeeze(device))]
         yield (dout, *fixed, *aux, *settings, True, True, [True] * 10)
         none = torch.empty(0, device=device)
@@ -69,7 +69,7 @@ def operator_arguments(name, device, dtype=torch.float32):
     elif name == "squeeze_excite_backward":
         weights = squeeze(device, False)
         x = x.detach()
-        yield (dout.new_ones(N, H, W, C), x, *weights, *library.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
+        yield (dout.new_ones(N, H, W, C), x, *weights, *ops.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
                "sigmoid", [True] * 5)  # fmt: skip
     elif name.startswith("stem"):
         x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
@@ -90,7 +90,7 @@ def operator_arguments(name, device, dtype=torch.float32):
                 "",
             )
         elif name == "stem_backward":
-            out, *aux = library.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3, "")
+            out, *aux = ops.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3, "")
             yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, "", [True] * 4)
             yield (
                 out,
@@ -116,7 +116,7 @@ def operator_arguments(name, device, dtype=torch.float32):
             return
         x = x.detach()
         for dtype, batch, needs in (("fp32", True, [True] * 4), ("bf16", False, [True, False, False, True])):
-            out, *aux = library.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3, "")
+            out, *aux = ops.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3, "")
             yield (out, x, conv, *trained[:2], *aux, "silu", batch, "", needs)
     elif name == "head_inference":
         yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "fp32", "silu", 1e-3)
@@ -157,7 +157,7 @@ def block_arguments(name, device):
         return
     for args, needs in zip(forward, ([True] * 14, [False] * 5 + [True] * 9, [True] + [False] * 3 + [True] * 10, [True] * 14), strict=True):
         with torch.no_grad():
-            out, *aux = library.mbconv(*args)
+            out, *aux = ops.mbconv(*args)
         tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
         needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
         yield (torch.randn_like(out), *tensors, *aux, *args[24:33], args[33], args[36], args[39], alone, needs)

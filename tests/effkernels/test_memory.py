@@ -124,13 +124,14 @@ class Recorded:
     def __init__(self, monkeypatch):
         from triton.runtime.interpreter import InterpretedFunction
 
-        from effkernels import dispatch, launch
+        from effkernels import dispatch
+        from effkernels.configs import rules
 
         self.launches = []
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(dispatch, "why_not_fused", lambda *args, **kwargs: None)
         # A program for each tile: then the last one is at the end of memory after a few steps. (More than there are counters for.)
-        monkeypatch.setattr(launch, "processor_count", lambda device: 10**7)
+        monkeypatch.setattr(rules, "processor_count", lambda device: 10**7)
         for module in kernel_modules():
             if hasattr(module, "check_counters"):
                 monkeypatch.setattr(module, "check_counters", lambda *args: None)
@@ -304,7 +305,9 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
 # In a process without the interpreter: kernels as the compiler would be asked for them.
 LAUNCHES = f"""
 import json, re, torch
-from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, functional, inspect
+from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, functional
+from effkernels.tools.launches import call_launches
+from effkernels.tools.machine_code import compile_launch
 
 {inspect.getsource(Ends)}
 dispatch.why_not_fused = lambda *args, **kwargs: None  # meta tensors are no reason here
@@ -313,7 +316,7 @@ def launches(module, *shape):
     for part in module.modules():
         part.why_not_fused = lambda x=None: None
     for training in (True, False):
-        yield from inspect.call_launches(module.train(training), torch.empty(shape, dtype=torch.bfloat16, device="meta"), training)
+        yield from call_launches(module.train(training), torch.empty(shape, dtype=torch.bfloat16, device="meta"), training)
 """
 
 CACHE_KEYS = """
@@ -349,7 +352,7 @@ for module, *shape in WORKLOADS:
     for launch in launches(module, *shape):
         large = {id(v): n for n, v in reversed(launch.arguments.items()) if isinstance(v, torch.Tensor) and v.numel() >= 2**31}
         if large and launch.name not in found:
-            code = inspect.compile_launch(launch, 90).asm["ttir"]
+            code = compile_launch(launch, 90).asm["ttir"]
             found[launch.name] = {name: list(offset_types(code, name)) for name in large.values()}
 print(json.dumps(found))
 """

@@ -162,10 +162,10 @@ def test_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device, scratch)
 
 def test_pool_and_gate_with_many_parts(device, scratch, monkeypatch):
     """11 parts an image, more than one step of the last program sums."""
-    from effkernels import launch
+    from effkernels.configs import rules
 
     if device == "cpu":
-        monkeypatch.setattr(launch, "processor_count", lambda device: 8)
+        monkeypatch.setattr(rules, "processor_count", lambda device: 8)
     check_pool_and_gate(3, 35, 5, 38, 37, torch.float32, "silu", "silu", "sigmoid", device)
 
 
@@ -177,8 +177,8 @@ def test_pool_and_gate_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, devi
 
 def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1, weight_dtype=torch.float32):
     """From dq's sums, random, to the gradients of the gate's argument, the bottleneck, the pooling and BatchNorm 2."""
-    from effkernels.kernels.squeeze_excite import gate_backward
     from effkernels.configs.rules import gate_backward_config
+    from effkernels.kernels.squeeze_excite import gate_backward
 
     torch.manual_seed(0)
     y, dq = (torch.randn(N, C, H, W).to(device, dtype) for _ in range(2))

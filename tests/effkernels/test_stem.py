@@ -254,8 +254,9 @@ def test_compiled(device):
 
 COMPILE = """
 import json, torch
-from effkernels import library
-from effkernels.inspect import cost_of, record_launches
+from effkernels import ops
+from effkernels.tools.launches import record_launches
+from effkernels.tools.machine_code import cost_of
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -264,9 +265,9 @@ rows = []
 for name, S, I in (("bf16", 32, 3), ("fp16", 40, 3), ("fp32", 64, 3), ("bf16", 64, 16)):
     x, weight, norm = meta(8, I, 224, 224), meta(S, I, 3, 3), [meta(S) for _ in range(4)]
     with record_launches() as launches:
-        library.stem_inference(x, weight, *norm, name, 2, "symmetric", "silu", 1e-3)
-        out, *aux = library.stem(x, weight, *norm, None, name, 2, "same", "silu", True, 0.1, 1e-3, "")
-        library.stem_backward(out, x, weight, *norm[:2], *aux, 2, "same", "silu", True, "", [False, True, True, True])
+        ops.stem_inference(x, weight, *norm, name, 2, "symmetric", "silu", 1e-3)
+        out, *aux = ops.stem(x, weight, *norm, None, name, 2, "same", "silu", True, 0.1, 1e-3, "")
+        ops.stem_backward(out, x, weight, *norm[:2], *aux, 2, "same", "silu", True, "", [False, True, True, True])
     for launch in launches:
         if launch.name.startswith("stem"):
             cost = cost_of(launch)

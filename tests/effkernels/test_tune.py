@@ -11,7 +11,8 @@ import pytest
 import torch
 from interpreter import HAS_TRITON
 
-from effkernels import launch, tables, tune
+from effkernels.configs import rules, tables
+from effkernels.tools import tune
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ARGS = (3, 1, 64, 56, 56, 96, torch.bfloat16)
@@ -51,23 +52,23 @@ def use(tmp_path, monkeypatch):
 
 
 def test_a_row_overrides_the_rule_in_its_bucket(use):
-    rule = launch.depthwise_forward_config(*ARGS, CPU)
+    rule = rules.depthwise_forward_config(*ARGS, CPU)
     use(table(row({"TW": 7, "warps_per_sm": 12}), row({"BR": 9}, "C=96 dtype=bfloat16", "elementwise")))
-    assert launch.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=7, warps_per_sm=12)
-    assert launch.depthwise_forward_config(*ARGS, device=GPU).TW == 7
-    assert launch.depthwise_forward_config(3, 1, 33, 33, 64, 65, torch.bfloat16, GPU).TW == 7, "the bucket's other end"
+    assert rules.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=7, warps_per_sm=12)
+    assert rules.depthwise_forward_config(*ARGS, device=GPU).TW == 7
+    assert rules.depthwise_forward_config(3, 1, 33, 33, 64, 65, torch.bfloat16, GPU).TW == 7, "the bucket's other end"
     for i, other in enumerate((5, 2, 65, 32, 32, 129, torch.float16)):
         args = (*ARGS[:i], other, *ARGS[i + 1 :], GPU)
-        assert launch.depthwise_forward_config(*args) == launch.depthwise_forward_config(*args[:-1], CPU), args
+        assert rules.depthwise_forward_config(*args) == rules.depthwise_forward_config(*args[:-1], CPU), args
 
 
 def test_only_gpus_have_tables(use):
     use(table(row({"TW": 7})))
     for device in (CPU, torch.device("meta")):
-        assert launch.depthwise_forward_config(*ARGS, device).TW != 7
+        assert rules.depthwise_forward_config(*ARGS, device).TW != 7
     with tables.rules_only():
-        assert launch.depthwise_forward_config(*ARGS, GPU).TW != 7
-    assert launch.depthwise_forward_config(*ARGS, GPU).TW == 7
+        assert rules.depthwise_forward_config(*ARGS, GPU).TW != 7
+    assert rules.depthwise_forward_config(*ARGS, GPU).TW == 7
 
 
 def test_rules_without_a_device_ask_for_the_current_one(use, monkeypatch):
@@ -75,16 +76,16 @@ def test_rules_without_a_device_ask_for_the_current_one(use, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for initialized, warps in ((False, 4), (True, 8)):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
-        assert launch.elementwise_config(96, torch.bfloat16).num_warps == warps
+        assert rules.elementwise_config(96, torch.bfloat16).num_warps == warps
 
 
 def test_the_packages_own_table_is_that_of_the_architecture(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    assert launch.depthwise_forward_config(*ARGS, GPU) == launch.depthwise_forward_config(*ARGS, CPU), "no table"
+    assert rules.depthwise_forward_config(*ARGS, GPU) == rules.depthwise_forward_config(*ARGS, CPU), "no table"
     tables.forget()
     tables.write(tmp_path / "sm_90.json", table(row({"TW": 7})))
     tables.write(tmp_path / "sm_80.json", table(row({"TW": 5}), capability=(8, 0)))
-    assert launch.depthwise_forward_config(*ARGS, GPU).TW == 7
+    assert rules.depthwise_forward_config(*ARGS, GPU).TW == 7
 
 
 def test_a_table_is_read_once(use, monkeypatch):
@@ -92,9 +93,9 @@ def test_a_table_is_read_once(use, monkeypatch):
     reads, read = [], tables.read
     monkeypatch.setattr(tables, "read", lambda *args: reads.append(args) or read(*args))
     for c in (96, 97, 98, 40):
-        launch.depthwise_forward_config(*ARGS[:5], c, torch.bfloat16, GPU)
+        rules.depthwise_forward_config(*ARGS[:5], c, torch.bfloat16, GPU)
     path.write_text("gone")
-    assert launch.depthwise_forward_config(*ARGS[:5], 99, torch.bfloat16, GPU).TW == 7
+    assert rules.depthwise_forward_config(*ARGS[:5], 99, torch.bfloat16, GPU).TW == 7
     assert len(reads) == 1
 
 
@@ -114,20 +115,20 @@ def test_a_table_is_read_once(use, monkeypatch):
 def test_a_table_that_cannot_be_used_is_named(use, content, problem):
     path = use(content)
     with pytest.raises(ValueError) as error:
-        launch.depthwise_forward_config(*ARGS, GPU)
+        rules.depthwise_forward_config(*ARGS, GPU)
     assert str(path) in str(error.value) and problem in str(error.value)
 
 
 def test_a_table_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("EFFKERNELS_TABLE", str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="EFFKERNELS_TABLE names .*none.json, which does not exist"):
-        launch.depthwise_forward_config(*ARGS, GPU)
+        rules.depthwise_forward_config(*ARGS, GPU)
 
 
-@pytest.mark.parametrize("name", [name for name in vars(launch) if name.endswith("_config")])
+@pytest.mark.parametrize("name", [name for name in vars(rules) if name.endswith("_config")])
 def test_every_rule_can_be_overridden(name):
     """So that a rule added later is not forgotten."""
-    assert hasattr(getattr(launch, name), "__wrapped__"), f"{name} lacks @tuned"
+    assert hasattr(getattr(rules, name), "__wrapped__"), f"{name} lacks @tuned"
 
 
 def test_tables_in_git_can_be_read():
@@ -252,15 +253,15 @@ def test_a_workload_that_asks_for_nothing_is_a_mistake(toy, tmp_path):
 def test_what_is_written_is_what_is_looked_up(tmp_path, monkeypatch):
     """Family and key of a row that the search writes for a real rule are those that a launch looks for."""
     with tables.watch() as asked:
-        rule = launch.depthwise_forward_config(*ARGS, CPU)
+        rule = rules.depthwise_forward_config(*ARGS, CPU)
     tables.write(tmp_path / "t.json", table({"family": asked[0][0], "key": asked[0][1], "config": {"TW": rule.TW + 1}}))
     monkeypatch.setenv("EFFKERNELS_TABLE", str(tmp_path / "t.json"))
-    assert launch.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=rule.TW + 1)
+    assert rules.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=rule.TW + 1)
 
 
 def test_fields_of_the_search_exist():
     for family, fields in tune.FIELDS.items():
-        rule = getattr(launch, f"{family}_config")
+        rule = getattr(rules, f"{family}_config")
         annotation = rule.__wrapped__.__annotations__["return"]
         assert set(fields) <= {f.name for f in dataclasses.fields(annotation)}, family
         assert all(list(values) == sorted(values) for values in fields.values())
@@ -277,8 +278,9 @@ def test_every_workload_starts_kernels_of_its_family():
     """Launchers run on the meta device, in a process without the interpreter."""
     code = """
     import torch
-    from effkernels import tables, tune
-    from effkernels.inspect import record_launches
+    from effkernels.configs import tables
+    from effkernels.tools import tune
+    from effkernels.tools.launches import record_launches
 
     families = set()
     for workload in tune.workloads([1.0, 2.0], [torch.bfloat16, torch.float32], [32]):

@@ -1,0 +1,6 @@
+"""``python -m effkernels.inspect``: what every shipped launch costs (effkernels/tools/cost_table.py)."""
+
+from effkernels.tools.cost_table import main
+
+if __name__ == "__main__":
+    main()

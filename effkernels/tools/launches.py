@@ -1,0 +1,179 @@
+"""Kernel launches as data: recorded instead of started, so that a launch can be looked at without a GPU.
+
+``record_launches`` runs any launcher on tensors of the ``meta`` device and keeps the kernels it would have started, with their
+arguments. A ``Launch`` knows its configuration, how Triton would specialise it, and a digest of all that its machine code depends on.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import tokenize
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from effkernels.configs import tables
+
+POINTER_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+ROW_FORMAT = 1  # raised when a row's fields or their meaning change
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel start: the jitted function, its arguments by name, compiler options and grid."""
+
+    fn: object
+    arguments: dict
+    options: dict
+    grid: tuple
+
+    @property
+    def name(self) -> str:
+        return self.fn.__name__
+
+    @property
+    def constants(self) -> dict:
+        return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr}
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.options.get("num_warps", 4)
+
+    @property
+    def dtype(self) -> str:
+        return next(str(v.dtype).removeprefix("torch.") for v in self.arguments.values() if isinstance(v, torch.Tensor))
+
+    def key(self) -> tuple:
+        """The configuration: kernel, compile-time arguments, pointer types and options (sizes do not count)."""
+        pointers = tuple((k, POINTER_TYPES[v.dtype]) for k, v in self.arguments.items() if isinstance(v, torch.Tensor))
+        return self.name, tuple(self.constants.items()), pointers, tuple(sorted(self.options.items()))
+
+    def specialization(self) -> tuple[dict, dict, dict]:
+        """Triton's (signature, constants, attributes) of this launch."""
+        signature, constants, attributes = {}, {}, {}
+        for i, param in enumerate(self.fn.params):
+            value = self.arguments[param.name]
+            if param.is_constexpr or value is None:
+                signature[param.name], constants[param.name] = "constexpr", value
+            else:
+                signature[param.name] = _type_of(value)
+                if _hint(value) and not param.do_not_specialize:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    def digest(self, arch: int = 90) -> str:
+        """Of all that the machine code depends on: sources of the kernel and of what it calls, types, constants, options, compiler."""
+        signature, constants, attributes = self.specialization()
+        parts = (
+            ROW_FORMAT,
+            triton.__version__,
+            arch,
+            source_digest(self.fn),
+            signature,
+            constants,
+            attributes,
+            sorted(self.options.items()),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def activation_bytes(self) -> int:
+        """Bytes of its tensors, each once: what a launch that reads or writes all of them must move at least."""
+        tensors = {id(v): v for v in self.arguments.values() if isinstance(v, torch.Tensor)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _normal_form(source: str) -> str:
+    """The tokens of Python source without comments, docstrings and layout."""
+    kept, line = [], []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NEWLINE:
+            if any(kind != tokenize.STRING for kind, _ in line):
+                kept += [text for _, text in line] + ["\n"]
+            line = []
+        elif token.type in (tokenize.INDENT, tokenize.DEDENT):
+            kept.append("{" if token.type == tokenize.INDENT else "}")
+        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            line.append((token.type, token.string))
+    return " ".join(kept)
+
+
+def _names(code) -> set[str]:
+    """Names that compiled Python refers to, those of nested functions too."""
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if hasattr(c, "co_names")))
+
+
+@functools.cache
+def source_digest(fn) -> str:
+    """Of a jitted function's source, comments and place in the file aside, with the jitted functions and constants it reaches.
+
+    (``JITFunction.cache_key`` changes with the line a function stands on.)
+    """
+    jitted, todo, found = type(fn), [fn], {}
+    while todo:
+        function = todo.pop()
+        if (key := (function.fn.__module__, function.fn.__qualname__)) in found:
+            continue
+        constants = {}
+        for name in sorted(_names(function.fn.__code__)):
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, jitted):
+                todo.append(value)
+            elif isinstance(value, (triton.language.constexpr, int, float, str)):
+                constants[name] = repr(value)
+        found[key] = _normal_form(function.src), constants
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def _type_of(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTER_TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"a kernel argument must be a tensor, int, float or bool, got {type(value).__name__}")
+
+
+def _hint(value) -> bool:
+    """Whether Triton would tell the compiler that 16 divides the value (pointers from the allocator are 512-byte aligned)."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+@contextlib.contextmanager
+def record_launches():
+    """Within: kernels are recorded in the list this yields instead of started, so launchers run on ``meta`` tensors.
+
+    Configurations are the rules', whatever tables there are.
+    """
+    launches: list[Launch] = []
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments.update({k: v for k, v in kwargs.items() if k in self.arg_names})
+        options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
+        launches.append(Launch(self, arguments, options, tuple(grid)))
+
+    cls = triton.runtime.jit.JITFunction
+    original, cls.run = cls.run, run
+    try:
+        with tables.rules_only():
+            yield launches
+    finally:
+        cls.run = original
+
+
+def call_launches(call, x, backward: bool) -> list[Launch]:
+    """Launches of ``call(x)`` on x [N, C, H, W] of the ``meta`` device, and of its backward."""
+    with record_launches() as launches, torch.set_grad_enabled(backward):
+        out = call(x.to(memory_format=torch.channels_last).requires_grad_(backward))
+        if backward:
+            out.backward(torch.empty_like(out))
+    return launches

@@ -1,0 +1,154 @@
+"""The launches of every configuration that the package ships: what the table of static costs has a row for."""
+
+import functools
+import itertools
+
+import torch
+
+from effkernels.tools.launches import Launch, call_launches, record_launches
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def block_launches(
+    dtype, kernel_size, stride, *, channels=96, size=56, images=64, reduced=8, expands=True, squeeze=True, training=True, act="silu"
+):
+    """Launches of one depthwise block (forward and backward, or inference) at a shape of an MBConv network."""
+    from effkernels import ops
+
+    def norm():
+        return [_meta(channels) for _ in range(4)]
+
+    x = _meta(images, size, size, channels, dtype=dtype)
+    weight = _meta(channels, 1, kernel_size, kernel_size)
+    w1, b1, m1, v1 = norm() if expands else [None] * 4
+    w2, b2, m2, v2 = norm()
+    se = [None] * 4
+    if squeeze:
+        se = [_meta(reduced, channels, 1, 1), _meta(reduced), _meta(channels, reduced, 1, 1), _meta(channels)]
+    settings = (stride, "symmetric", act if expands else "identity", act, act if squeeze else "identity", "sigmoid")
+    with record_launches() as launches:
+        if not training:
+            ops.depthwise_block_inference(x, weight, w1, b1, m1, v1, w2, b2, m2, v2, *se, *settings, 1e-3, 1e-3)
+        else:
+            out, *aux = ops.depthwise_block(
+                x, weight, w1, b1, m1, v1, None, w2, b2, m2, v2, None, *se, *settings, expands, 0.1, 1e-3, True, 0.1, 1e-3
+            )
+            ops.depthwise_block_backward(out, x, weight, w1, b1, w2, b2, *se, *aux, *settings, expands, True, [True] * 10)
+    return launches
+
+
+def norm_launches(dtype, *, channels=40, size=28, images=64, training=True):
+    """Launches of BN + drop-path + residual, the end of a block, and of squeeze-excite alone."""
+    from effkernels import ops
+
+    x, weight, bias, mean, var = _meta(images, size, size, channels, dtype=dtype), *(_meta(channels) for _ in range(4))
+    with record_launches() as launches:
+        if training:
+            mask = _meta(images)
+            out, *stats = ops.bn_act_add(x, weight, bias, mean, var, None, mask, torch.empty_like(x), "identity", True, 0.1, 1e-3)
+            ops.bn_act_add_backward(out, x, weight, bias, *stats, mask, "identity", True, True)
+            se = [_meta(10, channels, 1, 1), _meta(10), _meta(channels, 10, 1, 1), _meta(channels)]
+            out, *aux = ops.squeeze_excite(x, *se, "silu", "sigmoid")
+            ops.squeeze_excite_backward(out, x, *se, *aux, "silu", "sigmoid", [True] * 5)
+        else:
+            ops.bn_act_add_inference(x, weight, bias, mean, var, torch.empty_like(x), "identity", 1e-3)
+    return launches
+
+
+@functools.cache
+def family_blocks(width: float) -> list[tuple]:
+    """(in, out channels, kernel size, stride, expand ratio, image size) of the different blocks of an EfficientNet (Tan & Le, 2019,
+    table 1) of a width coefficient: 1 is B0 and B1, 1.4 B4, 2 B7, 4.3 L2."""
+
+    def rounded(channels):
+        multiple = max(8, int(channels * width + 4) // 8 * 8)
+        return multiple + 8 if multiple < 0.9 * channels * width else multiple
+
+    blocks, inputs, size = [], rounded(32), 112
+    for ratio, channels, k, stride in (
+        (1, 16, 3, 1),
+        (6, 24, 3, 2),
+        (6, 40, 5, 2),
+        (6, 80, 3, 2),
+        (6, 112, 5, 1),
+        (6, 192, 5, 2),
+        (6, 320, 3, 1),
+    ):
+        blocks.append((inputs, rounded(channels), k, stride, ratio, size))
+        inputs, size = rounded(channels), size // stride
+        blocks.append((inputs, inputs, k, 1, ratio, size))
+    return blocks
+
+
+def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training, frozen=False, images=64, **how) -> list[Launch]:
+    """Launches of one whole MBConv block; frozen: training with running statistics."""
+    from effkernels import FusedMBConv
+
+    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta", **how).train(training and not frozen)
+    block.why_not_fused = lambda x=None: None  # meta tensors are no reason here
+    return call_launches(block, _meta(images, inputs, size, size, dtype=dtype), training)
+
+
+def stem_and_head_launches(dtype, channels, inputs, features, *, training, images=64) -> list[Launch]:
+    """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its first block's, and
+    of its last."""
+    from effkernels import FusedMBConv, functional
+    from effkernels.parameters import BatchNormParams
+
+    def norm(channels):
+        return BatchNormParams.of(torch.nn.BatchNorm2d(channels, device="meta").train(training))
+
+    weight, first = torch.nn.Parameter(_meta(channels, 3, 3, 3)), norm(channels)
+    pixels = _meta(images, 3, 224, 224, dtype=dtype)
+    launches = call_launches(lambda x: functional.stem(x, weight, first), pixels, training)
+    if training:
+        block = FusedMBConv(channels, channels // 2, 3, 1, 1, device="meta")
+        launches += call_launches(lambda x: block.fused(x, stem=(weight, first), stem_stride=2), pixels, True)
+    last, conv = norm(features), torch.nn.Parameter(_meta(features, inputs, 1, 1))
+    return launches + call_launches(lambda x: functional.head(x, conv, last), _meta(images, inputs, 7, 7, dtype=dtype), training)
+
+
+def shipped_launches(full: bool = False) -> list[Launch]:
+    """One launch for every configuration the package uses with SiLU on channel counts divisible by 8: blocks of EfficientNet's family
+    in every dtype, with and without residual, drop-path and squeeze-excite, and single layers with k up to 9.
+
+    Without ``full`` a part that compiles in minutes: blocks of B0 in bf16, layers that do not expand in bf16 only, k = 7 and 9 in
+    training only, in bf16 and fp32 only (fp16 shares bf16's launch configuration).
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    launches = []
+    for width, dtype in itertools.product(
+        (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 4.3) if full else (1.0,), (bf16, fp16, fp32) if full else (bf16,)
+    ):
+        for inputs, outputs, k, stride, *rest in family_blocks(width):
+            drop_paths = (0.0, 0.2) if stride == 1 and inputs == outputs else (0.0,)
+            for drop_path in drop_paths:
+                launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=True, drop_path=drop_path)
+            launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=False)
+    for dtype, training in itertools.product((bf16, fp16, fp32) if full else (bf16,), (True, False)):
+        launches += mbconv_launches(dtype, 24, 40, 3, 2, 6, 56, training=training, se_ratio=0.0)
+        for channels, inputs, features in ((32, 320, 1280), (64, 640, 2560)):
+            launches += stem_and_head_launches(dtype, channels, inputs, features, training=training)
+        if training:
+            for how in ({"memory": "recompute"}, {"frozen": True}, {"frozen": True, "memory": "recompute"}):
+                launches += mbconv_launches(dtype, 40, 40, 5, 1, 6, 28, training=True, **how)
+    for dtype, k, stride in itertools.product((bf16, fp16, fp32), (3, 5, 7, 9), (1, 2)):
+        if full or k <= 5 or dtype != fp16:
+            launches += block_launches(dtype, k, stride)
+        if full or k <= 5:
+            launches += block_launches(dtype, k, stride, training=False)
+        if full or (k <= 5 and dtype == bf16):
+            launches += block_launches(dtype, k, stride, expands=False)
+            launches += block_launches(dtype, k, stride, expands=False, training=False)
+    for dtype in (bf16, fp16, fp32) if full else (bf16,):
+        for stride in (1, 2):
+            launches += block_launches(dtype, 3, stride, squeeze=False) + block_launches(dtype, 3, stride, squeeze=False, training=False)
+    for dtype in (bf16, fp16, fp32):
+        launches += norm_launches(dtype) + norm_launches(dtype, training=False)
+    # Bottleneck widths of B0 (small) to L2 (large).
+    for channels, reduced in ((144, 6), (1152, 48), (3840, 160), (8256, 344)):
+        launches += block_launches(bf16, 3, 1, channels=channels, size=14, reduced=reduced)
+    return list({launch.key(): launch for launch in launches}.values())
