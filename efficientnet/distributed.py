@@ -1,15 +1,19 @@
 """Processes of one run, as torchrun starts them, and BatchNorm across them."""
 
+import atexit
 import inspect
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -71,6 +75,8 @@ def join(device: str, timeout: float = 600) -> Processes:
 
     timeout: seconds that they wait for each other, here and in every later exchange.
 
+    A group that exists already is used. ``leave`` ends it; a program that does not call ``leave`` leaves at its exit.
+
     Raises InputError for an environment that cannot be right, or whose processes do not find each other.
     """
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
@@ -87,6 +93,8 @@ def join(device: str, timeout: float = 600) -> Processes:
     local_rank = integer("LOCAL_RANK", 0, world - 1, str(rank))
     if world == 1:
         return Processes()
+    if dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
     port = integer("MASTER_PORT", 1, 65535)
     host = os.environ.get("MASTER_ADDR")
     if not host:
@@ -98,6 +106,9 @@ def join(device: str, timeout: float = 600) -> Processes:
             raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
         torch.cuda.set_device(local_rank)
     problem = f"process {rank} of {world} cannot reach the others at {host}:{port} ({{}}); check world size, rank and port"
+    # Its functions have the group of the time of its import as a default argument: imported with a group, it would keep that for ever.
+    import_module("torch.distributed.nn.functional")
+
     try:
         if rank:
             _wait_for(host, port, timeout)
@@ -105,6 +116,7 @@ def join(device: str, timeout: float = 600) -> Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(problem.format(str(error).strip().splitlines()[0])) from error
+    atexit.register(leave)
     return Processes(rank, world, local_rank)
 
 
@@ -137,7 +149,30 @@ def _at_most(seconds, problem):
         timer.cancel()
 
 
+_wrapped: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()  # what ``wrap`` returned and nobody released
+
+
+def release(model: nn.Module) -> None:
+    """Take the process group out of a DistributedDataParallel, which cannot be called from here on; the model in it can.
+
+    Its Reducer, an object of C++, would keep the group beyond its end, until the collector of cycles frees both while it holds the
+    interpreter's lock. The group's destructor then waits for gloo's threads, and one of these may wait for that lock: for ever, or
+    for the process to end in an abort. The order matters: the last reference is one of Python's, which lets go of the lock.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        _wrapped.discard(model)
+        model.reducer = model.logger = None
+        model.process_group = None
+
+
 def leave() -> None:
+    """End the group that ``join`` found, if there is one, with every model that ``wrap`` put into it: no thread of it is left."""
+    for model in list(_wrapped):
+        release(model)
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    while error is not None:  # one that is under way, or has ended the program, keeps the calls that it left, and these the group
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -247,13 +282,15 @@ def share_running_statistics(model: nn.Module, processes: Processes, how: str) -
 
 
 def wrap(model: nn.Module, processes: Processes) -> nn.Module:
-    """DistributedDataParallel, whose running statistics are shared by ``share_running_statistics`` only."""
+    """DistributedDataParallel, whose running statistics are shared by ``share_running_statistics`` only, until ``release`` or ``leave``."""
     if processes.world == 1:
         return model
     kind = nn.parallel.DistributedDataParallel
     device_ids = [processes.local_rank] if next(model.parameters()).is_cuda else None
     name = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"  # until 2.12
-    return kind(model, device_ids=device_ids, **{name: False})
+    wrapped = kind(model, device_ids=device_ids, **{name: False})
+    _wrapped.add(wrapped)
+    return wrapped
 
 
 def without_reduction(model: nn.Module, yes: bool):

@@ -22,7 +22,15 @@ from efficientnet.checkpoints import describe_model, read_weights, replacing, sa
 from efficientnet.config import EfficientNetConfig
 from efficientnet.cuda_graph import GraphedStep
 from efficientnet.data import Data, TrainingOrder, load_data
-from efficientnet.distributed import join, lost_process, share_running_statistics, synchronize_batch_norm, without_reduction, wrap
+from efficientnet.distributed import (
+    join,
+    lost_process,
+    release,
+    share_running_statistics,
+    synchronize_batch_norm,
+    without_reduction,
+    wrap,
+)
 from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device, use_tf32
 from efficientnet.logs import Log, plot_curves
 from efficientnet.model import create_model
@@ -181,6 +189,7 @@ class Trainer:
                     self._train_epoch(epoch)
                 evaluation = self._finish_epoch(epoch)
         del self.bar
+        release(self.forward)
         if evaluation is None:  # resumed after its end
             row = self.history[-1]
             evaluation = Evaluation(row["val_loss"], row["val_correct"], row["val_total"])

@@ -1,5 +1,7 @@
 """A small folder of images and one short training run on it, shared by the tests of data, engine and command line."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,13 @@ from PIL import Image
 torch.set_num_threads(1)  # tiny tensors: a second thread gains little, and on a busy machine each waits for the other
 
 COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    if "processes" in sys.modules:  # of the tests that start some
+        sys.modules["processes"].end()
 
 
 @pytest.fixture(scope="session")

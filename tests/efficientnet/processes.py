@@ -3,7 +3,8 @@
 import os
 import socket
 import sys
-from multiprocessing import get_context, set_start_method
+import time
+from multiprocessing import connection, get_context, set_start_method
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,8 @@ torchvision_module("transforms.v2")
 PIL.Image.init()
 torch.set_num_threads(1)
 
+_started = []
+
 
 def start(target, *args, log=os.devnull, env=None):
     """A process that runs ``target(*args)``; what it prints is added to the file ``log``, what it returns is read by ``results``."""
@@ -31,6 +34,7 @@ def start(target, *args, log=os.devnull, env=None):
         process.start()
     sender.close()
     process.receiver, process.log = receiver, log
+    _started.append(process)
     return process
 
 
@@ -44,19 +48,37 @@ def start_group(world: int, target, *args, log=os.devnull) -> list:
 
 
 def results(*processes, seconds=300) -> list:
-    """What the processes return. Fails if one of them fails, or takes far longer than any may."""
-    values = []
-    for process in processes:
-        assert process.receiver.poll(seconds), "a process neither returned nor ended"
-        try:
-            values.append(process.receiver.recv())
-        except EOFError:
-            process.join()
-            said = "" if process.log == os.devnull else Path(process.log).read_text()[-2000:]
-            raise AssertionError(f"a process ended with exit code {process.exitcode}: {said}") from None
+    """What the processes return. Fails, and ends them all, as soon as one fails, or if one takes far longer than any may."""
+    values, open_, deadline = {}, dict(zip([p.receiver for p in processes], processes, strict=True)), time.monotonic() + seconds
+    try:
+        while open_:
+            ready = connection.wait(open_, max(0, deadline - time.monotonic()))
+            assert ready, f"{len(open_)} of {len(processes)} processes neither returned nor ended in {seconds} s"
+            for receiver in ready:
+                process = open_.pop(receiver)
+                try:
+                    values[process] = receiver.recv()
+                except EOFError:
+                    pass
+                process.join(max(1, deadline - time.monotonic()))
+                said = "" if process.log == os.devnull else Path(process.log).read_text()[-2000:]
+                assert process.exitcode == 0 and process in values, f"a process ended with exit code {process.exitcode}: {said}"
+    finally:
+        end(processes)
+    return [values[process] for process in processes]
+
+
+def end(processes=None) -> None:
+    """Of these processes, or of all that were ever started here, not one is left."""
+    for process in _started[:] if processes is None else processes:
+        process.kill()
         process.join()
-        assert process.exitcode == 0
-    return values
+        _started.remove(process)
+
+
+def threads() -> list[str]:
+    """The names of this process's threads."""
+    return sorted(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
 
 
 def train(config):
@@ -73,5 +95,10 @@ def _child(sender, target, args, log, env):
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
     set_start_method("fork", force=True)  # data workers start as they do in a user's process, which no server started
-    sender.send(target(*args))
+    try:
+        value = target(*args)
+    finally:
+        leave()  # a program does so by itself at its exit, of which a forked process knows nothing
+        assert not any("gloo" in name for name in threads()), f"threads of the process group are left: {threads()}"
+    sender.send(value)
     sender.close()

@@ -1,5 +1,8 @@
-"""Processes of one run (gloo, on the CPU): the same training as in one, exact evaluation, lost processes, wrong environments."""
+"""Processes of one run (gloo, on the CPU): the same training as in one, exact evaluation, how they end, lost processes, wrong
+environments."""
 
+import atexit
+import gc
 import os
 import re
 import signal
@@ -12,6 +15,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -201,6 +205,111 @@ def test_on_a_gpu_synchronised_blocks_run_in_kernels():
     model = synchronize_batch_norm(model)
     assert [name for name, layer in model.named_modules() if type(layer) is nn.SyncBatchNorm] == names and len(names) == 49
     assert explain(model).fused == 16
+
+
+# How they end
+
+
+def gloo():
+    return [name for name in processes.threads() if "gloo" in name]
+
+
+def by_leaving(trainer):
+    trainer.run()
+    leave()
+
+
+def by_itself(trainer):
+    """As a user's own script ends its group, the trainer alive."""
+    trainer.run()
+    dist.destroy_process_group()
+
+
+def by_exit(trainer):
+    """Without a word, as a notebook ends."""
+    trainer.run()
+    atexit._run_exitfuncs()
+
+
+def before_training(trainer):
+    leave()
+
+
+def by_an_error(trainer):
+    """Between two updates, with the trainer kept alive by the error."""
+    trainer._log_step = lambda epoch, step: 1 / 0
+    try:
+        trainer.run()
+    except ZeroDivisionError:
+        leave()
+
+
+def dropped(trainer):
+    """The trainer is unreachable, but nobody has collected it."""
+    trainer.run()
+    trainer.__dict__.clear()
+    leave()
+
+
+def twice(trainer):
+    """A second run joins the first one's group."""
+    trainer.run()
+    again = Trainer(replace(trainer.config, output=trainer.config.output + "-again"))
+    assert again.processes == trainer.processes
+    again.run()
+    leave()
+
+
+def ended(config, how):
+    """Without the collector, which frees now and then what should have been freed by then."""
+    gc.disable()
+    trainer = Trainer(config)
+    before = gloo()
+    how(trainer)
+    return before, gloo()
+
+
+@pytest.mark.parametrize("how", [by_leaving, by_itself, by_exit, before_training, by_an_error, dropped, twice])
+def test_no_thread_of_a_group_outlives_it(config, tmp_path, how):
+    """Whoever frees a group later does so with the interpreter's lock held, for which the group's threads may wait."""
+    one = replace(config, epochs=1, output=str(tmp_path / "two"))
+    for before, after in processes.results(*processes.start_group(2, ended, one, how, log=tmp_path / "log")):
+        assert len(before) > 1 and after == []
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_end(config, tmp_path):
+    """Each in its time, with no thread left: ``processes`` looks at the threads of every process."""
+    config = replace(config, epochs=1, output=str(tmp_path / "two"))
+    for _ in range(200):
+        histories = [history for history, _ in processes.results(*processes.start_group(2, processes.train, config), seconds=60)]
+        assert [len(history) for history in histories] == [1, 1]
+
+
+def fail_or_wait(how):
+    if os.environ["RANK"] == "1":
+        how()
+    signal.pause()
+
+
+def leave_with_an_error():
+    raise InputError("nothing to train on")
+
+
+@pytest.mark.parametrize(("how", "code"), [(leave_with_an_error, 1), (sys.exit, 0), (os.abort, -signal.SIGABRT)])
+def test_one_process_that_fails_ends_its_group(tmp_path, how, code):
+    """A test fails then, in seconds, and no process is left that waits for the one that failed."""
+    group = processes.start_group(2, fail_or_wait, how, log=tmp_path / "log")
+    with pytest.raises(AssertionError, match=f"a process ended with exit code {code}"):
+        processes.results(*group)
+    assert [process.exitcode for process in group] == [-signal.SIGKILL, code]
+
+
+def test_a_group_that_waits_for_ever_is_ended():
+    group = processes.start_group(2, signal.pause)
+    with pytest.raises(AssertionError, match="2 of 2 processes neither returned nor ended in 0.2 s"):
+        processes.results(*group, seconds=0.2)
+    assert [process.exitcode for process in group] == [-signal.SIGKILL] * 2
 
 
 # Lost processes and wrong environments

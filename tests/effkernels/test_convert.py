@@ -11,6 +11,7 @@ from torch import nn
 from truth import relative_error
 
 from efficientnet import create_model
+from efficientnet.distributed import release
 from effkernels import accelerate, dispatch, explain, functional, reference, restore
 
 
@@ -329,6 +330,7 @@ def test_distributed_wrapper(tmp_path, twins_serve):
             if when == "after":
                 accelerate(wrapped)
             wrapped(x).square().sum().backward()
+            release(wrapped)
             gradients.append([p.grad for p in model.parameters()])
         assert twins_serve.count("mbconv") == 2 * 16 and all(key.startswith("module.") for key in wrapped.state_dict())
     finally:
