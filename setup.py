@@ -44,7 +44,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["effkernels*", "efficientnet*"]),
-    package_data={"effkernels": ["**/*.json"], "efficientnet": ["recipes/*.toml"]},
+    package_data={"effkernels": ["**/*.json"], "efficientnet": ["training/recipes/*.toml"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"', "numpy>=1.26"],
     extras_require={"train": TRAIN, "export": EXPORT, "test": TRAIN + EXPORT + TEST},

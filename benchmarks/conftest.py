@@ -20,7 +20,7 @@ from benchmarks.machine import Machine
 from benchmarks.plan import BATCH
 from benchmarks.rows import CPU_BATCH, rows_of
 from benchmarks.traffic import step_bytes
-from efficientnet.timing import kernel_times, peak_memory, quantiles
+from efficientnet.measure.timing import kernel_times, peak_memory, quantiles
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from efficientnet.timing import versions
+from efficientnet.measure.timing import versions
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
 COMMAND = ("-m", "efficientnet", "train", "--data")

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 import torch
 
 from benchmarks import libraries
-from efficientnet.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
+from efficientnet.measure.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
 from effkernels.dispatch import interpreting
 
 

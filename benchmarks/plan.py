@@ -19,7 +19,7 @@ import torch
 from benchmarks import results, shapes
 from benchmarks.static import TABLE
 from benchmarks.traffic import works
-from efficientnet.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
+from efficientnet.measure.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
 from effkernels.configs.gpus import GPUS, Gpu, gpu_of
 
 BATCH = {"b0": 256, "b1": 256, "b2": 256, "b3": 128, "b4": 128, "b5": 64, "b6": 32, "b7": 32}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from efficientnet import MBConv, create_model
-from efficientnet.config import EfficientNetConfig
+from efficientnet.model.config import EfficientNetConfig
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch
 from effkernels.geometry import conv_out_size
 from effkernels.modules.squeeze_excite import SqueezeExcite

@@ -1,8 +1,8 @@
-"""Bytes that device memory must move, counted from the fused schedule (efficientnet/roofline.py): the numerator of every GB/s."""
+"""Bytes that device memory must move, counted from the fused schedule (efficientnet/measure/roofline.py): the numerator of every GB/s."""
 
 from benchmarks import shapes
-from efficientnet.config import EfficientNetConfig
-from efficientnet.roofline import Kernel, block_works, elements, end_works, weight_bytes
+from efficientnet.measure.roofline import Kernel, block_works, elements, end_works, weight_bytes
+from efficientnet.model.config import EfficientNetConfig
 
 DEPTHWISE_INFERENCE = (Kernel("depthwise", "x", "out"),)
 DEPTHWISE_TRAINING = (

@@ -5,15 +5,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "EfficientNet": "efficientnet.model",
-    "create_model": "efficientnet.model",
-    "list_models": "efficientnet.config",
-    "MBConv": "efficientnet.mbconv",
-    "compound_scale": "efficientnet.scaling",
-    "load_checkpoint": "efficientnet.checkpoints",
-    "freeze": "efficientnet.transfer",
-    "parameter_groups": "efficientnet.transfer",
-    "list_pretrained": "efficientnet.pretrained",
+    "EfficientNet": "efficientnet.model.network",
+    "create_model": "efficientnet.model.network",
+    "list_models": "efficientnet.model.config",
+    "MBConv": "efficientnet.model.plain_mbconv",
+    "compound_scale": "efficientnet.model.scaling",
+    "load_checkpoint": "efficientnet.weights.checkpoints",
+    "freeze": "efficientnet.model.transfer",
+    "parameter_groups": "efficientnet.model.transfer",
+    "list_pretrained": "efficientnet.weights.pretrained",
 }
 __all__ = sorted(_EXPORTS)
 

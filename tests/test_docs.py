@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from efficientnet import cli, create_model
-from efficientnet.checkpoints import convert, save_checkpoint
+from efficientnet.weights.checkpoints import convert, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")])

@@ -3,7 +3,7 @@
 import argparse
 from contextlib import contextmanager
 
-from efficientnet.settings import AMP, DEVICES, InputError
+from efficientnet.training.settings import AMP, DEVICES, InputError
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def load(args):
     """(runner, model in eval, class names or None, preprocess) of --checkpoint."""
     from dataclasses import replace
 
-    from efficientnet.checkpoints import load_checkpoint, read_metadata
-    from efficientnet.data import Preprocess
-    from efficientnet.engine import Runner, pick_device
+    from efficientnet.data.sets import Preprocess
+    from efficientnet.training.runner import Runner, pick_device
+    from efficientnet.weights.checkpoints import load_checkpoint, read_metadata
 
     runner = Runner(pick_device(args.device), args.amp)
     metadata = read_metadata(args.checkpoint)

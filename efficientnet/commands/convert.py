@@ -6,7 +6,7 @@ SUMMARY = "The weights of a checkpoint under another library's names."
 
 
 def add_arguments(parser):
-    from efficientnet.layouts import LAYOUTS
+    from efficientnet.weights.layouts import LAYOUTS
     from effkernels.geometry import PADDINGS
 
     parser.add_argument("source", metavar="SRC", help="a file, a URL or a Hugging Face Hub id")
@@ -22,7 +22,7 @@ def run(args):
     import sys
     import warnings
 
-    from efficientnet.checkpoints import convert
+    from efficientnet.weights.checkpoints import convert
 
     with checking_input(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

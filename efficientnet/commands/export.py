@@ -25,7 +25,7 @@ def run(args):
 
     import torch
 
-    from efficientnet.export import check_format, export_model
+    from efficientnet.weights.export import check_format, export_model
 
     with checking_input():
         if args.dynamic_batch and args.batch_size is not None:

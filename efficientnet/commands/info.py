@@ -12,13 +12,13 @@ def add_arguments(parser):
 
 
 def run(args):
-    from efficientnet.config import list_models
+    from efficientnet.model.config import list_models
 
     if args.name is None:
         print(*list_models(), sep="\n")
         return
-    from efficientnet.model import create_model
-    from efficientnet.profile import count_macs, count_parameters, stage_table
+    from efficientnet.model.network import create_model
+    from efficientnet.model.profile import count_macs, count_parameters, stage_table
 
     with checking_input():
         model = create_model(args.name, num_classes=args.num_classes, fused=False, device="meta")

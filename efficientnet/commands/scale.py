@@ -5,9 +5,9 @@ import re
 import sys
 
 from efficientnet.commands.common import checking_input, print_stages, print_table
-from efficientnet.scaling import COEFFICIENTS, check_count
-from efficientnet.settings import DEVICES
-from efficientnet.table3 import TABLE_3
+from efficientnet.model.scaling import COEFFICIENTS, check_count
+from efficientnet.scaling_study.table3 import TABLE_3
+from efficientnet.training.settings import DEVICES
 
 SUMMARY = "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other networks."
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -41,7 +41,7 @@ def add_arguments(parser):
     parser.add_argument("--batch-size", type=int, help="images of a timed forward (default: 1), or of a training step (default: 64)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="for --latency and --search")
 
-    search = parser.add_argument_group("search", "what is not given takes the defaults of efficientnet.search.SearchConfig")
+    search = parser.add_argument_group("search", "what is not given takes the defaults of efficientnet.scaling_study.search.SearchConfig")
     search.add_argument("--output", default="scale.json", help="results; the same command continues a search (default: %(default)s)")
     search.add_argument("--objective", help="accuracy, latency or macs (default: accuracy with --data, else latency)")
     search.add_argument("--step", type=float, help="of the grid of alpha, beta and gamma (default: 0.05)")
@@ -57,7 +57,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from efficientnet.baselines import BASES
+    from efficientnet.scaling_study.networks import BASES
 
     with checking_input():
         if args.base not in BASES:
@@ -81,7 +81,7 @@ def run(args):
 def prepare_search(args):
     from dataclasses import fields
 
-    from efficientnet.search import Search, SearchConfig
+    from efficientnet.scaling_study.search import Search, SearchConfig
 
     given = {field.name: getattr(args, field.name) for field in fields(SearchConfig)}
     return Search(SearchConfig(**{name: value for name, value in given.items() if value is not None}), args.output)
@@ -107,9 +107,9 @@ def print_search(config, rows, top=10):
 
 def print_scaled(args):
     """The network of a phi, or the largest of a budget."""
-    from efficientnet.baselines import create_scaled
-    from efficientnet.profile import count_macs, count_parameters, stage_table
-    from efficientnet.scaling import Scaling, compound_scale, largest_phi
+    from efficientnet.model.profile import count_macs, count_parameters, stage_table
+    from efficientnet.model.scaling import Scaling, compound_scale, largest_phi
+    from efficientnet.scaling_study.networks import create_scaled
 
     img_size = 224 if args.img_size is None else args.img_size
 
@@ -155,7 +155,7 @@ class Stopwatch:
     """Milliseconds of a forward at a phi, measured once each: a cost for ``largest_phi``."""
 
     def __init__(self, args, build):
-        from efficientnet.engine import pick_device
+        from efficientnet.training.runner import pick_device
 
         if not 0 < args.latency < float("inf"):
             raise ValueError(f"latency must be a finite number of milliseconds > 0, got {args.latency!r}")
@@ -166,7 +166,7 @@ class Stopwatch:
     def __call__(self, phi):
         from tqdm import tqdm
 
-        from efficientnet.latency import measure_latency
+        from efficientnet.measure.latency import measure_latency
 
         if phi not in self.measured:
             self.measured[phi] = measure_latency(*self.build(phi, self.device), self.device, self.batch_size)
@@ -174,7 +174,7 @@ class Stopwatch:
         return self.measured[phi].ms
 
     def describe(self, phi):
-        from efficientnet.latency import describe_device
+        from efficientnet.measure.latency import describe_device
 
         ms, iqr = self.measured[phi]
         images = "image" if self.batch_size == 1 else "images"
@@ -183,9 +183,9 @@ class Stopwatch:
 
 def print_paper(base):
     """The paper's Table 3 beside what the definitions here come to."""
-    from efficientnet.baselines import create_scaled
-    from efficientnet.profile import count_macs, count_parameters
-    from efficientnet.scaling import Scaling
+    from efficientnet.model.profile import count_macs, count_parameters
+    from efficientnet.model.scaling import Scaling
+    from efficientnet.scaling_study.networks import create_scaled
 
     table = [("scaled", "depth", "width", "resolution", "parameters", "GMACs", "paper's GMACs", "paper's top-1 (%)")]
     for row in TABLE_3[base]:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from efficientnet.commands.common import checking_input
-from efficientnet.settings import InputError, TrainConfig, option_names
+from efficientnet.training.settings import InputError, TrainConfig, option_names
 
 SUMMARY = "Train a model; write checkpoints, metrics and curves."
 KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {}, "tuple": {}, "bool": {"action": argparse.BooleanOptionalAction}}
@@ -24,9 +24,9 @@ def add_arguments(parser):
 
 
 def run(args):
-    from efficientnet.distributed import leave
-    from efficientnet.recipes import load_recipe
-    from efficientnet.train import Trainer
+    from efficientnet.training.distributed import leave
+    from efficientnet.training.recipes import load_recipe
+    from efficientnet.training.trainer import Trainer
 
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     try:

@@ -268,7 +268,7 @@ def squeeze_excite(name, module):
 
 _TIMM, _VISION = "timm.models._efficientnet_blocks", "torchvision.models"
 READERS = {
-    "efficientnet.mbconv.MBConv": None,  # effkernels' own layers, which FusedMBConv reads itself
+    "efficientnet.model.plain_mbconv.MBConv": None,  # effkernels' own layers, which FusedMBConv reads itself
     f"{_TIMM}.InvertedResidual": _timm,
     f"{_TIMM}.DepthwiseSeparableConv": _timm,
     f"{_VISION}.efficientnet.MBConv": _torchvision,

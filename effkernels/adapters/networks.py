@@ -148,7 +148,7 @@ _COMMON = "forward_features forward_head conv_stem bn1 grad_checkpointing torch 
 _COMMON += "drop_rate F dropout training classifier conv_head "
 # class: (reader, methods, the names in their code)
 NETWORKS = {
-    "efficientnet.model.EfficientNet": (_own, _TIMM, None),
+    "efficientnet.model.network.EfficientNet": (_own, _TIMM, None),
     "timm.models.efficientnet.EfficientNet": (_timm, _TIMM, _COMMON + "bn2"),
     "timm.models.mobilenetv3.MobileNetV3": (_timm, _TIMM, _COMMON + "norm_head act2 flatten"),
     "torchvision.models.efficientnet.EfficientNet": (_torchvision, _VISION, "_forward_impl features avgpool torch flatten classifier"),

@@ -135,7 +135,7 @@ def compiled(model, *, mode, dynamic):
 
 
 def install():
-    from efficientnet import timing
+    from efficientnet.measure import timing
 
     assert not torch.cuda.is_available(), "a real GPU is at hand"
     timing.FLUSH_BYTES = FLUSH_BYTES

@@ -7,9 +7,10 @@ import torch
 
 from benchmarks import plan, results, shapes
 from benchmarks.traffic import works
-from efficientnet import create_model, roofline
-from efficientnet.profile import count_macs
-from efficientnet.roofline import block_works, floors, model_works
+from efficientnet import create_model
+from efficientnet.measure import roofline
+from efficientnet.measure.roofline import block_works, floors, model_works
+from efficientnet.model.profile import count_macs
 from effkernels.configs.gpus import GPUS, Gpu, gpu_of
 
 BLOCK = shapes.blocks("b0")[1]  # 16 -> 96 -> 24, 3x3 at stride 2, 112 pixels

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from efficientnet import timing
-from efficientnet.timing import Stopwatch, quantiles, tally
+from efficientnet.measure import timing
+from efficientnet.measure.timing import Stopwatch, quantiles, tally
 
 CUDA, CPU = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 

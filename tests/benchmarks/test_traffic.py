@@ -4,8 +4,8 @@ import pytest
 
 from benchmarks.shapes import Depthwise, SqueezeExciteLayer, blocks, model
 from benchmarks.traffic import activation_elements, step_bytes
-from efficientnet import roofline
-from efficientnet.roofline import weight_bytes
+from efficientnet.measure import roofline
+from efficientnet.measure.roofline import weight_bytes
 
 B0_PARAMETERS = 5_288_548
 

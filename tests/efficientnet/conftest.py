@@ -34,7 +34,7 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(image_folder, tmp_path_factory):
     """(config, output folder, evaluation) of a finished run."""
-    from efficientnet.train import TrainConfig, Trainer
+    from efficientnet.training.trainer import TrainConfig, Trainer
 
     output = tmp_path_factory.mktemp("run")
     data = f"imagefolder:{image_folder}"

@@ -13,9 +13,9 @@ import PIL.Image
 import torch
 
 import effkernels.adapters.accelerate  # noqa: F401
-from efficientnet.augment import torchvision_module
-from efficientnet.distributed import leave
-from efficientnet.train import Trainer
+from efficientnet.training.augment import torchvision_module
+from efficientnet.training.distributed import leave
+from efficientnet.training.trainer import Trainer
 
 torchvision_module("transforms.v2")
 PIL.Image.init()

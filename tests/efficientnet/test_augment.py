@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from efficientnet.augment import mixing, training_crop, training_finish
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.training.augment import mixing, training_crop, training_finish
+from efficientnet.training.settings import InputError, TrainConfig
 
 MEAN = (0.2, 0.4, 0.6)
 

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from efficientnet import benchmark, cli, create_model
-from efficientnet.benchmark import Benchmark, BenchmarkConfig, formatted, out_of_memory, smaller_batch, with_decay
-from efficientnet.profile import count_activations
-from efficientnet.settings import InputError
+from efficientnet import cli, create_model
+from efficientnet.measure import model_benchmark
+from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, formatted, out_of_memory, smaller_batch, with_decay
+from efficientnet.model.profile import count_activations
+from efficientnet.training.settings import InputError
 
 SMALL = {"img_size": 32, "batch_size": 2, "num_warm_iter": 1, "num_bench_iter": 3}
 # The columns of timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, and what its benchmark-infer-*.csv have besides.
@@ -63,7 +64,7 @@ def test_the_compiler_starts_afresh_for_each_network(bench, monkeypatch):
 
 
 def test_a_wrong_network_is_not_timed(bench, monkeypatch):
-    build = benchmark.create_model
+    build = model_benchmark.create_model
 
     def wrong(*args, fused, **kwargs):
         model = build(*args, fused=fused, **kwargs)
@@ -71,7 +72,7 @@ def test_a_wrong_network_is_not_timed(bench, monkeypatch):
             model.conv_head.weight.data[:, 3] *= 1.5
         return model
 
-    monkeypatch.setattr(benchmark, "create_model", wrong)
+    monkeypatch.setattr(model_benchmark, "create_model", wrong)
     monkeypatch.setattr(bench, "measure", lambda *args: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="outputs differ from plain PyTorch's by .*; not timed"):
         bench.run(BenchmarkConfig("b0", **SMALL))
@@ -152,7 +153,7 @@ def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkey
         if config.model == "b0":
             raise InputError("not even the smallest batch fits")
         if config.model == "b1":
-            raise benchmark.WrongOutputs("the outputs differ")
+            raise model_benchmark.WrongOutputs("the outputs differ")
         return [{"model": config.model, "implementation": "ours", "infer_step_time": 1.5}]
 
     monkeypatch.setattr(Benchmark, "run", run)

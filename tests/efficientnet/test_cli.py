@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
-from efficientnet.data import load_data, read_image
+from efficientnet.data.sets import load_data, read_image
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_a_programming_error_keeps_its_traceback(run, image_folder, tmp_path, mo
     def bug(self):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("efficientnet.train.Trainer.run", bug)
+    monkeypatch.setattr("efficientnet.training.trainer.Trainer.run", bug)
     with pytest.raises(ValueError, match="a bug"):
         run("train", "--data", f"imagefolder:{image_folder}", "--output", tmp_path, "--img-size", 8)
 

@@ -6,7 +6,7 @@ import pytest
 
 import efficientnet
 from efficientnet import compound_scale, list_models
-from efficientnet.config import EfficientNetConfig, StageConfig
+from efficientnet.model.config import EfficientNetConfig, StageConfig
 
 VARIANTS = [f"b{i}" for i in range(9)] + ["l2"]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from interpreter import INTERPRET
 
-from efficientnet.engine import describe_backend
-from efficientnet.settings import TrainConfig
-from efficientnet.train import Trainer
+from efficientnet.training.runner import describe_backend
+from efficientnet.training.settings import TrainConfig
+from efficientnet.training.trainer import Trainer
 
 
 def curves(config, output):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.augment import training_crop, training_finish
-from efficientnet.data import (
+from efficientnet.data.sets import (
     Draw,
     ImageSet,
     Preprocess,
@@ -17,9 +16,10 @@ from efficientnet.data import (
     read_image,
     stratified_split,
 )
-from efficientnet.engine import Runner
-from efficientnet.settings import InputError, TrainConfig
-from efficientnet.train import Trainer
+from efficientnet.training.augment import training_crop, training_finish
+from efficientnet.training.runner import Runner
+from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.trainer import Trainer
 
 TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels
 

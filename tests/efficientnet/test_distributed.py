@@ -21,14 +21,14 @@ from torch import nn
 
 from efficientnet import create_model
 from efficientnet.cli import main
-from efficientnet.data import load_data
-from efficientnet.distributed import Processes, SyncBatchNorm, join, leave, synchronize_batch_norm
-from efficientnet.engine import Runner
-from efficientnet.optim import create_optimizer, learning_rate
-from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, TrainConfig
-from efficientnet.train import Trainer, _for_processes
-from efficientnet.transfer import parameter_groups
+from efficientnet.data.sets import load_data
+from efficientnet.model.transfer import parameter_groups
+from efficientnet.training.distributed import Processes, SyncBatchNorm, join, leave, synchronize_batch_norm
+from efficientnet.training.optim import create_optimizer, learning_rate
+from efficientnet.training.run_state import RunStates, read_state
+from efficientnet.training.runner import Runner
+from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.trainer import Trainer, _for_processes
 from effkernels import explain
 
 # The same sums in another order, in fp32, over six updates. At five times the rate one part in 10^7 of the weights grows tenfold with

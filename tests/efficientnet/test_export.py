@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
-from efficientnet.checkpoints import load_checkpoint, save_checkpoint
-from efficientnet.config import EfficientNetConfig, StageConfig
-from efficientnet.export import EXPORT_FORMATS, METADATA_KEY, export_model
-from efficientnet.model import EfficientNet
-from efficientnet.settings import InputError
+from efficientnet.model.config import EfficientNetConfig, StageConfig
+from efficientnet.model.network import EfficientNet
+from efficientnet.training.settings import InputError
+from efficientnet.weights.checkpoints import load_checkpoint, save_checkpoint
+from efficientnet.weights.export import EXPORT_FORMATS, METADATA_KEY, export_model
 
 STAGES = (StageConfig(3, 1, 1, 8, 1), StageConfig(5, 2, 6, 16, 2))
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
@@ -94,15 +94,15 @@ def test_a_program_that_differs_is_not_kept(checkpoint, tmp_path, format, monkey
     """Weights are changed between the export and the check, as a faulty exporter would."""
     model = load_checkpoint(None, checkpoint, fused=False).eval()
     writer = {"onnx": "_write_onnx", "torchscript": "_write_torchscript", "torch-export": "_write_torch_export"}[format]
-    import efficientnet.export
+    import efficientnet.weights.export
 
-    write = getattr(efficientnet.export, writer)
+    write = getattr(efficientnet.weights.export, writer)
 
     def faulty(model, *args):
         write(model, *args)
         model.bn2.bias.data += 0.01
 
-    monkeypatch.setattr(efficientnet.export, writer, faulty)
+    monkeypatch.setattr(efficientnet.weights.export, writer, faulty)
     (tmp_path / "program").write_text("from before")
     with pytest.raises(InputError, match=rf"^the exported {format} program differs from the model by 0\.\d+ where logits reach"):
         export_model(model, tmp_path / "program", format, image_size=19)

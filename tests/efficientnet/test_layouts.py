@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from efficientnet import EfficientNet, create_model, load_checkpoint
-from efficientnet.checkpoints import convert, read_metadata
 from efficientnet.cli import main
-from efficientnet.config import EfficientNetConfig
-from efficientnet.layouts import LAYOUTS, config_plan, conventions, recognise, translate
+from efficientnet.model.config import EfficientNetConfig
+from efficientnet.weights.checkpoints import convert, read_metadata
+from efficientnet.weights.layouts import LAYOUTS, config_plan, conventions, recognise, translate
 
 CLASSES = 7
 SAME = {"padding": "same", "bn_eps": 1e-3, "bn_momentum": 0.01}
@@ -64,8 +64,8 @@ def build(library, variant):
         module = pytest.importorskip("efficientnet_pytorch")
         return module.EfficientNet.from_name(f"efficientnet-{variant}", num_classes=CLASSES, image_size=64)
     transformers = pytest.importorskip("transformers")
-    from efficientnet.config import VARIANTS
-    from efficientnet.scaling import round_filters
+    from efficientnet.model.config import VARIANTS
+    from efficientnet.model.scaling import round_filters
 
     scaling, dropout = VARIANTS[variant]
     config = transformers.EfficientNetConfig(
@@ -299,5 +299,5 @@ def test_convert_with_bad_input(tmp_path, lukemelas_file, capsys, monkeypatch, a
 
 
 def test_the_table_needs_no_torch():
-    code = "import efficientnet.layouts, sys; sys.exit('torch' in sys.modules)"
+    code = "import efficientnet.weights.layouts, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

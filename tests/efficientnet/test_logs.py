@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from efficientnet.logs import Log, plot_curves
-from efficientnet.settings import TrainConfig
-from efficientnet.train import Trainer
+from efficientnet.training.logs import Log, plot_curves
+from efficientnet.training.settings import TrainConfig
+from efficientnet.training.trainer import Trainer
 
 
 def rows(path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from efficientnet import EfficientNet, MBConv, compound_scale, create_model
-from efficientnet.config import EfficientNetConfig, StageConfig
+from efficientnet.model.config import EfficientNetConfig, StageConfig
 
 # Small, but with every kind of block: no expansion, both kernel sizes, stride 2, residual, no squeeze-excite.
 TINY = EfficientNetConfig(

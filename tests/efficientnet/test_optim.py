@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from efficientnet.optim import RMSpropTF, average_of, create_optimizer, learning_rate
-from efficientnet.settings import TrainConfig
+from efficientnet.training.optim import RMSpropTF, average_of, create_optimizer, learning_rate
+from efficientnet.training.settings import TrainConfig
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])

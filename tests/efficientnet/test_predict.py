@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
-from efficientnet.contact_sheet import CELL, LINE, MARGIN, ContactSheet
-from efficientnet.settings import InputError
+from efficientnet.commands.contact_sheet import CELL, LINE, MARGIN, ContactSheet
+from efficientnet.training.settings import InputError
 
 
 @pytest.fixture(scope="module")

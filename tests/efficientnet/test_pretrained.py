@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from efficientnet import create_model, list_pretrained, load_checkpoint
-from efficientnet.checkpoints import save_checkpoint
-from efficientnet.pretrained import WEIGHTS, fetch, transform
+from efficientnet.weights.checkpoints import save_checkpoint
+from efficientnet.weights.pretrained import WEIGHTS, fetch, transform
 
 COMMIT = "0" * 40
 

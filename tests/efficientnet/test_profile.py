@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from efficientnet import create_model
-from efficientnet.config import EfficientNetConfig, StageConfig
-from efficientnet.profile import count_macs, count_parameters, stage_table
+from efficientnet.model.config import EfficientNetConfig, StageConfig
+from efficientnet.model.profile import count_macs, count_parameters, stage_table
 
 # Parameters with 1000 classes, and MACs / 1e9 at the variant's own resolution.
 PUBLISHED = {

@@ -4,8 +4,8 @@ import pytest
 
 from efficientnet import list_models
 from efficientnet.cli import main
-from efficientnet.recipes import FOLDER, list_recipes, load_recipe
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.training.recipes import FOLDER, list_recipes, load_recipe
+from efficientnet.training.settings import InputError, TrainConfig
 
 TINY = ("--model", "efficientnet_d0.1_w0.1_r32", "--device", "cpu", "--amp", "none", "--num-workers", "0")
 
@@ -35,7 +35,7 @@ def test_the_papers_recipe_has_the_papers_numbers():
 
 def test_a_recipe_trains_and_options_override_it(image_folder, tmp_path, monkeypatch):
     """paper-b0 as it is but for the network's size: AutoAugment, crops, averages, the step schedule."""
-    from efficientnet.train import Trainer
+    from efficientnet.training.trainer import Trainer
 
     seen = []
 
@@ -44,7 +44,7 @@ def test_a_recipe_trains_and_options_override_it(image_folder, tmp_path, monkeyp
             super().__init__(config)
             seen.append(self)
 
-    monkeypatch.setattr("efficientnet.train.Trainer", Spy)
+    monkeypatch.setattr("efficientnet.training.trainer.Trainer", Spy)
     options = ("--data", f"imagefolder:{image_folder}", "--epochs", "1", "-b", "10", "--img-size", "16", "--drop", "0.0", "--dr", "0.5")
     assert main(["train", "--recipe", "paper-b0", *TINY, *options, "--output", str(tmp_path), "--no-model-ema"]) == 0
     (trainer,) = seen

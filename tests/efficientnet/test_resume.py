@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from efficientnet import load_checkpoint
-from efficientnet.checkpoints import read_metadata
-from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, Interrupted, TrainConfig, TrainingStopped
-from efficientnet.train import Trainer
+from efficientnet.training.run_state import RunStates, read_state
+from efficientnet.training.settings import InputError, Interrupted, TrainConfig, TrainingStopped
+from efficientnet.training.trainer import Trainer
+from efficientnet.weights.checkpoints import read_metadata
 
 TINY = "efficientnet_d0.1_w0.1_r32"  # seven blocks, 33,000 parameters
 
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monk
 
     def full(self, state):
         if state["step"] == 5:
-            monkeypatch.setattr("efficientnet.run_state._Writer.__init__", lambda self, path: self.__dict__.update(
+            monkeypatch.setattr("efficientnet.training.run_state._Writer.__init__", lambda self, path: self.__dict__.update(
                 file=open("/dev/full", "wb", buffering=0), error=None))  # fmt: skip
         return save(self, state)
 
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_run_whatever_is_written(config, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "steps.jsonl")
 
-    monkeypatch.setattr(f"efficientnet.train.{writes}", full)
+    monkeypatch.setattr(f"efficientnet.training.trainer.{writes}", full)
     with pytest.raises(
         TrainingStopped, match=rf"cannot write {what}: .*No space left on device.*the last good checkpoint is .*step-0000000"
     ):
@@ -274,7 +274,7 @@ def test_out_of_memory_names_the_batch_to_try(config, tmp_path, monkeypatch):
 
 def test_auto_batch_halves_until_it_fits(config, tmp_path, monkeypatch):
     """Memory for 7 images: 5 at a time, two batches an update, the same images in it; what was tried leaves no trace."""
-    from efficientnet.model import EfficientNet
+    from efficientnet.model.network import EfficientNet
 
     def small(self, images):
         if len(images) > 7:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet import create_model
-from efficientnet.baselines import BASES, create_scaled
-from efficientnet.config import EfficientNetConfig, scaled_name
-from efficientnet.profile import count_macs, count_parameters, stage_table
-from efficientnet.scaling import Scaling, coefficient_grid, compound_scale, largest_phi
-from efficientnet.table3 import TABLE_3
+from efficientnet.model.config import EfficientNetConfig, scaled_name
+from efficientnet.model.profile import count_macs, count_parameters, stage_table
+from efficientnet.model.scaling import Scaling, coefficient_grid, compound_scale, largest_phi
+from efficientnet.scaling_study.networks import BASES, create_scaled
+from efficientnet.scaling_study.table3 import TABLE_3
 
 
 def test_a_name_says_depth_width_and_resolution():
@@ -197,13 +197,13 @@ def test_scale_to_a_budget_is_the_largest_that_fits(run, base, option, budget): 
 
 def test_scale_to_a_latency(run, monkeypatch):  # noqa: F811
     """Latency stands for what a clock says: here a stopwatch that reads 10 ms for a GMAC."""
-    from efficientnet.latency import Latency
+    from efficientnet.measure.latency import Latency
 
     def clock(model, image_size, device, batch_size):
         assert image_size == model.config.resolution and batch_size == 3 and device.type == "cpu"
         return Latency(10 * count_macs(model) / 1e9, 0.5)
 
-    monkeypatch.setattr("efficientnet.latency.measure_latency", clock)
+    monkeypatch.setattr("efficientnet.measure.latency.measure_latency", clock)
     code, out, err = run("scale", "--latency", 8, "--device", "cpu", "--batch-size", 3)
     phi, _, macs = figures(out)
     assert code == 0 and macs <= 8e8 and f"{macs / 1e8:.2f} ms (interquartile range 0.50) for 3 images" in out
@@ -213,7 +213,7 @@ def test_scale_to_a_latency(run, monkeypatch):  # noqa: F811
 
 def test_measured_latency():
     """Milliseconds of a forward, in eval and without gradients: at least what this one takes, however busy the machine is."""
-    from efficientnet.latency import measure_latency
+    from efficientnet.measure.latency import measure_latency
 
     class Sleeper(torch.nn.Module):
         def forward(self, x):
@@ -269,7 +269,7 @@ def test_search_by_macs(run, tmp_path):  # noqa: F811
 
 def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
     """A clock that makes width dear; networks that round to the same are timed once, and a second run times nothing."""
-    from efficientnet.latency import Latency
+    from efficientnet.measure.latency import Latency
 
     timed = []
 
@@ -278,7 +278,7 @@ def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
         assert batch_size == 2 and model.config.resolution == image_size
         return Latency(count_macs(model) / 1e7 * (1 + model.config.stem_channels / 32), 0.5)
 
-    monkeypatch.setattr("efficientnet.latency.measure_latency", clock)
+    monkeypatch.setattr("efficientnet.measure.latency.measure_latency", clock)
     argv = ("scale", "--search", "--base", "mobilenet_v2", "--step", 0.2, "--at-least", 1.8, "--img-size", 64, "--batch-size", 2)
     argv = (*argv, "--device", "cpu", "--output", tmp_path / "r.json")
     code, out, _ = run(*argv)
@@ -294,7 +294,7 @@ def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
 
 def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeypatch):  # noqa: F811
     """Killed within its first training and started again, a search ends with the figures of one that never stopped."""
-    from efficientnet.train import Trainer
+    from efficientnet.training.trainer import Trainer
 
     resumed = []
 
@@ -319,7 +319,7 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
     before = json.loads(killed.read_text())
     unfinished = [path.parent for path in tmp_path.glob("*/*/metrics.jsonl") if path.read_text().count("\n") < 2]
     steps = {folder.name: int(re.search(r"\d+", max(path.name for path in folder.rglob("*.train.pt")))[0]) for folder in unfinished}
-    monkeypatch.setattr("efficientnet.train.Trainer", Spy)
+    monkeypatch.setattr("efficientnet.training.trainer.Trainer", Spy)
     assert before["best"] is None and len(before["rows"]) < 3
     for output in (killed, whole):
         code, out, _ = run(*argv, output)

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from efficientnet import compound_scale
-from efficientnet.scaling import Scaling, round_filters, round_repeats
+from efficientnet.model.scaling import Scaling, round_filters, round_repeats
 
 
 def test_phi_zero_is_the_base_network():

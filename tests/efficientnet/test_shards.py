@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
-from efficientnet.data import Preprocess, TrainingOrder, load_data
-from efficientnet.engine import Runner, Unreadable
-from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, Interrupted, TrainConfig
-from efficientnet.shards import ShardLoader, ShardSet, find_shards
-from efficientnet.train import Trainer
+from efficientnet.data.sets import Preprocess, TrainingOrder, load_data
+from efficientnet.data.shards import ShardLoader, ShardSet, find_shards
+from efficientnet.training.run_state import RunStates, read_state
+from efficientnet.training.runner import Runner, Unreadable
+from efficientnet.training.settings import InputError, Interrupted, TrainConfig
+from efficientnet.training.trainer import Trainer
 
 wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
 CLASSES = 3

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from efficientnet import create_model, load_checkpoint
-from efficientnet.checkpoints import read_metadata
-from efficientnet.data import load_data
-from efficientnet.engine import Evaluation, Runner, describe_backend, pick_device, use_tf32
-from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, Interrupted, TrainConfig
-from efficientnet.train import Trainer
+from efficientnet.data.sets import load_data
+from efficientnet.training.run_state import RunStates, read_state
+from efficientnet.training.runner import Evaluation, Runner, describe_backend, pick_device, use_tf32
+from efficientnet.training.settings import InputError, Interrupted, TrainConfig
+from efficientnet.training.trainer import Trainer
+from efficientnet.weights.checkpoints import read_metadata
 
 
 def same_state(a, b):
@@ -333,8 +333,8 @@ def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_pat
 
     before = signal.signal(signum, leave)
     try:
-        monkeypatch.setattr("efficientnet.train._compiled", compiled)
-        monkeypatch.setattr("efficientnet.train._for_processes", lambda config, *_: config)  # no compiler is asked for
+        monkeypatch.setattr("efficientnet.training.trainer._compiled", compiled)
+        monkeypatch.setattr("efficientnet.training.trainer._for_processes", lambda config, *_: config)  # no compiler is asked for
         for at[0], stop in ((0, Left), (1, Interrupted), (6, Left), (8, Interrupted)):  # updates 6 on are of the second size
             trainer = Trainer(replace(config, resume="auto"))
             with pytest.raises(stop):
@@ -348,9 +348,9 @@ def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_pat
 def test_processes_come_around_what_is_compiled(trained, tmp_path, monkeypatch):
     """So that DistributedDataParallel, which knows how to accumulate without an exchange, is not hidden in it."""
     config, *_ = trained
-    monkeypatch.setattr("efficientnet.train._for_processes", lambda config, *_: config)
-    monkeypatch.setattr("efficientnet.train._compiled", lambda model, device: ("compiled", model))
-    monkeypatch.setattr("efficientnet.train.wrap", lambda model, processes: ("wrapped", model))
+    monkeypatch.setattr("efficientnet.training.trainer._for_processes", lambda config, *_: config)
+    monkeypatch.setattr("efficientnet.training.trainer._compiled", lambda model, device: ("compiled", model))
+    monkeypatch.setattr("efficientnet.training.trainer.wrap", lambda model, processes: ("wrapped", model))
     trainer = Trainer(replace(config, model=TINY, compile=True, output=str(tmp_path)))
     assert trainer.forward == ("wrapped", ("compiled", trainer.model))
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from efficientnet import create_model, freeze, load_checkpoint, parameter_groups
-from efficientnet.checkpoints import save_checkpoint
-from efficientnet.settings import TrainConfig
-from efficientnet.train import Trainer
-from efficientnet.transfer import EfficientNetFeatures
+from efficientnet.model.transfer import EfficientNetFeatures
+from efficientnet.training.settings import TrainConfig
+from efficientnet.training.trainer import Trainer
+from efficientnet.weights.checkpoints import save_checkpoint
 from effkernels import accelerate, explain
 from effkernels.modules.mbconv import MBConvBase
 

@@ -248,7 +248,7 @@ def test_empty_batch_through_a_network(device):
 
 def test_replaced_halves_of_forward_are_called(device):
     from efficientnet import EfficientNet
-    from efficientnet.config import EfficientNetConfig, StageConfig
+    from efficientnet.model.config import EfficientNetConfig, StageConfig
 
     config = EfficientNetConfig(stages=(StageConfig(3, 2, 2, 8, 1),), stem_channels=8, head_channels=16)
     model = EfficientNet(config, num_classes=4).eval()
@@ -334,7 +334,7 @@ def test_three_steps_of_b0_follow_the_reference(device):
 def test_compiled_network(device):
     """torch.compile(fullgraph=True) over stem, blocks and head: training and inference."""
     from efficientnet import EfficientNet
-    from efficientnet.config import EfficientNetConfig, StageConfig
+    from efficientnet.model.config import EfficientNetConfig, StageConfig
 
     torch._dynamo.reset()
     stages = (StageConfig(3, 1, 1, 8, 1), StageConfig(3, 2, 2, 8, 2))
@@ -385,7 +385,7 @@ def test_cuda_graph_of_a_training_step(device):
 
 def test_input_layouts_of_the_network(device):
     from efficientnet import EfficientNet
-    from efficientnet.config import EfficientNetConfig, StageConfig
+    from efficientnet.model.config import EfficientNetConfig, StageConfig
 
     config = EfficientNetConfig(stages=(StageConfig(3, 2, 2, 8, 1),), stem_channels=8, head_channels=16, padding="same")
     model = EfficientNet(config, num_classes=4).to(device).eval()
@@ -503,7 +503,7 @@ class Wrapped(nn.Module):
 
 def small_network(device, **how):
     from efficientnet import EfficientNet
-    from efficientnet.config import EfficientNetConfig, StageConfig
+    from efficientnet.model.config import EfficientNetConfig, StageConfig
 
     torch.manual_seed(0)
     stages = (StageConfig(3, 1, 1, 8, 1), StageConfig(3, 1, 2, 8, 2))

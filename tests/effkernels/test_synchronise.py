@@ -21,8 +21,8 @@ SHARES = (3, 2)  # images of each process
 
 def network(fused):
     """Stem with a first block, a block of every part, and the head."""
-    from efficientnet.config import EfficientNetConfig, StageConfig
-    from efficientnet.model import EfficientNet
+    from efficientnet.model.config import EfficientNetConfig, StageConfig
+    from efficientnet.model.network import EfficientNet
 
     torch.manual_seed(0)
     stages = (StageConfig(3, 1, 1, 16, 1), StageConfig(3, 1, 2, 16, 2))

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientnet.config import EfficientNetConfig, StageConfig, scaled_name
-from efficientnet.model import EfficientNet, create_model
-from efficientnet.scaling import Scaling, check_count, round_filters, round_repeats
+from efficientnet.model.config import EfficientNetConfig, StageConfig, scaled_name
+from efficientnet.model.network import EfficientNet, create_model
+from efficientnet.model.scaling import Scaling, check_count, round_filters, round_repeats
 from effkernels import FusedDepthwiseConvBNAct
 
 # (kernel, stride, expand, channels, repeats) of Sandler et al., 2018, Table 2: an EfficientNet without squeeze-excite, with ReLU6.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from efficientnet.settings import InputError
+from efficientnet.training.settings import InputError
 
 
 class Latency(NamedTuple):

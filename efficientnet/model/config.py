@@ -5,7 +5,7 @@ import fnmatch
 import re
 from dataclasses import dataclass, replace
 
-from efficientnet.scaling import Scaling, check_count, round_filters, round_repeats
+from efficientnet.model.scaling import Scaling, check_count, round_filters, round_repeats
 from effkernels.geometry import PADDINGS
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from efficientnet.augment import mixing, training_crop, training_finish
-from efficientnet.checkpoints import describe_model, read_weights, replacing, save_checkpoint, stored_cfg
-from efficientnet.config import EfficientNetConfig
-from efficientnet.cuda_graph import GraphedStep
-from efficientnet.data import Data, TrainingOrder, load_data
-from efficientnet.distributed import (
+from efficientnet.data.sets import Data, TrainingOrder, load_data
+from efficientnet.model.config import EfficientNetConfig
+from efficientnet.model.network import create_model
+from efficientnet.model.profile import count_parameters
+from efficientnet.model.transfer import freeze, parameter_groups
+from efficientnet.training.augment import mixing, training_crop, training_finish
+from efficientnet.training.cuda_graph import GraphedStep
+from efficientnet.training.distributed import (
     join,
     lost_process,
     release,
@@ -31,15 +33,13 @@ from efficientnet.distributed import (
     without_reduction,
     wrap,
 )
-from efficientnet.engine import Evaluation, Runner, Unreadable, describe_backend, pick_device, use_tf32
-from efficientnet.logs import Log, plot_curves
-from efficientnet.model import create_model
-from efficientnet.optim import average_of, create_optimizer, learning_rate
-from efficientnet.pretrained import resolve
-from efficientnet.profile import count_parameters
-from efficientnet.run_state import RunStates, read_state
-from efficientnet.settings import InputError, Interrupted, TrainConfig, TrainingStopped
-from efficientnet.transfer import freeze, parameter_groups
+from efficientnet.training.logs import Log, plot_curves
+from efficientnet.training.optim import average_of, create_optimizer, learning_rate
+from efficientnet.training.run_state import RunStates, read_state
+from efficientnet.training.runner import Evaluation, Runner, Unreadable, describe_backend, pick_device, use_tf32
+from efficientnet.training.settings import InputError, Interrupted, TrainConfig, TrainingStopped
+from efficientnet.weights.checkpoints import describe_model, read_weights, replacing, save_checkpoint, stored_cfg
+from efficientnet.weights.pretrained import resolve
 
 # Settings that may change when a run is resumed without changing its result.
 FREE_SETTINGS = {

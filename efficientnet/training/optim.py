@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from efficientnet.settings import TrainConfig
+from efficientnet.training.settings import TrainConfig
 
 
 class RMSpropTF(torch.optim.Optimizer):

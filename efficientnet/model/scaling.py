@@ -23,7 +23,7 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
 
     MACs grow with depth, width^2 and resolution^2, so ``alpha * beta^2 * gamma^2`` of about 2 (checked, within 10 %; the paper's
     1.2, 1.1, 1.15 give 1.92) makes phi the binary logarithm of the cost. The published B1..B7 are NOT phi = 1..7: they come
-    from a table of hand-rounded values (``efficientnet.config.VARIANTS``), so no phi stands for a name and no name for a phi.
+    from a table of hand-rounded values (``efficientnet.model.config.VARIANTS``), so no phi stands for a name and no name for a phi.
 
     Raises ValueError for a phi that is negative, not finite or too large to compute with, for alpha, beta or gamma below 1,
     and for a product away from 2.

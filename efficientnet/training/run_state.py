@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.checkpoints import load_training_state, replacing
-from efficientnet.settings import InputError, TrainingStopped
+from efficientnet.training.settings import InputError, TrainingStopped
+from efficientnet.weights.checkpoints import load_training_state, replacing
 
 NAME = re.compile(r"step-(\d{8})\.train\.pt")
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from efficientnet.augment import torchvision_module
-from efficientnet.model import IMAGENET_MEAN, IMAGENET_STD
-from efficientnet.settings import INTERPOLATIONS, InputError
+from efficientnet.model.network import IMAGENET_MEAN, IMAGENET_STD
+from efficientnet.training.augment import torchvision_module
+from efficientnet.training.settings import INTERPOLATIONS, InputError
 
 if TYPE_CHECKING:
-    from efficientnet.shards import ShardSet
+    from efficientnet.data.shards import ShardSet
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT_FOLDERS = ("val", "validation", "valid", "test")
@@ -424,7 +424,7 @@ def _labels(dataset):
 
 
 def _webdataset(pattern, num_classes, num_samples):
-    from efficientnet.shards import ShardSet, count_samples, find_shards, is_local
+    from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_local
 
     shards = find_shards(pattern)
     if (num_classes is None or num_samples is None) and all(map(is_local, shards)):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from efficientnet.settings import InputError, TrainingStopped
+from efficientnet.training.settings import InputError, TrainingStopped
 
 
 @dataclass(frozen=True)

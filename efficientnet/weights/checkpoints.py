@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from efficientnet.config import EfficientNetConfig, StageConfig
-from efficientnet.layouts import LAYOUTS, Layout, config_plan, conventions, guess_config, recognise, tidy, translate
-from efficientnet.model import EfficientNet, adapt_input_conv, create_model
-from efficientnet.pretrained import fetch
+from efficientnet.model.config import EfficientNetConfig, StageConfig
+from efficientnet.model.network import EfficientNet, adapt_input_conv, create_model
+from efficientnet.weights.layouts import LAYOUTS, Layout, config_plan, conventions, guess_config, recognise, tidy, translate
+from efficientnet.weights.pretrained import fetch
 
 METADATA_KEY = "efficientnet"
 METADATA_SLOT = "__efficientnet__"  # in a torch file; no module has such a name
@@ -94,7 +94,7 @@ def load_checkpoint(
             code from it, bare or under "state_dict", "model" and the like, with or without "module." and "_orig_mod." before each
             key; or an http(s) URL; or the id of a repository on the Hugging Face Hub.
         fused: blocks of a model that is built here, as in ``create_model``.
-        layout: a name from ``efficientnet.layouts.LAYOUTS``. None: the one that knows the keys. A module that is not an
+        layout: a name from ``efficientnet.weights.layouts.LAYOUTS``. None: the one that knows the keys. A module that is not an
             ``EfficientNet`` takes only its own keys.
         padding, bn_eps, bn_momentum: what the weights were trained with, which no tensor tells. None: what the file says, else
             what is usual with its layout (torchvision and NVIDIA: "symmetric"; lukemelas and Hugging Face: "same", 1e-3, 0.01;

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
-from efficientnet.data import ImageSet
-from efficientnet.distributed import Processes
-from efficientnet.settings import DEVICES, InputError
-from efficientnet.shards import ShardLoader, ShardSet
+from efficientnet.data.sets import ImageSet
+from efficientnet.data.shards import ShardLoader, ShardSet
+from efficientnet.training.distributed import Processes
+from efficientnet.training.settings import DEVICES, InputError
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

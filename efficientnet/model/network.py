@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientnet.config import EfficientNetConfig, list_models
-from efficientnet.mbconv import MBConv
-from efficientnet.scaling import Scaling, check_count
+from efficientnet.model.config import EfficientNetConfig, list_models
+from efficientnet.model.plain_mbconv import MBConv
+from efficientnet.model.scaling import Scaling, check_count
 from effkernels.dispatch import has_hooks
 from effkernels.modules.mbconv import FusedMBConv
 from effkernels.modules.stem_head import pooled_head, stem, stem_and_block
@@ -90,8 +90,8 @@ def create_model(
     if pretrained:
         if device is not None and torch.device(device).type == "meta":
             raise ValueError("device 'meta' holds no weights: pretrained must be False for it")
-        from efficientnet import checkpoints
-        from efficientnet.pretrained import resolve
+        from efficientnet.weights import checkpoints
+        from efficientnet.weights.pretrained import resolve
 
         source, cfg = resolve(config.name, pretrained)
         weights = checkpoints.read_weights(source)
@@ -116,7 +116,7 @@ def create_model(
         checkpoints.load_weights(model, weights, known=settings, adapt=True)
         model.weights_cfg = cfg or checkpoints.stored_cfg(weights.metadata)
     if features_only:
-        from efficientnet.transfer import EfficientNetFeatures
+        from efficientnet.model.transfer import EfficientNetFeatures
 
         return EfficientNetFeatures(model, out_indices)
     return model

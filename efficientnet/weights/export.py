@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from efficientnet.checkpoints import replacing
-from efficientnet.scaling import check_count
-from efficientnet.settings import InputError
+from efficientnet.model.scaling import check_count
+from efficientnet.training.settings import InputError
+from efficientnet.weights.checkpoints import replacing
 
 EXPORT_FORMATS = ("onnx", "torchscript", "torch-export")
 METADATA_KEY = "efficientnet"  # in ONNX's metadata_props; the file efficientnet.json in the archives of the other two

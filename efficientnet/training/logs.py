@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from efficientnet.checkpoints import replacing
+from efficientnet.weights.checkpoints import replacing
 
 
 class Log:

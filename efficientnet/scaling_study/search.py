@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from efficientnet.baselines import create_scaled
-from efficientnet.checkpoints import replacing
-from efficientnet.profile import count_macs, count_parameters
-from efficientnet.scaling import Scaling, check_count, coefficient_grid, compound_scale
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.model.profile import count_macs, count_parameters
+from efficientnet.model.scaling import Scaling, check_count, coefficient_grid, compound_scale
+from efficientnet.scaling_study.networks import create_scaled
+from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.weights.checkpoints import replacing
 
 PHI = 1.0
 OBJECTIVES = ("accuracy", "latency", "macs")
@@ -28,7 +28,7 @@ class SearchConfig:
         objective: "accuracy" of a short training on ``data``; "latency", the milliseconds that a GMAC takes on ``device``;
             "macs", how close rounding lets the network come to twice the MACs of the base. Only the first knows about accuracy.
             None: "accuracy" with data, else "latency".
-        base: one of ``efficientnet.baselines.BASES``; accuracy is of "efficientnet_b0" only.
+        base: one of ``efficientnet.scaling_study.networks.BASES``; accuracy is of "efficientnet_b0" only.
         step: of the grid; at_least, at_most: of alpha * beta^2 * gamma^2.
         img_size: pixels of the unscaled network. None: 32 for the digits, else 224.
         batch_size: images of a training step (None: as ``TrainConfig``), or of a timed forward (None: 1).
@@ -95,8 +95,8 @@ class Search:
             with TemporaryDirectory() as scratch:  # what is wrong with the data or a setting shows before any work
                 self._new_trainer(self.grid[0], scratch)
         elif config.objective == "latency":
-            from efficientnet.engine import pick_device
-            from efficientnet.latency import describe_device
+            from efficientnet.measure.latency import describe_device
+            from efficientnet.training.runner import pick_device
 
             self.device = pick_device(config.device)
             for stored in {row["device"] for row in self.rows} - {describe_device(self.device)}:
@@ -154,7 +154,7 @@ class Search:
         return {"macs_of_base": row["macs"] / self.base_macs}
 
     def _latency(self, candidate, row):
-        from efficientnet.latency import describe_device, measure_latency
+        from efficientnet.measure.latency import describe_device, measure_latency
 
         model = self._build(self._scaling(candidate), fused=True, device=self.device)
         latency = measure_latency(model, row["resolution"], self.device, self.config.batch_size)
@@ -189,7 +189,7 @@ class Search:
             return self._new_trainer(candidate, folder)
 
     def _new_trainer(self, candidate, folder, resume=None):
-        from efficientnet.train import Trainer
+        from efficientnet.training.trainer import Trainer
 
         config, scaling = self.config, self._scaling(candidate)
         names = ("data", "epochs", "batch_size", "lr", "seed", "device", "amp", "val_fraction", "num_workers")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from efficientnet.config import VARIANTS, EfficientNetConfig
+from efficientnet.model.config import VARIANTS, EfficientNetConfig
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from efficientnet.data import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
-from efficientnet.settings import InputError
+from efficientnet.data.sets import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
+from efficientnet.training.settings import InputError
 
 SHUFFLE = 1000  # samples a worker holds, to draw the next one from
 PATIENCE = 100  # unreadable samples in a row before a worker gives up

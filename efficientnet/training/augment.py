@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.training.settings import InputError, TrainConfig
 
 _libraries = []  # declared operators live as long as this does
 

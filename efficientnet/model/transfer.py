@@ -11,7 +11,7 @@ import math
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficientnet.model import EfficientNet
+from efficientnet.model.network import EfficientNet
 from effkernels.modules.stem_head import stem
 
 

@@ -1,11 +1,11 @@
-"""Presets of TrainConfig: TOML files in efficientnet/recipes, or a user's own, whose keys are the fields."""
+"""Presets of TrainConfig: TOML files in efficientnet/training/recipes, or a user's own, whose keys are the fields."""
 
 import difflib
 import sys
 from dataclasses import fields
 from pathlib import Path
 
-from efficientnet.settings import InputError, TrainConfig
+from efficientnet.training.settings import InputError, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

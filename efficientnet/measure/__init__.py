@@ -1,0 +1,1 @@
+"""Times and bytes of a model on the machine at hand."""
