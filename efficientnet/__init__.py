@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "EfficientNet": "efficientnet.model.network",
-    "create_model": "efficientnet.model.network",
+    "create_model": "efficientnet.weights.factory",
     "list_models": "efficientnet.model.config",
     "MBConv": "efficientnet.model.plain_mbconv",
     "compound_scale": "efficientnet.model.scaling",

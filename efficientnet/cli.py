@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from efficientnet.training.settings import InputError, Interrupted, TrainingStopped
+from efficientnet.errors import InputError, Interrupted, TrainingStopped
 
 COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")  # modules of efficientnet.commands
 
@@ -74,7 +74,7 @@ def _parser():
 def _fail(error, code=2):
     # A worker of the data loader sends its whole traceback; the last line is the error.
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    print(f"efficientnet: error: {line.removeprefix('efficientnet.training.settings.InputError: ')}", file=sys.stderr)
+    print(f"efficientnet: error: {line.removeprefix('efficientnet.errors.InputError: ')}", file=sys.stderr)
     sys.exit(code)
 
 

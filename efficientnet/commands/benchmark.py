@@ -3,8 +3,8 @@
 import re
 import sys
 
+from efficientnet.choices import DEVICES
 from efficientnet.commands.common import checking_input
-from efficientnet.training.settings import DEVICES
 
 SUMMARY = "Speed and memory of models on this machine, under the keys of timm's benchmark.py and more."
 
@@ -42,10 +42,10 @@ def run(args):
 
     from tqdm import tqdm
 
+    from efficientnet.devices import pick_device
+    from efficientnet.errors import InputError
+    from efficientnet.files import replacing
     from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, WrongOutputs, formatted
-    from efficientnet.training.runner import pick_device
-    from efficientnet.training.settings import InputError
-    from efficientnet.weights.checkpoints import replacing
 
     device = pick_device(args.device)
     if args.cuda_graph and device.type != "cuda":

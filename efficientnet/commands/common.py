@@ -3,7 +3,8 @@
 import argparse
 from contextlib import contextmanager
 
-from efficientnet.training.settings import AMP, DEVICES, InputError
+from efficientnet.choices import AMP, DEVICES
+from efficientnet.errors import InputError
 
 
 @contextmanager
@@ -28,8 +29,9 @@ def load(args):
     """(runner, model in eval, class names or None, preprocess) of --checkpoint."""
     from dataclasses import replace
 
-    from efficientnet.data.sets import Preprocess
-    from efficientnet.training.runner import Runner, pick_device
+    from efficientnet.data.images import Preprocess
+    from efficientnet.devices import pick_device
+    from efficientnet.training.runner import Runner
     from efficientnet.weights.checkpoints import load_checkpoint, read_metadata
 
     runner = Runner(pick_device(args.device), args.amp)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.training.settings import InputError
-from efficientnet.weights.checkpoints import replacing
+from efficientnet.errors import InputError
+from efficientnet.files import replacing
 
 CELL, MARGIN, LINE = 160, 8, 14  # pixels: side of an image, space between cells, height of a line of text
 

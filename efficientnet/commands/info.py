@@ -17,8 +17,8 @@ def run(args):
     if args.name is None:
         print(*list_models(), sep="\n")
         return
-    from efficientnet.model.network import create_model
     from efficientnet.model.profile import count_macs, count_parameters, stage_table
+    from efficientnet.weights.factory import create_model
 
     with checking_input():
         model = create_model(args.name, num_classes=args.num_classes, fused=False, device="meta")

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from efficientnet.commands.common import add_checkpoint_arguments, checking_input, load
-from efficientnet.training.settings import InputError
+from efficientnet.errors import InputError
 
 SUMMARY = "The most probable classes of images."
 
@@ -24,8 +24,8 @@ def add_arguments(parser):
 
 def run(args):
     from efficientnet.commands.contact_sheet import ContactSheet
-    from efficientnet.data.sets import ImageSet, read_image
-    from efficientnet.training.runner import Unreadable
+    from efficientnet.data.images import ImageSet, read_image
+    from efficientnet.data.loading import Unreadable
 
     with checking_input():
         for name, minimum in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0)):
@@ -64,7 +64,7 @@ def run(args):
 
 def _paths(names):
     """Every image meant, once. Raises FileNotFoundError or InputError."""
-    from efficientnet.data.sets import IMAGE_SUFFIXES
+    from efficientnet.data.images import IMAGE_SUFFIXES
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in names else []
     if "-" in names and not any(listed):

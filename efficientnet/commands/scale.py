@@ -4,10 +4,10 @@ import argparse
 import re
 import sys
 
+from efficientnet.choices import DEVICES
 from efficientnet.commands.common import checking_input, print_stages, print_table
 from efficientnet.model.scaling import COEFFICIENTS, check_count
 from efficientnet.scaling_study.table3 import TABLE_3
-from efficientnet.training.settings import DEVICES
 
 SUMMARY = "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other networks."
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
@@ -155,7 +155,7 @@ class Stopwatch:
     """Milliseconds of a forward at a phi, measured once each: a cost for ``largest_phi``."""
 
     def __init__(self, args, build):
-        from efficientnet.training.runner import pick_device
+        from efficientnet.devices import pick_device
 
         if not 0 < args.latency < float("inf"):
             raise ValueError(f"latency must be a finite number of milliseconds > 0, got {args.latency!r}")
@@ -174,7 +174,7 @@ class Stopwatch:
         return self.measured[phi].ms
 
     def describe(self, phi):
-        from efficientnet.measure.latency import describe_device
+        from efficientnet.devices import describe_device
 
         ms, iqr = self.measured[phi]
         images = "image" if self.batch_size == 1 else "images"

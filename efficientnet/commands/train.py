@@ -4,7 +4,8 @@ import argparse
 from dataclasses import fields
 
 from efficientnet.commands.common import checking_input
-from efficientnet.training.settings import InputError, TrainConfig, option_names
+from efficientnet.errors import InputError
+from efficientnet.training.settings import TrainConfig, option_names
 
 SUMMARY = "Train a model; write checkpoints, metrics and curves."
 KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {}, "tuple": {}, "bool": {"action": argparse.BooleanOptionalAction}}

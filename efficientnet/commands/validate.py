@@ -5,8 +5,9 @@ import sys
 from dataclasses import replace
 from itertools import chain
 
+from efficientnet.choices import INTERPOLATIONS
 from efficientnet.commands.common import add_checkpoint_arguments, checking_input, load, print_table
-from efficientnet.training.settings import INTERPOLATIONS, InputError
+from efficientnet.errors import InputError
 
 SUMMARY = "Loss and top-1 and top-5 accuracy of a checkpoint on a data set."
 
@@ -27,8 +28,8 @@ def add_arguments(parser):
 
 def run(args):
     """Under torchrun, each process evaluates its share of the images, and the first one prints."""
+    from efficientnet.devices import pick_device
     from efficientnet.training.distributed import join, leave
-    from efficientnet.training.runner import pick_device
 
     try:
         with checking_input():
@@ -39,9 +40,9 @@ def run(args):
 
 
 def _validate(args, processes):
+    from efficientnet.data.loading import Unreadable
     from efficientnet.data.sets import load_data
     from efficientnet.model.profile import count_parameters
-    from efficientnet.training.runner import Unreadable
 
     with checking_input():
         for name, minimum in (("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0)):

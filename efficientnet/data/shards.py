@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from efficientnet.data.sets import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
-from efficientnet.training.settings import InputError
+from efficientnet.data.images import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
+from efficientnet.errors import InputError
 
 SHUFFLE = 1000  # samples a worker holds, to draw the next one from
 PATIENCE = 100  # unreadable samples in a row before a worker gives up
@@ -90,7 +90,7 @@ def count_samples(shards: list[str]) -> tuple[int, int]:
 
 
 class ShardLoader:
-    """Iterating yields (batch or None, problems), as ``engine.Batches`` wants them.
+    """Iterating yields (batch or None, problems), as ``loading.Batches`` wants them.
 
     In training, process r of ``world`` and worker w of ``workers`` read every (world * workers)-th shard of the epoch's own order of
     them, drawn from (seed, epoch), through a shuffle buffer; who is through with his shards begins again. So an update is a function of

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from efficientnet.training.settings import InputError
+from efficientnet.errors import InputError
 
 
 class Latency(NamedTuple):
@@ -33,7 +33,3 @@ def measure_latency(model: nn.Module, image_size: int, device: torch.device, bat
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(f"{batch_size} images of {image_size} x {image_size} do not fit the memory of {device}") from error
     return Latency(1e3 * measured.median, 1e3 * measured.iqr)
-
-
-def describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"

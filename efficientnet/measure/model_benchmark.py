@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from efficientnet.errors import InputError
 from efficientnet.measure.roofline import model_bytes
 from efficientnet.measure.timing import Stopwatch, keep_freed_memory, kernel_times, peak_memory, quantiles, versions
 from efficientnet.model.config import EfficientNetConfig
-from efficientnet.model.network import create_model
 from efficientnet.model.profile import count_activations, count_macs, count_parameters
-from efficientnet.training.settings import InputError
+from efficientnet.weights.factory import create_model
 
 MODES = ("infer", "train")
 FORMATS = ("md", "json", "csv")
@@ -252,7 +252,7 @@ class Benchmark:
             f"{mode}_share_of_copy": round(moved / median / self.copy_bandwidth, 3),
         }
         if baseline is None:
-            from efficientnet.training.runner import describe_backend
+            from efficientnet.devices import describe_backend
 
             with self._autocast(config):
                 extra["backend"] = describe_backend(model, images)

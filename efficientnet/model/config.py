@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from efficientnet.model.scaling import Scaling, check_count, round_filters, round_repeats
 from effkernels.geometry import PADDINGS
 
+# Of the pixels of ImageNet's training images, red, green and blue, scaled to [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class StageConfig:

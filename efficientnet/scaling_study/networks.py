@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from efficientnet.model.config import EfficientNetConfig, StageConfig, scaled_name
-from efficientnet.model.network import EfficientNet, create_model
+from efficientnet.model.network import EfficientNet
 from efficientnet.model.scaling import Scaling, check_count, round_filters, round_repeats
+from efficientnet.weights.factory import create_model
 from effkernels import FusedDepthwiseConvBNAct
 
 # (kernel, stride, expand, channels, repeats) of Sandler et al., 2018, Table 2: an EfficientNet without squeeze-excite, with ReLU6.

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from efficientnet.errors import InputError
+from efficientnet.files import replacing
 from efficientnet.model.profile import count_macs, count_parameters
 from efficientnet.model.scaling import Scaling, check_count, coefficient_grid, compound_scale
 from efficientnet.scaling_study.networks import create_scaled
-from efficientnet.training.settings import InputError, TrainConfig
-from efficientnet.weights.checkpoints import replacing
+from efficientnet.training.settings import TrainConfig
 
 PHI = 1.0
 OBJECTIVES = ("accuracy", "latency", "macs")
@@ -95,8 +96,7 @@ class Search:
             with TemporaryDirectory() as scratch:  # what is wrong with the data or a setting shows before any work
                 self._new_trainer(self.grid[0], scratch)
         elif config.objective == "latency":
-            from efficientnet.measure.latency import describe_device
-            from efficientnet.training.runner import pick_device
+            from efficientnet.devices import describe_device, pick_device
 
             self.device = pick_device(config.device)
             for stored in {row["device"] for row in self.rows} - {describe_device(self.device)}:
@@ -154,7 +154,8 @@ class Search:
         return {"macs_of_base": row["macs"] / self.base_macs}
 
     def _latency(self, candidate, row):
-        from efficientnet.measure.latency import describe_device, measure_latency
+        from efficientnet.devices import describe_device
+        from efficientnet.measure.latency import measure_latency
 
         model = self._build(self._scaling(candidate), fused=True, device=self.device)
         latency = measure_latency(model, row["resolution"], self.device, self.config.batch_size)

@@ -1,39 +1,12 @@
-"""Augmentation of training images, from torchvision.transforms.v2, and how torchvision is imported next to any torch."""
+"""Augmentation of training images, from torchvision.transforms.v2."""
 
 import re
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
-import torch
-
-from efficientnet.training.settings import InputError, TrainConfig
-
-_libraries = []  # declared operators live as long as this does
-
-
-def torchvision_module(name: str):
-    """``torchvision.NAME``, also where torchvision's compiled operators were built for another torch and cannot be loaded.
-
-    It gives two of them shape rules when it is imported, and fails if they do not exist; images need neither, so they are declared.
-    """
-    spec = find_spec("torchvision")
-    if spec is not None and spec.origin and not hasattr(torch.ops.torchvision, "nms"):
-        try:
-            torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-        except (ImportError, OSError):
-            library = torch.library.Library("torchvision", "DEF")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _libraries.append(library)
-    try:
-        return import_module(f"torchvision.{name}")
-    except (ImportError, RuntimeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
-            raise
-        raise InputError(f"torchvision does not fit torch {torch.__version__} ({error}); pip install -U torchvision") from error
+from efficientnet.data.torchvision_modules import torchvision_module
+from efficientnet.errors import InputError
+from efficientnet.training.settings import TrainConfig
 
 
 def training_crop(config: TrainConfig) -> Callable | None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from efficientnet.training.settings import InputError, TrainingStopped
+from efficientnet.errors import InputError, TrainingStopped
 
 
 @dataclass(frozen=True)

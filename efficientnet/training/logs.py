@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from efficientnet.weights.checkpoints import replacing
+from efficientnet.files import replacing
 
 
 class Log:

@@ -5,7 +5,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.errors import InputError
+from efficientnet.training.settings import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

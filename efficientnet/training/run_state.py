@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.training.settings import InputError, TrainingStopped
-from efficientnet.weights.checkpoints import load_training_state, replacing
+from efficientnet.errors import InputError, TrainingStopped
+from efficientnet.files import replacing
+from efficientnet.weights.checkpoints import load_training_state
 
 NAME = re.compile(r"step-(\d{8})\.train\.pt")
 

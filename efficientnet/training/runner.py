@@ -1,47 +1,18 @@
-"""How batches reach a model, and what is measured of it. Shared by training, validation and prediction."""
+"""Device, memory format, autocast and processes of a run, and the evaluation of a model. Shared by training, validation, prediction."""
 
-import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from efficientnet.data.sets import ImageSet
+from efficientnet.data.images import ImageSet
+from efficientnet.data.loading import Batches, Readable, Unreadable, collate
 from efficientnet.data.shards import ShardLoader, ShardSet
+from efficientnet.errors import InputError
 from efficientnet.training.distributed import Processes
-from efficientnet.training.settings import DEVICES, InputError
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises InputError for "cuda" without."""
-    if name not in DEVICES:
-        raise InputError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for, but torch sees no CUDA device; accepted here: auto, cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def use_tf32(yes: bool) -> None:
-    """Whether CUDA's fp32 products and convolutions may be TF32. Set so that both of torch's interfaces can read it: after the newer one
-    (``fp32_precision``) alone, the older raises, and libraries read that."""
-    torch.set_float32_matmul_precision("high" if yes else "highest")
-    torch.backends.cudnn.allow_tf32 = yes
-
-
-def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
-    """Which kernels the model's MBConv blocks run for such images, and why not the fused ones where they do not."""
-    from effkernels import explain
-
-    reasons = explain(model, images)
-    plain = dict.fromkeys(reasons.plain, "a plain block (built with fused=False)")
-    counts = Counter(reason for reason in (reasons | plain).values() if reason is not None)
-    parts = [f"triton for {reasons.fused} of {len(reasons)} MBConv blocks"]
-    parts += [f"PyTorch reference for {count}: {reason}" for reason, count in counts.most_common()]
-    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -66,91 +37,6 @@ class Evaluation:
         return f"{100 * self.accuracy:.2f} % ({self.correct}/{self.total})"
 
 
-class Unreadable:
-    """Images that could not be read: named once each, and an InputError when they are more than ``limit``."""
-
-    def __init__(self, limit: int = 0, say=print, hint: str = "; --max-corrupt allows more"):
-        self.limit, self.say, self.hint, self.seen = limit, say, hint, []
-
-    def record(self, problems: list[str]) -> None:
-        for problem in problems:
-            if problem in self.seen:
-                continue
-            self.seen.append(problem)
-            if len(self.seen) > self.limit:
-                more = f" (after {self.limit} others that were skipped)" if self.limit else ""
-                raise InputError(f"{problem}{more}{self.hint}")
-            self.say(f"skipped, {len(self.seen)} of at most {self.limit}: {problem}")
-
-
-class _Readable(torch.utils.data.Dataset):
-    """(item or None, problems) of a data set: a training image that cannot be read gives way to the next one that can."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, draw):
-        problems = []
-        training = not isinstance(draw, int)
-        for _ in range(len(self.dataset) if training else 1):
-            try:
-                return self.dataset[draw], problems
-            except (InputError, OSError) as error:
-                problems.append(str(error))
-                if training:
-                    draw = draw._replace(index=(draw.index + 1) % len(self.dataset))
-        return None, problems
-
-
-def _collate(items):
-    problems = [problem for _, found in items for problem in found]
-    readable = [item for item, _ in items if item is not None]
-    return default_collate(readable) if readable else None, problems
-
-
-class Batches:
-    """Iterating yields (images float32 [N, 3, H, W], labels [N]) on the runner's device, normalised there.
-
-    ``wait`` adds up the seconds in which the loop stood still for data.
-    """
-
-    def __init__(self, dataset, loader: DataLoader, runner: "Runner", unreadable: Unreadable):
-        self.dataset, self.loader, self.runner, self.unreadable, self.wait = dataset, loader, runner, unreadable, 0.0
-
-    def names(self, epoch: int, step: int) -> list[str]:
-        """Images of an update, in training: all processes', or of shards this one's."""
-        if isinstance(self.loader, ShardLoader):
-            return self.loader.names(epoch, step)
-        return [self.dataset.name(index) for index in self.loader.batch_sampler.indices(epoch, step)]
-
-    @property
-    def description(self) -> dict:
-        """What the images of an update depend on besides the settings, for a run that is resumed."""
-        return self.loader.description if isinstance(self.loader, ShardLoader) else {}
-
-    def __iter__(self):
-        batches = iter(self.loader)
-        while True:
-            started = time.perf_counter()
-            batch, problems = next(batches, (None, None))
-            self.wait += time.perf_counter() - started
-            if problems is None:
-                return
-            self.unreadable.record(problems)
-            if batch is not None:
-                yield self.runner.to_device(*batch, self.dataset.preprocess)
-
-    def close(self):
-        """Ends the data workers that wait for another epoch; iterating again starts others.
-
-        Left to the garbage collector they stand still for 5 s each: it closes their queues before the loader can ask them to end.
-        """
-        waiting = getattr(self.loader, "_iterator", None)  # PyTorch has no public way
-        if waiting is not None:
-            waiting._shutdown_workers()
-            self.loader._iterator = None
-
-
 class Runner:
     """Device, memory format, autocast and processes of a run."""
 
@@ -168,13 +54,13 @@ class Runner:
         where["generator"] = torch.Generator().manual_seed(0)
         if isinstance(dataset, ShardSet):
             loader = ShardLoader(dataset, batch_size, order, self.processes.rank, self.processes.world, **where)
-            return Batches(dataset, loader, self, unreadable or Unreadable())
-        where |= {"persistent_workers": num_workers > 0, "collate_fn": _collate}
+            return Batches(dataset, loader, self.to_device, unreadable or Unreadable())
+        where |= {"persistent_workers": num_workers > 0, "collate_fn": collate}
         if order is None:
             order = list(range(self.processes.rank, len(dataset), self.processes.world))
             order = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        loader = DataLoader(_Readable(dataset), batch_sampler=order, **where)
-        return Batches(dataset, loader, self, unreadable or Unreadable())
+        loader = DataLoader(Readable(dataset), batch_sampler=order, **where)
+        return Batches(dataset, loader, self.to_device, unreadable or Unreadable())
 
     def to_device(self, images, labels, preprocess):
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)

@@ -4,29 +4,13 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 
-AMP = ("none", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda")
+from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS
+from efficientnet.errors import InputError
+
 OPTIMIZERS = ("adamw", "rmsproptf", "sgd")
 SCHEDULES = ("cosine", "step")
 FREEZE_BN = ("all", "weights", "none")
 DIST_BN = ("reduce", "broadcast")
-INTERPOLATIONS = ("bilinear", "bicubic")
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what, and what can."""
-
-
-class TrainingStopped(RuntimeError):
-    """A run that cannot go on; the message says why, and how to continue."""
-
-
-class Interrupted(TrainingStopped):
-    """A run that was asked to stop by a signal, and has saved its state in ``checkpoint``."""
-
-    def __init__(self, signum: int, checkpoint):
-        super().__init__(f"stopped by signal {signum}; {checkpoint}")
-        self.signum, self.checkpoint = signum, checkpoint
 
 
 def option(default, help, *aliases, **argparse):

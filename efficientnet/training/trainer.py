@@ -17,9 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.sets import Data, TrainingOrder, load_data
+from efficientnet.data.loading import Unreadable
+from efficientnet.data.order import TrainingOrder
+from efficientnet.data.sets import Data, load_data
+from efficientnet.devices import describe_backend, pick_device, use_tf32
+from efficientnet.errors import InputError, Interrupted, TrainingStopped
+from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig
-from efficientnet.model.network import create_model
 from efficientnet.model.profile import count_parameters
 from efficientnet.model.transfer import freeze, parameter_groups
 from efficientnet.training.augment import mixing, training_crop, training_finish
@@ -36,9 +40,10 @@ from efficientnet.training.distributed import (
 from efficientnet.training.logs import Log, plot_curves
 from efficientnet.training.optim import average_of, create_optimizer, learning_rate
 from efficientnet.training.run_state import RunStates, read_state
-from efficientnet.training.runner import Evaluation, Runner, Unreadable, describe_backend, pick_device, use_tf32
-from efficientnet.training.settings import InputError, Interrupted, TrainConfig, TrainingStopped
-from efficientnet.weights.checkpoints import describe_model, read_weights, replacing, save_checkpoint, stored_cfg
+from efficientnet.training.runner import Evaluation, Runner
+from efficientnet.training.settings import TrainConfig
+from efficientnet.weights.checkpoints import describe_model, read_weights, save_checkpoint, stored_cfg
+from efficientnet.weights.factory import create_model
 from efficientnet.weights.pretrained import resolve
 
 # Settings that may change when a run is resumed without changing its result.

@@ -3,20 +3,19 @@
 import argparse
 import errno
 import json
-import os
 import pickle
 import re
 import warnings
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig, StageConfig
-from efficientnet.model.network import EfficientNet, adapt_input_conv, create_model
+from efficientnet.model.network import EfficientNet
 from efficientnet.weights.layouts import LAYOUTS, Layout, config_plan, conventions, guess_config, recognise, tidy, translate
 from efficientnet.weights.pretrained import fetch
 
@@ -25,20 +24,6 @@ METADATA_SLOT = "__efficientnet__"  # in a torch file; no module has such a name
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")  # the usual names of the weights among other things
 WRAPPERS = ("state_dict", "model")
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path in the folder of ``path`` that takes its name when the block ends well: ``path`` is never half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(model: nn.Module, path, **metadata) -> None:
@@ -117,7 +102,7 @@ def load_checkpoint(
         state = weights.in_timm_names(config, layout)
         settings = weights.trained_with(config) | known
         settings = {field: settings[field] for field in ("padding", "bn_eps", "bn_momentum") if field in settings}
-        model = create_model(config, fused=fused, **settings, **_sizes(state, weights.path))
+        model = EfficientNet(replace(config, **settings), fused=fused, **_sizes(state, weights.path))
     load_weights(model, weights, layout=layout, known=known)
     return model
 
@@ -359,6 +344,23 @@ def _described(weights):
         return EfficientNetConfig(**config), sizes
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}") from error
+
+
+def adapt_input_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """The first convolution's weight [O, 3, k, k] for other images, [O, in_chans, k, k], as timm does it: the sum over channels for
+    one channel, else the three in turn, scaled by 3 / in_chans, so that the response to a grey image stays.
+
+    Raises ValueError for weights of another number of channels.
+    """
+    found = weight.shape[1]
+    if found == in_chans:
+        return weight
+    if found != 3:
+        raise ValueError(f"in_chans is {in_chans}, but the weights are for {found} channels (three can be adapted)")
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeated = weight.float().repeat(1, -(-in_chans // 3), 1, 1)[:, :in_chans]
+    return (repeated * (3 / in_chans)).to(weight.dtype)
 
 
 def _adapt(model, state, path):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from efficientnet.errors import InputError
+from efficientnet.files import replacing
 from efficientnet.model.scaling import check_count
-from efficientnet.training.settings import InputError
-from efficientnet.weights.checkpoints import replacing
 
 EXPORT_FORMATS = ("onnx", "torchscript", "torch-export")
 METADATA_KEY = "efficientnet"  # in ONNX's metadata_props; the file efficientnet.json in the archives of the other two

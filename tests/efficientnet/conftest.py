@@ -34,7 +34,8 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(image_folder, tmp_path_factory):
     """(config, output folder, evaluation) of a finished run."""
-    from efficientnet.training.trainer import TrainConfig, Trainer
+    from efficientnet.training.settings import TrainConfig
+    from efficientnet.training.trainer import Trainer
 
     output = tmp_path_factory.mktemp("run")
     data = f"imagefolder:{image_folder}"

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 
 import effkernels.adapters.accelerate  # noqa: F401
-from efficientnet.training.augment import torchvision_module
+from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.training.distributed import leave
 from efficientnet.training.trainer import Trainer
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from efficientnet.errors import InputError
 from efficientnet.training.augment import mixing, training_crop, training_finish
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.settings import TrainConfig
 
 MEAN = (0.2, 0.4, 0.6)
 

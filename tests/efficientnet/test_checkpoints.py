@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from efficientnet import create_model, load_checkpoint
-from efficientnet.weights.checkpoints import load_training_state, read_metadata, replacing, save_checkpoint, save_training_state
+from efficientnet.files import replacing
+from efficientnet.weights.checkpoints import load_training_state, read_metadata, save_checkpoint, save_training_state
 
 
 def small_model(**kwargs):

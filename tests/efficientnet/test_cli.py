@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
-from efficientnet.data.sets import load_data, read_image
+from efficientnet.data.images import read_image
+from efficientnet.data.sets import load_data
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreter import INTERPRET
 
-from efficientnet.training.runner import describe_backend
+from efficientnet.devices import describe_backend
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from efficientnet.errors import InputError
 from efficientnet.training.cuda_graph import GraphedStep
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer, _for_processes
 
 TINY = "efficientnet_d0.1_w0.1_r32"

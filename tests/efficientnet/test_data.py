@@ -6,19 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.data.sets import (
-    Draw,
-    ImageSet,
-    Preprocess,
-    load_data,
-    random_crop_flip,
-    random_shift,
-    read_image,
-    stratified_split,
-)
+from efficientnet.data.images import ImageSet, Preprocess, read_image
+from efficientnet.data.order import Draw
+from efficientnet.data.sets import load_data, random_crop_flip, random_shift, stratified_split
+from efficientnet.errors import InputError
 from efficientnet.training.augment import training_crop, training_finish
 from efficientnet.training.runner import Runner
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 
 TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels

@@ -22,12 +22,13 @@ from torch import nn
 from efficientnet import create_model
 from efficientnet.cli import main
 from efficientnet.data.sets import load_data
+from efficientnet.errors import InputError
 from efficientnet.model.transfer import parameter_groups
 from efficientnet.training.distributed import Processes, SyncBatchNorm, join, leave, synchronize_batch_norm
 from efficientnet.training.optim import create_optimizer, learning_rate
 from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.runner import Runner
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer, _for_processes
 from effkernels import explain
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
+from efficientnet.errors import InputError
 from efficientnet.model.config import EfficientNetConfig, StageConfig
 from efficientnet.model.network import EfficientNet
-from efficientnet.training.settings import InputError
 from efficientnet.weights.checkpoints import load_checkpoint, save_checkpoint
 from efficientnet.weights.export import EXPORT_FORMATS, METADATA_KEY, export_model
 

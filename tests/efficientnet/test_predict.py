@@ -9,7 +9,7 @@ from PIL import Image
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.commands.contact_sheet import CELL, LINE, MARGIN, ContactSheet
-from efficientnet.training.settings import InputError
+from efficientnet.errors import InputError
 
 
 @pytest.fixture(scope="module")

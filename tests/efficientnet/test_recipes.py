@@ -4,8 +4,9 @@ import pytest
 
 from efficientnet import list_models
 from efficientnet.cli import main
+from efficientnet.errors import InputError
 from efficientnet.training.recipes import FOLDER, list_recipes, load_recipe
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.training.settings import TrainConfig
 
 TINY = ("--model", "efficientnet_d0.1_w0.1_r32", "--device", "cpu", "--amp", "none", "--num-workers", "0")
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from efficientnet import load_checkpoint
+from efficientnet.errors import InputError, Interrupted, TrainingStopped
 from efficientnet.training.run_state import RunStates, read_state
-from efficientnet.training.settings import InputError, Interrupted, TrainConfig, TrainingStopped
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 from efficientnet.weights.checkpoints import read_metadata
 

@@ -14,11 +14,15 @@ from PIL import Image
 from safetensors.torch import load
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
-from efficientnet.data.sets import Preprocess, TrainingOrder, load_data
+from efficientnet.data.images import Preprocess
+from efficientnet.data.loading import Unreadable
+from efficientnet.data.order import TrainingOrder
+from efficientnet.data.sets import load_data
 from efficientnet.data.shards import ShardLoader, ShardSet, find_shards
+from efficientnet.errors import InputError, Interrupted
 from efficientnet.training.run_state import RunStates, read_state
-from efficientnet.training.runner import Runner, Unreadable
-from efficientnet.training.settings import InputError, Interrupted, TrainConfig
+from efficientnet.training.runner import Runner
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 
 wds = pytest.importorskip("webdataset", reason="webdataset is not installed")

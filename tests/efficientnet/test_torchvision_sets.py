@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
-from efficientnet.data.sets import load_data, read_image
-from efficientnet.training.settings import InputError, TrainConfig
+from efficientnet.data.images import read_image
+from efficientnet.data.sets import load_data
+from efficientnet.errors import InputError
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 
 datasets = pytest.importorskip("torchvision.datasets", reason="torchvision is not installed")
@@ -143,5 +145,5 @@ def test_without_torchvision(run, tmp_path, monkeypatch):  # noqa: F811
     def missing(name):
         raise ModuleNotFoundError(name="torchvision")
 
-    monkeypatch.setattr("efficientnet.training.augment.import_module", missing)
+    monkeypatch.setattr("efficientnet.data.torchvision_modules.import_module", missing)
     assert_one_line(run("train", "--data", f"cifar10:{tmp_path}"), r'torchvision is not installed; pip install "effkernels\[train\]"')

@@ -14,9 +14,11 @@ from PIL import Image
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.data.sets import load_data
+from efficientnet.devices import describe_backend, pick_device, use_tf32
+from efficientnet.errors import InputError, Interrupted
 from efficientnet.training.run_state import RunStates, read_state
-from efficientnet.training.runner import Evaluation, Runner, describe_backend, pick_device, use_tf32
-from efficientnet.training.settings import InputError, Interrupted, TrainConfig
+from efficientnet.training.runner import Evaluation, Runner
+from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 from efficientnet.weights.checkpoints import read_metadata
 

@@ -10,7 +10,8 @@ from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
-from efficientnet.data.sets import Preprocess, load_data, read_image
+from efficientnet.data.images import Preprocess, read_image
+from efficientnet.data.sets import load_data
 from efficientnet.weights.checkpoints import save_checkpoint
 
 TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels

@@ -11,7 +11,7 @@ from torch import nn
 from truth import relative_error
 
 from efficientnet import create_model
-from efficientnet.distributed import release
+from efficientnet.training.distributed import release
 from effkernels import accelerate, dispatch, explain, functional, reference, restore
 
 

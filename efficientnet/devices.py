@@ -1,0 +1,39 @@
+"""Where a model runs: the device by its name, and which kernels its blocks run there."""
+
+from collections import Counter
+
+import torch
+
+from efficientnet.choices import DEVICES
+from efficientnet.errors import InputError
+from effkernels import explain
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises InputError for "cuda" without."""
+    if name not in DEVICES:
+        raise InputError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for, but torch sees no CUDA device; accepted here: auto, cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def use_tf32(yes: bool) -> None:
+    """Whether CUDA's fp32 products and convolutions may be TF32. Set so that both of torch's interfaces can read it: after the newer one
+    (``fp32_precision``) alone, the older raises, and libraries read that."""
+    torch.set_float32_matmul_precision("high" if yes else "highest")
+    torch.backends.cudnn.allow_tf32 = yes
+
+
+def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
+    """Which kernels the model's MBConv blocks run for such images, and why not the fused ones where they do not."""
+    reasons = explain(model, images)
+    plain = dict.fromkeys(reasons.plain, "a plain block (built with fused=False)")
+    counts = Counter(reason for reason in (reasons | plain).values() if reason is not None)
+    parts = [f"triton for {reasons.fused} of {len(reasons)} MBConv blocks"]
+    parts += [f"PyTorch reference for {count}: {reason}" for reason, count in counts.most_common()]
+    return "; ".join(parts)
+
+
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
