@@ -3,7 +3,7 @@
 A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward`` runs the
 kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers, submodules, their names, hooks on
 the block, references to it and ``isinstance`` hold without copying anything, and ``restore`` gives the class back. What a block is made
-of is read from it at every call (``effkernels.adapters.blocks``), so nothing that is edited later goes stale.
+of is read from it at every call (``effkernels.adapters.registry``), so nothing that is edited later goes stale.
 """
 
 import copyreg
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from effkernels import dispatch
-from effkernels.adapters import blocks, networks
+from effkernels.adapters import judge, registry
+from effkernels.adapters.fused_forward import run_block, run_network
 
 
 class Swapped:
@@ -43,15 +44,15 @@ class AcceleratedBlock(Swapped):
         reason, verdict = _judge(self, block, x)
         if reason is not None:
             return super().forward(*args, **kwargs)
-        return blocks.run(x, block, verdict, self.training)
+        return run_block(x, block, verdict, self.training)
 
 
 def _judge(module, block, x):
     """(None, settings of the kernels) or (the reason, None)."""
     if isinstance(block, str):
         return dispatch.why_not_fused(x, (), judge=lambda: block), None
-    layers = blocks.layers_of(block)
-    verdict = blocks.judge(module, block, layers)
+    layers = judge.layers_of_block(block)
+    verdict = judge.judge_block(module, block, layers)
     problem = verdict if isinstance(verdict, str) else block.now
     largest = max(layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d))
     reason = dispatch.why_not_fused(x, [(name, layer) for _, name, layer in layers], largest, judge=lambda: problem)
@@ -67,8 +68,8 @@ class AcceleratedNetwork(Swapped):
 
     @staticmethod
     def _why_not(network, x):
-        layers, largest = ((), 1) if isinstance(network, str) else (networks.layers_of(network), network.stem.conv[1].out_channels)
-        return dispatch.why_not_fused(x, layers, largest, judge=lambda: networks.judge(network))
+        layers, largest = ((), 1) if isinstance(network, str) else (judge.layers_of_network(network), network.stem.conv[1].out_channels)
+        return dispatch.why_not_fused(x, layers, largest, judge=lambda: judge.judge_network(network))
 
     def _forward(self, x):
         if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
@@ -76,7 +77,7 @@ class AcceleratedNetwork(Swapped):
         network = self._reader(self)
         if self._why_not(network, x) is not None:
             return super().forward(x)
-        return networks.run(x, network)
+        return run_network(x, network)
 
 
 # A network's only argument keeps its name.
@@ -91,14 +92,14 @@ _FORWARDS = {
 def accelerated_class(cls: type) -> type:
     """The subclass of a block's or network's class that runs it fused."""
     namespace = {"_original": cls, "__doc__": cls.__doc__, "__module__": __name__}
-    if (network := networks.known(cls)) is not None:
+    if (network := registry.known_network(cls)) is not None:
         namespace["_reader"] = staticmethod(network[0])
-        if networks.runs_itself(cls):
+        if registry.runs_itself(cls):
             namespace["fused"] = property(lambda self: True)
         else:
-            namespace["forward"] = _FORWARDS[networks.argument_of(cls)]
+            namespace["forward"] = _FORWARDS[registry.argument_of(cls)]
         return type(f"Accelerated{cls.__name__}", (AcceleratedNetwork, cls), namespace)
-    base, reader = blocks.known(cls)
+    base, reader = registry.known_block(cls)
     if reader is None:
         from effkernels.modules.mbconv import FusedMBConv
 
@@ -122,7 +123,7 @@ def _view(module):
 def _ineligible(module, x=None, ask=True) -> str | None:
     """Why kernels cannot serve a block of a known class, accelerated or not, or None. ask: platform and mode too."""
     cls = type(module)._original if isinstance(module, Swapped) else type(module)
-    base, reader = blocks.known(cls)
+    base, reader = registry.known_block(cls)
     if isinstance(reader, str):
         return reader
     if cls.forward is not base.forward:
@@ -135,25 +136,25 @@ def _ineligible(module, x=None, ask=True) -> str | None:
     if reader is None:
         return None if dispatch.requested_backend() == "reference" else view.why_not_fused()
     block = reader(module)
-    verdict = block if isinstance(block, str) else blocks.judge(module, block, blocks.layers_of(block))
+    verdict = block if isinstance(block, str) else judge.judge_block(module, block, judge.layers_of_block(block))
     return verdict if isinstance(verdict, str) else None
 
 
 def _network_problem(module, x=None, ask=True) -> str | None:
     """Why kernels cannot serve a known network's stem and head, or None. ask: platform too."""
     cls = type(module)._original if isinstance(module, Swapped) else type(module)
-    reader, reason = networks.known(cls)
+    reader, reason = registry.known_network(cls)
     if reason is not None:
         return reason
-    if any(method in module.__dict__ for method in networks.methods_of(cls)):
+    if any(method in module.__dict__ for method in registry.methods_of(cls)):
         return "the network's forward was replaced"
-    return AcceleratedNetwork._why_not(reader(module), x) if ask else networks.judge(reader(module))
+    return AcceleratedNetwork._why_not(reader(module), x) if ask else judge.judge_network(reader(module))
 
 
 def _networks(model):
     """(name, module) of every network whose stem and head might be fused."""
     for name, module in model.named_modules():
-        if networks.known(type(module)._original if isinstance(module, Swapped) else type(module)) is not None:
+        if registry.known_network(type(module)._original if isinstance(module, Swapped) else type(module)) is not None:
             yield name, module
 
 
@@ -165,7 +166,7 @@ def _blocks(model):
     for name, module in model.named_modules():
         if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)) and not isinstance(module, Swapped):
             yield name, module, True
-        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or blocks.known(type(module)) is not None:
+        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or registry.known_block(type(module)) is not None:
             yield name, module, False
 
 
@@ -200,7 +201,7 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
             f"{type(model).__name__} has no block that effkernels can run{':' if listed else ', nor any of a known class'}{listed}"
         )
     if swaps or fused:
-        plain = [m for _, m in _networks(model) if not isinstance(m, Swapped) and not (networks.runs_itself(type(m)) and m.fused)]
+        plain = [m for _, m in _networks(model) if not isinstance(m, Swapped) and not (registry.runs_itself(type(m)) and m.fused)]
         swaps += [m for m in plain if _network_problem(m, ask=False) is None]
     for module in swaps:
         module.__class__ = accelerated_class(type(module))
@@ -269,7 +270,7 @@ def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
     for name, module in _networks(model):
         problem, network = _network_problem(module, x), None
         if problem is None:
-            network = networks.known(type(module)._original if isinstance(module, Swapped) else type(module))[0](module)
+            network = registry.known_network(type(module)._original if isinstance(module, Swapped) else type(module))[0](module)
         prefix = f"{name}." if name else ""
         ends[f"{prefix}stem"] = problem
         if network is not None and network.separable is not None:

@@ -305,9 +305,9 @@ def test_networks_own_forward():
 
 
 def test_a_forward_that_the_library_has_changed(monkeypatch):
-    from effkernels.adapters import networks
+    from effkernels.adapters import registry
 
     path = "timm.models.efficientnet.EfficientNet"
-    reader, methods, names = networks.NETWORKS[path]
-    monkeypatch.setitem(networks.NETWORKS, path, (reader, methods, names + " another_layer"))
+    reader = registry.NETWORKS[path]
+    monkeypatch.setitem(registry.NETWORKS, path, reader._replace(names=reader.names + " another_layer"))
     assert explain(timm_network()).ends["stem"] == "EfficientNet's forward is not the one known here"
