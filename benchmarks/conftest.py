@@ -15,11 +15,11 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 from benchmarks import campaign, libraries, shapes
-from benchmarks.baselines import CHANNELS_LAST, COMPILE_MODES, OURS, Truth, Variant, variants
 from benchmarks.machine import Machine
 from benchmarks.plan import BATCH
 from benchmarks.rows import CPU_BATCH, rows_of
-from benchmarks.traffic import step_bytes
+from benchmarks.schedule_bytes import step_bytes
+from benchmarks.variants import CHANNELS_LAST, COMPILE_MODES, OURS, Truth, Variant, variants
 from efficientnet.measure.timing import kernel_times, peak_memory, quantiles
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import results, shapes
+from benchmarks.schedule_bytes import works
 from benchmarks.static import TABLE
-from benchmarks.traffic import works
 from efficientnet.measure.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
 from effkernels.configs.gpus import GPUS, Gpu, gpu_of
 

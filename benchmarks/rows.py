@@ -4,8 +4,8 @@ import itertools
 from typing import NamedTuple
 
 from benchmarks import libraries, shapes
-from benchmarks.baselines import COMPILE_MODES, Variant, latency_variants, variants
 from benchmarks.machine import compiler_problem
+from benchmarks.variants import COMPILE_MODES, Variant, latency_variants, variants
 
 CPU_BATCH = 4
 COMPILED_ON_CPU = (shapes.blocks("b0")[1], shapes.model("b0"))  # in inference: B0 takes 100 s to compile, its training step 140

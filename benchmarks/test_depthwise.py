@@ -1,3 +1,8 @@
+"""Times depthwise convolution, BatchNorm and SiLU, of every distinct depthwise layer of B0 and B4, an inference and a
+training step each: the fused module against the same layers in eager PyTorch (NCHW and NHWC) and under torch.compile
+in each of its modes.
+"""
+
 import pytest
 
 from benchmarks.machine import clock

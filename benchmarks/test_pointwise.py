@@ -1,3 +1,8 @@
+"""Times the 1x1 convolutions of B0's and B4's blocks in inference, the expanding ones with BatchNorm and SiLU, the
+projecting ones with the gate and BatchNorm: the fused kernel against the same layers in eager PyTorch (NCHW and NHWC)
+and under torch.compile.
+"""
+
 import pytest
 
 from benchmarks.machine import clock

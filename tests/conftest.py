@@ -2,13 +2,13 @@
 
 import os
 
-import cases
-import interpreter  # noqa: F401 (chooses how Triton is loaded)
 import pytest
 import torch
 from hypothesis import settings
 
+import support.interpreter  # noqa: F401 (chooses how Triton is loaded)
 from benchmarks.libraries import declare_torchvision_operators
+from support import cases
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within them would only wait for each other
     torch.set_num_threads(1)

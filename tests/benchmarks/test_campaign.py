@@ -7,9 +7,9 @@ import time
 import pytest
 
 from benchmarks import campaign, results, shapes
-from benchmarks.baselines import CHANNELS_LAST, EAGER, OURS
 from benchmarks.campaign import Campaign, Job
 from benchmarks.rows import Row
+from benchmarks.variants import CHANNELS_LAST, EAGER, OURS
 
 SHAPE = shapes.blocks("b0")[0]
 

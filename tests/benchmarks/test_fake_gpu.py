@@ -1,4 +1,4 @@
-"""Everything that is for a GPU, on a stand-in for one (fake_gpu.py): no line of it may wait for a GPU to run for the first time."""
+"""Everything that is for a GPU, on a stand-in for one (support/fake_gpu.py): no line of it may wait for a GPU to run for the first time."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 from benchmarks import report, results
 from benchmarks.results import NOT_YET
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
+PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 TINY = "efficientnet_d0.1_w0.1_r32"  # seven blocks
 SUITE = """
@@ -41,7 +41,7 @@ def test_{kind}(gpu_benchmark):
 """
 FEW = "not timm and not torchvision and not (test_model and (eager or default))"
 INHERITED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-ENVIRONMENT = INHERITED | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = INHERITED | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def run_suite(folder):
@@ -53,7 +53,7 @@ def run_suite(folder):
     }
     for kind, what in suites.items():
         (folder / f"test_{kind}.py").write_text(SUITE.format(kind=kind, TINY=TINY, **what))
-    plugins = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "fake_gpu", "-p", "benchmarks.conftest")
+    plugins = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "support.fake_gpu", "-p", "benchmarks.conftest")
     how = ("--benchmark-only", "-p", "no:cacheprovider", f"--save-rows={folder / 'out'}", f"--benchmark-json={folder}/all.json")
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *how, "--batch-size=2", "-k", FEW, str(folder)]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
@@ -115,7 +115,8 @@ def check_report(folder):
 
 
 COMMAND = """
-import fake_gpu, json, sys
+import json, sys
+from support import fake_gpu
 fake_gpu.install()
 from efficientnet import cli
 code = cli.main(sys.argv[1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import plan, results, shapes
-from benchmarks.traffic import works
+from benchmarks.schedule_bytes import works
 from efficientnet import create_model
 from efficientnet.measure import roofline
 from efficientnet.measure.roofline import block_works, floors, model_works

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import compare, conftest, rows
-from benchmarks.baselines import COMPILE_MODES
 from benchmarks.machine import Machine
 from benchmarks.results import load
+from benchmarks.variants import COMPILE_MODES
 
 ROOT = Path(__file__).parents[2]
 

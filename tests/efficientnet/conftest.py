@@ -1,4 +1,4 @@
-"""A small folder of images and one short training run on it, shared by the tests of data, engine and command line."""
+"""Shared by all: a small folder of images, one short training run on it, and commands run in this process."""
 
 import sys
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from efficientnet.cli import main
 
 torch.set_num_threads(1)  # tiny tensors: a second thread gains little, and on a busy machine each waits for the other
 
@@ -15,8 +17,8 @@ COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield
-    if "processes" in sys.modules:  # of the tests that start some
-        sys.modules["processes"].end()
+    if "support.processes" in sys.modules:  # of the tests that start some
+        sys.modules["support.processes"].end()
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,18 @@ def trained(image_folder, tmp_path_factory):
     data = f"imagefolder:{image_folder}"
     config = TrainConfig(data, img_size=8, epochs=4, batch_size=10, lr=3e-3, device="cpu", output=str(output))
     return config, output, Trainer(config).run()
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command in this process: (exit code, stdout, stderr)."""
+
+    def command(*argv):
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command

@@ -14,28 +14,7 @@ from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
 from efficientnet.data.images import read_image
 from efficientnet.data.sets import load_data
-
-
-@pytest.fixture
-def run(capsys):
-    """Run one command in this process: (exit code, stdout, stderr)."""
-
-    def command(*argv):
-        capsys.readouterr()
-        try:
-            code = main([str(arg) for arg in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
-
-
-def assert_one_line(result, message):
-    code, out, err = result
-    assert code == 2 and out == ""
-    assert err.startswith("efficientnet: error: ") and err.count("\n") == 1 and err.endswith("\n")
-    assert re.search(message, err), err
+from support.command_line import assert_one_line
 
 
 def python_m(*argv):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import INTERPRET
 
 from efficientnet.devices import describe_backend
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
+from support.interpreter import INTERPRET
 
 
 def curves(config, output):

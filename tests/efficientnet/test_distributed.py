@@ -12,7 +12,6 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from efficientnet.training.runner import Runner
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer, _for_processes
 from effkernels import explain
+from support import processes
 
 # The same sums in another order, in fp32, over six updates. At five times the rate one part in 10^7 of the weights grows tenfold with
 # every update: there a tolerance would say nothing.

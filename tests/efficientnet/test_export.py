@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.errors import InputError
 from efficientnet.model.config import EfficientNetConfig, StageConfig
 from efficientnet.model.network import EfficientNet
 from efficientnet.weights.checkpoints import load_checkpoint, save_checkpoint
 from efficientnet.weights.export import EXPORT_FORMATS, METADATA_KEY, export_model
+from support.command_line import assert_one_line
 
 STAGES = (StageConfig(3, 1, 1, 8, 1), StageConfig(5, 2, 6, 16, 2))
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]

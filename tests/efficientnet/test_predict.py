@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.commands.contact_sheet import CELL, LINE, MARGIN, ContactSheet
 from efficientnet.errors import InputError
+from support.command_line import assert_one_line
 
 
 @pytest.fixture(scope="module")

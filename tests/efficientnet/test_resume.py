@@ -12,7 +12,6 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
 from efficientnet.weights.checkpoints import read_metadata
+from support import processes
 
 TINY = "efficientnet_d0.1_w0.1_r32"  # seven blocks, 33,000 parameters
 

@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet import create_model
 from efficientnet.model.config import EfficientNetConfig, scaled_name
@@ -19,6 +18,7 @@ from efficientnet.model.profile import count_macs, count_parameters, stage_table
 from efficientnet.model.scaling import Scaling, coefficient_grid, compound_scale, largest_phi
 from efficientnet.scaling_study.networks import BASES, create_scaled
 from efficientnet.scaling_study.table3 import TABLE_3
+from support.command_line import assert_one_line
 
 
 def test_a_name_says_depth_width_and_resolution():

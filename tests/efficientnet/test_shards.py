@@ -7,12 +7,10 @@ import tarfile
 from dataclasses import replace
 
 import numpy as np
-import processes
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.data.images import Preprocess
 from efficientnet.data.loading import Unreadable
@@ -24,6 +22,8 @@ from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.runner import Runner
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
+from support import processes
+from support.command_line import assert_one_line
 
 wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
 CLASSES = 3

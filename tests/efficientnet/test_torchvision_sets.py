@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet.data.images import read_image
 from efficientnet.data.sets import load_data
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig
 from efficientnet.training.trainer import Trainer
+from support.command_line import assert_one_line
 
 datasets = pytest.importorskip("torchvision.datasets", reason="torchvision is not installed")
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import results, start_group
-from test_cli import assert_one_line, run  # noqa: F401 (a fixture)
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
 from efficientnet.data.images import Preprocess, read_image
 from efficientnet.data.sets import load_data
 from efficientnet.weights.checkpoints import save_checkpoint
+from support.command_line import assert_one_line
+from support.processes import results, start_group
 
 TINY = "efficientnet_d0.1_w0.5_r32"  # a block a stage, half the channels
 

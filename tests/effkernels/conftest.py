@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET
+
+from support.interpreter import HAS_TRITON, INTERPRET
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

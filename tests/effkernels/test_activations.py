@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from truth import assert_close_to_truth, guarded
 
 from effkernels.reference import ACTIVATIONS, GATES
+from support.truth import assert_close_to_truth, guarded
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, at infinities
 INF, NAN = float("inf"), float("nan")

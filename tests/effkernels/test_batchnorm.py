@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
 
 from effkernels.reference import ACTIVATIONS
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
 # Rows (pixels) below, at and above one block of 32 to 128, C a multiple of 8 or not and above one block of channels; each dtype twice.

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from interpreter import HAS_TRITON
+
+from support.interpreter import HAS_TRITON
 
 TABLE = Path(__file__).parents[2] / "effkernels/configs/static_sm90.json"
 # Kernels that pass over activation tensors once, in a loop or as a whole: nothing else in the loop is loaded from memory.

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from test_modules import PLAIN, images, randomise, step, twins
 from torch._dynamo.testing import CompileCounterWithBackend
-from truth import assert_close_to_truth, on_gpu
 
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, ops
+from support.blocks import PLAIN, images, randomise, step, twins
+from support.truth import assert_close_to_truth, on_gpu
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 SMALL = (8, 8, 3, 1, 2, 0.5)

@@ -8,33 +8,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from truth import relative_error
 
 from efficientnet import create_model
 from efficientnet.training.distributed import release
 from effkernels import accelerate, dispatch, explain, functional, reference, restore
-
-
-def timm_model(name, **settings):
-    return pytest.importorskip("timm").create_model(name, num_classes=10, **settings)
-
-
-def torchvision_model(name, **settings):
-    return getattr(pytest.importorskip("torchvision").models, name)(num_classes=10, **settings)
-
-
-def lukemelas_model(name, **settings):
-    return pytest.importorskip("efficientnet_pytorch").EfficientNet.from_name(name, num_classes=10, **settings)
-
-
-def transformers_model(width, depth, image_size, **settings):
-    transformers = pytest.importorskip("transformers")
-    hidden = int(max(8, int(1280 * width + 4) // 8 * 8))
-    config = transformers.EfficientNetConfig(
-        width_coefficient=width, depth_coefficient=depth, image_size=image_size, hidden_dim=hidden, num_labels=10, **settings
-    )
-    return transformers.EfficientNetForImageClassification(config)
-
+from support.other_models import calibrated, logits, lukemelas_model, timm_model, torchvision_model, transformers_model
+from support.truth import relative_error
 
 # name: (model, its MBConv blocks, how many of them kernels serve, image size)
 MODELS = {
@@ -61,27 +40,6 @@ MODELS = {
     "own-tf_b0": (lambda: create_model("tf_efficientnet_b0", num_classes=10, fused=False), 16, 16, 49),
     "own-b1": (lambda: create_model("efficientnet_b1", num_classes=10, fused=False), 23, 23, 32),
 }
-
-
-def calibrated(make, size, seed=0):
-    """The model in eval mode, its BatchNorms random and their running statistics those of a batch; and another batch."""
-    torch.manual_seed(seed)
-    model, momenta = make(), {}
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.weight.data.uniform_(0.5, 1.5)
-            m.bias.data.normal_(0, 0.3)
-            momenta[m], m.momentum = m.momentum, 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, size, size))
-    for m, momentum in momenta.items():
-        m.momentum = momentum
-    return model.eval(), torch.randn(2, 3, size, size)
-
-
-def logits(model, x):
-    out = model(x)
-    return getattr(out, "logits", out)
 
 
 @pytest.fixture

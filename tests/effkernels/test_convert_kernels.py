@@ -1,60 +1,27 @@
 """Accelerated blocks of every library on kernels, against the library's own block and float64: outputs, gradients, running statistics."""
 
 import copy
-import functools
 import itertools
 
 import pytest
 import torch
-from test_modules import compare, images, random_like_output, randomise, step
 from torch import nn
-from truth import assert_close_to_truth, images_away_from_kinks, relative_error
 
 from efficientnet import MBConv
 from effkernels import accelerate, explain
+from support.blocks import compare, images, random_like_output, randomise, step
+from support.kernel_runs import kernels_of
+from support.other_blocks import (
+    lukemelas_block,
+    timm_block,
+    torchvision_block,
+    torchvision_efficientnet_block,
+    torchvision_mobilenet_block,
+    transformers_block,
+)
+from support.truth import assert_close_to_truth, images_away_from_kinks, relative_error
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-
-
-def timm_block(cls, *args, se=None, gate=nn.Sigmoid, **kwargs):
-    timm = pytest.importorskip("timm")
-    blocks = timm.models._efficientnet_blocks
-    if se:
-        kwargs["se_layer"] = functools.partial(blocks.SqueezeExcite, rd_ratio=se, gate_layer=gate)
-    return getattr(blocks, cls)(*args, **kwargs)
-
-
-def torchvision_efficientnet_block(kernel, stride, I, O, expand, drop):
-    models = pytest.importorskip("torchvision").models
-    config = models.efficientnet.MBConvConfig(expand, kernel, stride, I, O, 1)
-    return models.efficientnet.MBConv(config, drop, functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01))
-
-
-def torchvision_mobilenet_block(kernel, I, E, O, se, act, stride):
-    models = pytest.importorskip("torchvision").models
-    config = models.mobilenetv3.InvertedResidualConfig(I, kernel, E, O, se, act, stride, 1, 1.0)
-    return models.mobilenetv3.InvertedResidual(config, functools.partial(nn.BatchNorm2d, eps=0.01, momentum=0.3))
-
-
-def torchvision_block(path, *args):
-    module, name = path.split(".")
-    return getattr(getattr(pytest.importorskip("torchvision").models, module), name)(*args)
-
-
-def lukemelas_block(kernel, stride, I, O, expand, image_size, se=0.25):
-    model = pytest.importorskip("efficientnet_pytorch").model
-    utils = pytest.importorskip("efficientnet_pytorch").utils
-    args = utils.BlockArgs(1, kernel, [stride] if stride == 2 else stride, expand, I, O, se, True)
-    settings = utils.GlobalParams(batch_norm_momentum=0.99, batch_norm_epsilon=1e-3)
-    return model.MBConvBlock(args, settings, image_size=image_size)
-
-
-def transformers_block(kernel, stride, I, O, expand, adjust, drop=0.0, act="swish"):
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.efficientnet.modeling_efficientnet import EfficientNetBlock
-
-    config = transformers.EfficientNetConfig(hidden_act=act)
-    return EfficientNetBlock(config, I, O, stride, expand, kernel, drop, id_skip=not (stride == 1 and I == O), adjust_padding=adjust)
 
 
 # name: (block, height and width). Every reader, padding rule, activation and gate that a library's models have, with and without
@@ -91,15 +58,6 @@ def triple(make, seed=0):
     eager = make()
     randomise(eager)
     return {"fused": accelerate(copy.deepcopy(eager)), "eager": eager, "truth": copy.deepcopy(eager).double()}
-
-
-def kernels_of(monkeypatch):
-    """What runs on kernels, by name, from here on."""
-    from effkernels import ops
-
-    runs, run = [], ops.run
-    monkeypatch.setattr(ops, "run", lambda name, *args: (runs.append(name), run(name, *args))[1])
-    return runs
 
 
 def in_channels(block):

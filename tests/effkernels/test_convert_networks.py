@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET
-from test_convert import calibrated, logits, lukemelas_model, timm_model, torchvision_model, transformers_model
-from test_convert_kernels import kernels_of
 from torch import nn
-from truth import images_away_from_kinks
 
 from effkernels import accelerate, explain, restore
+from support.interpreter import HAS_TRITON, INTERPRET
+from support.kernel_runs import kernels_of
+from support.other_models import calibrated, logits, lukemelas_model, timm_model, torchvision_model, transformers_model
+from support.truth import images_away_from_kinks
 
 
 def _block(size, most=256):

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from test_convert_kernels import lukemelas_block, timm_block, torchvision_block, torchvision_efficientnet_block, transformers_block
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from efficientnet import MBConv
 from effkernels import accelerate, explain
+from support.other_blocks import lukemelas_block, timm_block, torchvision_block, torchvision_efficientnet_block, transformers_block
 
 
 def inverted(**settings):

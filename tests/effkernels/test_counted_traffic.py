@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET
-from truth import norm_vectors
+
+from support.interpreter import HAS_TRITON, INTERPRET
+from support.truth import norm_vectors
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)

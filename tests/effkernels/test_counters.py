@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from truth import on_gpu
 
 from effkernels.ops import counters
 from effkernels.ops.counters import own_counters, zeroed_counters
+from support.truth import on_gpu
 
 
 class OnGpu:

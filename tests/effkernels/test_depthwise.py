@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
 
 from effkernels.configs.rules import DepthwiseConfig
 from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
 # Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block of 32) are spread

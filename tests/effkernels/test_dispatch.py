@@ -1,9 +1,5 @@
 """The gate: every reason for not fusing, told and acted upon; and the package where there is no Triton and no GPU."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +8,7 @@ from torch.nn.utils import parametrize, prune
 from efficientnet import MBConv
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, explain, functional, reference, why_not_fused
 from effkernels.modules.squeeze_excite import SqueezeExcite
+from support.python import run_python
 
 
 @pytest.fixture
@@ -270,15 +267,6 @@ def test_explain(gate):
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------------------
-
-
-def run_python(code, **environment):
-    import os
-
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")} | environment
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_imports_are_lazy():

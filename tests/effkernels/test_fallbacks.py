@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from interpreter import HAS_TRITON
-from test_dispatch import run_python
 
 from effkernels import FusedMBConv
 from effkernels.configs import rules, tables
+from support.interpreter import HAS_TRITON
+from support.python import run_python
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)

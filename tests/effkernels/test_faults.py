@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dispatch import run_python
 
 import effkernels
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch
 from effkernels.configs import tables
+from support.python import run_python
 
 TABLE = Path(effkernels.__file__).parent / "configs/static_sm90.json"
 SMALLEST_SHARED_MEMORY = 99 * 1024  # a block's on sm_86 and sm_89; sm_80 has 163 KB, sm_90 227 KB

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from interpreter import HAS_TRITON
-from truth import assert_close_to_truth, norm_vectors, on_gpu
 
 from effkernels import functional, reference
 from effkernels.parameters import BatchNormParams
+from support.interpreter import HAS_TRITON
+from support.truth import assert_close_to_truth, norm_vectors, on_gpu
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)

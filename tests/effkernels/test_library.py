@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from truth import norm_vectors
 
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, ops
+from support.truth import norm_vectors
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 N, H, W, C, R = 2, 3, 2, 4, 3

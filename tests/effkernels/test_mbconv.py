@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from test_modules import check_block, compare, images, random_like_output, randomise, step, twins
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import assert_close_to_truth, on_gpu
 
 from benchmarks.static import Kept
 from efficientnet import MBConv
 from effkernels import FusedMBConv
+from support.blocks import check_block, compare, images, random_like_output, randomise, step, twins
+from support.truth import assert_close_to_truth, on_gpu
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET, check_overflow
-from test_modules import images, randomise
 
 from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, functional
+from support.blocks import images, randomise
+from support.interpreter import HAS_TRITON, INTERPRET, check_overflow
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors
 
 from effkernels.reference import ACTIVATIONS
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import cases, dealt, factor
 from hypothesis import event, given
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
-from truth import batch_norm, nchw, nhwc, norm_vectors, relative_error
 
 from efficientnet import MBConv
 from effkernels import BatchNormParams, FusedMBConv, SqueezeExciteParams, functional, reference
 from effkernels.geometry import conv_out_size
 from effkernels.reference import ACTIVATIONS, GATES
+from support.cases import cases, dealt, factor
+from support.truth import batch_norm, nchw, nhwc, norm_vectors, relative_error
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -540,7 +540,7 @@ def dimensions(value, name=""):
 
 
 def test_cases_do_not_depend_on_what_is_loaded():
-    """Hypothesis would draw numbers that stand in the sources of the modules loaded so far (tests/cases.py)."""
+    """Hypothesis would draw numbers that stand in the sources of the modules loaded so far (tests/support/cases.py)."""
     assert len(test_stem.drawn()) >= 5 and len(providers._get_local_constants()) == 0
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from truth import assert_close_to_truth, norm_vectors
 
 from efficientnet import MBConv
 from effkernels import BatchNormParams, FusedMBConv, SqueezeExciteParams, functional, reference
+from support.truth import assert_close_to_truth, norm_vectors
 
 
 def step(module, x):

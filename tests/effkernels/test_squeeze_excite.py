@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_vectors, on_gpu
 
 from effkernels.parameters import SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, GATES, squeeze_excite
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_vectors, on_gpu
 
 EPS = 1e-3
 # R below, at and above the 16 a block has at least, no powers of two but 16; C above the 128 a step of the layers takes; N above the 32

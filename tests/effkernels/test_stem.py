@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu
 
 from effkernels import BatchNormParams, functional, reference
 from effkernels.geometry import pad_amounts
 from effkernels.reference import ACTIVATIONS
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu
 
 EPS = 1e-3
 ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRET
 from torch import nn
-from truth import assert_close_to_truth
+
+from support.interpreter import HAS_TRITON, INTERPRET
+from support.truth import assert_close_to_truth
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)

@@ -9,10 +9,10 @@ import textwrap
 
 import pytest
 import torch
-from interpreter import HAS_TRITON
 
 from effkernels.configs import rules, tables
 from effkernels.tools import tune
+from support.interpreter import HAS_TRITON
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ARGS = (3, 1, 64, 56, 56, 96, torch.bfloat16)

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from truth import assert_close_to_truth, guarded, norm_vectors
 
 from effkernels.reference import ACTIVATIONS
+from support.truth import assert_close_to_truth, guarded, norm_vectors
 
 
 def tensor(*shape, device, dtype=torch.float32):

@@ -27,7 +27,7 @@ _started = []
 def start(target, *args, log=os.devnull, env=None):
     """A process that runs ``target(*args)``; what it prints is added to the file ``log``, what it returns is read by ``results``."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "processes"])
+    context.set_forkserver_preload(["__main__", "support.processes"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, target, args, str(log), env or {}))
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server, started with the first process, must find these

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import libraries
-from benchmarks.baselines import EAGER, IMAGES, OURS, Runner, Truth, variants
 from benchmarks.shapes import Block, Depthwise, Model, Pointwise, SqueezeExciteLayer
+from benchmarks.variants import EAGER, IMAGES, OURS, Truth, VariantRun, variants
 
 BLOCK = Block(8, 8, 3, 1, 6, 0.25, 48, 2, 7)
 LAYERS = [Depthwise(24, 9, 5, 2), SqueezeExciteLayer(24, 6, 5), BLOCK]
@@ -75,7 +75,7 @@ def test_not_a_number_is_refused():
 @pytest.mark.parametrize("shape", LAYERS, ids=lambda shape: type(shape).__name__)
 def test_a_repeated_batch_has_the_results_of_its_images(shape):
     truth = truth_of(shape, True, batch=3 * IMAGES)
-    repeated = Runner(shape, True, EAGER, truth.state, truth.x, truth.dout, truth.batch, "cpu", torch.float64)
+    repeated = VariantRun(shape, True, EAGER, truth.state, truth.x, truth.dout, truth.batch, "cpu", torch.float64)
     assert repeated.x.shape[0] == 3 * IMAGES
     assert max(truth.errors(repeated).values()) < 1e-12
 

@@ -2,8 +2,8 @@ from collections import Counter
 
 import pytest
 
+from benchmarks.schedule_bytes import activation_elements, step_bytes
 from benchmarks.shapes import Depthwise, SqueezeExciteLayer, blocks, model
-from benchmarks.traffic import activation_elements, step_bytes
 from efficientnet.measure import roofline
 from efficientnet.measure.roofline import weight_bytes
 

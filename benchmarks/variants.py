@@ -56,7 +56,7 @@ def latency_variants() -> list[Variant]:
     return [*captured[:2], Variant("compile-reduce-overhead", compile_mode="reduce-overhead", graph=False), captured[2]]
 
 
-class Runner:
+class VariantRun:
     """One shape under one variant: weights ``state``, a batch that repeats ``x``, and the gradient ``dout`` of the output.
 
     Inference runs without autograd in ``dtype`` throughout; training keeps fp32 weights under autocast to ``dtype``. A model's
@@ -186,7 +186,7 @@ class Truth:
         if not training:
             plain.to(dtype)  # the truth is that of the rounded weights
         state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
-        results = Runner(shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64).results()
+        results = VariantRun(shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64).results()
         # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
         largest = max(t.norm() for t in results.values())
         results = {name: t for name, t in results.items() if t.norm() > 1e-9 * largest}
@@ -196,10 +196,10 @@ class Truth:
                 truth.eager_errors[name] = max(error, truth.eager_errors.get(name, 0.0))
         return truth
 
-    def runner(self, variant: Variant) -> Runner:
-        return Runner(self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype)
+    def runner(self, variant: Variant) -> VariantRun:
+        return VariantRun(self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype)
 
-    def errors(self, runner: Runner) -> dict[str, float]:
+    def errors(self, runner: VariantRun) -> dict[str, float]:
         """Relative L2 errors of output and input gradient, and the root mean square of those of all weight gradients."""
         found = runner.results()
         errors = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in self.results.items()}
@@ -208,7 +208,7 @@ class Truth:
             summary["weights"] = (sum(e * e for e in errors.values()) / len(errors)) ** 0.5
         return summary
 
-    def check(self, runner: Runner) -> dict[str, float]:
+    def check(self, runner: VariantRun) -> dict[str, float]:
         """The errors; AssertionError if one is above twice eager PyTorch's in the same dtype (plus 1e-6), or not a number."""
         errors = self.errors(runner)
         for name, error in errors.items():

@@ -1,0 +1,115 @@
+"""The order of the house: which file may import which. It is read from the sources; none of them is imported."""
+
+import ast
+import functools
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("efficientnet", "benchmarks")
+
+# Rooms from the ground up, each with the reason for its place: a file imports from its own room and from rooms above its
+# line, never from one below. A room is a file or a folder; a file belongs to the innermost room that it is in.
+ROOMS = {
+    "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
+    "efficientnet/choices.py": "values that settings and commands accept, without torch",
+    "efficientnet/files.py": "files that are whole at every moment",
+    "efficientnet/devices.py": "where a model runs, whichever it is",
+    "efficientnet/model": "the network, fresh; it knows neither files nor images",
+    "efficientnet/weights": "fills a network from files, and writes it to them",
+    "efficientnet/data": "prepares images as a network or its weights ask",
+    "efficientnet/training": "brings networks, weights and data together",
+    "efficientnet/measure": "times and counts what a finished network does",
+    "efficientnet/scaling_study": "trains and measures many networks to compare them",
+    "efficientnet/commands": "what the user typed, to one of the rooms above",
+    "efficientnet/cli.py": "picks the command",
+    "efficientnet/__main__.py": "starts the command line",
+    "efficientnet/__init__.py": "the public names: points to rooms above, and no room points to it",
+    "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, Path]:
+    """module name: file."""
+    return {module_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imported(text: str, modules: set[str]) -> dict[str, int]:
+    """{module: line} of those of ``modules`` that a source imports, within functions too, or names in a string."""
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their package"
+            names = [full if (full := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            names = [node.value]
+        found |= {name: node.lineno for name in names if name in modules}
+    return found
+
+
+@functools.cache
+def arrows() -> dict[str, dict[str, int]]:
+    files = sources()
+    found = {name: imported(path.read_text(encoding="utf-8"), set(files)) for name, path in files.items()}
+    return {name: {to: line for to, line in targets.items() if to != name} for name, targets in found.items()}
+
+
+def circles(graph: dict) -> list[str]:
+    """The files that reach themselves by way of what they import."""
+
+    def reached(start):
+        seen, left = set(), list(graph[start])
+        while left:
+            name = left.pop()
+            if name not in seen:
+                seen.add(name)
+                left += graph[name]
+        return seen
+
+    return sorted(name for name in graph if name in reached(name))
+
+
+def room_of(path: Path) -> int:
+    """The place of a file's room in ROOMS."""
+    name, rooms = str(path.relative_to(ROOT)), list(ROOMS)
+    within = [room for room in rooms if name == room or name.startswith(f"{room}/")]
+    assert within, f"{name} is in no room"
+    return rooms.index(max(within, key=len))
+
+
+def test_no_circle_of_imports():
+    assert circles(arrows()) == []
+
+
+def test_arrows_between_rooms_go_one_way():
+    files, wrong = sources(), []
+    for name, targets in arrows().items():
+        for target, line in targets.items():
+            if room_of(files[target]) > room_of(files[name]):
+                wrong.append(f"{files[name].relative_to(ROOT)}:{line} imports {target}")
+    assert wrong == []
+
+
+def test_every_room_is_there():
+    assert [room for room in ROOMS if not (ROOT / room).exists()] == []
+
+
+def test_no_test_imports_another():
+    """What several tests share is in tests/support or a conftest.py."""
+    files, wrong = sorted((ROOT / "tests").rglob("*.py")), []
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                of_package = node.module.partition(".")[0] in PACKAGES  # a benchmark may have the name of a test
+                names = [] if of_package else [*names, node.module]
+            wrong += [f"{path.name}:{node.lineno} imports {name}" for name in names if name.rpartition(".")[2] in tests]
+    assert wrong == []
