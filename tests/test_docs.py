@@ -16,7 +16,7 @@ from efficientnet import cli, create_model
 from efficientnet.weights.checkpoints import convert, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")])
 COMMIT = "0" * 40
 
 
@@ -99,6 +99,8 @@ def test_every_other_command_is_known():
             assert (ROOT / constraints).exists() and f'"{extra}": ' in setup, where
         elif Path(words[0]).name == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if word.endswith("/")), where
+        elif Path(words[0]).name == "ruff":
+            assert words[1:] in (["check", "."], ["format", "--check", "."]), where
         else:
             assert words == ["python3", "-m", "venv", ".venv"], (where, words)
 

@@ -1,14 +1,16 @@
-"""The order of the house: which file may import which. It is read from the sources; none of them is imported."""
+"""The order of the house: which file may import which, read from the sources; and what the pages about it name."""
 
 import ast
 import functools
+import pkgutil
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("efficientnet", "benchmarks")
 
-# Rooms from the ground up, each with the reason for its place: a file imports from its own room and from rooms above its
-# line, never from one below. A room is a file or a folder; a file belongs to the innermost room that it is in.
+# Rooms from the ground up, each with the reason for its place: a file imports from its own room and from those listed
+# before it, never from a later one. A room is a file or a folder; a file belongs to the innermost room that it is in.
 ROOMS = {
     "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
     "efficientnet/choices.py": "values that settings and commands accept, without torch",
@@ -47,7 +49,8 @@ def imported(text: str, modules: set[str]) -> dict[str, int]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports name their package"
-            names = [full if (full := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names]
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [member if member in modules else node.module for member in members]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
             names = [node.value]
         found |= {name: node.lineno for name in names if name in modules}
@@ -113,3 +116,34 @@ def test_no_test_imports_another():
                 names = [] if of_package else [*names, node.module]
             wrong += [f"{path.name}:{node.lineno} imports {name}" for name in names if name.rpartition(".")[2] in tests]
     assert wrong == []
+
+
+def test_the_readme_is_short():
+    """What a user must know first; the rest is in docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def names_in(page: str) -> tuple[set[str], set[str]]:
+    """(paths, dotted names of this project) among the words in backticks of a page, without its code blocks."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    words = {word for span in re.findall(r"`([^`]+)`", text) for word in span.split()}
+    paths = {word for word in words if "/" in word or re.fullmatch(r"[\w-]+\.(py|md|json|toml|txt)", word)}
+    dotted = {word for word in words if re.fullmatch(r"(effkernels|efficientnet|benchmarks)(\.\w+)+", word)}
+    return paths, dotted - paths
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or what a module has."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_what_contributing_names_is_there():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths, dotted = names_in(page)
+    assert len(paths) > 20 and len(dotted) > 2
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+    assert sorted(name for name in dotted if not exists(name)) == []

@@ -1,42 +1,48 @@
-"""Figures in the README's text are those of the result files in git."""
+"""Figures in the text of README and docs are those of the result files in git."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def words(page: str) -> str:
+    """A page as one line."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
 def test_launches_and_bytes_kept():
     static = json.loads((ROOT / "benchmarks/static.json").read_text(encoding="utf-8"))
     inference, training = (static["networks"][f"b0 {step}"]["launches"] for step in ("inference", "training"))
-    assert f"B0 takes {inference} launches in inference and {training} in a training step" in README
+    page = words("docs/kernels.md")
+    assert f"B0 takes {inference} launches in inference and {training} in a training step" in page
     small, recomputed, large = (
         static["kept"][f"b0, {key}"]["of_plain"] for key in ("64 pixels, keep", "64 pixels, recompute", "224 pixels, keep")
     )
-    assert f"{large:.2f} at 224 pixels and {small:.2f} at 64; {recomputed:.2f} at 64 with recomputation" in README
+    assert f"{large:.2f} at 224 pixels and {small:.2f} at 64; {recomputed:.2f} at 64 with recomputation" in page
 
 
 def test_accuracy_on_digits():
     runs = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))["seeds"]
     accuracies, seconds = (sorted(run[key] for run in runs.values()) for key in ("accuracy", "cpu_s"))
     measured = f"{100 * accuracies[0]:.1f} to {100 * accuracies[-1]:.1f} % held-out accuracy (seeds 0 to {len(runs) - 1})"
-    assert f"{measured} in {seconds[0]:.0f} to {seconds[-1]:.0f} s of CPU time" in README
+    assert f"{measured} in {seconds[0]:.0f} to {seconds[-1]:.0f} s of CPU time" in words("README.md")
 
 
 def test_transfer():
+    page = words("docs/weights.md")
     results = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))
 
     def measured(part, row):
         return ", ".join(f"{100 * run[row]:.1f} %" for run in results[part].values())
 
     trained = "stages 4 to 6, head, classifier (`--freeze-until 3`)"
-    assert f"| of digits 0 to 4 | classifier | {measured('classifier', 'digits 0 to 4')} |" in README
-    assert f"| random (without `--pretrained`) | classifier | {measured('classifier', 'random')} |" in README
-    assert f"| of digits 0 to 4 | {trained} | {measured('transfer', 'digits 0 to 4, until 3')} |" in README
-    assert f"| random | {trained} | {measured('transfer', 'random, until 3')} |" in README
+    assert f"| of digits 0 to 4 | classifier | {measured('classifier', 'digits 0 to 4')} |" in page
+    assert f"| random (without `--pretrained`) | classifier | {measured('classifier', 'random')} |" in page
+    assert f"| of digits 0 to 4 | {trained} | {measured('transfer', 'digits 0 to 4, until 3')} |" in page
+    assert f"| random | {trained} | {measured('transfer', 'random, until 3')} |" in page
     frozen, random = (measured("transfer", f"{trunk}, until head") for trunk in ("digits 0 to 4", "random"))
-    assert f"reaches {frozen} and is no better than on the random one: {random}." in README
+    assert f"reaches {frozen} and is no better than on the random one: {random}." in page
 
 
 def test_a_trained_trunk_beats_a_random_one():
