@@ -131,11 +131,12 @@ class FusedPointwise(nn.Module):
     def forward(self, x):
         if self.fused and self.why_not_fused(x) is None:
             from effkernels.kernels import pointwise
+            from effkernels.kernels.norm import BatchNorm
 
             bn = self.bn
             out, _ = pointwise.pointwise_forward(
-                x.permute(0, 2, 3, 1), self.conv.weight, gate=self._gate_of(len(x)), act2=self.act,
-                epilogue=(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps),
+                x.permute(0, 2, 3, 1), self.conv.weight, gates=self._gate_of(len(x)), act2=self.act,
+                epilogue=BatchNorm(bn.weight, bn.bias, bn.running_mean, var=bn.running_var, eps=bn.eps),
             )  # fmt: skip
             return out.permute(0, 3, 1, 2)
         if self.gate is not None:

@@ -8,8 +8,6 @@ With frozen or running statistics the batch terms k0, k1 vanish. Statistics are 
 formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no float atomics.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 
 @sized_jit
@@ -347,97 +346,95 @@ def statistics(y):
     return tiles
 
 
-class Merge(NamedTuple):
-    """How batch statistics are finished: eps, and the running statistics to update in place, if any.
-
-    momentum None is the cumulative average 1 / num_batches_tracked, which the caller has already advanced; otherwise
-    num_batches_tracked, if given, is advanced with them.
-    """
-
-    eps: float
-    running_mean: torch.Tensor | None = None
-    running_var: torch.Tensor | None = None
-    num_batches_tracked: torch.Tensor | None = None
-    momentum: float | None = None
-
-    def arguments(self, mean) -> dict:
-        """Those of ``finish_statistics``; ``mean`` stands in for absent tensors."""
-        update = self.running_mean is not None
-        count = ""
-        if update and self.num_batches_tracked is not None:
-            count = "cumulative" if self.momentum is None else "increment"
-        return {
-            "running_mean": self.running_mean if update else mean,
-            "running_var": self.running_var if update else mean,
-            "num_batches": self.num_batches_tracked if count else mean,
-            "eps": self.eps,
-            "momentum": 0.0 if self.momentum is None else self.momentum,
-            "UPDATE": update,
-            "COUNT": count,
-        }
+def unpacked(norm: BatchNorm | None, absent) -> tuple:
+    """(weight, bias, mean, rstd or var, eps, whether it is rstd), ``absent`` for each where there is none."""
+    if norm is None:
+        return (absent,) * 4 + (0.0, True)
+    weight, bias, mean, rstd, var, eps = norm
+    return weight, bias, mean, var if rstd is None else rstd, eps, rstd is not None
 
 
-def merge(tiles, how: Merge):
+def statistics_arguments(how: BatchStatistics | None, absent) -> dict:
+    """Those of ``finish_statistics``; ``absent`` stands for tensors that are not there."""
+    how = how or BatchStatistics(0.0)
+    update = how.running_mean is not None
+    count = ""
+    if update and how.num_batches_tracked is not None:
+        count = "cumulative" if how.momentum is None else "increment"
+    return {
+        "running_mean": how.running_mean if update else absent,
+        "running_var": how.running_var if update else absent,
+        "num_batches": how.num_batches_tracked if count else absent,
+        "eps": how.eps,
+        "momentum": 0.0 if how.momentum is None else how.momentum,
+        "UPDATE": update,
+        "COUNT": count,
+    }
+
+
+def merge(tiles, how: BatchStatistics):
     """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C])."""
     count, tile_mean, tile_m2 = tiles
     P, C = tile_mean.shape
     mean, rstd = fp32(count.device, C), fp32(count.device, C)
     merge_kernel[(triton.cdiv(C, 32),)](
-        count, tile_mean, tile_m2, mean, rstd, tiles=P, C=C, **how.arguments(mean), BP=64, BC=32, num_warps=4,
+        count, tile_mean, tile_m2, mean, rstd, tiles=P, C=C, **statistics_arguments(how, mean), BP=64, BC=32, num_warps=4,
     )  # fmt: skip
     return mean, rstd
 
 
 @launcher
-def apply(y, bn, *, act="identity", gate=None, mask=None, keep=-1.0, residual=None, out_dtype=None):
-    """phi(BN(y)) [* gate] [* mask] [+ residual] for y [N, H, W, C].
+def apply(y, norm: BatchNorm | None, *, act="identity", gates=None, branch_draws=None, keep=-1.0, residual=None, out_dtype=None):
+    """phi(BN(y)) [* gates] [* branch scale] [+ residual] for y [N, H, W, C].
 
-    bn: (gamma, beta, mean, var or rstd, eps, is_rstd), or None for y itself; gate fp32 [N, C]; residual like y.
-    mask: fp32 [N]; with ``keep`` above 0, draws from [0, 1) that stand for 1 / keep where they lie below it, else 0.
+    norm: None for y itself. gates: fp32 [N, C]. residual: like y.
+    branch_draws: fp32 [N], drop-path's: with ``keep`` above 0, draws from [0, 1) that stand for a scale of 1 / keep where they lie below
+        it, else of 0; with ``keep`` negative, the scales themselves.
     """
     N, H, W, C = y.shape
     cfg = elementwise_config(C, y.dtype)
     out = torch.empty_like(y, dtype=out_dtype or y.dtype)
     image_blocks = triton.cdiv(H * W, cfg.BR)
-    g, b, m, v, eps, is_rstd = bn or (y,) * 4 + (0.0, True)
+    g, b, m, v, eps, is_rstd = unpacked(norm, y)
     apply_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        y, out, g, b, m, v, y if gate is None else gate, y if mask is None else mask, y if residual is None else residual, eps, keep,
+        y, out, g, b, m, v, y if gates is None else gates, y if branch_draws is None else branch_draws,
+        y if residual is None else residual, eps, keep,
         H * W, C // channel_vector_width(C), image_blocks,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, ACT=act, BN=bn is not None, GATED=gate is not None,
-        MASKED=mask is not None, RESIDUAL=residual is not None, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, ACT=act, BN=norm is not None, GATED=gates is not None,
+        MASKED=branch_draws is not None, RESIDUAL=residual is not None, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return out
 
 
 @launcher
-def gradient_sums(dq, y, bn, *, act="identity", mask=None, gate=False):
-    """Partial sums [N, parts, 2 or 5, C] of ``gradient_sums_kernel``; bn (gamma, beta, mean, rstd) or None (gate sum only)."""
+def gradient_sums(dq, y, norm: BatchNorm | None, *, act="identity", branch_scale=None, for_gate=False):
+    """Partial sums [N, parts, 2 or, for_gate, 5, C] of ``gradient_sums_kernel``; norm with rstd, or None (the gate's sum only)."""
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = fp32(y.device, N, parts, 5 if gate else 2, C)
-    g, b, m, r = bn or (y,) * 4
+    sums = fp32(y.device, N, parts, 5 if for_gate else 2, C)
+    g, b, m, r, *_ = unpacked(norm, y)
     gradient_sums_kernel[(blocks_c * N * parts,)](
-        dq, y, sums, g, b, m, r, y if mask is None else mask, H * W, C // channel_vector_width(C), rows_per_program, parts,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=bn is not None, ACT=act, MASKED=mask is not None, GATE=gate,
+        dq, y, sums, g, b, m, r, y if branch_scale is None else branch_scale, H * W, C // channel_vector_width(C), rows_per_program, parts,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=norm is not None, ACT=act, MASKED=branch_scale is not None, GATE=for_gate,
         FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return sums
 
 
 @launcher
-def gradient_reduce(dout, y, bn, *, act="identity", mask=None, keep=-1.0, counters):
-    """(dgamma, dbeta, k0, k1) of phi(BN(y)) * mask in one launch: ``gradient_sums`` and ``gradient_merge``.
+def gradient_reduce(dout, y, norm: BatchNorm, *, act="identity", branch_draws=None, keep=-1.0, counters):
+    """(dgamma, dbeta, k0, k1) of phi(BN(y)) * branch scale in one launch: ``gradient_sums`` and ``gradient_merge``.
 
     Args:
-        dout, y: [N, H, W, C], of any dtypes. bn: (gamma, beta, mean, rstd). mask, keep: as in ``apply``.
+        dout, y: [N, H, W, C], of any dtypes. norm: with rstd. branch_draws, keep: as in ``apply``.
         counters: int32, 0, at least ``ceil(C / 16)``.
 
     Returns: dgamma, dbeta in gamma's and beta's dtypes; k0, k1 fp32 [C].
     """
     N, H, W, C = y.shape
-    gamma, beta, mean, rstd = bn
+    gamma, beta, mean, rstd, *_ = norm
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, P = cfg.persistent(N * H * W, blocks_c, y.device)
@@ -445,20 +442,20 @@ def gradient_reduce(dout, y, bn, *, act="identity", mask=None, keep=-1.0, counte
     sums = fp32(y.device, P, 2, C)
     outs = torch.empty_like(gamma), torch.empty_like(beta), fp32(y.device, C), fp32(y.device, C)
     gradient_reduce_kernel[(blocks_c * P,)](
-        dout, y, sums, gamma, beta, mean, rstd, y if mask is None else mask, counters, *outs,
+        dout, y, sums, gamma, beta, mean, rstd, y if branch_draws is None else branch_draws, counters, *outs,
         N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W), keep,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BP=cfg.BR, ACT=act, MASKED=mask is not None, FAST=fast_math(y.dtype),
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BP=cfg.BR, ACT=act, MASKED=branch_draws is not None, FAST=fast_math(y.dtype),
         num_warps=cfg.num_warps,
     )  # fmt: skip
     return outs
 
 
-def gradient_merge(sums, bn, count):
+def gradient_merge(sums, norm: BatchNorm, count):
     """(dgamma, dbeta, k0, k1), fp32 [C], from partials [..., row, C] whose first two rows are (sum dz, sum dz * yhat).
 
     ``sums`` may be a view of rows inside a larger buffer: its first dimension is reduced and rows are contiguous.
     """
-    gamma, mean, rstd = bn
+    gamma, _, mean, rstd, *_ = norm
     C = sums.shape[-1]
     outs = [fp32(sums.device, C) for _ in range(4)]
     gradient_merge_kernel[(triton.cdiv(C, 32),)](
@@ -468,19 +465,19 @@ def gradient_merge(sums, bn, count):
 
 
 @launcher
-def apply_backward(dz, y, bn, *, terms=None, act="identity", gate=None, dpool=None, mask=None, out_dtype=None):
-    """Gradient of ``apply``'s y; bn (gamma, beta, mean, rstd) or None, terms (k0, k1) or None for frozen statistics."""
+def apply_backward(dz, y, norm: BatchNorm | None, *, terms=None, act="identity", gates=None, dpool=None, branch_scale=None, out_dtype=None):
+    """Gradient of ``apply``'s y; norm with rstd, or None; terms (k0, k1), or None for frozen statistics."""
     N, H, W, C = dz.shape
     cfg = elementwise_config(C, dz.dtype)
     image_blocks = triton.cdiv(H * W, cfg.BR)
     dx = torch.empty_like(dz, dtype=out_dtype or dz.dtype)
-    g, b, m, r = bn or (dz,) * 4
+    g, b, m, r, *_ = unpacked(norm, dz)
     k0, k1 = terms or (dz, dz)
     apply_backward_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        dz, dz if y is None else y, dx, g, b, m, r, k0, k1, dz if gate is None else gate, dz if dpool is None else dpool,
-        dz if mask is None else mask, H * W, C // channel_vector_width(C), image_blocks,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=bn is not None, ACT=act, BATCH=terms is not None, GATED=gate is not None,
-        MASKED=mask is not None, FAST=fast_math(dz.dtype), num_warps=cfg.num_warps,
+        dz, dz if y is None else y, dx, g, b, m, r, k0, k1, dz if gates is None else gates, dz if dpool is None else dpool,
+        dz if branch_scale is None else branch_scale, H * W, C // channel_vector_width(C), image_blocks,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=norm is not None, ACT=act, BATCH=terms is not None, GATED=gates is not None,
+        MASKED=branch_scale is not None, FAST=fast_math(dz.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return dx
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
-from effkernels.kernels.batchnorm import Merge, finish_gradients, finish_statistics
+from effkernels.kernels.batchnorm import finish_gradients, finish_statistics, statistics_arguments, unpacked
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -40,6 +40,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def depthwise_forward_kernel(
     N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
     K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
     CW: tl.constexpr, TWP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
-    PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr,
+    PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr, BN2_VAR_IS_RSTD: tl.constexpr,
     STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
     MERGE: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +191,7 @@ def depthwise_forward_kernel(
     if PROLOGUE:
         scale1, shift1 = activation_row(gamma1, beta1, mean1, var1, eps1, c, mc, BN1_VAR_IS_RSTD, ACT1, FAST)
     if EPILOGUE:
-        scale2, shift2 = activation_row(gamma2, beta2, mean2, var2, eps2, c, mc, False, ACT2, FAST)
+        scale2, shift2 = activation_row(gamma2, beta2, mean2, var2, eps2, c, mc, BN2_VAR_IS_RSTD, ACT2, FAST)
     if STATS:
         # Sums of y - pivot, a pivot for each strip and channel: the first value of the program's first group.
         pivot = tl.zeros([S, BC], tl.float32)
@@ -573,12 +574,12 @@ def depthwise_forward(
     stride,
     pads,
     *,
-    prologue=None,
+    prologue: BatchNorm | None = None,
     act1="identity",
-    stats=False,
-    merge: Merge | None = None,
+    statistics: BatchStatistics | None = None,
+    partial_statistics=False,
     counters=None,
-    epilogue=None,
+    epilogue: BatchNorm | None = None,
     act2="identity",
     pool=False,
     out=None,
@@ -587,12 +588,11 @@ def depthwise_forward(
 
     Args:
         pads: (top, bottom, left, right) zeros.
-        prologue: BN1 as (gamma, beta, mean, var or rstd, eps, is_rstd): a = act1(BN1(x)) is convolved instead of x.
-        stats: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
-        merge, counters: instead of them return y's (mean, rstd), fp32 [C], merged by the last program of each channel block, and
-            update the running statistics; counters is int32 [rules.depthwise_counters(C, device)], 0
-            before and after.
-        epilogue: BN2 as (gamma, beta, mean, var, eps): act2(BN2(y)) is stored instead of y.
+        prologue: BatchNorm 1: a = act1(BN1(x)) is convolved instead of x.
+        partial_statistics: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
+        statistics, counters: instead of them return y's (mean, rstd), fp32 [C], merged by the last program of each channel block,
+            and update the running statistics; counters is int32 [rules.depthwise_counters(C, device)], 0 before and after.
+        epilogue: BatchNorm 2: act2(BN2(y)) is stored instead of y.
         pool: also return fp32 sums of the stored values, [N, T, C], to be added over T.
 
     Returns: (y, statistics or (mean, rstd) or None, pool or None). y has x's dtype.
@@ -608,32 +608,30 @@ def depthwise_forward(
     groups = triton.cdiv(strips, cfg.S)
     blocks_c = triton.cdiv(C, cfg.BC)
     P = cfg.programs(N * groups, blocks_c, x.device)
-    tiles = statistics = None
-    if stats or merge is not None:
-        rows = P if merge is None else P + triton.cdiv(P, GROUP.value)
-        counts = rows if merge is None else rows * blocks_c
-        statistics = tiles = (fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C))
+    tiles = found = None
+    if partial_statistics or statistics is not None:
+        rows = P if statistics is None else P + triton.cdiv(P, GROUP.value)
+        counts = rows if statistics is None else rows * blocks_c
+        found = tiles = (fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C))
     mean = rstd = weight
-    if merge is not None:
+    if statistics is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
-        statistics = mean, rstd = fp32(x.device, C), fp32(x.device, C)
-        finish = merge.arguments(mean)
-    else:
-        finish = Merge(0.0).arguments(weight)
+        found = mean, rstd = fp32(x.device, C), fp32(x.device, C)
     sums = fp32(x.device, N, groups, C) if pool else None
-    g1, b1, m1, v1, eps1, is_rstd = prologue or (weight,) * 4 + (0.0, False)
-    g2, b2, m2, v2, eps2 = epilogue or (weight,) * 4 + (0.0,)
+    g1, b1, m1, v1, eps1, is_rstd1 = unpacked(prologue, weight)
+    g2, b2, m2, v2, eps2, is_rstd2 = unpacked(epilogue, weight)
     depthwise_forward_kernel[(P * blocks_c,)](
         x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
-        weight if merge is None else counters, mean, rstd, N=N, H=H, W=W, CV=C // channel_vector_width(C), OH=OH, OW=OW,
+        weight if statistics is None else counters, mean, rstd, N=N, H=H, W=W, CV=C // channel_vector_width(C), OH=OH, OW=OW,
         pad_top=top, pad_left=left, strips_w=strips_w, strips=strips, groups=groups, P=P, TH=cfg.TH,
         K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
         CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=cfg.TW if cfg.wide else triton.next_power_of_2(cfg.TW),
         WIDE=cfg.wide, STAGES=cfg.stages,
-        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd, STATS=tiles is not None, EPILOGUE=epilogue is not None,
-        ACT2=act2, POOL=pool, FAST=fast_math(x.dtype), MERGE=merge is not None, **finish, **cfg.options,
+        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd1, BN2_VAR_IS_RSTD=is_rstd2, STATS=tiles is not None,
+        EPILOGUE=epilogue is not None, ACT2=act2, POOL=pool, FAST=fast_math(x.dtype), MERGE=statistics is not None,
+        **statistics_arguments(statistics, mean), **cfg.options,
     )  # fmt: skip
-    return y, statistics, sums
+    return y, found, sums
 
 
 @launcher
@@ -644,9 +642,13 @@ def depthwise_backward(
     stride,
     pads,
     *,
-    bn2=None,
+    norm2: BatchNorm | None = None,
+    y2=None,
+    terms2=None,
     act2="identity",
-    bn1=None,
+    gates=None,
+    dpool=None,
+    norm1: BatchNorm | None = None,
     act1="identity",
     need_dx=True,
     need_dw=True,
@@ -655,15 +657,15 @@ def depthwise_backward(
     """Gradients of ``depthwise_forward`` from ``dq``, in one launch; NHWC throughout.
 
     Args:
-        dq: [N, OH, OW, C]; the gradient of y, or with ``bn2`` the gradient of the (gated) activation that follows y.
-        bn2: None or (y, gamma, beta, mean, rstd, k0, k1, gate, dpool); k0, k1 fp32 [C] carry BN2's batch terms (None when its
-            statistics are frozen), gate and dpool are fp32 [N, C] or None.
-        bn1: None or (gamma, beta, mean, rstd) of the prologue: dx is then the gradient of BN1's OUTPUT (dz1).
+        dq: [N, OH, OW, C]; the gradient of y, or with ``norm2`` the gradient of the (gated) activation that follows y.
+        norm2: the BatchNorm after y, with rstd; then y2 is y [N, OH, OW, C], terms2 (k0, k1) fp32 [C] its batch terms (None when its
+            statistics are frozen), and gates and dpool are fp32 [N, C] or None.
+        norm1: the prologue, with rstd: dx is then the gradient of BN1's OUTPUT (dz1).
         counters: int32 [rules.depthwise_counters(C, device)], 0 before and after: the last program of each channel block finishes
             BN1's backward.
 
     Returns: (dx or None, partials fp32 [P, k*k + 2, C], finished or None); rows 0..k*k-1 sum to the weight gradient, the last two
-    to sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``bn1`` is given (uninitialised otherwise). With ``bn1``, ``counters`` and
+    to sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``norm1`` is given (uninitialised otherwise). With ``norm1``, ``counters`` and
     ``need_dx``, finished is (dgamma1, dbeta1, k0, k1): in the dtype of gamma and beta, and fp32 with dx = scale1 * dz1 + k0 + k1 * x.
     """
     N, H, W, C = x.shape
@@ -681,16 +683,17 @@ def depthwise_backward(
     P = cfg.programs(N * groups, blocks_c * max(parts, 1), x.device)
     dx = torch.empty_like(x) if need_dx else None
     partials = fp32(x.device, P, K * K + 2, C)
-    y, g2, b2, m2, r2, k0, k1, gate, dpool = bn2 or (None,) * 9
-    g1, b1, m1, r1 = bn1 or (None,) * 4
+    g2, b2, m2, r2, *_ = unpacked(norm2, None)
+    g1, b1, m1, r1, *_ = unpacked(norm1, None)
+    k0, k1 = terms2 or (None, None)
     finished = None
-    if bn1 is not None and counters is not None and need_dx:
+    if norm1 is not None and counters is not None and need_dx:
         finished = torch.empty_like(g1), torch.empty_like(b1), torch.empty_like(m1), torch.empty_like(m1)
     finish = (weight,) * 6
     if finished is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
         finish = counters, fp32(x.device, triton.cdiv(P, GROUP.value), 2, C), *finished
-    pointers = [weight if t is None else t for t in (y, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gate, dpool, g1, b1, m1, r1)]
+    pointers = [weight if t is None else t for t in (y2, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gates, dpool, g1, b1, m1, r1)]
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
     if need_dx or need_dw:
@@ -699,8 +702,8 @@ def depthwise_backward(
             N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
             K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
             CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
-            BN2=bn2 is not None, BN2_BATCH=k0 is not None, ACT2=act2, GATED=gate is not None, POOLED=dpool is not None,
-            BN1=bn1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw, FAST=fast_math(x.dtype),
+            BN2=norm2 is not None, BN2_BATCH=terms2 is not None, ACT2=act2, GATED=gates is not None, POOLED=dpool is not None,
+            BN1=norm1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw, FAST=fast_math(x.dtype),
             MERGE=finished is not None, SPLIT=cfg.split, **cfg.options,
         )  # fmt: skip
     return dx, partials, finished

@@ -16,6 +16,7 @@ import triton.language as tl
 from effkernels.configs.rules import expand_depthwise_config
 from effkernels.kernels.common import activate, bn_row, cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
+from effkernels.kernels.norm import BatchNorm
 from effkernels.kernels.pointwise import load_forward_weight
 
 
@@ -124,11 +125,11 @@ def expand_depthwise_kernel(
 
 
 @launcher
-def expand_depthwise(x, w1, bn1, weight, bn2, stride, pads, *, act, pool, precision="ieee"):
+def expand_depthwise(x, w1, norm1: BatchNorm, weight, norm2: BatchNorm, stride, pads, *, act, pool, precision="ieee"):
     """a2 of the module docstring for x [N, H, W, I], w1 [E, I, 1, 1], depthwise weight [E, 1, k, k].
 
     Args:
-        bn1, bn2: (gamma, beta, running_mean, running_var, eps).
+        norm1, norm2: with running statistics: var and eps.
         pads: (top, bottom, left, right) zeros.
         pool: also return fp32 sums of a2 over pixels, [N, parts, E], to be added over parts.
         precision: of fp32 products, "ieee" or "tf32".
@@ -148,7 +149,7 @@ def expand_depthwise(x, w1, bn1, weight, bn2, stride, pads, *, act, pool, precis
     P = cfg.programs(N * groups, blocks_c, x.device)
     sums = fp32(x.device, N, groups, C) if pool else None
     expand_depthwise_kernel[(P * blocks_c,)](
-        x, w1, weight, y, *bn1[:4], *bn2[:4], weight if sums is None else sums, bn1[4], bn2[4],
+        x, w1, weight, y, *norm1[:3], norm1.var, *norm2[:3], norm2.var, weight if sums is None else sums, norm1.eps, norm2.eps,
         N, H, W, I // channel_vector_width(I), C // channel_vector_width(C), OH, OW, top, left, strips_w, strips, groups, P, cfg.TH,
         K=K, STRIDE=stride, IVEC=channel_vector_width(I), CVEC=channel_vector_width(C), BI=cfg.BI, BE=cfg.BE,
         S=cfg.S, TW=cfg.TW, SINGLE=I <= cfg.BI, STAGES=cfg.stages, ACT=act, POOL=pool, FAST=fast_math(x.dtype), PRECISION=precision,

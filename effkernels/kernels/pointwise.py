@@ -7,7 +7,7 @@
                       D[e,i]  = sum_m dz[m,e] x[m,i],   gram[j,i] = sum_m x[m,j] x[m,i],   xsum[i] = sum_m x[m,i]
 
 The expand backward never reads y1: BatchNorm 1's backward is dy1 = A * dz + k0 + k1 * y1 with y1 = x w^T, so y1's term folds into x:
-G = w^T diag(k1) w, c = k0 w, and dw = A D + k1 (w gram) + k0 xsum (``weight_gradients.finish``). Nothing activated or gated is stored.
+G = w^T diag(k1) w, c = k0 w, and dw = A D + k1 (w gram) + k0 xsum (``reduce_weight_gradients``). Nothing activated or gated is stored.
 
 Rows are counted per image where something depends on the image (a gate, sums per image), else over the whole batch, in tiles of BM.
 Programs are persistent over tiles; a backward launch holds two roles, data gradient and weight gradient, that move over the same
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
-from effkernels.kernels.batchnorm import Merge, finish_statistics
+from effkernels.kernels.batchnorm import finish_statistics, statistics_arguments, unpacked
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -36,6 +36,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 
@@ -85,7 +86,8 @@ def pointwise_forward_kernel(
     images, rows, KV, NV, tiles, per_program, P,
     KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SINGLE: tl.constexpr,
     STAGES: tl.constexpr, X_DTYPE: tl.constexpr, BN1: tl.constexpr, ACT1: tl.constexpr, GATED: tl.constexpr, STATS: tl.constexpr,
-    MERGE: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, BN2: tl.constexpr, ACT2: tl.constexpr,
+    MERGE: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, BN2: tl.constexpr, BN2_IS_RSTD: tl.constexpr,
+    ACT2: tl.constexpr,
     RESIDUAL: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ``per_program`` row tiles. SINGLE: BK covers all K, so the weights stay. X_DTYPE: compute in x's dtype, else y's."""
@@ -109,7 +111,7 @@ def pointwise_forward_kernel(
         if BN1:
             scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, k, mk, True)
     if BN2:
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps, c, mc, False)
+        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps, c, mc, BN2_IS_RSTD)
     if STATS:
         pivot = tl.zeros([BN], tl.float32)
         s1 = tl.zeros([BM // 16, 8, BN], tl.float32)
@@ -519,17 +521,31 @@ def matmul_precision() -> str:
 
 @launcher
 def pointwise_forward(
-    x, weight, *, dtype=None, prologue=None, act1="identity", gate=None, merge=None, stats=False, counters=None,
-    epilogue=None, act2="identity", residual=None, pool=False, out_dtype=None,
-):  # fmt: skip
+    x,
+    weight,
+    *,
+    dtype=None,
+    prologue: BatchNorm | None = None,
+    act1="identity",
+    gates=None,
+    statistics: BatchStatistics | None = None,
+    partial_statistics=False,
+    counters=None,
+    epilogue: BatchNorm | None = None,
+    act2="identity",
+    residual=None,
+    pool=False,
+    out_dtype=None,
+):
     """y = a w^T for x [N, H, W, K], weight [O, K, 1, 1]; see the module docstring.
 
     Args:
         dtype: compute dtype (default x's); x is rounded to it on load.
-        prologue: (gamma, beta, mean, rstd): a = act1(BN(x)). gate: fp32 [N, K], multiplies a.
-        stats: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. merge: a ``Merge``: the last program
-            finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one per block of columns or more.
-        epilogue: (gamma, beta, mean, var, eps): act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
+        prologue: with rstd: a = act1(BN(x)). gates: fp32 [N, K], multiplies a.
+        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics: the last
+            program finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one per block of columns or
+            more.
+        epilogue: act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
         pool: store only the mean over H, W, [N, O].
 
     Returns: (y, statistics or None).
@@ -537,47 +553,62 @@ def pointwise_forward(
     N, H, W, K = x.shape
     O = weight.shape[0]
     dtype = dtype or x.dtype
-    per_image = gate is not None or pool
+    per_image = gates is not None or pool
     images, rows = (N, H * W) if per_image else (1, N * H * W)
-    cfg = pointwise_forward_config(K, O, rows, dtype, prologue is not None or gate is not None)
+    cfg = pointwise_forward_config(K, O, rows, dtype, prologue is not None or gates is not None)
     tiles = triton.cdiv(rows, cfg.BM)
     blocks_n = triton.cdiv(O, cfg.BN)
     per_program, P = (tiles, images) if pool else cfg.spread(images * tiles, blocks_n, x.device)
     y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
-    want_stats = stats or merge is not None
-    if merge is not None:
+    want_stats = partial_statistics or statistics is not None
+    if statistics is not None:
         check_counters(counters, blocks_n)
     tiles_out = (fp32(x.device, blocks_n, P), fp32(x.device, P, O), fp32(x.device, P, O)) if want_stats else (weight,) * 3
-    merged = (fp32(x.device, O), fp32(x.device, O)) if merge is not None else (weight, weight)
-    how = (merge or Merge(epilogue[4] if epilogue else 0.0)).arguments(weight)
-    g1, b1, m1, r1 = prologue or (weight,) * 4
-    g2, b2, m2, v2 = epilogue[:4] if epilogue else (weight,) * 4
+    merged = (fp32(x.device, O), fp32(x.device, O)) if statistics is not None else (weight, weight)
+    how = statistics_arguments(statistics, weight)
+    g1, b1, m1, r1, *_ = unpacked(prologue, weight)
+    g2, b2, m2, v2, eps, is_rstd = unpacked(epilogue, weight)
+    how["eps"] = how["eps"] if epilogue is None else eps
     pointwise_forward_kernel[(P * blocks_n,)](
-        x, weight, y, g1, b1, m1, r1, weight if gate is None else gate, g2, b2, m2, v2, weight if residual is None else residual,
+        x, weight, y, g1, b1, m1, r1, weight if gates is None else gates, g2, b2, m2, v2, weight if residual is None else residual,
         *tiles_out, *merged, counters=weight if counters is None else counters, **how,
         images=images, rows=rows, KV=K // channel_vector_width(K), NV=O // channel_vector_width(O), tiles=tiles,
         per_program=per_program, P=P,
         KVEC=channel_vector_width(K), NVEC=channel_vector_width(O), BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=K <= cfg.BK,
-        STAGES=cfg.stages, X_DTYPE=x.dtype == dtype, BN1=prologue is not None, ACT1=act1, GATED=gate is not None, STATS=want_stats,
-        MERGE=merge is not None, BP=max(1, 4096 // cfg.BN), BN2=epilogue is not None, ACT2=act2, RESIDUAL=residual is not None, POOL=pool,
+        STAGES=cfg.stages, X_DTYPE=x.dtype == dtype, BN1=prologue is not None, ACT1=act1, GATED=gates is not None, STATS=want_stats,
+        MERGE=statistics is not None, BP=max(1, 4096 // cfg.BN), BN2=epilogue is not None, BN2_IS_RSTD=is_rstd, ACT2=act2,
+        RESIDUAL=residual is not None, POOL=pool,
         FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
-    if merge is not None:
+    if statistics is not None:
         return y, merged
-    return y, (tiles_out[0][0], *tiles_out[1:]) if stats else None
+    return y, (tiles_out[0][0], *tiles_out[1:]) if partial_statistics else None
 
 
 @launcher
 def project_backward(
-    dout, y3, y2, weight, bn3, terms, bn2, *, act, gate=None, mask=None, keep=-1.0, need_data=True, need_dq=True, need_dw=True
+    dout,
+    y3,
+    y2,
+    weight,
+    *,
+    norm3: BatchNorm,
+    terms3=None,
+    norm2: BatchNorm,
+    act,
+    gates=None,
+    branch_draws=None,
+    keep=-1.0,
+    need_data=True,
+    need_dq=True,
+    need_dw=True,
 ):
     """Data and weight gradient of the project convolution in one launch.
 
     Args:
         dout: gradient of the block's output [N, h, w, O]; y3 [N, h, w, O] and y2 [N, h, w, E] before their BatchNorms.
-        weight: [O, E, 1, 1]. bn3: (gamma, rstd); terms: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None when frozen.
-        bn2: (gamma, beta, mean, rstd). gate: fp32 [N, E] or None. mask, keep: drop-path's, as in
-            ``batchnorm.apply``.
+        weight: [O, E, 1, 1]. norm3: with rstd; terms3: (k0, k1) fp32 [O] of its backward, or None when its statistics are frozen.
+        norm2: with rstd. gates: fp32 [N, E] or None. branch_draws, keep: drop-path's, as in ``batchnorm.apply``.
         need_data: whether sums are wanted; need_dq: dq too.
 
     Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi, phi', phi'*yhat2, or
@@ -592,31 +623,33 @@ def project_backward(
     wgrad = "" if not need_dw else "shared" if cfg.shared and need_data else "role"
     parts, tiles_per_part, programs, splits = cfg.plan(N, tiles, E, O, wgrad, need_data, y2.device)
     dq = torch.empty_like(y2) if need_dq else None
-    sums = fp32(y2.device, N, parts, 2 if gate is None else 5, E) if need_data else None
+    sums = fp32(y2.device, N, parts, 2 if gates is None else 5, E) if need_data else None
     copies = programs if wgrad == "shared" else splits
     partials = fp32(y2.device, copies, O, E) if need_dw else None
-    k0, k1 = terms or (None, None)
-    pointers = [weight if t is None else t for t in (dq, sums, partials, *bn3, k0, k1, mask, *bn2, gate)]
+    k0, k1 = terms3 or (None, None)
+    pointers = [weight if t is None else t for t in (dq, sums, partials, norm3.weight, norm3.rstd, k0, k1, branch_draws, *norm2[:4], gates)]
     pointers.append(keep)
     grid = programs * blocks_e + (splits * triton.cdiv(O, cfg.BL) * triton.cdiv(E, cfg.BR) if wgrad == "role" else 0)
     project_backward_kernel[(grid,)](
         dout, y3, y2, weight, *pointers,
         N, rows, O // channel_vector_width(O), E // channel_vector_width(E), tiles, parts, tiles_per_part, programs, splits,
         KVEC=channel_vector_width(O), NVEC=channel_vector_width(E), BM=cfg.BM, BE=cfg.BN, BK=cfg.BK, BO=cfg.BL, BW=cfg.BR,
-        STAGES=cfg.stages, BATCH=terms is not None, MASKED=mask is not None, ACT=act, GATED=gate is not None,
+        STAGES=cfg.stages, BATCH=terms3 is not None, MASKED=branch_draws is not None, ACT=act, GATED=gates is not None,
         NEED_DQ=need_dq, WGRAD=wgrad, FAST=fast_math(y2.dtype), PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
     return dq, sums, partials
 
 
 @launcher
-def expand_backward(dz, x, weight, bn1, terms, *, counters=None, residual=None, need_dx=True, need_dw=True, out_dtype=None):
+def expand_backward(
+    dz, x, weight, *, norm1: BatchNorm, terms1=None, counters=None, residual=None, need_dx=True, need_dw=True, out_dtype=None
+):
     """Data and weight gradient of the expand convolution in one launch, without its output.
 
     Args:
         dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], of any dtype.
-        weight: [E, I, 1, 1]. bn1: (gamma, rstd); terms: (k0, k1) fp32 [E] of BatchNorm 1's backward, or None when frozen.
-        counters: int32, 0, at least 3; needed for dx with terms. residual: added to dx, [N, H, W, I].
+        weight: [E, I, 1, 1]. norm1: with rstd; terms1: (k0, k1) fp32 [E] of its backward, or None when its statistics are frozen.
+        counters: int32, 0, at least 3; needed for dx with terms1. residual: added to dx, [N, H, W, I].
 
     Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [S, I + 1, I] with xsum in the last row, or None).
     """
@@ -626,23 +659,26 @@ def expand_backward(dz, x, weight, bn1, terms, *, counters=None, residual=None, 
     cfg = expand_backward_config(E, I, rows, dz.dtype)
     tiles = triton.cdiv(rows, cfg.BM)
     matrix = None
-    if terms is not None and need_dx:
+    if terms1 is not None and need_dx:
         check_counters(counters, 3)
         matrix = fp32(dz.device, I + 1, I)
     blocks_i = triton.cdiv(I, cfg.BN)
-    blocks_l = triton.cdiv(E, cfg.BL) + (triton.cdiv(I, cfg.BL) if terms is not None else 0)
+    blocks_l = triton.cdiv(E, cfg.BL) + (triton.cdiv(I, cfg.BL) if terms1 is not None else 0)
     programs, splits = cfg.roles(tiles, blocks_i, blocks_l * triton.cdiv(I, cfg.BR), need_dx, need_dw, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype or x.dtype) if need_dx else None
     partials = fp32(dz.device, splits, E, I) if need_dw else None
-    grams = fp32(dz.device, splits, I + 1, I) if need_dw and terms is not None else None
-    pointers = [weight if t is None else t for t in (dx, partials, grams, *bn1, *(terms or (None, None)), matrix, residual, counters)]
+    grams = fp32(dz.device, splits, I + 1, I) if need_dw and terms1 is not None else None
+    pointers = [
+        weight if t is None else t
+        for t in (dx, partials, grams, norm1.weight, norm1.rstd, *(terms1 or (None, None)), matrix, residual, counters)
+    ]
     grid = (programs * blocks_i if need_dx else 0) + (splits * blocks_l * triton.cdiv(I, cfg.BR) if need_dw else 0)
     grid += 0 if matrix is None else triton.cdiv(I, GRAM_BLOCK) ** 2
     expand_backward_kernel[(grid,)](
         dz, x, weight, *pointers,
         rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits, grid,
         KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR, BG=GRAM_BLOCK,
-        STAGES=cfg.stages, BATCH=terms is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, NEED_DW=need_dw,
+        STAGES=cfg.stages, BATCH=terms1 is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, NEED_DW=need_dw,
         PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
     return dx, partials, grams

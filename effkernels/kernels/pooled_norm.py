@@ -25,6 +25,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm
 
 
 @sized_jit
@@ -107,22 +108,22 @@ def pooled_norm_backward_kernel(
 
 
 @launcher
-def pooled_norm(y, bn, *, act):
-    """(out [N, C] in y's dtype, s2, s4 fp32 [N, C]) of y [N, H, W, C], as in the module docstring; bn (gamma, beta, mean, rstd)."""
+def pooled_norm(y, norm: BatchNorm, *, act):
+    """(out [N, C] in y's dtype, s2, s4 fp32 [N, C]) of y [N, H, W, C], as in the module docstring; norm with rstd."""
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
     out, s2, s4 = y.new_empty(N, C), fp32(y.device, N, C), fp32(y.device, N, C)
     pooled_norm_kernel[(N * triton.cdiv(C, cfg.BC),)](
-        y, out, s2, s4, *bn, H * W, C // channel_vector_width(C),
+        y, out, s2, s4, *norm[:4], H * W, C // channel_vector_width(C),
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, ACT=act, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return out, s2, s4
 
 
-def pooled_norm_gradients(dout, s2, s4, bn, pixels):
+def pooled_norm_gradients(dout, s2, s4, norm: BatchNorm, pixels):
     """(dgamma, dbeta in their parameters' dtypes, k0, k1 fp32 [C]) from dout [N, C] and the results of ``pooled_norm``."""
     N, C = dout.shape
-    gamma, beta, mean, rstd = bn
+    gamma, beta, mean, rstd, *_ = norm
     outs = torch.empty_like(gamma), torch.empty_like(beta), fp32(dout.device, C), fp32(dout.device, C)
     pooled_norm_gradients_kernel[(triton.cdiv(C, 32),)](
         dout, s2, s4, gamma, mean, rstd, *outs, N, C // channel_vector_width(C), 1.0 / pixels, float(N * pixels),
@@ -132,7 +133,7 @@ def pooled_norm_gradients(dout, s2, s4, bn, pixels):
 
 
 @launcher
-def pooled_norm_backward(dout, y, bn, terms, *, act):
+def pooled_norm_backward(dout, y, norm: BatchNorm, terms, *, act):
     """dy like y [N, H, W, C] from dout [N, C]; terms (k0, k1), or None when the statistics are frozen."""
     N, H, W, C = y.shape
     cfg = elementwise_config(C, y.dtype)
@@ -140,7 +141,7 @@ def pooled_norm_backward(dout, y, bn, terms, *, act):
     dy = torch.empty_like(y)
     k0, k1 = terms or (dout, dout)
     pooled_norm_backward_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        dout, y, dy, *bn, k0, k1, H * W, C // channel_vector_width(C), image_blocks, 1.0 / (H * W),
+        dout, y, dy, *norm[:4], k0, k1, H * W, C // channel_vector_width(C), image_blocks, 1.0 / (H * W),
         CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, ACT=act, BATCH=terms is not None, FAST=fast_math(y.dtype),
         num_warps=cfg.num_warps,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
-from effkernels.kernels.batchnorm import bn_terms, finish_gradients
+from effkernels.kernels.batchnorm import bn_terms, finish_gradients, unpacked
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -31,6 +31,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm
 
 
 @sized_jit
@@ -370,28 +371,28 @@ def squeeze_excite_wgrad_kernel(
 
 
 @launcher
-def pool(y, bn=None, *, act="identity"):
-    """fp32 sums [N, parts, C] over pixels of phi(BN(y)), y [N, H, W, C]; bn (gamma, beta, mean, var or rstd, eps, is_rstd)."""
+def pool(y, norm: BatchNorm | None = None, *, act="identity"):
+    """fp32 sums [N, parts, C] over pixels of phi(BN(y)), or of y without ``norm``, for y [N, H, W, C]."""
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BC)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, C)
-    g, b, m, v, eps, is_rstd = bn or (y,) * 4 + (0.0, True)
+    g, b, m, v, eps, is_rstd = unpacked(norm, y)
     pool_kernel[(blocks_c * N * parts,)](
         y, sums, g, b, m, v, eps, H * W, C // channel_vector_width(C), rows_per_program, parts,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, BN=bn is not None, ACT=act,
+        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, BN=norm is not None, ACT=act,
         FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return sums
 
 
 @launcher
-def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act, gate, counters):
+def pool_and_gate(y, norm2: BatchNorm, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act, gate, counters):
     """Pooling of phi(BN2(y)) and squeeze-excite in one launch, for training.
 
     Args:
-        y: [N, h, w, C]. bn2: (gamma, beta, mean, rstd). w_reduce: [R, C, 1, 1]; w_expand: [C, R, 1, 1].
+        y: [N, h, w, C]. norm2: with rstd. w_reduce: [R, C, 1, 1]; w_expand: [C, R, 1, 1].
         counters: int32, 0, at least N.
 
     Returns: fp32 (gates [N, C], pooled [N, C], u [N, R]).
@@ -405,7 +406,7 @@ def pool_and_gate(y, bn2, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act
     sums = fp32(y.device, N, parts, C)
     gates, pooled, u = (fp32(y.device, N, size) for size in (C, C, R))
     pool_and_gate_kernel[(blocks_c * N * parts,)](
-        y, sums, *bn2, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates,
+        y, sums, *norm2[:4], w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates,
         H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
         BR=cfg.BR, BC=cfg.BC, **_layers(C, R), PB=squeeze_excite_config(R).PB, ACT=act, SE_ACT=se_act, GATE=gate,
         FAST=fast_math(y.dtype), **squeeze_excite_config(R).options,
@@ -441,19 +442,19 @@ def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand,
 
 
 @launcher
-def gate_backward(sums, gates, u, weights, bn2, pixels, *, act, gate, counters):
+def gate_backward(sums, gates, u, weights, norm2: BatchNorm, pixels, *, act, gate, counters):
     """Backward of ``pool_and_gate`` in one launch, but for the weights' gradients; with BatchNorm 2's.
 
     Args:
         sums: fp32 [N, parts, 5, C], over pixels, of dq phi', dq phi' yhat, dq phi, phi' and phi' yhat, at z. gates, u: its results.
-        weights: (w_reduce, b_reduce, w_expand, b_expand). bn2: (gamma, beta, mean, rstd). pixels: h * w.
+        weights: (w_reduce, b_reduce, w_expand, b_expand). norm2: with rstd. pixels: h * w.
         act: of the bottleneck. counters: int32, 0, at least ``gate_backward_config().counters(N, C)``.
 
     Returns: fp32 dt [N, C], du [N, R] (gradients before the gate function and before ``act``), dpool [N, C], which is added to every
         pixel's gradient, and (dgamma, dbeta in the parameters' dtypes, k0, k1 fp32 [C]) of BatchNorm 2.
     """
     w_reduce, _, w_expand, _ = weights
-    gamma, beta, mean, rstd = bn2
+    gamma, beta, mean, rstd, *_ = norm2
     N, parts, _, C = sums.shape
     R = u.shape[1]
     cfg = gate_backward_config()
@@ -471,11 +472,11 @@ def gate_backward(sums, gates, u, weights, bn2, pixels, *, act, gate, counters):
     return dt, du, dpool, norm
 
 
-def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, bn=None, act="silu", gate="sigmoid"):
-    """Gradients from ``gradient_sums(..., gate=True)`` [N, parts, 5, C].
+def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, norm: BatchNorm | None = None, act="silu", gate="sigmoid"):
+    """Gradients from ``gradient_sums(..., for_gate=True)`` [N, parts, 5, C].
 
     Args:
-        weights: (w_reduce, b_reduce, w_expand, b_expand); bn: (gamma, mean, rstd) of the BatchNorm before the gate, or None.
+        weights: (w_reduce, b_reduce, w_expand, b_expand); norm: the BatchNorm before the gate, with rstd, or None.
 
     Returns: (dpool fp32 [N, C], [dw_reduce, db_reduce, dw_expand, db_expand], [dgamma, dbeta, k0, k1] or None).
     """
@@ -488,11 +489,11 @@ def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, bn=None,
         **_blocks(R), ACT=act, GATE=gate,
     )  # fmt: skip
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
-    norms = [fp32(u.device, C) for _ in range(4)] if bn else [u] * 4
-    gamma, mean, rstd = bn or (u,) * 3
+    norms = [fp32(u.device, C) for _ in range(4)] if norm else [u] * 4
+    gamma, _, mean, rstd, *_ = norm or (u,) * 4
     RB = min(64, _blocks(R)["RB"])
     squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16), triton.cdiv(R, RB))](
         sums, gates, dpool, dt, du, u, pooled, gamma, mean, rstd, *grads, *norms, N, parts, C, R, float(N * pixels),
-        NB=32, RB=RB, CB=16, ACT=act, BN=bn is not None, num_warps=4,
+        NB=32, RB=RB, CB=16, ACT=act, BN=norm is not None, num_warps=4,
     )  # fmt: skip
-    return dpool, grads, norms if bn else None
+    return dpool, grads, norms if norm else None

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import stem_backward_config, stem_forward_config
-from effkernels.kernels.batchnorm import Merge, finish_statistics
+from effkernels.kernels.batchnorm import finish_statistics, statistics_arguments, unpacked
 from effkernels.kernels.common import (
     activate,
     activate_and_grad,
@@ -30,6 +30,7 @@ from effkernels.kernels.common import (
     load_vector,
     sized_jit,
 )
+from effkernels.kernels.norm import BatchNorm, BatchStatistics
 from effkernels.kernels.pointwise import fold_rows, load_tile, matmul_precision, sum_rows
 
 
@@ -75,7 +76,8 @@ def stem_forward_kernel(
     H, W, OW, rows, I, NV, stride_n, stride_c, stride_h, stride_w, w_stride_s, w_stride_c, w_stride_h, w_stride_w,
     pad_top, pad_left, images, tiles, per_program, P,
     STRIDE: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SINGLE: tl.constexpr,
-    STATS: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, EPILOGUE: tl.constexpr, ACT: tl.constexpr,
+    STATS: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, EPILOGUE: tl.constexpr, VAR_IS_RSTD: tl.constexpr,
+    ACT: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BN channels of ``per_program`` tiles of BM output pixels of one image. SINGLE: BK covers all taps, so the weights stay."""
@@ -93,7 +95,7 @@ def stem_forward_kernel(
         taps = tap_positions(k, K, H, stride_c, stride_h, stride_w)
         weight = load_weight(w, c, k, K, mc, w_stride_s, w_stride_c, w_stride_h, w_stride_w, dtype)
     if EPILOGUE:
-        scale, shift = bn_row(gamma, beta, mean, var, eps, c, mc, False)
+        scale, shift = bn_row(gamma, beta, mean, var, eps, c, mc, VAR_IS_RSTD)
     if STATS:
         pivot = tl.zeros([BN], tl.float32)
         s1 = tl.zeros([BM // 16, 8, BN], tl.float32)
@@ -206,14 +208,25 @@ def _geometry(x, weight, OW, rows, pads) -> dict:
 
 
 @launcher
-def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="identity", merge=None, counters=None):
+def stem_forward(
+    x,
+    weight,
+    stride,
+    pads,
+    *,
+    dtype=None,
+    epilogue: BatchNorm | None = None,
+    act="identity",
+    statistics: BatchStatistics | None = None,
+    counters=None,
+):
     """y = conv3x3(x) for images x [N, I, H, W] of any strides and dtype, weight [S, I, 3, 3]; see the module docstring.
 
     Args:
         pads: (top, bottom, left, right) zeros.
         dtype: compute dtype (default x's); x and weight are rounded to it on load.
-        epilogue: (gamma, beta, mean, var, eps): act(BN(y)) is stored instead of y.
-        merge: a ``Merge``: y's statistics are finished by the last program of each block of channels, and (mean, rstd) fp32 [S] returned;
+        epilogue: act(BN(y)) is stored instead of y.
+        statistics: y's statistics are finished by the last program of each block of channels, and (mean, rstd) fp32 [S] returned;
             counters: int32, 0, one per block of 16 channels or more.
 
     Returns: (y [N, OH, OW, S], statistics or None).
@@ -230,32 +243,33 @@ def stem_forward(x, weight, stride, pads, *, dtype=None, epilogue=None, act="ide
     blocks_n = triton.cdiv(S, cfg.BN)
     per_program, P = cfg.spread(N * tiles, blocks_n, x.device)
     y = x.new_empty((N, OH, OW, S), dtype=dtype)
-    stats = merge is not None
+    stats = statistics is not None
     partial, merged = (weight,) * 3, (weight, weight)
     if stats:
         check_counters(counters, blocks_n)
         partial = fp32(x.device, blocks_n, P), fp32(x.device, P, S), fp32(x.device, P, S)
         merged = fp32(x.device, S), fp32(x.device, S)
-    finish = (merge or Merge(0.0)).arguments(merged[0])
-    g, b, m, v, eps = epilogue or (weight,) * 4 + (0.0,)
+    finish = statistics_arguments(statistics, merged[0])
+    g, b, m, v, eps, is_rstd = unpacked(epilogue, weight)
     finish["eps"] = finish["eps"] if stats else eps
     stem_forward_kernel[(P * blocks_n,)](
         x, weight, y, g, b, m, v, *partial, *merged, counters=counters if stats else weight, **finish,
         **_geometry(x, weight, OW, rows, pads), tiles=tiles, per_program=per_program, P=P,
         STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=I * 9 <= cfg.BK,
-        STATS=stats, BP=64, EPILOGUE=epilogue is not None, ACT=act, FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
+        STATS=stats, BP=64, EPILOGUE=epilogue is not None, VAR_IS_RSTD=is_rstd, ACT=act,
+        FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip
     return y, merged if stats else None
 
 
 @launcher
-def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="identity"):
-    """Weight gradient of ``stem_forward`` followed by BatchNorm and act, as partials for ``weight_gradients.finish``: fp32 [P, S * K],
+def stem_backward(dout, y, x, weight, stride, pads, norm: BatchNorm, *, terms=None, act="identity"):
+    """Weight gradient of ``stem_forward`` followed by BatchNorm and act, as partials for ``reduce_weight_gradients``: fp32 [P, S * K],
     to be summed, in the order in which ``torch.empty_like(weight)`` lies in memory.
 
     Args:
         dout: gradient of the activation [N, OH, OW, S], of y's dtype; y: ``stem_forward``'s result, before the BatchNorm.
-        bn: (gamma, beta, mean, rstd); terms: (k0, k1) fp32 [S] of the BatchNorm's backward, or None when its statistics are frozen.
+        norm: with rstd; terms: (k0, k1) fp32 [S] of the BatchNorm's backward, or None when its statistics are frozen.
     """
     x = _addressable(x)
     N, _, OW, S = y.shape
@@ -268,7 +282,7 @@ def stem_backward(dout, y, x, weight, stride, pads, bn, *, terms=None, act="iden
     partials = fp32(x.device, P, S * K)
     k0, k1 = terms or (weight, weight)
     stem_backward_kernel[(P * blocks,)](
-        dout, y, x, partials, *bn, k0, k1, **_geometry(x, torch.empty_like(weight), OW, rows, pads), tiles=tiles,
+        dout, y, x, partials, *norm[:4], k0, k1, **_geometry(x, torch.empty_like(weight), OW, rows, pads), tiles=tiles,
         per_program=per_program, STRIDE=stride, BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, ACT=act, BATCH=terms is not None, FAST=fast_math(y.dtype),
         PRECISION=matmul_precision(), **cfg.options,
     )  # fmt: skip

@@ -9,12 +9,15 @@
 The expand layer's formula is BatchNorm 1's backward dy1 = A dz + k0 + k1 y1 times x, with y1 = x w^T folded into x's Gram matrix.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from effkernels.configs.rules import weight_gradient_config
 from effkernels.kernels.common import TL_DTYPES, activate, cast, channel_vector_width, launcher, load_vector, sized_jit
+from effkernels.kernels.norm import BatchNorm
 
 
 @triton.jit
@@ -151,27 +154,73 @@ def weight_gradients_kernel(
             tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
 
 
+def contiguous_like(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+class LayerPartials(NamedTuple):
+    """Partial sums fp32 [parts, ...] of a layer's weight gradient, with the weight whose shape and dtype the gradient gets."""
+
+    partials: torch.Tensor
+    weight: torch.Tensor
+
+
+class ExpandPartials(NamedTuple):
+    """What ``expand_backward`` leaves of the expand layer's weight gradient.
+
+    Attributes:
+        partials: D fp32 [S, E, I]. grams: fp32 [S, I + 1, I], or None where BatchNorm 1 is frozen.
+        weight: [E, I, 1, 1]. norm: BatchNorm 1, with rstd. terms: its (k0, k1) fp32 [E], or None where it is frozen.
+        dtype: the compute dtype, to which the forward rounded the weight.
+    """
+
+    partials: torch.Tensor
+    grams: torch.Tensor | None
+    weight: torch.Tensor
+    norm: BatchNorm
+    terms: tuple[torch.Tensor, torch.Tensor] | None
+    dtype: torch.dtype
+
+
+class SqueezeExcitePartials(NamedTuple):
+    """What the gradients of squeeze-excite's four parameters are made of.
+
+    Attributes:
+        dt: fp32 [N, C]. du, u: fp32 [N, R]. pooled: fp32 [N, C]; see ``squeeze_excite.gate_backward``.
+        weights: (w_reduce, b_reduce, w_expand, b_expand). act: of the bottleneck.
+    """
+
+    dt: torch.Tensor
+    du: torch.Tensor
+    u: torch.Tensor
+    pooled: torch.Tensor
+    weights: tuple
+    act: str
+
+
 @launcher
-def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=None):
+def reduce_weight_gradients(
+    depthwise: LayerPartials | None = None,
+    project: LayerPartials | None = None,
+    expand: ExpandPartials | None = None,
+    squeeze_excite: SqueezeExcitePartials | None = None,
+    stem: LayerPartials | None = None,
+):
     """Weight gradients, in the parameters' shapes and dtypes, in one launch; an absent layer gives None.
 
     Args:
-        depthwise: (partials fp32 [P, k*k + 2, C], weight [C, 1, k, k]) of ``depthwise_backward``.
-        project: (partials fp32 [S, O, E], weight [O, E, 1, 1]) of ``project_backward``.
-        expand: (D fp32 [S, E, I], gram fp32 [S, I + 1, I] or None, weight [E, I, 1, 1], gamma, rstd, k0, k1, compute dtype); gram, k0
-            and k1 are None where BatchNorm 1 is frozen.
-        stem: (D fp32 [S, elements], weight [E, I, 3, 3], dense), in place of expand.
-        squeeze_excite: (dt fp32 [N, C], du fp32 [N, R], u fp32 [N, R], pooled fp32 [N, C], the four parameters, act).
+        depthwise: partials [P, k*k + 2, C] of ``depthwise_backward``, weight [C, 1, k, k].
+        project: partials [S, O, E] of ``project_backward``, weight [O, E, 1, 1].
+        stem: partials [S, elements] of ``stem_backward``, weight [E, I, 3, 3], dense; in place of expand.
 
     Returns: (depthwise, project, expand or stem gradient, tuple of squeeze-excite's four gradients).
     """
-    outs = [None if part is None else torch.empty_like(part[at], memory_format=torch.contiguous_format)
-            for part, at in ((depthwise, 1), (project, 1), (expand, 2))]  # fmt: skip
+    outs = [None if part is None else contiguous_like(part.weight) for part in (depthwise, project, expand)]
     if stem is not None:
-        outs[2] = torch.empty_like(stem[1])
+        outs[2] = torch.empty_like(stem.weight)
     se = None
     if squeeze_excite is not None:
-        se = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in squeeze_excite[4])
+        se = tuple(contiguous_like(t) for t in squeeze_excite.weights)
     if all(part is None for part in (depthwise, project, expand, stem, se)):
         return (None,) * 4
     any_tensor = (depthwise or project or expand or stem or squeeze_excite)[0]
@@ -179,11 +228,11 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=
     taps, depthwise_parts, project_parts, COLS, splits, E, I = 0, 0, 0, 1, 0, 1, 1
     dtype = torch.float32
     if squeeze_excite is not None:
-        (N, C), R, act = squeeze_excite[0].shape, squeeze_excite[1].shape[1], squeeze_excite[5]
+        (N, C), R, act = squeeze_excite.dt.shape, squeeze_excite.u.shape[1], squeeze_excite.act
     if expand is not None:
-        (splits, E, I), dtype = expand[0].shape, expand[7]
+        (splits, E, I), dtype = expand.partials.shape, expand.dtype
     if stem is not None:
-        splits, (E, I) = len(stem[0]), (len(stem[1]), stem[1][0].numel())
+        splits, (E, I) = len(stem.partials), (len(stem.weight), stem.weight[0].numel())
     cfg = weight_gradient_config(splits, R)
     if se is not None:
         programs += triton.cdiv(C, cfg.CB) * triton.cdiv(R, cfg.RB)
@@ -192,15 +241,20 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=
     if stem is not None:
         programs += triton.cdiv(E * I, cfg.BL)
     if project is not None:
-        project_parts, COLS = project[0].shape[0], project[0][0].numel()
+        project_parts, COLS = project.partials.shape[0], project.partials[0].numel()
         programs += triton.cdiv(COLS, cfg.BL)
     if depthwise is not None:
-        (depthwise_parts, rows, C), taps = depthwise[0].shape, depthwise[1].shape[-1] ** 2
+        (depthwise_parts, rows, C), taps = depthwise.partials.shape, depthwise.weight.shape[-1] ** 2
         assert rows == taps + 2
         programs += triton.cdiv(taps * C, cfg.TL)
+    if expand is not None:
+        norm, terms = expand.norm, expand.terms or (None, None)
+        expand_pointers = expand.partials, expand.grams, expand.weight, norm.weight, norm.rstd, *terms
+    else:
+        expand_pointers = (None if stem is None else stem.partials, *(None,) * 6)
     pointers = [
-        None if depthwise is None else depthwise[0], outs[0], None if project is None else project[0], outs[1],
-        *(expand[:7] if expand is not None else (None if stem is None else stem[0], *(None,) * 6)), outs[2],
+        None if depthwise is None else depthwise.partials, outs[0], None if project is None else project.partials, outs[1],
+        *expand_pointers, outs[2],
         *((None,) * 4 if se is None else squeeze_excite[:4]), *(se or (None,) * 4),
     ]  # fmt: skip
     weight_gradients_kernel[(programs,)](
@@ -209,7 +263,7 @@ def finish(depthwise=None, project=None, expand=None, squeeze_excite=None, stem=
         I // channel_vector_width(I), N, R,
         CVEC=channel_vector_width(C), OVEC=channel_vector_width(COLS), IVEC=channel_vector_width(I),
         TAPS=taps, PROJECT=project is not None, STEM=stem is not None, EXPAND=expand is not None,
-        GRAM=expand is not None and expand[1] is not None, DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act,
+        GRAM=expand is not None and expand.grams is not None, DTYPE=TL_DTYPES[dtype], SE=se is not None, ACT=act,
         **cfg.blocks, num_warps=cfg.num_warps,
     )  # fmt: skip
     return (*outs, se)

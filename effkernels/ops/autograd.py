@@ -35,25 +35,26 @@ def pads_of(x, weight, stride, padding):
 def batch_or_running(batch, tiles, running_mean, running_var, num_batches, momentum, eps):
     """(mean, rstd) fp32 [C] to normalise with; merges ``tiles()`` and updates the running statistics when ``batch``."""
     from effkernels.kernels import batchnorm
+    from effkernels.kernels.norm import BatchStatistics
 
     if batch:
-        return batchnorm.merge(tiles(), batchnorm.Merge(eps, running_mean, running_var, num_batches, momentum))
+        return batchnorm.merge(tiles(), BatchStatistics(eps, running_mean, running_var, num_batches, momentum))
     return running_mean.float().clone(), (running_var.float() + eps).rsqrt()
 
 
 def normalised(kernel, weight, batch, running_mean, running_var, num_batches, momentum, eps, group=""):
-    """(output, mean, rstd) of ``kernel(merge=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False.
+    """(output, mean, rstd) of ``kernel(statistics=...)``, which returns (output, (mean, rstd)); its output alone where ``batch`` is False.
 
     weight: the BatchNorm's. group: of the processes whose batches are normalised together.
     """
     if not batch:
         out, _ = kernel()
         return out, running_mean.float().clone(), (running_var.float() + eps).rsqrt()
-    from effkernels.kernels.batchnorm import Merge
+    from effkernels.kernels.norm import BatchStatistics
 
-    merge = Merge(eps, running_mean, running_var, num_batches, momentum)
-    out, statistics = sync_batchnorm.merged(kernel, weight, merge, group) if group else kernel(merge=merge)
-    return out, *statistics
+    statistics = BatchStatistics(eps, running_mean, running_var, num_batches, momentum)
+    out, found = sync_batchnorm.merged(kernel, weight, statistics, group) if group else kernel(statistics=statistics)
+    return out, *found
 
 
 def on_its_device(implementation):

@@ -29,6 +29,7 @@ LIB.define(
 
 @on_its_device
 def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps, group):
+    from effkernels.kernels.norm import BatchNorm
     from effkernels.kernels.pointwise import pointwise_forward
     from effkernels.kernels.pooled_norm import pooled_norm
 
@@ -37,7 +38,7 @@ def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, d
         return pointwise_forward(x, conv_weight, dtype=DTYPES[dtype], counters=counters, **how)
 
     y, mean, rstd = normalised(convolution, weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
-    out, s2, s4 = pooled_norm(y, (weight, bias, mean, rstd), act=act)
+    out, s2, s4 = pooled_norm(y, BatchNorm(weight, bias, mean, rstd), act=act)
     return out, y, mean, rstd, s2, s4
 
 
@@ -51,18 +52,19 @@ def head_fake(x, conv_weight, weight, bias, running_mean, running_var, num_batch
 @on_its_device
 def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act, batch, group, needs):
     """Gradients of (x, conv_weight, weight, bias); ``needs`` says which."""
+    from effkernels.kernels.norm import BatchNorm
     from effkernels.kernels.pooled_norm import pooled_norm_backward, pooled_norm_gradients
 
     N, H, W, O = y.shape
-    bn = (weight.float(), bias.float(), mean, rstd) if group else (weight, bias, mean, rstd)
+    norm = BatchNorm(weight.float(), bias.float(), mean, rstd) if group else BatchNorm(weight, bias, mean, rstd)
     dx = dw = dgamma = dbeta = terms = None
     if batch or needs[2] or needs[3]:
-        dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, bn, H * W)
+        dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, norm, H * W)
         if group and batch:
             terms = sync_batchnorm.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
         dgamma, dbeta = dgamma.to(weight.dtype), dbeta.to(bias.dtype)
     if needs[0] or needs[1]:
-        dy = pooled_norm_backward(dout, y, bn, terms if batch else None, act=act).view(-1, O)
+        dy = pooled_norm_backward(dout, y, norm, terms if batch else None, act=act).view(-1, O)
         if needs[0]:
             dx = torch.mm(dy, conv_weight.flatten(1).to(dy.dtype)).view(x.shape).to(x.dtype)
         if needs[1]:
@@ -78,9 +80,10 @@ def head_backward_fake(dout, x, conv_weight, weight, bias, *rest):
 @on_its_device
 def head_inference(x, conv_weight, weight, bias, running_mean, running_var, dtype, act, eps):
     """x [N, H, W, K] -> [N, O] in the compute dtype."""
+    from effkernels.kernels.norm import BatchNorm
     from effkernels.kernels.pointwise import pointwise_forward
 
-    norm = (weight, bias, running_mean, running_var, eps)
+    norm = BatchNorm(weight, bias, running_mean, var=running_var, eps=eps)
     return pointwise_forward(x, conv_weight, dtype=DTYPES[dtype], epilogue=norm, act2=act, pool=True)[0]
 
 

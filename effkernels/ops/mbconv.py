@@ -85,6 +85,7 @@ def mbconv(
     batch1, momentum1, eps1, batch2, momentum2, eps2, batch3, momentum3, eps3, recompute, groups,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
+    from effkernels.kernels.norm import BatchNorm
 
     compute = DTYPES[dtype]
     counters = _counters(x, depthwise_weight.shape[0], project_weight.shape[0])
@@ -98,7 +99,7 @@ def mbconv(
             return first_convolution(x, expand_weight, stem, padding, compute, counters=counters, **how)
 
         y1, mean1, rstd1 = normalised(expand, weight1, batch1, running_mean1, running_var1, num_batches1, momentum1, eps1, groups[0])
-        prologue, a = (weight1, bias1, mean1, rstd1, eps1, True), y1
+        prologue, a = BatchNorm(weight1, bias1, mean1, rstd1), y1
 
     def depthwise_forward(**how):
         pads = pads_of(a, depthwise_weight, stride, padding)
@@ -106,20 +107,20 @@ def mbconv(
         return depthwise.depthwise_forward(a, depthwise_weight, stride, pads, prologue=prologue, act1=act1, counters=counters, **how)[:2]
 
     y2, mean2, rstd2 = normalised(depthwise_forward, weight2, batch2, running_mean2, running_var2, num_batches2, momentum2, eps2, groups[1])
-    bn2 = (weight2, bias2, mean2, rstd2)
+    norm2 = BatchNorm(weight2, bias2, mean2, rstd2)
     gates = pooled = u = None
     if se_reduce_weight is not None:
         gates, pooled, u = squeeze_excite.pool_and_gate(
-            y2, bn2, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=act, se_act=se_act, gate=gate,
+            y2, norm2, se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=act, se_act=se_act, gate=gate,
             counters=counters,
         )  # fmt: skip
 
     def project(**how):
-        return pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gate=gates, counters=counters, **how)
+        return pointwise.pointwise_forward(y2, project_weight, prologue=norm2, act1=act, gates=gates, counters=counters, **how)
 
     y3, mean3, rstd3 = normalised(project, weight3, batch3, running_mean3, running_var3, num_batches3, momentum3, eps3, groups[2])
     out = batchnorm.apply(
-        y3, (weight3, bias3, mean3, rstd3, eps3, True), mask=mask, keep=keep, residual=x if residual else None,
+        y3, BatchNorm(weight3, bias3, mean3, rstd3), branch_draws=mask, keep=keep, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
     )  # fmt: skip
     results = (out, None if recompute else y1, y2, y3, mean1, rstd1, mean2, rstd2, mean3, rstd3, gates, pooled, u)
@@ -152,7 +153,7 @@ def mbconv_fake(
     return (out, y1, y2, y3, *norm1, fp32(x, E), fp32(x, E), fp32(x, O), fp32(x, O), *se)
 
 
-def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, need_dx, need_dw):
+def stem_gradients(dz, y, x, weight, stride, padding, norm, terms, need_dx, need_dw):
     """(dx or None, partials of dw or None) of a first 3x3 convolution, from the gradient dz of its BatchNorm's output."""
     from effkernels.kernels import batchnorm
     from effkernels.kernels.stem import stem_backward
@@ -160,9 +161,9 @@ def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, need_dx, need_d
 
     pads, dx, partials = image_pads(x, stride, padding), None, None
     if need_dw:
-        partials = stem_backward(dz, y, x, weight, stride, pads, bn, terms=terms)
+        partials = stem_backward(dz, y, x, weight, stride, pads, norm, terms=terms)
     if need_dx:
-        dx = image_gradient(batchnorm.apply_backward(dz, y, bn, terms=terms), x, weight, stride, pads)
+        dx = image_gradient(batchnorm.apply_backward(dz, y, norm, terms=terms), x, weight, stride, pads)
     return dx, partials
 
 
@@ -175,6 +176,7 @@ def mbconv_backward(
 ):  # fmt: skip
     """Gradients of (x and the parameters in order of the arguments); ``needs`` says which. What nobody needs is not computed."""
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite, weight_gradients
+    from effkernels.kernels.norm import BatchNorm
 
     need_x, need_expand, *need_norm1, need_depthwise = needs[:5]
     need_norm2, need_se, need_project = needs[5:7], needs[7:11], needs[11]
@@ -191,72 +193,74 @@ def mbconv_backward(
     weight1, bias1 = (t.float() if groups[0] and t is not None else t for t in (weight1, bias1))
     weight2, bias2 = (t.float() if groups[1] else t for t in (weight2, bias2))
     weight3, bias3 = (t.float() if groups[2] else t for t in (weight3, bias3))
-    bn2 = (weight2, bias2, mean2, rstd2)
+    norm2 = BatchNorm(weight2, bias2, mean2, rstd2)
+    norm1 = BatchNorm(weight1, bias1, mean1, rstd1) if expands else None
+    norm3 = BatchNorm(weight3, bias3, mean3, rstd3)
     rows2 = y2.numel() // y2.shape[-1]
     k0 = k1 = None
     if batch3 or any(needs[12:14]):
-        grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(
-            dout, y3, (weight3, bias3, mean3, rstd3), mask=mask, keep=keep, counters=counters
-        )
+        grads["norm3"], grads["bias3"], k0, k1 = batchnorm.gradient_reduce(dout, y3, norm3, branch_draws=mask, keep=keep, counters=counters)
         if batch3 and groups[2]:
             k0, k1 = sync_batchnorm.batch_terms(grads["norm3"], grads["bias3"], (weight3, mean3, rstd3), rows2, groups[2])
     partials = {}
     if need_data or need_project:
         dq, sums, partials["project"] = pointwise.project_backward(
-            dout, y3, y2, project_weight, (weight3, rstd3), (k0, k1) if batch3 else None, bn2,
-            act=act, gate=gates if has_se else None, mask=mask, keep=keep,
+            dout, y3, y2, project_weight, norm3=norm3, terms3=(k0, k1) if batch3 else None, norm2=norm2,
+            act=act, gates=gates if has_se else None, branch_draws=mask, keep=keep,
             need_data=need_data, need_dq=need_dq, need_dw=need_project,
         )  # fmt: skip
     if need_data:
         pixels = y2.shape[1] * y2.shape[2]
-        dpool, norm2 = None, (None,) * 4
+        dpool, finished2 = None, (None,) * 4
         if has_se:
             weights = (se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias)
-            dt, du, dpool, norm2 = squeeze_excite.gate_backward(
-                sums, gates, u, weights, bn2, pixels, act=se_act, gate=gate, counters=counters
+            dt, du, dpool, finished2 = squeeze_excite.gate_backward(
+                sums, gates, u, weights, norm2, pixels, act=se_act, gate=gate, counters=counters
             )
-            partials["se"] = (dt, du, u, pooled, weights, se_act) if any(need_se) else None
+            partials["se"] = weight_gradients.SqueezeExcitePartials(dt, du, u, pooled, weights, se_act) if any(need_se) else None
         elif batch2 or any(need_norm2):
-            norm2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), (weight2, mean2, rstd2), y2.shape[0] * pixels)
-        grads["norm2"], grads["bias2"], k0, k1 = norm2
+            finished2 = batchnorm.gradient_merge(sums.view(-1, 2, sums.shape[-1]), norm2, y2.shape[0] * pixels)
+        grads["norm2"], grads["bias2"], k0, k1 = finished2
         if batch2 and groups[1]:
-            k0, k1 = sync_batchnorm.batch_terms(*norm2[:2], (weight2, mean2, rstd2), rows2, groups[1])
+            k0, k1 = sync_batchnorm.batch_terms(*finished2[:2], (weight2, mean2, rstd2), rows2, groups[1])
     if need_dq:
         a = y1 if expands else x.to(DTYPES[dtype])
         if expands and y1.numel() == 0:  # recompute
             a, _ = first_convolution(x, expand_weight, stem, padding, DTYPES[dtype])
-        da, partials["depthwise"], norm1 = depthwise.depthwise_backward(
+        da, partials["depthwise"], finished1 = depthwise.depthwise_backward(
             dq, a, depthwise_weight, stride, pads_of(a, depthwise_weight, stride, padding),
-            bn2=(y2, *bn2, k0 if batch2 else None, k1, gates if has_se else None, dpool), act2=act,
-            bn1=(weight1, bias1, mean1, rstd1) if expands else None, act1=act if expands else "identity",
+            norm2=norm2, y2=y2, terms2=(k0, k1) if batch2 else None, act2=act, gates=gates if has_se else None, dpool=dpool,
+            norm1=norm1, act1=act if expands else "identity",
             need_dx=need_da, need_dw=need_depthwise, counters=counters if expands and need_da else None,
         )  # fmt: skip
     grams = terms = None
     if need_da and expands:
-        grads["norm1"], grads["bias1"], *terms = norm1
+        grads["norm1"], grads["bias1"], *terms = finished1
         terms = terms if batch1 else None
         if batch1 and groups[0]:
-            terms = sync_batchnorm.batch_terms(*norm1[:2], (weight1, mean1, rstd1), a.numel() // a.shape[-1], groups[0])
+            terms = sync_batchnorm.batch_terms(*finished1[:2], (weight1, mean1, rstd1), a.numel() // a.shape[-1], groups[0])
         if stem:
-            bn1 = (weight1, bias1, mean1, rstd1)
-            grads["x"], partials["stem"] = stem_gradients(da, a, x, expand_weight, stem, padding, bn1, terms, need_x, need_expand)
+            grads["x"], partials["stem"] = stem_gradients(da, a, x, expand_weight, stem, padding, norm1, terms, need_x, need_expand)
         elif need_x or need_expand:
             grads["x"], partials["expand"], grams = pointwise.expand_backward(
-                da, x, expand_weight, (weight1, rstd1), terms, counters=counters, residual=dout if residual else None,
+                da, x, expand_weight, norm1=norm1, terms1=terms, counters=counters, residual=dout if residual else None,
                 need_dx=need_x, need_dw=need_expand, out_dtype=x.dtype,
             )  # fmt: skip
     elif need_da:
         grads["x"] = (da + dout if residual else da).to(x.dtype)
 
-    def part(name, *rest):
-        return None if partials.get(name) is None else (partials[name], *rest)
+    def layer(name, weight):
+        return None if partials.get(name) is None else weight_gradients.LayerPartials(partials[name], weight)
 
-    grads["depthwise"], grads["project"], grads["expand"], se = weight_gradients.finish(
-        depthwise=part("depthwise", depthwise_weight) if need_depthwise else None,
-        project=part("project", project_weight),
-        expand=part("expand", grams, expand_weight, weight1, rstd1, *(terms or (None, None)), DTYPES[dtype]),
+    expand = None
+    if partials.get("expand") is not None:
+        expand = weight_gradients.ExpandPartials(partials["expand"], grams, expand_weight, norm1, terms, DTYPES[dtype])
+    grads["depthwise"], grads["project"], grads["expand"], se = weight_gradients.reduce_weight_gradients(
+        depthwise=layer("depthwise", depthwise_weight) if need_depthwise else None,
+        project=layer("project", project_weight),
+        expand=expand,
         squeeze_excite=partials.get("se"),
-        stem=part("stem", expand_weight),
+        stem=layer("stem", expand_weight),
     )
     if se is not None:
         grads.update(zip(("reduce_w", "reduce_b", "expand_w", "expand_b"), se, strict=True))
@@ -291,30 +295,32 @@ def mbconv_inference(
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
     from effkernels.configs.rules import expand_inside
     from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
+    from effkernels.kernels.norm import BatchNorm
 
     compute = DTYPES[dtype]
     has_se = se_reduce_weight is not None
     pads = pads_of(x, depthwise_weight, stride, padding)
-    bn1 = (weight1, bias1, running_mean1, running_var1, eps1)
-    bn2 = (weight2, bias2, running_mean2, running_var2, eps2)
+    norm1 = BatchNorm(weight1, bias1, running_mean1, var=running_var1, eps=eps1) if expand_weight is not None else None
+    norm2 = BatchNorm(weight2, bias2, running_mean2, var=running_var2, eps=eps2)
+    norm3 = BatchNorm(weight3, bias3, running_mean3, var=running_var3, eps=eps3)
     E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
     if expand_weight is not None and expand_inside(k, stride, x.shape[-1], E, compute, act):
         a, sums = expand_depthwise.expand_depthwise(
-            x.to(compute), expand_weight, bn1, depthwise_weight, bn2, stride, pads, act=act, pool=has_se,
+            x.to(compute), expand_weight, norm1, depthwise_weight, norm2, stride, pads, act=act, pool=has_se,
             precision=pointwise.matmul_precision(),
         )  # fmt: skip
     else:
         a = x.to(compute) if expand_weight is None else None
         if a is None:
-            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=bn1, act2=act)
-        a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=bn2, act2=act, pool=has_se)
+            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=compute, epilogue=norm1, act2=act)
+        a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, stride, pads, epilogue=norm2, act2=act, pool=has_se)
     gates = None
     if has_se:
         gates, _, _ = squeeze_excite.squeeze_excite_forward(
             sums, a.shape[1] * a.shape[2], se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias, act=se_act, gate=gate
         )
     out, _ = pointwise.pointwise_forward(
-        a, project_weight, gate=gates, epilogue=(weight3, bias3, running_mean3, running_var3, eps3), residual=x if residual else None,
+        a, project_weight, gates=gates, epilogue=norm3, residual=x if residual else None,
         out_dtype=torch.promote_types(compute, x.dtype) if residual else compute,
     )  # fmt: skip
     return out

@@ -46,22 +46,23 @@ def depthwise_block(
     batch1, momentum1, eps1, batch2, momentum2, eps2,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels.norm import BatchNorm
 
     prologue = mean1 = rstd1 = None
     if weight1 is not None:
         mean1, rstd1 = batch_or_running(batch1, lambda: batchnorm.statistics(x), running_mean1, running_var1, num_batches1, momentum1, eps1)
-        prologue = (weight1, bias1, mean1, rstd1, eps1, True)
+        prologue = BatchNorm(weight1, bias1, mean1, rstd1)
     pads = pads_of(x, weight, stride, padding)
-    y, tiles, _ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=prologue, act1=act1, stats=batch2)
+    y, tiles, _ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=prologue, act1=act1, partial_statistics=batch2)
     mean2, rstd2 = batch_or_running(batch2, lambda: tiles, running_mean2, running_var2, num_batches2, momentum2, eps2)
-    bn2 = (weight2, bias2, mean2, rstd2, eps2, True)
+    norm2 = BatchNorm(weight2, bias2, mean2, rstd2)
     gates = pooled = u = None
     if reduce_weight is not None:
-        sums = squeeze_excite.pool(y, bn2, act=act2)
+        sums = squeeze_excite.pool(y, norm2, act=act2)
         gates, pooled, u = squeeze_excite.squeeze_excite_forward(
             sums, y.shape[1] * y.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=se_act, gate=gate
         )
-    out = batchnorm.apply(y, bn2, act=act2, gate=gates)
+    out = batchnorm.apply(y, norm2, act=act2, gates=gates)
     return tuple(absent(x) if t is None else t for t in (out, y, mean1, rstd1, mean2, rstd2, gates, pooled, u))
 
 
@@ -90,33 +91,35 @@ def depthwise_block_backward(
     y, mean1, rstd1, mean2, rstd2, gates, pooled, u, stride, padding, act1, act2, se_act, gate, batch1, batch2, needs,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels.norm import BatchNorm
 
+    norm1 = BatchNorm(weight1, bias1, mean1, rstd1) if weight1 is not None else None
+    norm2 = BatchNorm(weight2, bias2, mean2, rstd2)
     need_dx, need_dw = _needs(needs)
     C = x.shape[-1]
     taps = weight.shape[-1] ** 2
     pixels = y.shape[1] * y.shape[2]
-    has_se, has_bn1 = reduce_weight is not None, weight1 is not None
-    sums = batchnorm.gradient_sums(dout, y, (weight2, bias2, mean2, rstd2), act=act2, gate=has_se)
+    has_se = reduce_weight is not None
+    sums = batchnorm.gradient_sums(dout, y, norm2, act=act2, for_gate=has_se)
     dpool, se_grads = None, [absent(x) for _ in range(4)]
     if has_se:
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         dpool, se_grads, (dweight2, dbias2, k0, k1) = squeeze_excite.squeeze_excite_backward(
-            sums, pixels, gates, pooled, u, weights, bn=(weight2, mean2, rstd2), act=se_act, gate=gate
+            sums, pixels, gates, pooled, u, weights, norm=norm2, act=se_act, gate=gate
         )
     else:
         gates = None
-        dweight2, dbias2, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight2, mean2, rstd2), y.numel() // C)
-    bn2 = (y, weight2, bias2, mean2, rstd2, k0 if batch2 else None, k1, gates, dpool)
-    bn1 = (weight1, bias1, mean1, rstd1) if has_bn1 else None
+        dweight2, dbias2, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), norm2, y.numel() // C)
+    terms2 = (k0, k1) if batch2 else None
     dx, partials, _ = depthwise.depthwise_backward(
         dout, x, weight, stride, pads_of(x, weight, stride, padding),
-        bn2=bn2, act2=act2, bn1=bn1, act1=act1, need_dx=need_dx, need_dw=need_dw,
+        norm2=norm2, y2=y, terms2=terms2, act2=act2, gates=gates, dpool=dpool, norm1=norm1, act1=act1, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip
     dw = batchnorm.sum_partials(partials, taps, weight) if need_dw else absent(x)
     dweight1, dbias1 = absent(x), absent(x)  # outputs of an operator must not alias
-    if has_bn1 and need_dx:
-        dweight1, dbias1, k0, k1 = batchnorm.gradient_merge(partials[:, taps:], (weight1, mean1, rstd1), x.numel() // C)
-        dx = batchnorm.apply_backward(dx, x, (weight1, bias1, mean1, rstd1), terms=(k0, k1) if batch1 else None)
+    if norm1 is not None and need_dx:
+        dweight1, dbias1, k0, k1 = batchnorm.gradient_merge(partials[:, taps:], norm1, x.numel() // C)
+        dx = batchnorm.apply_backward(dx, x, norm1, terms=(k0, k1) if batch1 else None)
         dweight1, dbias1 = dweight1.to(weight1.dtype), dbias1.to(bias1.dtype)
     dweight2, dbias2 = dweight2.to(weight2.dtype), dbias2.to(bias2.dtype)
     return (absent(x) if dx is None else dx, dw, dweight1, dbias1, dweight2, dbias2, *se_grads)
@@ -149,10 +152,11 @@ def bn_act_add(
     x, weight, bias, running_mean, running_var, num_batches, mask, residual, act, batch, momentum, eps,
 ):  # fmt: skip
     from effkernels.kernels import batchnorm
+    from effkernels.kernels.norm import BatchNorm
 
     mean, rstd = batch_or_running(batch, lambda: batchnorm.statistics(x), running_mean, running_var, num_batches, momentum, eps)
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = batchnorm.apply(x, (weight, bias, mean, rstd, eps, True), act=act, mask=mask, residual=residual, out_dtype=out_dtype)
+    out = batchnorm.apply(x, BatchNorm(weight, bias, mean, rstd), act=act, branch_draws=mask, residual=residual, out_dtype=out_dtype)
     return out, mean, rstd
 
 
@@ -164,14 +168,15 @@ def bn_act_add_fake(x, weight, bias, running_mean, running_var, num_batches, mas
 @on_its_device
 def bn_act_add_backward(dout, x, weight, bias, mean, rstd, mask, act, batch, need_dx):
     from effkernels.kernels import batchnorm
+    from effkernels.kernels.norm import BatchNorm
 
     C = x.shape[-1]
-    bn = (weight, bias, mean, rstd)
-    sums = batchnorm.gradient_sums(dout, x, bn, act=act, mask=mask)
-    dweight, dbias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), (weight, mean, rstd), x.numel() // C)
+    norm = BatchNorm(weight, bias, mean, rstd)
+    sums = batchnorm.gradient_sums(dout, x, norm, act=act, branch_scale=mask)
+    dweight, dbias, k0, k1 = batchnorm.gradient_merge(sums.view(-1, 2, C), norm, x.numel() // C)
     dx = absent(x)
     if need_dx:
-        dx = batchnorm.apply_backward(dout, x, bn, terms=(k0, k1) if batch else None, act=act, mask=mask, out_dtype=x.dtype)
+        dx = batchnorm.apply_backward(dout, x, norm, terms=(k0, k1) if batch else None, act=act, branch_scale=mask, out_dtype=x.dtype)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -229,7 +234,7 @@ def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, ac
     gates, pooled, u = kernels.squeeze_excite_forward(
         kernels.pool(x), x.shape[1] * x.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=act, gate=gate
     )
-    return batchnorm.apply(x, None, gate=gates), gates, pooled, u
+    return batchnorm.apply(x, None, gates=gates), gates, pooled, u
 
 
 def squeeze_excite_fake(x, reduce_weight, *rest):
@@ -244,10 +249,10 @@ def squeeze_excite_backward(
     from effkernels.kernels import batchnorm
     from effkernels.kernels import squeeze_excite as kernels
 
-    sums = batchnorm.gradient_sums(dout, x, None, gate=True)
+    sums = batchnorm.gradient_sums(dout, x, None, for_gate=True)
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     dpool, grads, _ = kernels.squeeze_excite_backward(sums, x.shape[1] * x.shape[2], gates, pooled, u, weights, act=act, gate=gate)
-    dx = batchnorm.apply_backward(dout, None, None, gate=gates, dpool=dpool) if needs[0] else absent(x)
+    dx = batchnorm.apply_backward(dout, None, None, gates=gates, dpool=dpool) if needs[0] else absent(x)
     return (dx, *grads)
 
 
@@ -275,19 +280,20 @@ def depthwise_block_inference(
     """BN2, the activation and the pooling in the depthwise kernel's epilogue; scale and shift from the live buffers."""
     from effkernels.kernels import batchnorm, depthwise
     from effkernels.kernels import squeeze_excite as kernels
+    from effkernels.kernels.norm import BatchNorm
 
     has_se = reduce_weight is not None
     out, _, sums = depthwise.depthwise_forward(
         x, weight, stride, pads_of(x, weight, stride, padding),
-        prologue=None if weight1 is None else (weight1, bias1, running_mean1, running_var1, eps1, False), act1=act1,
-        epilogue=(weight2, bias2, running_mean2, running_var2, eps2), act2=act2, pool=has_se,
+        prologue=None if weight1 is None else BatchNorm(weight1, bias1, running_mean1, var=running_var1, eps=eps1), act1=act1,
+        epilogue=BatchNorm(weight2, bias2, running_mean2, var=running_var2, eps=eps2), act2=act2, pool=has_se,
     )  # fmt: skip
     if not has_se:
         return out
     gates, _, _ = kernels.squeeze_excite_forward(
         sums, out.shape[1] * out.shape[2], reduce_weight, reduce_bias, expand_weight, expand_bias, act=se_act, gate=gate
     )
-    return batchnorm.apply(out, None, gate=gates)
+    return batchnorm.apply(out, None, gates=gates)
 
 
 def depthwise_block_inference_fake(x, weight, *rest):
@@ -303,10 +309,11 @@ LIB.define(f"bn_act_add_inference(Tensor x, {_FROZEN.format(i='', q='')}, Tensor
 @on_its_device
 def bn_act_add_inference(x, weight, bias, running_mean, running_var, residual, act, eps):
     from effkernels.kernels import batchnorm
+    from effkernels.kernels.norm import BatchNorm
 
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    bn = (weight, bias, running_mean, running_var, eps, False)
-    return batchnorm.apply(x, bn, act=act, residual=residual, out_dtype=out_dtype)
+    norm = BatchNorm(weight, bias, running_mean, var=running_var, eps=eps)
+    return batchnorm.apply(x, norm, act=act, residual=residual, out_dtype=out_dtype)
 
 
 def bn_act_add_inference_fake(x, weight, bias, running_mean, running_var, residual, act, eps):

@@ -44,13 +44,14 @@ def stem(
 ):
     from effkernels.kernels import batchnorm
     from effkernels.kernels import stem as kernels
+    from effkernels.kernels.norm import BatchNorm
 
     def convolution(**how):
         counters = zeroed_counters(x, weight.shape[0])
         return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], counters=counters, **how)
 
     y, mean, rstd = normalised(convolution, norm_weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
-    return batchnorm.apply(y, (norm_weight, norm_bias, mean, rstd, eps, True), act=act), y, mean, rstd
+    return batchnorm.apply(y, BatchNorm(norm_weight, norm_bias, mean, rstd), act=act), y, mean, rstd
 
 
 def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, *settings):
@@ -63,20 +64,21 @@ def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_
 def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, needs):
     from effkernels.kernels import batchnorm, weight_gradients
     from effkernels.kernels import stem as kernels
+    from effkernels.kernels.norm import BatchNorm
 
-    bn = (norm_weight.float(), norm_bias.float(), mean, rstd) if group else (norm_weight, norm_bias, mean, rstd)
+    norm = BatchNorm(norm_weight.float(), norm_bias.float(), mean, rstd) if group else BatchNorm(norm_weight, norm_bias, mean, rstd)
     counters = zeroed_counters(x, y.shape[-1])
-    dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, bn, act=act, counters=counters)
+    dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, norm, act=act, counters=counters)
     if group and batch:
         terms = sync_batchnorm.batch_terms(dnorm_weight, dnorm_bias, (norm_weight, mean, rstd), y.numel() // y.shape[-1], group)
     terms = terms if batch else None
     pads = image_pads(x, stride, padding)
     dx, dw = absent(x), absent(x)
     if needs[1]:
-        partials = kernels.stem_backward(dout, y, x, weight, stride, pads, bn, terms=terms, act=act)
-        dw = weight_gradients.finish(stem=(partials, weight))[2]
+        partials = kernels.stem_backward(dout, y, x, weight, stride, pads, norm, terms=terms, act=act)
+        dw = weight_gradients.reduce_weight_gradients(stem=weight_gradients.LayerPartials(partials, weight))[2]
     if needs[0]:
-        dx = image_gradient(batchnorm.apply_backward(dout, y, bn, terms=terms, act=act), x, weight, stride, pads)
+        dx = image_gradient(batchnorm.apply_backward(dout, y, norm, terms=terms, act=act), x, weight, stride, pads)
     return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
@@ -100,8 +102,9 @@ def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, s
 def stem_inference(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, act, eps):
     """Running statistics, no gradient; scale and shift come from the live buffers."""
     from effkernels.kernels import stem as kernels
+    from effkernels.kernels.norm import BatchNorm
 
-    epilogue = (norm_weight, norm_bias, running_mean, running_var, eps)
+    epilogue = BatchNorm(norm_weight, norm_bias, running_mean, var=running_var, eps=eps)
     return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], epilogue=epilogue, act=act)[0]
 
 

@@ -15,23 +15,24 @@ def _group(name: str):
     return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
-def merged(kernel, like: torch.Tensor, merge, group: str):
-    """(output, (mean, rstd)) of ``kernel(merge=...)``, with the statistics of all processes finished as ``merge`` says.
+def merged(kernel, like: torch.Tensor, statistics, group: str):
+    """(output, (mean, rstd)) of ``kernel(statistics=...)``, with those of all processes finished as ``statistics`` says.
 
     like: any vector over the output's channels on its device.
     """
     from effkernels.kernels import batchnorm
+    from effkernels.kernels.norm import BatchStatistics
 
     C = like.numel()
     mean, variance = torch.zeros(2, C, dtype=torch.float32, device=like.device)
-    out, _ = kernel(merge=batchnorm.Merge(merge.eps, mean, variance, momentum=1.0))  # puts the unbiased variance there
+    out, _ = kernel(statistics=BatchStatistics(statistics.eps, mean, variance, momentum=1.0))  # puts the unbiased variance there
     rows = out.numel() // C
     m2 = variance * (rows - 1) if rows > 1 else torch.zeros_like(variance)
     own = torch.cat([mean, m2, mean.new_full((1,), rows)])
     everyone = own.new_empty(torch.distributed.get_world_size(_group(group)) * own.numel())
     torch.distributed.all_gather_into_tensor(everyone, own, group=_group(group))
     means, m2s, counts = (t.contiguous() for t in everyone.view(-1, own.numel()).split([C, C, 1], dim=1))
-    return out, batchnorm.merge((counts.view(-1), means, m2s), merge)
+    return out, batchnorm.merge((counts.view(-1), means, m2s), statistics)
 
 
 def batch_terms(dgamma, dbeta, bn, rows: int, group: str):

@@ -21,7 +21,16 @@ POINTER_TYPES = {
     torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 
-ROW_FORMAT = 1  # raised when a row's fields or their meaning change
+
+def members(name: str, value) -> dict:
+    """{path: value} of a kernel argument: itself under its name, or what a tuple holds, as "norm.weight" or "terms.0"."""
+    if not isinstance(value, tuple):
+        return {name: value}
+    fields = getattr(value, "_fields", range(len(value)))
+    return {path: v for field, member in zip(fields, value, strict=True) for path, v in members(f"{name}.{field}", member).items()}
+
+
+ROW_FORMAT = 2  # raised when a row's fields or their meaning change
 
 
 @dataclass(frozen=True)
@@ -42,29 +51,47 @@ class Launch:
         return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr}
 
     @property
+    def tensors(self) -> dict:
+        """Its tensors by the path of their argument, those in tuples too."""
+        found = {path: v for name, value in self.arguments.items() for path, v in members(name, value).items()}
+        return {path: v for path, v in found.items() if isinstance(v, torch.Tensor)}
+
+    @property
     def threads(self) -> int:
         return 32 * self.options.get("num_warps", 4)
 
     @property
     def dtype(self) -> str:
-        return next(str(v.dtype).removeprefix("torch.") for v in self.arguments.values() if isinstance(v, torch.Tensor))
+        return next(str(v.dtype).removeprefix("torch.") for v in self.tensors.values())
 
     def key(self) -> tuple:
         """The configuration: kernel, compile-time arguments, pointer types and options (sizes do not count)."""
-        pointers = tuple((k, POINTER_TYPES[v.dtype]) for k, v in self.arguments.items() if isinstance(v, torch.Tensor))
+        pointers = tuple((path, POINTER_TYPES[v.dtype]) for path, v in self.tensors.items())
         return self.name, tuple(self.constants.items()), pointers, tuple(sorted(self.options.items()))
 
     def specialization(self) -> tuple[dict, dict, dict]:
-        """Triton's (signature, constants, attributes) of this launch."""
+        """Triton's (signature, constants, attributes) of this launch; the latter two by position: (argument, member) in a tuple."""
         signature, constants, attributes = {}, {}, {}
+
+        def specialized(value, path, hints: bool):
+            if isinstance(value, tuple):
+                types = [specialized(member, (*path, i), hints) for i, member in enumerate(value)]
+                return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+            if value is None:
+                constants[path] = None
+                return "constexpr"
+            if len(path) > 1 and isinstance(value, int):
+                raise TypeError(f"{self.name}: a size in a tuple argument would be specialised; give it as an argument of its own")
+            if hints and _hint(value):
+                attributes[path] = [["tt.divisibility", 16]]
+            return _type_of(value)
+
         for i, param in enumerate(self.fn.params):
             value = self.arguments[param.name]
-            if param.is_constexpr or value is None:
-                signature[param.name], constants[param.name] = "constexpr", value
+            if param.is_constexpr:
+                signature[param.name], constants[(i,)] = "constexpr", value
             else:
-                signature[param.name] = _type_of(value)
-                if _hint(value) and not param.do_not_specialize:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
+                signature[param.name] = specialized(value, (i,), not param.do_not_specialize)
         return signature, constants, attributes
 
     def digest(self, arch: int = 90) -> str:
@@ -84,8 +111,7 @@ class Launch:
 
     def activation_bytes(self) -> int:
         """Bytes of its tensors, each once: what a launch that reads or writes all of them must move at least."""
-        tensors = {id(v): v for v in self.arguments.values() if isinstance(v, torch.Tensor)}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(t.numel() * t.element_size() for t in {id(v): v for v in self.tensors.values()}.values())
 
 
 def _normal_form(source: str) -> str:

@@ -6,8 +6,8 @@ The distinct bytes of a launch are what DRAM must serve, so a schedule's byte bu
         kernel[grid](...)
     launches[0].arguments  ->  {"x": (bytes read, bytes written), ...}
 
-Each tensor argument gets a range of addresses of its own while the kernel runs, so accesses are told apart although arguments
-share memory (absent ones are passed as another tensor, say), and one outside its tensor's storage raises IndexError. PyTorch's own
+Each tensor argument, and each tensor in a tuple ("norm.weight"), gets a range of addresses of its own while the kernel runs, so that
+accesses are told apart although arguments may share memory, and one outside its tensor's storage raises IndexError. PyTorch's own
 operators in between are recorded too, as "aten::name": each is a launch on a GPU.
 """
 
@@ -95,9 +95,8 @@ class _Recorder:
         for argument in self.open:
             counts = argument.count("read"), argument.count("written")
             if any(counts):
-                known = record.arguments.get(argument.name, (0, 0))  # a tuple of tensors has one name
-                record.arguments[argument.name] = (known[0] + counts[0], known[1] + counts[1])
-                record.sizes[argument.name] = record.sizes.get(argument.name, 0) + argument.size
+                record.arguments[argument.name] = counts
+                record.sizes[argument.name] = argument.size
             for kind, seen in argument.seen.items():
                 if seen is not None:
                     key = argument.address, kind
@@ -167,6 +166,7 @@ def count_traffic():
     reads after it has written them itself count on both sides.
     """
     from effkernels.kernels import common
+    from effkernels.tools.launches import members
 
     if not common.INTERPRET:
         raise RuntimeError("count_traffic needs Triton's interpreter: set TRITON_INTERPRET=1 before anything imports Triton")
@@ -181,26 +181,18 @@ def count_traffic():
     def call(self, *args, **kwargs):
         # The order in which the interpreter converts the arguments that are not compile-time constants.
         given = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
-        names = [name for name in given if name not in self.constexprs]
+        names = [path for name in given if name not in self.constexprs for path in members(name, given[name])]
         grid = self.grid(given) if callable(self.grid) else self.grid
         with recorder.launch(self.fn.__name__, tuple(grid), names), torch._C._DisableTorchDispatch():
             return run(self, *args, **kwargs)
 
-    depth, current = 0, ""  # of conversions within a tuple or descriptor, whose tensors share its name
-
     def implicit_cvt(arg):
-        nonlocal depth, current
-        if recorder.names is None:
-            return convert(arg)
-        if depth == 0:
-            current = recorder.names.pop(0)
-        depth += 1
-        try:
-            converted = convert(arg)
-        finally:
-            depth -= 1
+        converted = convert(arg)  # of a tuple: its members come here first, in order
+        if recorder.names is None or isinstance(arg, tuple):
+            return converted
+        name = recorder.names.pop(0)
         if hasattr(arg, "data_ptr"):
-            converted.handle.data = np.array([recorder.pointer(current, arg)], np.uint64)
+            converted.handle.data = np.array([recorder.pointer(name, arg)], np.uint64)
         return converted
 
     def translated(pointers, active, kinds):

@@ -143,23 +143,25 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
     pads = ((k - 1) // 2,) * 4
     name = f"{inputs}-{E}-{outputs} k{k} s{stride} {size}px x{batch} {str(dtype).removeprefix('torch.')}"
 
-    def bn(device, C):
-        return _random(device, C), _random(device, C), _random(device, C), torch.rand(C, device=device) + 0.5
+    def batch_norm(device, C):
+        from effkernels.kernels.norm import BatchNorm
+
+        return BatchNorm(_random(device, C), _random(device, C), _random(device, C), torch.rand(C, device=device) + 0.5)
 
     def depthwise_forward(device):
         from effkernels.kernels import depthwise
 
-        x, w, bn1 = _random(device, *e1, dtype=dtype), _random(device, E, 1, k, k), bn(device, E)
-        how = {"prologue": (*bn1, 1e-3, True), "act1": "silu"} if ratio > 1 else {}
-        return lambda: (depthwise.depthwise_forward(x, w, stride, pads, stats=True, **how)[0],)
+        x, w = _random(device, *e1, dtype=dtype), _random(device, E, 1, k, k)
+        how = {"prologue": batch_norm(device, E), "act1": "silu"} if ratio > 1 else {}
+        return lambda: (depthwise.depthwise_forward(x, w, stride, pads, partial_statistics=True, **how)[0],)
 
     def depthwise_backward(device):
         from effkernels.kernels import depthwise
 
         dq, y, x = (_random(device, *shape, dtype=dtype) for shape in (e2, e2, e1))
-        w, bn1, bn2 = _random(device, E, 1, k, k), bn(device, E), bn(device, E)
-        second = (y, *bn2, _random(device, E), _random(device, E), torch.rand(batch, E, device=device), _random(device, batch, E))
-        how = {"bn2": second, "act2": "silu"} | ({"bn1": bn1, "act1": "silu"} if ratio > 1 else {})
+        w, gates, dpool = _random(device, E, 1, k, k), torch.rand(batch, E, device=device), _random(device, batch, E)
+        how = {"norm2": batch_norm(device, E), "y2": y, "terms2": (_random(device, E), _random(device, E)), "act2": "silu"}
+        how |= {"gates": gates, "dpool": dpool} | ({"norm1": batch_norm(device, E), "act1": "silu"} if ratio > 1 else {})
 
         def call():
             dx, partials, *_ = depthwise.depthwise_backward(dq, x, w, stride, pads, **how)
@@ -171,25 +173,25 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         from effkernels.kernels import pointwise
 
         x, w = _random(device, batch, size, size, inputs, dtype=dtype), _random(device, E, inputs, 1, 1)
-        return lambda: (pointwise.pointwise_forward(x, w, stats=True)[0],)
+        return lambda: (pointwise.pointwise_forward(x, w, partial_statistics=True)[0],)
 
     def project(device):
         from effkernels.kernels import pointwise
 
-        x, w, gate = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
-        norm = bn(device, E)
-        return lambda: (pointwise.pointwise_forward(x, w, prologue=norm, act1="silu", gate=gate, stats=True)[0],)
+        x, w, gates = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
+        how = {"prologue": batch_norm(device, E), "act1": "silu", "gates": gates}
+        return lambda: (pointwise.pointwise_forward(x, w, partial_statistics=True, **how)[0],)
 
     def project_backward(device):
         from effkernels.kernels import pointwise
 
         dout, y3 = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
-        y2, w, gate = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
-        gamma3, terms, bn2 = _random(device, outputs), (_random(device, outputs), _random(device, outputs)), bn(device, E)
+        y2, w, gates = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
+        terms = _random(device, outputs), _random(device, outputs)
+        how = {"norm3": batch_norm(device, outputs), "terms3": terms, "norm2": batch_norm(device, E), "act": "silu", "gates": gates}
 
         def call():
-            how = {"act": "silu", "gate": gate}
-            dq, sums, partials = pointwise.project_backward(dout, y3, y2, w, (gamma3, gamma3), terms, bn2, **how)
+            dq, sums, partials = pointwise.project_backward(dout, y3, y2, w, **how)
             return dq, sums.sum(1), partials.sum(0)
 
         return call
@@ -198,11 +200,11 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         from effkernels.kernels import pointwise
 
         dz, x, w = _random(device, *e1, dtype=dtype), _random(device, *e1[:3], inputs, dtype=dtype), _random(device, E, inputs, 1, 1)
-        gamma, terms = _random(device, E), (_random(device, E), _random(device, E))
-        counters = torch.zeros(3, dtype=torch.int32, device=device)
+        how = {"norm1": batch_norm(device, E), "terms1": (_random(device, E), _random(device, E))}
+        how["counters"] = torch.zeros(3, dtype=torch.int32, device=device)
 
         def call():
-            dx, partials, grams = pointwise.expand_backward(dz, x, w, (gamma, gamma), terms, counters=counters)
+            dx, partials, grams = pointwise.expand_backward(dz, x, w, **how)
             return dx, partials.sum(0), grams.sum(0)
 
         return call
@@ -211,13 +213,14 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         from effkernels.kernels import batchnorm
 
         y, residual = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
-        norm = bn(device, outputs)
-        return lambda: (batchnorm.apply(y, (*norm, 1e-3, True), residual=residual),)
+        norm = batch_norm(device, outputs)
+        return lambda: (batchnorm.apply(y, norm, residual=residual),)
 
     def reduction(device):
         from effkernels.kernels import batchnorm
 
-        dout, y, norm = _random(device, *e2[:3], outputs, dtype=dtype), _random(device, *e2[:3], outputs, dtype=dtype), bn(device, outputs)
+        dout, y = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
+        norm = batch_norm(device, outputs)
         return lambda: (batchnorm.gradient_sums(dout, y, norm).sum((0, 1)),)
 
     made = [("depthwise_forward", depthwise_forward), ("pointwise_forward", project), ("elementwise", elementwise)]

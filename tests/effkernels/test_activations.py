@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from effkernels.reference import ACTIVATIONS, GATES
-from support.truth import assert_close_to_truth, guarded
+from support.truth import assert_close_to_truth, guarded, norm_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter, at infinities
 INF, NAN = float("inf"), float("nan")
@@ -19,7 +19,8 @@ def values(device, dtype=torch.float32):
 
 
 def identity_norm(device):
-    return [torch.full((16,), v, device=device) for v in (1.0, 0.0, 0.0, 1.0)]
+    gamma, beta, mean, rstd = (torch.full((16,), v, device=device) for v in (1.0, 0.0, 0.0, 1.0))
+    return norm_of((gamma, beta, mean, None), rstd)
 
 
 def assert_same_special(value, expected, x):
@@ -35,7 +36,7 @@ def test_activation(act, dtype, device, scratch):
     from effkernels.kernels.batchnorm import apply
 
     x = values(device, dtype)
-    out = apply(x, (*identity_norm(device), 0.0, True), act=act)
+    out = apply(x, identity_norm(device), act=act)
     eager, truth = ACTIVATIONS[act](x), ACTIVATIONS[act](x.double())
     if act == "gelu":
         eager = torch.where(x == INF, INF, eager)  # NaN from PyTorch's vectorised erf on the CPU

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from effkernels.reference import ACTIVATIONS
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
 # Rows (pixels) below, at and above one block of 32 to 128, C a multiple of 8 or not and above one block of channels; each dtype twice.
@@ -43,7 +43,8 @@ def double(vectors):
 
 def check_statistics(x, momentum, batches=3):
     """Mean, rstd and running statistics of one more batch after ``batches`` - 1 others."""
-    from effkernels.kernels.batchnorm import Merge, merge, statistics
+    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.norm import BatchStatistics
 
     gamma, beta, mean, var = norm_vectors(x.shape[1], x.device)
     counter = torch.tensor(batches, device=x.device)
@@ -60,7 +61,7 @@ def check_statistics(x, momentum, batches=3):
     results["fused"] = dict(
         zip(
             ("mean", "rstd"),
-            merge(tiles, Merge(EPS, mean, var, counter, momentum)),
+            merge(tiles, BatchStatistics(EPS, mean, var, counter, momentum)),
             strict=True,
         )
     )
@@ -84,18 +85,20 @@ def test_statistics_real_shapes(N, C, H, W, dtype, device, scratch):
 
 def test_statistics_of_a_large_mean(device, scratch):
     """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares 2^-24 * 1000^2."""
-    from effkernels.kernels.batchnorm import Merge, merge, statistics
+    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.norm import BatchStatistics
 
     torch.manual_seed(0)
     x = (torch.randn(2, 8, 20, 20) * 1e-2 + 10.0).to(device)
-    mean, rstd = merge(statistics(nhwc(x)), Merge(1e-12))
+    mean, rstd = merge(statistics(nhwc(x)), BatchStatistics(1e-12))
     assert relative_error(mean, x.double().mean((0, 2, 3))) < 1e-6
     assert relative_error(rstd, x.double().var((0, 2, 3), unbiased=False).rsqrt()) < 2**-24 * 1000
 
 
 def test_merge_of_many_uneven_tiles(device, scratch):
     """70 tiles, more than one step of the merge takes, of 1 to 4 rows and one of none."""
-    from effkernels.kernels.batchnorm import Merge, merge
+    from effkernels.kernels.batchnorm import merge
+    from effkernels.kernels.norm import BatchStatistics
 
     torch.manual_seed(0)
     counts = torch.randint(1, 5, (70,))
@@ -105,21 +108,22 @@ def test_merge_of_many_uneven_tiles(device, scratch):
     means = torch.stack([part.mean(0) if len(part) else part.new_zeros(35) for part in parts])
     m2 = torch.stack([((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)])
     tiles = [guarded(t.to(device).float()) for t in (counts, means, m2)]
-    mean, rstd = merge(tiles, Merge(EPS))
+    mean, rstd = merge(tiles, BatchStatistics(EPS))
     assert relative_error(mean, x.double().mean(0)) < 1e-6
     assert relative_error(rstd, (x.double().var(0, unbiased=False) + EPS).rsqrt()) < 1e-6
 
 
 def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scratch):
     """bf16 buffers (a network cast as a whole) are rounded to nearest; a NaN in the batch shows in every statistic of its channel."""
-    from effkernels.kernels.batchnorm import Merge, merge, statistics
+    from effkernels.kernels.batchnorm import merge, statistics
+    from effkernels.kernels.norm import BatchStatistics
 
     x = data(2, 8, 3, 3, torch.float32, device)
     running = [guarded(v.bfloat16()) for v in norm_vectors(8, device)[2:]]
     expected = [v.clone() for v in running]
     x[0, 5, 1, 1] = float("nan")
     torch.nn.functional.batch_norm(x.bfloat16(), *expected, training=True, momentum=0.1)
-    mean, rstd = merge(statistics(nhwc(x)), Merge(EPS, *running[:2], momentum=0.1))
+    mean, rstd = merge(statistics(nhwc(x)), BatchStatistics(EPS, *running[:2], momentum=0.1))
     for value in (mean, rstd, *running):
         assert value.isnan().tolist() == [c == 5 for c in range(8)]
     for value, wanted in zip(running, expected, strict=True):
@@ -128,7 +132,7 @@ def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scr
 
 # ---- forward ---------------------------------------------------------------------------------------------------------------------
 
-# Pairwise: each option with each other once, each activation once. is_rstd: the vector is 1 / sqrt(var + eps) already.
+# Pairwise: each option with each other once, each activation once. rstd: the vector is 1 / sqrt(var + eps) already.
 FORWARD = [
     # act        bn    is_rstd gate   mask   residual
     ("silu", True, True, True, False, False),
@@ -165,11 +169,16 @@ def check_apply(shape, act, has_bn, is_rstd, gated, masked, added, residual_dtyp
             x = x * mask.to(x.dtype)[:, None, None, None]
         return x + residual if added else x
 
-    last = guarded((bn[3] + EPS).rsqrt()) if is_rstd else bn[3]
+    norm = norm_of(bn, guarded((bn[3] + EPS).rsqrt()) if is_rstd else None, EPS)
     out = apply(
-        nhwc(x), (*bn[:3], last, EPS, is_rstd) if has_bn else None, act=act, gate=gate if gated else None,
-        mask=mask if masked else None, residual=nhwc(residual) if added else None, out_dtype=residual_dtype,
-    )  # fmt: skip
+        nhwc(x),
+        norm if has_bn else None,
+        act=act,
+        gates=gate if gated else None,
+        branch_draws=mask if masked else None,
+        residual=nhwc(residual) if added else None,
+        out_dtype=residual_dtype,
+    )
     assert out.dtype == (residual_dtype or x.dtype)
     assert_close_to_truth(nchw(out), network(x), network(x.double()), "out")
 
@@ -225,15 +234,16 @@ def check_backward(shape, act, batch, masked, one_launch=False, dout_dtype=None)
             out = out * mask.to(x.dtype)[:, None, None, None]
         return dict(zip(("dx", "dgamma", "dbeta"), torch.autograd.grad(out, (x, g, b), dout.to(x.dtype)), strict=True))
 
-    bn = (gamma, beta, mean, rstd)
+    norm = norm_of((gamma, beta, mean, var), rstd)
     if one_launch:
         counters = torch.zeros(-(-C // 16), dtype=torch.int32, device=device)
-        dgamma, dbeta, k0, k1 = gradient_reduce(nhwc(dout), nhwc(x), bn, act=act, mask=mask, counters=counters)
+        dgamma, dbeta, k0, k1 = gradient_reduce(nhwc(dout), nhwc(x), norm, act=act, branch_draws=mask, counters=counters)
         assert not counters.any()
     else:
-        sums = gradient_sums(nhwc(dout), nhwc(x), bn, act=act, mask=mask)
-        dgamma, dbeta, k0, k1 = gradient_merge(sums.view(-1, 2, C), (gamma, mean, rstd), x.numel() // C)
-    dx = apply_backward(nhwc(dout), nhwc(x), bn, terms=(k0, k1) if batch else None, act=act, mask=mask, out_dtype=dtype)
+        sums = gradient_sums(nhwc(dout), nhwc(x), norm, act=act, branch_scale=mask)
+        dgamma, dbeta, k0, k1 = gradient_merge(sums.view(-1, 2, C), norm, x.numel() // C)
+    terms = (k0, k1) if batch else None
+    dx = apply_backward(nhwc(dout), nhwc(x), norm, terms=terms, act=act, branch_scale=mask, out_dtype=dtype)
     assert dx.dtype == dtype
     assert_close_to_truth({"dx": nchw(dx), "dgamma": dgamma, "dbeta": dbeta}, network(x), network(x.double()))
 
@@ -269,7 +279,7 @@ def test_gradient_reduce_keeps_the_dtype_of_the_parameters(device, scratch):
     counters = torch.zeros(1, dtype=torch.int32, device=device)
     narrow = [guarded(t.bfloat16()) for t in (gamma, beta)]
     results = [
-        gradient_reduce(nhwc(dout), nhwc(x), (*parameters, mean, guarded((var + EPS).rsqrt())), act="relu", counters=counters)
+        gradient_reduce(nhwc(dout), nhwc(x), norm_of((*parameters, mean, var), guarded((var + EPS).rsqrt())), act="relu", counters=counters)
         for parameters in (narrow, [guarded(t.float()) for t in narrow])
     ]
     for a, b, dtype in zip(*results, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
@@ -309,7 +319,8 @@ def test_gradient_sums_for_a_gate(act, device, scratch):
         terms = {"dz": dq * dphi, "dz xhat": dq * dphi * xhat, "gate": dq * phi.detach(), "dphi": dphi, "dphi xhat": dphi * xhat}
         return {name: term.sum((2, 3)) for name, term in terms.items()}
 
-    sums = gradient_sums(nhwc(dq), nhwc(x), bn, act=act or "identity", gate=True).double().sum(1)
+    norm = None if bn is None else norm_of(bn, bn[3])
+    sums = gradient_sums(nhwc(dq), nhwc(x), norm, act=act or "identity", for_gate=True).double().sum(1)
     names = ("dz", "dz xhat", "gate", "dphi", "dphi xhat")
     fused = {name: sums[:, i] for i, name in enumerate(names) if bn is not None or name == "gate"}
     assert_close_to_truth(fused, reference(x), reference(x.double()))
@@ -320,9 +331,9 @@ def test_gradient_merge_of_many_parts(device, scratch):
     from effkernels.kernels.batchnorm import gradient_merge
 
     torch.manual_seed(0)
-    gamma, _, mean, rstd = norm_vectors(35, device)
+    gamma, beta, mean, rstd = norm_vectors(35, device)
     partials = guarded(torch.randn(70, 11, 35).to(device))
-    fused = gradient_merge(partials[:, 9:], (gamma, mean, rstd), 500)
+    fused = gradient_merge(partials[:, 9:], norm_of((gamma, beta, mean, None), rstd), 500)
     dbeta, dgamma = partials.double().sum(0)[9:]
     g, m, r = double((gamma, mean, rstd))
     k1 = -g * r * r * dgamma / 500
@@ -349,7 +360,7 @@ def test_apply_backward_through_a_gate(device, scratch):
     dq = data(2, 20, 13, 9, torch.float32, device)
     gate, dpool = (guarded(torch.randn(2, 20).to(device)) for _ in range(2))
     truth = dq.double() * gate.double()[:, :, None, None] + dpool.double()[:, :, None, None]
-    assert relative_error(nchw(apply_backward(nhwc(dq), None, None, gate=gate, dpool=dpool)), truth) < 1e-6
+    assert relative_error(nchw(apply_backward(nhwc(dq), None, None, gates=gate, dpool=dpool)), truth) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

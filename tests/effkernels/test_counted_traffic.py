@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from support.interpreter import HAS_TRITON, INTERPRET
-from support.truth import norm_vectors
+from support.truth import norm_of, norm_vectors
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -149,13 +149,14 @@ def test_apply(device):
     from effkernels.kernels import batchnorm
 
     y = tensor(N, H, W, C)
-    bn = (*norm_vectors(C, "cpu"), 1e-3, True)
+    vectors = norm_vectors(C, "cpu")
+    norm = norm_of(vectors, vectors[3])
     size = y.numel() * 2
     vectors = {name: (VECTOR, 0) for name in ("gamma", "beta", "mean", "var")}
     with count_traffic() as launches:
-        batchnorm.apply(y, bn, act="silu")
-        batchnorm.apply(y, bn, act="silu", gate=torch.rand(N, C), mask=torch.rand(N), residual=y.clone())
-        batchnorm.apply(y, bn, residual=y)
+        batchnorm.apply(y, norm, act="silu")
+        batchnorm.apply(y, norm, act="silu", gates=torch.rand(N, C), branch_draws=torch.rand(N), residual=y.clone())
+        batchnorm.apply(y, norm, residual=y)
     plain, whole, doubled = (launch for launch in launches if launch.name == "apply_kernel")
     assert plain.arguments == {"y": (size, 0), "out": (0, size)} | vectors
     more = {"gate": (N * VECTOR, 0), "mask": (4 * N, 0), "residual": (size, 0)}
@@ -168,7 +169,7 @@ def test_pool(device):
 
     y = tensor(N, H, W, C)
     with count_traffic() as launches:
-        sums = squeeze_excite.pool(y, (*norm_vectors(C, "cpu"), 1e-3, True), act="silu")
+        sums = squeeze_excite.pool(y, norm_of(norm_vectors(C, "cpu"), torch.rand(C)), act="silu")
     vectors = {name: (VECTOR, 0) for name in ("gamma", "beta", "mean", "var")}
     assert launches[-1].arguments == {"y": (y.numel() * 2, 0), "sums": (0, sums.numel() * 4)} | vectors
 
@@ -183,9 +184,10 @@ def test_depthwise(k, stride, device, small_tiles):
     from effkernels.kernels import depthwise
 
     x, weight = tensor(N, H, W, C), torch.randn(C, 1, k, k)
-    bn1, bn2, pads = norm_vectors(C, "cpu"), norm_vectors(C, "cpu"), (k // 2,) * 4
+    norm1, norm2 = (norm_of(norm_vectors(C, "cpu"), torch.rand(C)) for _ in range(2))
+    pads = (k // 2,) * 4
     with count_traffic() as launches:
-        y, *_ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=(*bn1, 1e-3, True), act1="silu", stats=True)
+        y, *_ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True)
     forward = next(launch for launch in launches if launch.name == "depthwise_forward_kernel")
     e1, e2 = x.numel() * 2, y.numel() * 2
     expected = {"x": (e1, 0), "y": (0, e2), "w": (C * k * k * 4, 0)}
@@ -198,7 +200,19 @@ def test_depthwise(k, stride, device, small_tiles):
     dq, gate, dpool = tensor(*y.shape), torch.rand(N, C), torch.randn(N, C)
     with count_traffic() as launches:
         _, partials, *_ = depthwise.depthwise_backward(
-            dq, x, weight, stride, pads, bn2=(y, *bn2, torch.randn(C), torch.randn(C), gate, dpool), act2="silu", bn1=bn1, act1="silu"
+            dq,
+            x,
+            weight,
+            stride,
+            pads,
+            norm2=norm2,
+            y2=y,
+            terms2=(torch.randn(C), torch.randn(C)),
+            act2="silu",
+            gates=gate,
+            dpool=dpool,
+            norm1=norm1,
+            act1="silu",
         )
     backward = next(launch for launch in launches if launch.name == "depthwise_backward_kernel")
     expected = {"dq": (e2, 0), "y": (e2, 0), "x": (e1, 0), "dx": (0, e1), "w": (C * k * k * 4, 0)}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from effkernels.configs.rules import DepthwiseConfig
 from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu, relative_error
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
 # Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block of 32) are spread
@@ -92,9 +92,17 @@ def check_forward(i, k, stride, padding, N, H, W, C, dtype, device):
         return {"y": y, "pool": y.sum((2, 3), dtype=torch.float64), "mean": mean, "var": var}
 
     y, tiles, pool = depthwise_forward(
-        nhwc(x), weight, stride, pads(x, k, stride, padding), prologue=(*bn1, EPS, False) if bn1 else None, act1=act1,
-        stats=True, epilogue=(*bn2, EPS) if bn2 else None, act2=act2, pool=True,
-    )  # fmt: skip
+        nhwc(x),
+        weight,
+        stride,
+        pads(x, k, stride, padding),
+        prologue=norm_of(bn1, eps=EPS) if bn1 else None,
+        act1=act1,
+        partial_statistics=True,
+        epilogue=norm_of(bn2, eps=EPS) if bn2 else None,
+        act2=act2,
+        pool=True,
+    )
     assert y.dtype == dtype and all(t.dtype == torch.float32 for t in (*tiles, pool))
     assert tiles[0].sum() == N * y.shape[1] * y.shape[2]
     mean, var = merged(tiles)
@@ -157,16 +165,16 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
 
     truth, dz2, y = network(x.double(), weight.double())
     eager = network(x, weight.to(dtype))[0]
-    extra = {"bn1": (*bn1[:3], rstd1)} if has_bn1 else {}
+    extra = {"norm1": norm_of(bn1, rstd1)} if has_bn1 else {}
     if norm2:
         gamma, beta, mean, var = (v.double() for v in bn2)
         mean, var = mean_and_var(y) if norm2 == "batch" else (mean, var)
         rstd = (var + EPS).rsqrt()
         k0, k1 = batch_terms(dz2, y, gamma, mean, rstd)[2:]
-        vectors = [guarded(v.float()) for v in (gamma, beta, mean, rstd, k0, k1)]
-        if norm2 == "frozen":
-            vectors[4] = None
-        extra["bn2"] = (nhwc(y.to(dtype)), *vectors, *((gate, dpool) if gated else (None, None)))
+        gamma, beta, mean, rstd, k0, k1 = (guarded(v.float()) for v in (gamma, beta, mean, rstd, k0, k1))
+        extra |= {"norm2": norm_of((gamma, beta, mean, None), rstd), "y2": nhwc(y.to(dtype))}
+        extra |= {"terms2": None if norm2 == "frozen" else (k0, k1)}
+        extra |= {"gates": gate, "dpool": dpool} if gated else {}
     dx, partials, _ = depthwise_backward(
         nhwc(dq), nhwc(x), weight, stride, pads(x, k, stride, padding),
         act1=act1, act2=act2, need_dx=need_dx, need_dw=need_dw, **extra,
@@ -243,8 +251,8 @@ PROGRAMS = [(2, 3, 1), (2, 3, 3), (37, 1, 37)]
 @pytest.mark.parametrize("N, H, programs", PROGRAMS)
 def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, monkeypatch):
     """Mean, rstd and the running statistics, after one call and after another with the same counters."""
-    from effkernels.kernels.batchnorm import Merge
     from effkernels.kernels.depthwise import depthwise_forward
+    from effkernels.kernels.norm import BatchStatistics
 
     fewer_programs(monkeypatch, programs)
     x, weight = data(1, N, 40, H, 1, torch.float32, device)
@@ -256,7 +264,7 @@ def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, m
     eager = [v.float() for v in truth]
     for call in (1, 2):
         y, (mean, rstd), _ = depthwise_forward(
-            nhwc(x), weight, 1, (0, 0, 0, 0), merge=Merge(EPS, *running, momentum=0.3), counters=counters
+            nhwc(x), weight, 1, (0, 0, 0, 0), statistics=BatchStatistics(EPS, *running, momentum=0.3), counters=counters
         )
         results = []
         for dtype, expected in ((torch.float64, truth), (torch.float32, eager)):
@@ -284,7 +292,7 @@ def test_last_program_finishes_bn1s_gradients(N, H, programs, device, scratch, m
     for _ in range(2):
         dq = guarded(torch.randn(N, H, 1, C).to(device))
         dz, _, finished = depthwise_backward(
-            dq, nhwc(x), weight, 1, (0, 0, 0, 0), bn1=(gamma, beta, mean, rstd), act1="silu", counters=counters
+            dq, nhwc(x), weight, 1, (0, 0, 0, 0), norm1=norm_of((gamma, beta, mean, None), rstd), act1="silu", counters=counters
         )
         terms = batch_terms(nchw(dz).double(), x.double(), gamma.double(), mean.double(), rstd.double())
         assert [t.dtype for t in finished] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
@@ -294,13 +302,13 @@ def test_last_program_finishes_bn1s_gradients(N, H, programs, device, scratch, m
 
 
 def test_too_few_counters_are_refused(device):
-    from effkernels.kernels.batchnorm import Merge
     from effkernels.kernels.depthwise import depthwise_forward
+    from effkernels.kernels.norm import BatchStatistics
 
     x, weight = data(1, 1, 40, 2, 2, torch.float32, device)
     counters = torch.zeros(3, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="at least 4"):
-        depthwise_forward(nhwc(x), weight, 1, (0, 0, 0, 0), merge=Merge(EPS), counters=counters)
+        depthwise_forward(nhwc(x), weight, 1, (0, 0, 0, 0), statistics=BatchStatistics(EPS), counters=counters)
 
 
 def test_forward_writes_its_output_and_nothing_else(device, scratch):
@@ -324,13 +332,14 @@ def test_nan_reaches_its_receptive_field_alone(k, stride, device, scratch):
     x, weight = data(k, 2, 4, 6, 5, torch.float32, device)
     x[0, 1, 2, 3], x[1, 0, 5, 4] = float("nan"), float("inf")
     bn, pad = norm_vectors(4, device), k // 2
-    for prologue in (None, (*bn, EPS, False)):
+    for prologue in (None, norm_of(bn, eps=EPS)):
         a = x if prologue is None else F.silu(batch_norm(x, *bn, EPS))
         y, _, _ = depthwise_forward(nhwc(x), weight, stride, (pad,) * 4, prologue=prologue, act1="silu")
         assert torch.equal(nchw(y).isfinite(), F.conv2d(a, weight, None, stride, pad, 1, 4).isfinite())
     # dz1 = dgrad * silu'(BN1(x)): not finite at such a pixel; the weight gradients of its channel are not either.
     dq = torch.randn_like(y)
-    dz, partials, _ = depthwise_backward(dq, nhwc(x), weight, stride, (pad,) * 4, bn1=(*bn[:3], (bn[3] + EPS).rsqrt()), act1="silu")
+    norm1 = norm_of(bn, (bn[3] + EPS).rsqrt())
+    dz, partials, _ = depthwise_backward(dq, nhwc(x), weight, stride, (pad,) * 4, norm1=norm1, act1="silu")
     assert torch.equal(nchw(dz).isfinite(), x.isfinite())
     assert partials.sum(0)[:, 2:].isfinite().all()
     dq[0, 1, 2, 3] = float("nan")
@@ -351,7 +360,7 @@ def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
     fewer_programs(monkeypatch, 4)
     x, weight = data(1, 4, 8, 6, 9, torch.float32, device)
     x = x * 1e-2 + 10.0
-    _, tiles, _ = depthwise_forward(nhwc(x), torch.ones_like(weight), 1, (0, 0, 0, 0), stats=True)
+    _, tiles, _ = depthwise_forward(nhwc(x), torch.ones_like(weight), 1, (0, 0, 0, 0), partial_statistics=True)
     assert relative_error(merged(tiles)[1], mean_and_var(x.double())[1]) < 2**-24 * 1000
 
 

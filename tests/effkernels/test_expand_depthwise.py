@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from effkernels.configs.rules import EXPAND_DEPTHWISE_INSTRUCTIONS, expand_inside
 from effkernels.geometry import pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
-from support.truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc, norm_vectors, on_gpu
+from support.truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu
 
 EPS = 1e-3
 ACTS = ["silu", "relu6", "hard_swish", "gelu"]
@@ -57,7 +57,8 @@ def check(i, k, stride, padding, N, H, W, I, E, dtype, device, precision="ieee")
         return {"y": y, "pool": y.sum((2, 3), dtype=torch.float64) if pool else None}
 
     pads = *pad_amounts(H, k, stride, padding), *pad_amounts(W, k, stride, padding)
-    y, sums = expand_depthwise(nhwc(x), w1, (*bn1, EPS), weight, (*bn2, EPS), stride, pads, act=act, pool=pool, precision=precision)
+    norm1, norm2 = norm_of(bn1, eps=EPS), norm_of(bn2, eps=EPS)
+    y, sums = expand_depthwise(nhwc(x), w1, norm1, weight, norm2, stride, pads, act=act, pool=pool, precision=precision)
     assert y.dtype == dtype and (sums is None) == (not pool)
     fused = {"y": nchw(y), "pool": sums.double().sum(1) if pool else None}
     assert_close_to_truth(fused, network(x, w1.to(dtype), weight.to(dtype)), network(x.double(), w1.double(), weight.double()))
@@ -95,10 +96,10 @@ def test_same_as_the_launches_it_replaces(device):
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1, 6, 5, 16, device=device).to(dtype)
         w1, weight = torch.randn(24, 16, 1, 1, device=device), torch.randn(24, 1, 3, 3, device=device)
-        bn1, bn2 = (*norm_vectors(24, device), EPS), (*norm_vectors(24, device), EPS)
-        a, _ = pointwise_forward(x, w1, epilogue=bn1, act2="silu")
-        expected, _, pool = depthwise_forward(a, weight, 2, (1, 1, 1, 1), epilogue=bn2, act2="silu", pool=True)
-        y, sums = expand_depthwise(x, w1, bn1, weight, bn2, 2, (1, 1, 1, 1), act="silu", pool=True)
+        norm1, norm2 = (norm_of(norm_vectors(24, device), eps=EPS) for _ in range(2))
+        a, _ = pointwise_forward(x, w1, epilogue=norm1, act2="silu")
+        expected, _, pool = depthwise_forward(a, weight, 2, (1, 1, 1, 1), epilogue=norm2, act2="silu", pool=True)
+        y, sums = expand_depthwise(x, w1, norm1, weight, norm2, 2, (1, 1, 1, 1), act="silu", pool=True)
         # One product summed in another order may round one expanded value to its neighbour.
         assert (y != expected).float().mean() < (0.01 if dtype is torch.bfloat16 else 1)
         torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
@@ -133,6 +134,7 @@ import json, sys, torch
 from effkernels.tools.launches import record_launches
 from effkernels.tools.machine_code import cost_of
 from effkernels.kernels.expand_depthwise import expand_depthwise
+from effkernels.kernels.norm import BatchNorm
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -140,7 +142,7 @@ def meta(*shape, dtype=torch.float32):
 rows = []
 for name, k, s, I in json.loads(sys.argv[1]):
     x, pads = meta(8, 112, 112, I, dtype=getattr(torch, name)), (k // 2,) * 4
-    norm = (*(meta(96) for _ in range(4)), 1e-3)
+    norm = BatchNorm(meta(96), meta(96), meta(96), var=meta(96), eps=1e-3)
     with record_launches() as launches:
         expand_depthwise(x, meta(96, I, 1, 1), norm, meta(96, 1, k, k), norm, s, pads, act="silu", pool=True)
     cost, c = cost_of(launches[0]), launches[0].constants

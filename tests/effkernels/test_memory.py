@@ -143,6 +143,14 @@ class Recorded:
         monkeypatch.setattr(InterpretedFunction, "run", run)
 
 
+def tensors_of(arguments) -> dict:
+    """A launch's tensors by argument, those in tuples too."""
+    from effkernels.tools.launches import members
+
+    found = {path: v for name, value in arguments.items() for path, v in members(name, value).items()}
+    return {path: v for path, v in found.items() if isinstance(v, torch.Tensor)}
+
+
 def addresses(function, arguments, grid, monkeypatch):
     """{argument: (first, last) byte touched} by the last program, of tensors that are not there: loads give zeros.
 
@@ -154,6 +162,8 @@ def addresses(function, arguments, grid, monkeypatch):
     slots, touched = {}, {}
 
     def convert(arg):
+        if isinstance(arg, tuple):
+            return type(arg)(*map(convert, arg)) if hasattr(arg, "_fields") else tuple(map(convert, arg))
         if not isinstance(arg, torch.Tensor):
             return original(arg)
         known = next((slot for slot, (_, tensor, _) in slots.items() if tensor is arg), None)
@@ -201,7 +211,7 @@ def addresses(function, arguments, grid, monkeypatch):
             counter = 2**30
         return interpreter.TensorHandle(np.full(ptr.data.shape, counter, np.int32), tl.int32)
 
-    names = {id(value): name for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    names = {id(t): name for name, t in tensors_of(arguments).items()}
     original, builder = interpreter._implicit_cvt, interpreter.InterpreterBuilder
 
     def typed_range(*bounds):
@@ -290,8 +300,7 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
         module.eval()(x)
     seen = set()
     for function, arguments, grid in recorded.launches:
-        tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
-        large = {name: t for name, t in tensors.items() if t.numel() >= 2**31 and t.dtype == torch.bfloat16}  # activations
+        large = {name: t for name, t in tensors_of(arguments).items() if t.numel() >= 2**31 and t.dtype == torch.bfloat16}  # activations
         if large:
             touched = addresses(function, arguments, grid, monkeypatch)
             for name in large.keys() & touched.keys():
@@ -350,7 +359,7 @@ def offset_types(code, name):
 found = {}
 for module, *shape in WORKLOADS:
     for launch in launches(module, *shape):
-        large = {id(v): n for n, v in reversed(launch.arguments.items()) if isinstance(v, torch.Tensor) and v.numel() >= 2**31}
+        large = {id(v): n for n, v in reversed(launch.tensors.items()) if v.numel() >= 2**31}
         if large and launch.name not in found:
             code = compile_launch(launch, 90).asm["ttir"]
             found[launch.name] = {name: list(offset_types(code, name)) for name in large.values()}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from effkernels.reference import ACTIVATIONS
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,13 +67,13 @@ def test_input_is_rounded_to_the_compute_dtype_on_load(device, scratch):
 @every_shape
 def test_statistics(N, H, W, K, O, dtype, momentum, device, scratch):
     """Partial ones, and merged by the last program with the running statistics; twice, so that the counters must be zero again."""
-    from effkernels.kernels.batchnorm import Merge
+    from effkernels.kernels.norm import BatchStatistics
     from effkernels.kernels.pointwise import pointwise_forward
 
     if N * H * W == 1:
         pytest.skip("one value has no variance")
     x, weight = tensor(N, K, H, W, device=device, dtype=dtype), tensor(O, K, 1, 1, device=device, scale=K**-0.5)
-    _, (count, mean, m2) = pointwise_forward(nhwc(x), weight, stats=True)
+    _, (count, mean, m2) = pointwise_forward(nhwc(x), weight, partial_statistics=True)
     assert count.sum() == N * H * W
     total = (count[:, None] * mean).sum(0) / count.sum()
     variance = (m2 + count[:, None] * (mean - total) ** 2).sum(0) / count.sum()
@@ -88,7 +88,8 @@ def test_statistics(N, H, W, K, O, dtype, momentum, device, scratch):
     for step in range(2):
         running = [torch.zeros(O, device=device), torch.ones(O, device=device)]
         tracked = torch.tensor(4, device=device)
-        _, (mean, rstd) = pointwise_forward(nhwc(x), weight, merge=Merge(EPS, *running, tracked, momentum), counters=ticket)
+        statistics = BatchStatistics(EPS, *running, tracked, momentum)
+        _, (mean, rstd) = pointwise_forward(nhwc(x), weight, statistics=statistics, counters=ticket)
         assert not ticket.any()
         assert tracked == 4 + (momentum is not None)
         factor = 0.25 if momentum is None else momentum
@@ -121,7 +122,8 @@ def test_batch_norm_activation_and_gate_on_load(N, H, W, K, O, dtype, gated, act
         a = ACTIVATIONS[act](batch_norm(y2, gamma, beta, mean, var, 0.0))
         return conv(a if gate is None else a * gate[:, :, None, None].to(a.dtype), weight)
 
-    y, _ = pointwise_forward(nhwc(y2), weight, prologue=(gamma, beta, mean, var.rsqrt()), act1=act, gate=gate)
+    prologue = norm_of((gamma, beta, mean, var), var.rsqrt())
+    y, _ = pointwise_forward(nhwc(y2), weight, prologue=prologue, act1=act, gates=gate)
     check(nchw(y), three(project, y2, gamma, beta, mean, var, gate, weight))
 
 
@@ -140,7 +142,13 @@ def test_inference_epilogue(N, H, W, K, O, dtype, device, scratch):
         return y + residual
 
     y, _ = pointwise_forward(
-        nhwc(a), weight, gate=gate, epilogue=(*norm, EPS), act2="silu", residual=nhwc(residual), out_dtype=torch.float32
+        nhwc(a),
+        weight,
+        gates=gate,
+        epilogue=norm_of(norm, eps=EPS),
+        act2="silu",
+        residual=nhwc(residual),
+        out_dtype=torch.float32,
     )
     assert y.dtype == torch.float32
     check(nchw(y), three(layer, a, gate, weight, residual, *norm))
@@ -153,7 +161,7 @@ def test_pooled_head(N, H, W, K, O, dtype, device, scratch):
 
     x, weight = tensor(N, K, H, W, device=device, dtype=dtype), tensor(O, K, 1, 1, device=device, scale=K**-0.5)
     norm = norm_vectors(O, device)
-    pooled, _ = pointwise_forward(nhwc(x), weight, epilogue=(*norm, EPS), act2="silu", pool=True)
+    pooled, _ = pointwise_forward(nhwc(x), weight, epilogue=norm_of(norm, eps=EPS), act2="silu", pool=True)
     assert pooled.dtype == dtype
     check(pooled, three(lambda x, weight, *norm: F.silu(batch_norm(conv(x, weight), *norm, EPS)).mean((2, 3)), x, weight, *norm))
 
@@ -177,7 +185,7 @@ def test_project_backward(N, H, W, E, O, dtype, frozen, gated, device, scratch):
     dout, y3 = tensor(N, O, H, W, device=device, dtype=dtype), tensor(N, O, H, W, device=device, dtype=dtype)
     y2, weight = tensor(N, E, H, W, device=device, dtype=dtype), tensor(O, E, 1, 1, device=device, scale=O**-0.5)
     gamma2, beta2, mean2, var2 = norm_vectors(E, device)
-    gamma3, _, mean3, var3 = norm_vectors(O, device)
+    gamma3, beta3, mean3, var3 = norm_vectors(O, device)
     gate = torch.rand(N, E, device=device) if gated else None
     mask = torch.rand(N, device=device)
     view = mask[:, None, None, None]
@@ -201,11 +209,20 @@ def test_project_backward(N, H, W, E, O, dtype, frozen, gated, device, scratch):
         return {"dq": dq, "sums": torch.stack([s.sum((2, 3)) for s in sums], 1), "dw": dw}
 
     results = three(backward, dout, y3, y2, weight, gamma2, beta2, mean2, var2, gamma3, var3, mask, k0, k1, gate)
-    bn2, terms = (gamma2, beta2, mean2, var2.rsqrt()), None if frozen else (k0, k1)
 
     def run(**needs):
         return project_backward(
-            nhwc(dout), nhwc(y3), nhwc(y2), weight, (gamma3, var3.rsqrt()), terms, bn2, act=act, gate=gate, mask=mask, **needs
+            nhwc(dout),
+            nhwc(y3),
+            nhwc(y2),
+            weight,
+            norm3=norm_of((gamma3, beta3, mean3, var3), var3.rsqrt()),
+            terms3=None if frozen else (k0, k1),
+            norm2=norm_of((gamma2, beta2, mean2, var2), var2.rsqrt()),
+            act=act,
+            gates=gate,
+            branch_draws=mask,
+            **needs,
         )
 
     dq, sums, partials = run()
@@ -232,7 +249,7 @@ def test_expand_backward_does_not_need_y1(N, H, W, I, E, dtype, residual, frozen
     dz, x = tensor(N, E, H, W, device=device, dtype=dtype), tensor(N, I, H, W, device=device, dtype=dtype)
     weight = tensor(E, I, 1, 1, device=device, scale=I**-0.5)
     dout = tensor(N, I, H, W, device=device, dtype=dtype) if residual else None
-    gamma, _, _, _ = norm_vectors(E, device)
+    gamma, beta, *_ = norm_vectors(E, device)
     y1 = conv(x.double(), weight.double())
     mean, var = y1.mean((0, 2, 3)), y1.var((0, 2, 3), unbiased=False)
     *_, k0, k1 = batch_terms(dz.double(), y1, gamma.double(), mean, var.rsqrt())
@@ -248,13 +265,18 @@ def test_expand_backward_does_not_need_y1(N, H, W, I, E, dtype, residual, frozen
         return {"dx": dx if dout is None else dx + dout, "dw": torch.nn.grad.conv2d_weight(x, weight.shape, dy)}
 
     results = three(backward, dz, x, weight, gamma, rstd, k0, k1, dout)
-    terms = None if frozen else (k0, k1)
-
     ticket = counters(device)
 
     def run(**needs):
         results = expand_backward(
-            nhwc(dz), nhwc(x), weight, (gamma, rstd), terms, counters=ticket, residual=None if dout is None else nhwc(dout), **needs
+            nhwc(dz),
+            nhwc(x),
+            weight,
+            norm1=norm_of((gamma, beta, mean, var), rstd),
+            terms1=None if frozen else (k0, k1),
+            counters=ticket,
+            residual=None if dout is None else nhwc(dout),
+            **needs,
         )
         assert not ticket.any()
         return results
@@ -286,11 +308,12 @@ def test_results_do_not_depend_on_the_run(device, scratch):
     dout, y3, gate = tensor(N, H, W, O, device=device), tensor(N, H, W, O, device=device), torch.rand(N, E, device=device)
     bn2, bn3 = norm_vectors(E, device), norm_vectors(O, device)
     order = torch.tensor([2, 0, 3, 1], device=device)
-    y, _ = pointwise_forward(y2, weight, gate=gate)
-    assert torch.equal(y[order], pointwise_forward(y2[order], weight, gate=gate[order])[0])
+    y, _ = pointwise_forward(y2, weight, gates=gate)
+    assert torch.equal(y[order], pointwise_forward(y2[order], weight, gates=gate[order])[0])
 
     def backward():
-        return project_backward(dout, y3, y2, weight, (bn3[0], bn3[3]), (bn3[1], bn3[2]), bn2, act="silu", gate=gate)
+        norm3, norm2 = norm_of(bn3, bn3[3]), norm_of(bn2, bn2[3])
+        return project_backward(dout, y3, y2, weight, norm3=norm3, terms3=(bn3[1], bn3[2]), norm2=norm2, act="silu", gates=gate)
 
     for first, second in zip(backward(), backward(), strict=True):
         assert torch.equal(first, second)

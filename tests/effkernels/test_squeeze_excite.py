@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from effkernels.parameters import SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, GATES, squeeze_excite
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_vectors, on_gpu
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_of, norm_vectors, on_gpu
 
 EPS = 1e-3
 # R below, at and above the 16 a block has at least, no powers of two but 16; C above the 128 a step of the layers takes; N above the 32
@@ -78,13 +78,11 @@ def check(N, C, R, H, W, dtype, act, gate, has_bn, device):
             results |= zip(names, batch_terms(dz.double(), y.double(), *vectors), strict=True)
         return results
 
-    bn = (gamma, beta, mean, rstd)
-    sums = kernels.pool(nhwc(y), (*bn, EPS, True) if has_bn else None, act="silu")
+    norm = norm_of((gamma, beta, mean, None), rstd) if has_bn else None
+    sums = kernels.pool(nhwc(y), norm, act="silu")
     gates, pooled, u = kernels.squeeze_excite_forward(sums, H * W, *weights, act=act, gate=gate)
-    sums = batchnorm.gradient_sums(nhwc(dout), nhwc(y), bn if has_bn else None, act="silu", gate=True)
-    dpool, grads, norms = kernels.squeeze_excite_backward(
-        sums, H * W, gates, pooled, u, weights, bn=(gamma, mean, rstd) if has_bn else None, act=act, gate=gate
-    )
+    sums = batchnorm.gradient_sums(nhwc(dout), nhwc(y), norm, act="silu", for_gate=True)
+    dpool, grads, norms = kernels.squeeze_excite_backward(sums, H * W, gates, pooled, u, weights, norm=norm, act=act, gate=gate)
     assert all(t.dtype == torch.float32 for t in (gates, pooled, u, dpool, *grads))
     fused = {"gates": gates, "pooled": pooled, "u": u, "dpool": dpool, **dict(zip(ROWS, grads, strict=True))}
     assert (norms is not None) == has_bn
@@ -121,14 +119,18 @@ training_cases = pytest.mark.parametrize("N, C, R, H, W, dtype, act, se_act, gat
 
 
 def frozen_norm(y, device):
-    """(gamma, beta, mean, rstd) near to y's own statistics."""
+    """One with statistics near to y's own."""
+    from effkernels.kernels.norm import BatchNorm
+
     gamma, beta, _, _ = norm_vectors(y.shape[1], device)
-    return gamma, beta, guarded(y.float().mean((0, 2, 3)) + 0.1), guarded((y.float().var((0, 2, 3), unbiased=False) + 0.1).rsqrt())
+    return BatchNorm(
+        gamma, beta, guarded(y.float().mean((0, 2, 3)) + 0.1), guarded((y.float().var((0, 2, 3), unbiased=False) + 0.1).rsqrt())
+    )
 
 
 def normalized(y, bn):
     """(yhat, z) in y's dtype, z a leaf."""
-    gamma, beta, mean, rstd = bn
+    gamma, beta, mean, rstd = bn[:4]
     yhat = ((y - mean[:, None, None]) * rstd[:, None, None]).to(y.dtype)
     return yhat, batch_norm(y, gamma, beta, mean, rstd.double() ** -2 if y.dtype == torch.float64 else rstd**-2, 0.0).requires_grad_()
 
@@ -196,11 +198,11 @@ def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1
         gates = GATES[gate](t)
         out = a * gates[:, :, None, None]
         da, dz, dt, du, dpooled = torch.autograd.grad(out, (a, z, t, u, pooled), dq.to(out.dtype))
-        vectors = (bn[0], *bn[2:]) if y.dtype != torch.float64 else (v.double() for v in (bn[0], *bn[2:]))
+        vectors = (v.double() if y.dtype == torch.float64 else v for v in (bn.weight, bn.mean, bn.rstd))
         results = {"dt": dt, "du": du, "dpool": dpooled / pixels}
         return results | dict(zip(("dgamma", "dbeta", "k0", "k1"), batch_terms(dz, y, *vectors), strict=True))
 
-    yhat, z = normalized(y.double(), [v.double() for v in bn])
+    yhat, z = normalized(y.double(), [v.double() for v in bn[:4]])
     phi = ACTIVATIONS[act](z)
     (dphi,) = torch.autograd.grad(phi.sum(), z)
     pooled = phi.detach().mean((2, 3))
@@ -241,7 +243,9 @@ def test_gate_backward_keeps_the_dtype_of_batchnorms_parameters(device, scratch)
     narrow = [gamma.bfloat16(), beta.bfloat16()]
     weights, counters = weights_of(9, 4, device), torch.zeros(4, dtype=torch.int32, device=device)
     norms = [
-        gate_backward(sums, *vectors, weights, (*parameters, mean, rstd), 4, act="silu", gate="sigmoid", counters=counters)[3]
+        gate_backward(sums, *vectors, weights, norm_of((*parameters, mean, None), rstd), 4, act="silu", gate="sigmoid", counters=counters)[
+            3
+        ]
         for parameters in (narrow, [t.float() for t in narrow])
     ]
     for a, b, dtype in zip(*norms, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
@@ -265,7 +269,7 @@ def test_pool_with_running_variance(device, scratch):
     def reference(y):
         return F.hardswish(batch_norm(y, *bn, EPS)).sum((2, 3))
 
-    assert_close_to_truth(pool(nhwc(y), (*bn, EPS, False), act="hard_swish").sum(1), reference(y), reference(y.double()), "sums")
+    assert_close_to_truth(pool(nhwc(y), norm_of(bn, eps=EPS), act="hard_swish").sum(1), reference(y), reference(y.double()), "sums")
 
 
 def test_weights_in_the_compute_dtype(device, scratch):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from effkernels import BatchNormParams, functional, reference
 from effkernels.geometry import pad_amounts
 from effkernels.reference import ACTIVATIONS
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_vectors, on_gpu
+from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu
 
 EPS = 1e-3
 ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]
@@ -73,7 +73,7 @@ def convolve(x, weight, stride, padding):
 
 
 def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, device):
-    from effkernels.kernels.batchnorm import Merge
+    from effkernels.kernels.norm import BatchStatistics
     from effkernels.kernels.stem import stem_forward
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
@@ -86,9 +86,10 @@ def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, dev
         return {"y": y, "mean": mean, "var": var, "out": ACTIVATIONS[act](batch_norm(y, *bn, EPS))}
 
     counters, momenta = torch.zeros(8, dtype=torch.int32, device=device), (torch.zeros(S, device=device), torch.ones(S, device=device))
-    merge = Merge(EPS, *momenta, momentum=1.0)  # which leaves the running variance at the unbiased one
-    y, (mean, rstd) = stem_forward(x, weight, stride, pads(x, stride, padding), dtype=compute, merge=merge, counters=counters)
-    out, _ = stem_forward(x, weight, stride, pads(x, stride, padding), dtype=compute, epilogue=(*bn, EPS), act=act)
+    statistics = BatchStatistics(EPS, *momenta, momentum=1.0)  # which leaves the running variance at the unbiased one
+    where = pads(x, stride, padding)
+    y, (mean, rstd) = stem_forward(x, weight, stride, where, dtype=compute, statistics=statistics, counters=counters)
+    out, _ = stem_forward(x, weight, stride, where, dtype=compute, epilogue=norm_of(bn, eps=EPS), act=act)
     assert y.dtype == out.dtype == compute and not counters.any() and torch.equal(mean, momenta[0])
     count = y.numel() // S
     assert torch.allclose(momenta[1] * (count - 1) / count, rstd**-2 - EPS, rtol=1e-4, atol=1e-6)
@@ -99,7 +100,7 @@ def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, dev
 def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, device):
     """With batch terms and without, by turns."""
     from effkernels.kernels.stem import stem_backward
-    from effkernels.kernels.weight_gradients import finish
+    from effkernels.kernels.weight_gradients import LayerPartials, reduce_weight_gradients
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
     act = ACTS[i % 6]
@@ -126,8 +127,9 @@ def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, de
 
     truth, terms = gradient(torch.float64)
     terms = [guarded(v.float()) for v in terms] if terms else None
-    partials = stem_backward(nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), bn, terms=terms, act=act)
-    dw = finish(stem=(partials, weight))[2]
+    norm = norm_of((gamma, beta, mean, var), bn[3])
+    partials = stem_backward(nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), norm, terms=terms, act=act)
+    dw = reduce_weight_gradients(stem=LayerPartials(partials, weight))[2]
     assert dw.dtype == weight.dtype and dw.stride() == weight.stride()
     assert_close_to_truth(dw, gradient(compute, terms)[0], truth)
 

@@ -14,13 +14,15 @@ def tensor(*shape, device, dtype=torch.float32):
 
 
 def layers(N, E, I, O, R, k, splits, dtype, frozen, device, act="silu"):
-    """(arguments of ``finish``, expected float64 results, the same computed plainly in fp32)."""
+    """(arguments of ``reduce_weight_gradients``, expected float64 results, the same computed plainly in fp32)."""
+    from effkernels.kernels.norm import BatchNorm
+    from effkernels.kernels.weight_gradients import ExpandPartials, LayerPartials, SqueezeExcitePartials
+
     depthwise = tensor(splits + 70, k * k + 2, E, device=device), tensor(E, 1, k, k, device=device, dtype=dtype)
     project = tensor(splits, O, E, device=device), tensor(O, E, 1, 1, device=device, dtype=dtype)
     D, weight = tensor(splits, E, I, device=device), tensor(E, I, 1, 1, device=device, dtype=dtype)
     gamma, k0, k1, rstd = norm_vectors(E, device)
     gram = tensor(splits, I + 1, I, device=device)
-    expand = (D, None if frozen else gram, weight, gamma, rstd, *((None, None) if frozen else (k0, k1)), dtype)
     dt, du, u, pooled = (tensor(N, c, device=device) for c in (E, R, R, E))
     parameters = [tensor(*s, device=device, dtype=dtype) for s in ((R, E, 1, 1), (R,), (E, R, 1, 1), (E,))]
 
@@ -35,7 +37,13 @@ def layers(N, E, I, O, R, k, splits, dtype, frozen, device, act="silu"):
         se = du.to(wide).T @ pooled.to(wide), du.to(wide).sum(0), dt.to(wide).T @ v, dt.to(wide).sum(0)
         return dw, dp, de[..., None, None], [g.reshape(p.shape) for g, p in zip(se, parameters, strict=True)]
 
-    arguments = {"depthwise": depthwise, "project": project, "expand": expand, "squeeze_excite": (dt, du, u, pooled, parameters, act)}
+    norm = BatchNorm(gamma, gamma, gamma, rstd)
+    arguments = {
+        "depthwise": LayerPartials(*depthwise),
+        "project": LayerPartials(*project),
+        "expand": ExpandPartials(D, None if frozen else gram, weight, norm, None if frozen else (k0, k1), dtype),
+        "squeeze_excite": SqueezeExcitePartials(dt, du, u, pooled, parameters, act),
+    }
     return arguments, expected(torch.float64), expected(torch.float32)
 
 
@@ -52,20 +60,20 @@ def check(found, eager, truth, dtype):
     [(1, 16, 8, 4, 1, 1, 1), (3, 70, 35, 20, 5, 3, 2), (33, 40, 10, 12, 70, 5, 3), (2, 130, 66, 33, 4, 9, 1), (5, 24, 20, 6, 9, 3, 19)],
 )
 def test_all_layers_in_one_launch(N, E, I, O, R, k, splits, dtype, frozen, device, scratch):
-    from effkernels.kernels.weight_gradients import finish
+    from effkernels.kernels.weight_gradients import reduce_weight_gradients
 
     arguments, truth, eager = layers(N, E, I, O, R, k, splits, dtype, frozen, device)
-    check(finish(**arguments), eager, truth, dtype)
+    check(reduce_weight_gradients(**arguments), eager, truth, dtype)
 
 
 def test_any_subset_of_layers(device, scratch):
-    from effkernels.kernels.weight_gradients import finish
+    from effkernels.kernels.weight_gradients import reduce_weight_gradients
 
     arguments, *_ = layers(3, 40, 18, 12, 5, 3, 2, torch.float32, False, device)
-    whole = finish(**arguments)
+    whole = reduce_weight_gradients(**arguments)
     for present in itertools.product((True, False), repeat=4):
         names = [name for name, there in zip(arguments, present, strict=True) if there]
-        found = finish(**{name: arguments[name] for name in names})
+        found = reduce_weight_gradients(**{name: arguments[name] for name in names})
         for name, full, part in zip(arguments, whole, found, strict=True):
             if name not in names:
                 assert part is None
@@ -77,9 +85,9 @@ def test_any_subset_of_layers(device, scratch):
 
 @pytest.mark.parametrize("act", ["relu", "hard_swish", "gelu"])
 def test_activation_of_squeeze_excite(act, device, scratch):
-    from effkernels.kernels.weight_gradients import finish
+    from effkernels.kernels.weight_gradients import reduce_weight_gradients
 
     arguments, truth, eager = layers(5, 20, 8, 6, 7, 3, 1, torch.float32, False, device, act)
-    found = finish(squeeze_excite=arguments["squeeze_excite"])[3]
+    found = reduce_weight_gradients(squeeze_excite=arguments["squeeze_excite"])[3]
     for f, e, t in zip(found, eager[3], truth[3], strict=True):
         assert_close_to_truth(f, e, t)

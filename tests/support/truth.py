@@ -81,6 +81,14 @@ def norm_vectors(channels, device):
     return [guarded(v.to(device)) for v in vectors]
 
 
+def norm_of(vectors, rstd=None, eps=0.0):
+    """The ``BatchNorm`` of (gamma, beta, mean, var), with the variance and eps as they are or with ``rstd`` instead."""
+    from effkernels.kernels.norm import BatchNorm
+
+    gamma, beta, mean, var = vectors
+    return BatchNorm(gamma, beta, mean, var=var, eps=eps) if rstd is None else BatchNorm(gamma, beta, mean, rstd)
+
+
 def batch_norm(y, gamma, beta, mean, var, eps):
     """BatchNorm of y [N, C, H, W] with given statistics, in y's dtype (fp32 vectors, as under autocast)."""
     vectors = [v.double() if y.dtype == torch.float64 else v for v in (mean, var, gamma, beta)]
