@@ -1,0 +1,88 @@
+"""All that the simulator takes from the rest of the project, and how a launch's arguments become a kernel's parameters."""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from effkernels.configs.gpus import GPUS, Gpu
+from effkernels.tools.launches import Launch, record_launches
+from effkernels.tools.machine_code import _binary as binary
+from effkernels.tools.machine_code import compile_launch
+
+__all__ = ["GPUS", "Gpu", "Launch", "binary", "compile_launch", "compiled_parts", "constants", "record_launches", "tensors"]
+
+
+# Bits of an address within a storage: 16 TB, of which the storage starts in the middle, as masked threads may point before or behind it.
+SLOT_BITS = 44
+
+
+def flat(value) -> list:
+    """The values of an argument, which may be a tuple of others, that are there when the kernel runs."""
+    if value is None or type(value).__name__ == "constexpr":
+        return []
+    if isinstance(value, (tuple, list)):
+        return [each for part in value for each in flat(part)]
+    return [value]
+
+
+def arguments(launch: Launch) -> list[tuple[str, object]]:
+    """(name, value) of every parameter of the compiled kernel, in order; those of a tuple share its name."""
+    return [(p.name, value) for p in launch.fn.params if not p.is_constexpr for value in flat(launch.arguments[p.name])]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor argument: the slot of addresses of its storage, its first element's virtual address, its bytes and its storage's."""
+
+    name: str
+    slot: int
+    address: int
+    bytes: int
+    storage_bytes: int
+    storage: int  # identifies the storage among all launches
+
+
+def tensors(launch: Launch) -> list[Tensor]:
+    """The tensor arguments; those of one storage share its slot."""
+    found, slots = [], {}
+    for name, value in arguments(launch):
+        value = getattr(value, "base", value)
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            slot = slots.setdefault(storage._cdata, len(slots) + 1)
+            offset = value.storage_offset() * value.element_size()
+            address = (slot << SLOT_BITS) + (1 << (SLOT_BITS - 1)) + offset
+            size = value.numel() * value.element_size()
+            found.append(Tensor(name, slot, address, size, max(storage.nbytes(), size), storage._cdata))
+    return found
+
+
+def constants(launch: Launch, code) -> dict[int, int]:
+    """Constant bank 0 of a launch: {offset: 32-bit word}."""
+    from collections import defaultdict
+
+    words: dict[int, int] = defaultdict(int)
+    words[0], words[4], words[8] = 32 * code.warps, 1, 1
+    grid = (*launch.grid, 1, 1)[:3]
+    words[12], words[16], words[20] = grid
+    at = iter(tensors(launch))
+    for (name, value), parameter in zip(arguments(launch), code.parameters, strict=False):
+        offset = code.parameter_base + parameter.offset
+        if isinstance(getattr(value, "base", value), torch.Tensor):
+            bits = next(at).address
+        elif isinstance(value, float):
+            bits = struct.unpack("<I" if parameter.size == 4 else "<Q", struct.pack("<f" if parameter.size == 4 else "<d", value))[0]
+        elif isinstance(value, (bool, int)):
+            bits = int(value)
+        else:
+            raise TypeError(f"{launch.name}: argument '{name}' is a {type(value).__name__}; tensors, numbers and tuples of them are known")
+        for word in range(max(1, parameter.size // 4)):
+            words[offset + 4 * word] = bits >> 32 * word & 0xFFFFFFFF
+    return words
+
+
+def compiled_parts(launch: Launch, arch: int) -> tuple[bytes, dict]:
+    """(cubin, metadata) of a launch compiled for an architecture."""
+    kernel = compile_launch(launch, arch)
+    return kernel.asm["cubin"], {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, "name": launch.name}
