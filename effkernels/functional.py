@@ -8,8 +8,11 @@ import torch
 
 from effkernels import ops
 from effkernels.dispatch import compute_dtype
-from effkernels.geometry import check_activation, check_conv_args, conv_out_size
-from effkernels.ops.mbconv import NAMES as DTYPE_NAMES
+from effkernels.geometry import check_activation, check_conv_args, conv_out_size, conv_out_sizes
+from effkernels.ops.head import HeadSettings
+from effkernels.ops.mbconv import BlockSettings
+from effkernels.ops.single_layers import ActivationSettings, DepthwiseSettings
+from effkernels.ops.stem import StemSettings
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, check_batch, check_memory, drop_path_draws
 
@@ -31,37 +34,16 @@ def _advance(*norms):
         torch._foreach_add_(counters, 1)
 
 
-def _running(norm: BatchNormParams):
-    return (norm.running_mean, norm.running_var, norm.num_batches_tracked) if norm.updates or not norm.training else (None,) * 3
+def _parameters(*norms: BatchNormParams) -> list:
+    return [t for norm in norms for t in (norm.weight, norm.bias)]
+
+
+def _tensors(se: SqueezeExciteParams | None) -> list:
+    return [] if se is None else [se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias]
 
 
 def _differentiable(tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _depthwise_block(x, weight, norm, *, stride, padding, act, pre_norm, pre_act, squeeze_excite):
-    """NHWC core of ``depthwise_conv_bn_act``."""
-    se = squeeze_excite[:4] if squeeze_excite else (None,) * 4
-    se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
-    pre = pre_norm or BatchNormParams(None, None, training=False)
-    batch = norm.training or pre.training
-    if not batch and not _differentiable([x, weight, *pre[:2], *norm[:2], *se]):
-        args = (x, weight, *pre[:4], *norm[:4], *se, stride, padding, pre_act, act, se_act, gate, pre.eps, norm.eps)
-        return ops.run("depthwise_block_inference", None, ops.depthwise_block_inference, args)
-    args = (
-        x, weight, pre.weight, pre.bias, *_running(pre), norm.weight, norm.bias, *_running(norm), *se, stride, padding, pre_act, act,
-        se_act, gate, pre.training, pre.momentum, pre.eps, norm.training, norm.momentum, norm.eps,
-    )  # fmt: skip
-    return ops.run("depthwise_block", ops.DepthwiseBlock, ops.depthwise_block, args)[0]
-
-
-def _bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
-    """NHWC core of ``bn_act_add``."""
-    if not norm.training and mask is None and not _differentiable([x, *norm[:2], residual]):
-        args = (x, *norm[:4], residual, act, norm.eps)
-        return ops.run("bn_act_add_inference", None, ops.bn_act_add_inference, args)
-    args = (x, *norm[:2], *_running(norm), mask, residual, act, norm.training, norm.momentum, norm.eps)
-    return ops.run("bn_act_add", ops.BatchNormActAdd, ops.bn_act_add, args)[0]
 
 
 def _check(x, weight, *norms, stride=1, padding="symmetric", acts=()):
@@ -118,33 +100,42 @@ def depthwise_conv_bn_act(
         size = (conv_out_size(n, weight.shape[-1], stride, padding) for n in x.shape[2:])
         return x.new_empty(0, weight.shape[0], *size, dtype=compute_dtype(x))
     _advance(norm, pre_norm)
-    y = _depthwise_block(
-        _nhwc(x, compute_dtype(x)), weight, norm,
-        stride=stride, padding=padding, act=act, pre_norm=pre_norm, pre_act=pre_act, squeeze_excite=squeeze_excite,
-    )  # fmt: skip
-    return _nchw(y)
+    args = (
+        _nhwc(x, compute_dtype(x)),
+        weight,
+        pre_norm,
+        norm,
+        squeeze_excite,
+        DepthwiseSettings(stride, padding, act1=pre_act, act2=act),
+    )
+    batch = any(n.training for n in norms)
+    if not batch and not _differentiable([x, weight, *_parameters(*norms), *_tensors(squeeze_excite)]):
+        return _nchw(ops.depthwise_block_inference(*args))
+    return _nchw(ops.depthwise_block(*args))
 
 
-def bn_act_add(x, norm: BatchNormParams, *, act="identity", mask=None, residual=None) -> torch.Tensor:
-    """``act(BN(x)) * mask[n] + residual``; x and residual [N, C, H, W], mask fp32 [N]."""
+def bn_act_add(x, norm: BatchNormParams, *, act="identity", branch_scale=None, residual=None) -> torch.Tensor:
+    """``act(BN(x)) * branch_scale[n] + residual``; x and residual [N, C, H, W], branch_scale fp32 [N]."""
     _check_norms(norm, acts=(act,))
     _check_alone(norm)
     check_batch(norm, x.shape)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if mask is not None and (mask.shape != x.shape[:1] or mask.requires_grad):
-        raise ValueError(f"mask must be [{x.shape[0]}] and need no gradient, got shape {tuple(mask.shape)}")
+    if branch_scale is not None and (branch_scale.shape != x.shape[:1] or branch_scale.requires_grad):
+        raise ValueError(f"branch_scale must be [{x.shape[0]}] and need no gradient, got shape {tuple(branch_scale.shape)}")
     _advance(norm)
-    residual = None if residual is None else _nhwc(residual)
-    return _nchw(_bn_act_add(_nhwc(x), norm, act=act, mask=mask, residual=residual))
+    shortcut = None if residual is None else _nhwc(residual)
+    settings = ActivationSettings(act)
+    if not norm.training and branch_scale is None and not _differentiable([x, *_parameters(norm), residual]):
+        return _nchw(ops.bn_act_add_inference(_nhwc(x), norm, shortcut, settings))
+    return _nchw(ops.bn_act_add(_nhwc(x), norm, branch_scale, shortcut, settings))
 
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:
     """``x * gate(W_e act(W_r mean_hw(x) + b_r) + b_e)``; x [N, C, H, W]."""
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
-    args = (_nhwc(x), *params)  # the product keeps its dtype, also under autocast
-    return _nchw(ops.run("squeeze_excite", ops.SqueezeExcite, ops.squeeze_excite, args)[0])
+    return _nchw(ops.squeeze_excite(_nhwc(x), params))  # the product keeps its dtype, also under autocast
 
 
 def _check_stem_weight(x, weight, stride, padding):
@@ -154,19 +145,22 @@ def _check_stem_weight(x, weight, stride, padding):
     check_activation(x, weight, weight.shape[1], 3, stride, padding)
 
 
-def _check_block(x, expand, depthwise, squeeze_excite, project, expand_size):
+def _check_block(x, expand_weight, norm1, depthwise_weight, norm2, squeeze_excite, project_weight, norm3, expand_size):
     """ValueError unless the layers of a block fit x and each other."""
-    E, O = depthwise[0].shape[0], project[0].shape[0]
-    wanted = {"depthwise weight": (depthwise[0], (E, 1, *depthwise[0].shape[2:])), "project weight": (project[0], (O, E, 1, 1))}
-    if expand:
-        wanted["expand weight"] = expand[0], (E, x.shape[1], expand_size, expand_size)
+    E, O, k = depthwise_weight.shape[0], project_weight.shape[0], depthwise_weight.shape[-1]
+    wanted = {
+        "depthwise weight": (depthwise_weight, (E, 1, k, k)),
+        "project weight": (project_weight, (O, E, 1, 1)),
+    }
+    if expand_weight is not None:
+        wanted["expand weight"] = expand_weight, (E, x.shape[1], expand_size, expand_size)
     elif x.shape[1] != E:
         raise ValueError(f"depthwise weight must have x's {x.shape[1]} channels, got {E}")
-    norms = {"depthwise": (depthwise[1], E), "project": (project[1], O), **({"expand": (expand[1], E)} if expand else {})}
-    for layer, (norm, C) in norms.items():
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            wanted[f"{layer} norm's {name}"] = getattr(norm, name), (C,)
-    if squeeze_excite:
+    for layer, norm, C in (("depthwise", norm2, E), ("project", norm3, O), ("expand", norm1, E)):
+        if norm is not None:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                wanted[f"{layer} norm's {name}"] = getattr(norm, name), (C,)
+    if squeeze_excite is not None:
         R = squeeze_excite.reduce_weight.shape[0]
         for name, shape in zip(squeeze_excite._fields, ((R, E, 1, 1), (R,), (E, R, 1, 1), (E,)), strict=False):
             wanted[f"squeeze_excite's {name}"] = getattr(squeeze_excite, name), shape
@@ -190,7 +184,7 @@ def mbconv(
     draws: torch.Tensor | None = None,
     training: bool = False,
     memory: str = "keep",
-    mask: torch.Tensor | None = None,
+    branch_scale: torch.Tensor | None = None,
     stem_stride: int = 0,
 ) -> torch.Tensor:
     """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight, BatchNormParams).
@@ -198,61 +192,64 @@ def mbconv(
     x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the three
     convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
     draws: fp32 [N] from [0, 1), of drop_path; else they are drawn here. A sample's branch is kept where its draw lies below 1 - drop_path.
-    mask: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
+    branch_scale: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
     stem_stride, 1 or 2: ``expand`` is a network's stem, with weight [E, I, 3, 3], and x its images, of any strides:
     ``mbconv(stem(x, ...), None, ...)`` in fewer launches and passes.
     """
     dtype = compute_dtype(x)
-    norms = ([expand[1]] if expand else []) + [depthwise[1], project[1]]
-    k = depthwise[0].shape[-1]
-    inside = x.shape
+    (weight1, norm1), (weight2, norm2), (weight3, norm3) = expand or (None, None), depthwise, project
+    norms = [norm for norm in (norm1, norm2, norm3) if norm is not None]
+    k, O = weight2.shape[-1], weight3.shape[0]
+    N, _, *size = x.shape  # of what the depthwise convolution takes
     if stem_stride:
         if not expand or residual:
             raise ValueError(f"stem_stride needs expand, which is the stem, and no residual, got {expand=} and {residual=}")
-        _check_stem_weight(x, expand[0], stem_stride, padding)
-        inside = (x.shape[0], len(expand[0]), *(conv_out_size(size, 3, stem_stride, padding) for size in x.shape[2:]))
-    _check(x, depthwise[0], *norms, stride=stride, padding=padding, acts=(act,))
+        _check_stem_weight(x, weight1, stem_stride, padding)
+        size = conv_out_sizes(*size, 3, stem_stride, padding)
+    _check(x, weight2, *norms, stride=stride, padding=padding, acts=(act,))
     check_memory(memory)
-    if residual and (stride != 1 or project[0].shape[0] != x.shape[1]):
-        raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {project[0].shape[0]}")
-    for norm in norms:
-        check_batch(norm, inside, *((k, stride, padding) if norm is not norms[0] or not expand else ()))
-    _check_block(x, expand, depthwise, squeeze_excite, project, 3 if stem_stride else 1)
-    for name, t in (("mask", mask), ("draws", draws)):
+    if residual and (stride != 1 or O != x.shape[1]):
+        raise ValueError(f"residual needs stride 1 and as many outputs as inputs, got {stride=}, {x.shape[1]} -> {O}")
+    if norm1 is not None:
+        check_batch(norm1, (N, norm1.weight.numel(), *size))
+    for norm in (norm2, norm3):
+        check_batch(norm, (N, norm.weight.numel(), *size), k, stride, padding)
+    _check_block(x, weight1, norm1, weight2, norm2, squeeze_excite, weight3, norm3, expand_size=3 if stem_stride else 1)
+    for name, t in (("branch_scale", branch_scale), ("draws", draws)):
         if t is not None and (not residual or t.shape != x.shape[:1] or t.dtype != torch.float32 or t.requires_grad):
             raise ValueError(
                 f"{name} must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {t.dtype} {[*t.shape]}"
             )
     if x.shape[0] == 0:
-        size = (conv_out_size(n, k, stride, padding) for n in inside[2:])
-        return x.new_empty(0, project[0].shape[0], *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
-    keep = -1.0
-    if mask is None and residual and training and drop_path > 0:
-        mask, keep = drop_path_draws(x.shape[0], x.device) if draws is None else draws, 1.0 - drop_path
+        size = conv_out_sizes(*size, k, stride, padding)
+        return x.new_empty(0, O, *size, dtype=torch.promote_types(dtype, x.dtype) if residual else dtype)
+    branch_draws, keep = branch_scale, -1.0
+    if branch_scale is None and residual and training and drop_path > 0:
+        branch_draws, keep = drop_path_draws(x.shape[0], x.device) if draws is None else draws, 1.0 - drop_path
     shortcut = x if stem_stride else _nhwc(x)
-    weight1, norm1 = expand or (None, BatchNormParams(None, None, training=False))
-    (weight2, norm2), (weight3, norm3) = depthwise, project
     weight1 = weight1 if weight1 is None or stem_stride else weight1.contiguous()
     weight2, weight3 = weight2.contiguous(), weight3.contiguous()
-    se = tuple(t.contiguous() for t in squeeze_excite[:4]) if squeeze_excite else (None,) * 4
-    se_act, gate = (squeeze_excite.act, squeeze_excite.gate) if squeeze_excite else ("identity", "sigmoid")
-    settings = (DTYPE_NAMES[dtype], stride, padding, act, se_act, gate, residual)
-    parameters = (weight1, *norm1[:2], weight2, *norm2[:2], *se, weight3, *norm3[:2])
-    if mask is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
+    se = squeeze_excite
+    if se is not None:
+        se = SqueezeExciteParams(*(t.contiguous() for t in _tensors(se)), act=se.act, gate=se.gate)
+    settings = BlockSettings(
+        dtype,
+        stride,
+        padding,
+        act,
+        residual,
+        keep=keep,
+        stem_stride=stem_stride,
+        recompute=memory == "recompute",
+    )
+    parameters = [weight1, weight2, weight3, *_parameters(*norms), *_tensors(se)]
+    if branch_draws is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
         if stem_stride:
             x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
             return mbconv(x, None, depthwise, squeeze_excite, project, stride=stride, padding=padding, act=act)
-        args = (
-            shortcut, weight1, *norm1[:4], weight2, *norm2[:4], *se, weight3, *norm3[:4], *settings, norm1.eps, norm2.eps, norm3.eps,
-        )  # fmt: skip
-        return _nchw(ops.run("mbconv_inference", None, ops.mbconv_inference, args))
+        return _nchw(ops.mbconv_inference(shortcut, weight1, norm1, weight2, norm2, se, weight3, norm3, settings))
     _advance(*norms)
-    batch = [value for norm in (norm1, norm2, norm3) for value in (norm.training, norm.momentum, norm.eps)]
-    args = (
-        shortcut, weight1, *norm1[:2], *_running(norm1), weight2, *norm2[:2], *_running(norm2), *se, weight3, *norm3[:2], *_running(norm3),
-        mask, *settings, keep, stem_stride, *batch, memory == "recompute", [norm.group for norm in (norm1, norm2, norm3)],
-    )  # fmt: skip
-    return _nchw(ops.run("mbconv", ops.MBConvFunction, ops.mbconv, args)[0])
+    return _nchw(ops.mbconv(shortcut, weight1, norm1, weight2, norm2, se, weight3, norm3, branch_draws, settings))
 
 
 def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: str = "silu") -> torch.Tensor:
@@ -268,13 +265,11 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
     dtype = compute_dtype(x)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0], dtype=dtype)
-    if not norm.training and not _differentiable([x, weight, *norm[:2]]):
-        args = (_nhwc(x), weight.contiguous(), *norm[:4], DTYPE_NAMES[dtype], act, norm.eps)
-        return ops.run("head_inference", None, ops.head_inference, args)
+    args = (_nhwc(x), weight.contiguous(), norm, HeadSettings(dtype, act))
+    if not norm.training and not _differentiable([x, weight, *_parameters(norm)]):
+        return ops.head_inference(*args)
     _advance(norm)
-    args = (_nhwc(x), weight.contiguous(), *norm[:2], *_running(norm), DTYPE_NAMES[dtype], act, norm.training, norm.momentum, norm.eps)
-    args += (norm.group,)
-    return ops.run("head", ops.Head, ops.head, args)[0]
+    return ops.head(*args)
 
 
 def stem(
@@ -290,10 +285,8 @@ def stem(
     check_batch(norm, (n, weight.shape[0], *size), 3, stride, padding)
     if n == 0:
         return x.new_empty(0, weight.shape[0], *(conv_out_size(s, 3, stride, padding) for s in size), dtype=compute_dtype(x))
-    settings = (DTYPE_NAMES[compute_dtype(x)], stride, padding, act)
-    if not norm.training and not _differentiable([x, weight, *norm[:2]]):
-        args = (x, weight, *norm[:4], *settings, norm.eps)
-        return _nchw(ops.run("stem_inference", None, ops.stem_inference, args))
+    args = (x, weight, norm, StemSettings(compute_dtype(x), stride, padding, act))
+    if not norm.training and not _differentiable([x, weight, *_parameters(norm)]):
+        return _nchw(ops.stem_inference(*args))
     _advance(norm)
-    args = (x, weight, *norm[:2], *_running(norm), *settings, norm.training, norm.momentum, norm.eps, norm.group)
-    return _nchw(ops.run("stem", ops.Stem, ops.stem, args)[0])
+    return _nchw(ops.stem(*args))

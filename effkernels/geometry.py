@@ -51,3 +51,13 @@ def check_activation(x, weight, channels: int, kernel_size: int = 1, stride: int
     for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
         if size < 1 or conv_out_size(size, kernel_size, stride, padding) < 1:
             raise ValueError(f"x's {name} {size} is too small for kernel_size {kernel_size} with padding {padding!r}")
+
+
+def conv_pads(height: int, width: int, kernel_size: int, stride: int, padding: str) -> tuple[int, int, int, int]:
+    """Zeros (top, bottom, left, right) around an image."""
+    return *pad_amounts(height, kernel_size, stride, padding), *pad_amounts(width, kernel_size, stride, padding)
+
+
+def conv_out_sizes(height: int, width: int, kernel_size: int, stride: int, padding: str) -> tuple[int, int]:
+    """(height, width) of a convolution's output."""
+    return conv_out_size(height, kernel_size, stride, padding), conv_out_size(width, kernel_size, stride, padding)

@@ -26,7 +26,7 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     return F.relu(x, inplace=True) if act == "relu" else ACTIVATIONS[act](x)
 
 
-def drop_path_mask(n: int, rate: float, device) -> torch.Tensor:
+def drop_path_scale(n: int, rate: float, device) -> torch.Tensor:
     """``bernoulli(1 - rate) / (1 - rate)`` per sample, fp32 [N], drawn as timm draws it."""
     keep = 1.0 - rate
     return torch.empty(n, dtype=torch.float32, device=device).bernoulli_(keep).div_(keep)
@@ -115,11 +115,11 @@ def depthwise_conv_bn_act(
     return y if squeeze_excite is None else _squeeze_excite(y, squeeze_excite)
 
 
-def bn_act_add(x, norm, *, act="identity", mask=None, residual=None):
+def bn_act_add(x, norm, *, act="identity", branch_scale=None, residual=None):
     """Twin of ``functional.bn_act_add``."""
     y = activate(batch_norm(x, norm), act)
-    if mask is not None:
-        y = y * mask.to(y.dtype).view(-1, 1, 1, 1)
+    if branch_scale is not None:
+        y = y * branch_scale.to(y.dtype).view(-1, 1, 1, 1)
     return y if residual is None else y + residual
 
 
@@ -138,7 +138,7 @@ def mbconv(
     draws=None,
     training=False,
     memory="keep",
-    mask=None,
+    branch_scale=None,
     stem_stride=0,
 ):
     """Twin of ``functional.mbconv``; ``memory`` is the kernels' business."""
@@ -150,8 +150,8 @@ def mbconv(
         y = activate(batch_norm(F.conv2d(y, expand[0]), expand[1]), act)
     y = depthwise_conv_bn_act(y, *depthwise, stride=stride, padding=padding, act=act, squeeze_excite=squeeze_excite)
     y = batch_norm(F.conv2d(y, project[0]), project[1])
-    if mask is not None:
-        y = y * mask.to(y.dtype).view(-1, 1, 1, 1)
+    if branch_scale is not None:
+        y = y * branch_scale.to(y.dtype).view(-1, 1, 1, 1)
     elif residual:
         y = _drop_path(y, drop_path, training, draws)
     return y + x if residual else y

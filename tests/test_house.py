@@ -7,11 +7,25 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("efficientnet", "benchmarks")
+PACKAGES = ("effkernels", "efficientnet", "benchmarks")
 
 # Rooms from the ground up, each with the reason for its place: a file imports from its own room and from those listed
 # before it, never from a later one. A room is a file or a folder; a file belongs to the innermost room that it is in.
 ROOMS = {
+    "effkernels/geometry.py": "padding and sizes of a convolution: arithmetic alone",
+    "effkernels/parameters.py": "the tensors of one layer, by reference",
+    "effkernels/reference.py": "what the kernels compute, in plain PyTorch: it knows none of them",
+    "effkernels/dispatch.py": "whether kernels may run, and every reason why not",
+    "effkernels/configs": "how a kernel is launched, by rule and by table; without Triton",
+    "effkernels/kernels": "the mathematics; nothing above it knows pointers",
+    "effkernels/ops": "which launches make an operator, and its gradient",
+    "effkernels/functional.py": "operators for NCHW tensors, checked",
+    "effkernels/modules": "layers with parameters, over the functional forms",
+    "effkernels/adapters": "other libraries' layers, run by the functional forms",
+    "effkernels/__init__.py": "the public names: points to rooms above, and none of those points to it",
+    "effkernels/tools": "looks at launches, tunes and predicts them; nothing that runs a model needs it",
+    "effkernels/inspect.py": "a command of the tools",
+    "effkernels/tune.py": "a command of the tools",
     "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
     "efficientnet/choices.py": "values that settings and commands accept, without torch",
     "efficientnet/files.py": "files that are whole at every moment",
@@ -25,7 +39,7 @@ ROOMS = {
     "efficientnet/commands": "what the user typed, to one of the rooms above",
     "efficientnet/cli.py": "picks the command",
     "efficientnet/__main__.py": "starts the command line",
-    "efficientnet/__init__.py": "the public names: points to rooms above, and no room points to it",
+    "efficientnet/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
 }
 
@@ -147,3 +161,25 @@ def test_what_contributing_names_is_there():
     assert len(paths) > 20 and len(dotted) > 2
     assert sorted(path for path in paths if not (ROOT / path).exists()) == []
     assert sorted(name for name in dotted if not exists(name)) == []
+
+
+def numbered(text: str) -> list[int]:
+    """Lines that pick something by a number, sizes of a tensor aside."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Attribute) and node.value.attr == "shape"):
+            index = node.slice
+            bounds = (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
+            bounds = [b.operand if isinstance(b, ast.UnaryOp) else b for b in bounds]
+            if any(isinstance(b, ast.Constant) and isinstance(b.value, int) for b in bounds):
+                found.append(node.lineno)
+    return found
+
+
+def test_no_operator_argument_is_picked_by_a_number():
+    """An operator has forty arguments: their names alone keep them apart. (autograd.py, which reads the names, counts results.)"""
+    assert numbered("a = args[24:33]\nb = rest[-6]\nc = x.shape[1]\nd = t[i]") == [1, 2]
+    files = [path for path in sorted((ROOT / "effkernels/ops").glob("*.py")) if path.name != "autograd.py"]
+    files.append(ROOT / "effkernels/functional.py")
+    wrong = {str(path.relative_to(ROOT)): numbered(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}

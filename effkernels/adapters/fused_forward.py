@@ -29,7 +29,7 @@ def run_block(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -
         act=verdict.act,
         residual=block.residual,
         training=training,
-        mask=block.drop_mask(x, block.drop_rate) if block.drop_rate > 0 else None,
+        branch_scale=block.draw_branch_scale(x, block.drop_rate) if block.drop_rate > 0 else None,
     )
     return out.to(dispatch.compute_dtype(x)) if block.in_place else out
 

@@ -35,7 +35,7 @@ class Gate(NamedTuple):
 
 
 def draw_drop_path(x, rate):
-    return reference.drop_path_mask(x.shape[0], rate, x.device)
+    return reference.drop_path_scale(x.shape[0], rate, x.device)
 
 
 class Block(NamedTuple):
@@ -48,7 +48,7 @@ class Block(NamedTuple):
     residual: bool
     identities: tuple = ()  # modules that must not change what goes through them
     drop_rate: float = 0.0  # of samples of the residual branch, in this mode
-    drop_mask: object = draw_drop_path  # (x, rate) -> fp32 [N], one draw as the library's own
+    draw_branch_scale: Callable = draw_drop_path  # (x, rate) -> fp32 [N], one draw as the library's own
     now: str | None = None  # a reason that holds in the block's present mode only
     in_place: bool = False  # the residual is added in place: under autocast the sum keeps the branch's dtype, not an fp32 input's
 

@@ -5,93 +5,89 @@ of them cuBLAS's products; the autograd node keeps x, y (before the BatchNorm) a
 feature map is never stored.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-from effkernels.ops import sync_batchnorm
-from effkernels.ops.autograd import LIB, absent, contiguous_like, differentiable, fp32, normalised, on_its_device, register
+from effkernels.ops.autograd import Operator, fp32
 from effkernels.ops.counters import zeroed_counters
-from effkernels.ops.mbconv import DTYPES
-
-LIB.define(
-    "head(Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches, str dtype, str act, bool batch, float? momentum, float eps, str group) "
-    "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd, Tensor s2, Tensor s4)"
-)
-LIB.define(
-    "head_backward(Tensor dout, Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor y, Tensor mean, Tensor rstd, Tensor s2, "
-    "Tensor s4, str act, bool batch, str group, bool[] needs) -> (Tensor dx, Tensor dconv_weight, Tensor dweight, Tensor dbias)"
-)
-LIB.define(
-    "head_inference(Tensor x, Tensor conv_weight, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, str dtype, "
-    "str act, float eps) -> Tensor"
-)
+from effkernels.ops.normalise import backward_norm, batch_statistics, batch_terms, frozen_normalisation, normalisation
+from effkernels.parameters import BatchNormParams
 
 
-@on_its_device
-def head(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, act, batch, momentum, eps, group):
-    from effkernels.kernels.norm import BatchNorm
+class HeadSettings(NamedTuple):
+    """dtype: of the computation and of its results."""
+
+    dtype: torch.dtype
+    act: str
+
+
+class HeadResults(NamedTuple):
+    """out [N, O]; y [N, H, W, O], before its BatchNorm; fp32 mean and rstd [O] that normalised y; fp32 sums over the pixels of each
+    image, [N, O], of phi' (sum_dphi) and of phi' yhat (sum_dphi_yhat), which are all that BatchNorm's backward needs of y."""
+
+    out: Tensor
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    sum_dphi: Tensor
+    sum_dphi_yhat: Tensor
+
+
+def _forward(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: HeadSettings) -> HeadResults:
     from effkernels.kernels.pointwise import pointwise_forward
     from effkernels.kernels.pooled_norm import pooled_norm
 
-    def convolution(**how):
-        counters = zeroed_counters(x, conv_weight.shape[0])
-        return pointwise_forward(x, conv_weight, dtype=DTYPES[dtype], counters=counters, **how)
+    wanted = batch_statistics(norm, conv_weight.shape[0], x.device)
+    counters = zeroed_counters(x, conv_weight.shape[0])
+    y, found = pointwise_forward(x, conv_weight, dtype=settings.dtype, statistics=wanted, counters=counters)
+    bn = normalisation(norm, wanted, found, y)
+    out, sum_dphi, sum_dphi_yhat = pooled_norm(y, bn, act=settings.act)
+    return HeadResults(out, y, bn.mean, bn.rstd, sum_dphi, sum_dphi_yhat)
 
-    y, mean, rstd = normalised(convolution, weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
-    out, s2, s4 = pooled_norm(y, BatchNorm(weight, bias, mean, rstd), act=act)
-    return out, y, mean, rstd, s2, s4
 
-
-def head_fake(x, conv_weight, weight, bias, running_mean, running_var, num_batches, dtype, *settings):
+def _fake(x, conv_weight, norm, settings) -> HeadResults:
     N, H, W, _ = x.shape
     O = conv_weight.shape[0]
-    out, y = x.new_empty(N, O, dtype=DTYPES[dtype]), x.new_empty(N, H, W, O, dtype=DTYPES[dtype])
-    return out, y, fp32(x, O), fp32(x, O), fp32(x, N, O), fp32(x, N, O)
+    out = x.new_empty(N, O, dtype=settings.dtype)
+    y = x.new_empty(N, H, W, O, dtype=settings.dtype)
+    return HeadResults(out, y, fp32(x, O), fp32(x, O), fp32(x, N, O), fp32(x, N, O))
 
 
-@on_its_device
-def head_backward(dout, x, conv_weight, weight, bias, y, mean, rstd, s2, s4, act, batch, group, needs):
-    """Gradients of (x, conv_weight, weight, bias); ``needs`` says which."""
-    from effkernels.kernels.norm import BatchNorm
+def _backward(dout, *, x, conv_weight, norm, settings, saved: HeadResults, needs) -> dict:
     from effkernels.kernels.pooled_norm import pooled_norm_backward, pooled_norm_gradients
 
-    N, H, W, O = y.shape
-    norm = BatchNorm(weight.float(), bias.float(), mean, rstd) if group else BatchNorm(weight, bias, mean, rstd)
-    dx = dw = dgamma = dbeta = terms = None
-    if batch or needs[2] or needs[3]:
-        dgamma, dbeta, *terms = pooled_norm_gradients(dout, s2, s4, norm, H * W)
-        if group and batch:
-            terms = sync_batchnorm.batch_terms(dgamma, dbeta, (weight, mean, rstd), N * H * W, group)
-        dgamma, dbeta = dgamma.to(weight.dtype), dbeta.to(bias.dtype)
-    if needs[0] or needs[1]:
-        dy = pooled_norm_backward(dout, y, norm, terms if batch else None, act=act).view(-1, O)
-        if needs[0]:
-            dx = torch.mm(dy, conv_weight.flatten(1).to(dy.dtype)).view(x.shape).to(x.dtype)
-        if needs[1]:
-            dw = torch.mm(dy.t(), x.view(-1, x.shape[-1]).to(dy.dtype)).to(conv_weight.dtype).view(conv_weight.shape)
-    return tuple(absent(x) if t is None or not need else t for t, need in zip((dx, dw, dgamma, dbeta), needs, strict=True))
+    N, H, W, O = saved.y.shape
+    bn = backward_norm(norm, saved.mean, saved.rstd)
+    gradients, terms = {}, None
+    if norm.training or "norm_weight" in needs or "norm_bias" in needs:
+        sums = pooled_norm_gradients(dout, saved.sum_dphi, saved.sum_dphi_yhat, bn, H * W)
+        terms = batch_terms(norm, bn, sums, N * H * W)
+        dgamma, dbeta, *_ = sums
+        gradients |= {"norm_weight": dgamma.to(norm.weight.dtype), "norm_bias": dbeta.to(norm.bias.dtype)}
+    if "x" in needs or "conv_weight" in needs:
+        dy = pooled_norm_backward(dout, saved.y, bn, terms, act=settings.act).view(-1, O)
+        if "x" in needs:
+            gradients["x"] = torch.mm(dy, conv_weight.flatten(1).to(dy.dtype)).view(x.shape).to(x.dtype)
+        if "conv_weight" in needs:
+            dw = torch.mm(dy.t(), x.view(-1, x.shape[-1]).to(dy.dtype))
+            gradients["conv_weight"] = dw.to(conv_weight.dtype).view(conv_weight.shape)
+    return gradients
 
 
-def head_backward_fake(dout, x, conv_weight, weight, bias, *rest):
-    likes = (x, conv_weight, weight, bias)
-    return tuple(contiguous_like(t) if need else absent(x) for t, need in zip(likes, rest[-1], strict=True))
-
-
-@on_its_device
-def head_inference(x, conv_weight, weight, bias, running_mean, running_var, dtype, act, eps):
+def _inference(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: HeadSettings) -> Tensor:
     """x [N, H, W, K] -> [N, O] in the compute dtype."""
-    from effkernels.kernels.norm import BatchNorm
     from effkernels.kernels.pointwise import pointwise_forward
 
-    norm = BatchNorm(weight, bias, running_mean, var=running_var, eps=eps)
-    return pointwise_forward(x, conv_weight, dtype=DTYPES[dtype], epilogue=norm, act2=act, pool=True)[0]
+    epilogue = frozen_normalisation(norm)
+    out, _ = pointwise_forward(x, conv_weight, dtype=settings.dtype, epilogue=epilogue, act2=settings.act, pool=True)
+    return out
 
 
-def head_inference_fake(x, conv_weight, weight, bias, running_mean, running_var, dtype, act, eps):
-    return x.new_empty(x.shape[0], conv_weight.shape[0], dtype=DTYPES[dtype])
+def _inference_fake(x, conv_weight, norm, settings) -> Tensor:
+    return x.new_empty(x.shape[0], conv_weight.shape[0], dtype=settings.dtype)
 
 
-Head = differentiable("head", head, head_backward, inputs=range(4), settings=(8, 9, 12))
-register("head", head, head_fake, Head)
-register("head_backward", head_backward, head_backward_fake)
-register("head_inference", head_inference, head_inference_fake)
+head = Operator("head", _forward, _fake, _backward)
+head_inference = Operator("head_inference", _inference, _inference_fake)

@@ -5,114 +5,144 @@ y (before the BatchNorm) and fp32 vectors. Inference takes one launch. A network
 block's first convolution in training (``mbconv``), which saves the launches and the passes of its BatchNorm.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-from effkernels.geometry import conv_out_size, pad_amounts
-from effkernels.ops import sync_batchnorm
-from effkernels.ops.autograd import LIB, absent, differentiable, fp32, normalised, on_its_device, register
+from effkernels.geometry import conv_out_sizes, conv_pads
+from effkernels.ops.autograd import Operator, fp32
 from effkernels.ops.counters import zeroed_counters
-from effkernels.ops.mbconv import DTYPES
-
-LIB.define(
-    "stem(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches, str dtype, int stride, str padding, str act, bool batch, float? momentum, float eps, str group) "
-    "-> (Tensor out, Tensor y, Tensor mean, Tensor rstd)"
-)
-LIB.define(
-    "stem_backward(Tensor dout, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor y, Tensor mean, Tensor rstd, "
-    "int stride, str padding, str act, bool batch, str group, bool[] needs) "
-    "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)"
-)
-LIB.define(
-    "stem_inference(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, Tensor running_var, "
-    "str dtype, int stride, str padding, str act, float eps) -> Tensor"
-)
+from effkernels.ops.normalise import backward_norm, batch_statistics, batch_terms, frozen_normalisation, normalisation
+from effkernels.parameters import BatchNormParams
 
 
-def image_pads(x, stride, padding):
-    return *pad_amounts(x.shape[2], 3, stride, padding), *pad_amounts(x.shape[3], 3, stride, padding)
+class StemSettings(NamedTuple):
+    """dtype: of the computation and its results. stride: 1 or 2. padding: a name of ``effkernels.geometry.PADDINGS``."""
+
+    dtype: torch.dtype
+    stride: int
+    padding: str
+    act: str
 
 
-def _output(x, weight, dtype, stride, padding):
-    OH, OW = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])
-    return x.new_empty(x.shape[0], OH, OW, weight.shape[0], dtype=DTYPES[dtype])
+class StemResults(NamedTuple):
+    """out [N, H', W', S]; y, before its BatchNorm, like it; fp32 mean and rstd [S] that normalised y."""
+
+    out: Tensor
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
-@on_its_device
-def stem(
-    x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, act, batch, momentum, eps, group
-):
+def stem_convolution(x: Tensor, weight: Tensor, stride: int, padding: str, dtype: torch.dtype, **how):
+    """(y [N, H', W', S], (mean, rstd) or None) of a 3x3 convolution; ``how`` as ``effkernels.kernels.stem.stem_forward`` takes it."""
+    from effkernels.kernels.stem import stem_forward
+
+    return stem_forward(x, weight, stride, conv_pads(*x.shape[2:], 3, stride, padding), dtype=dtype, **how)
+
+
+def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, *, act="identity", need_dx: bool, need_dw: bool):
+    """(dx or None, partial sums of dw or None) of a 3x3 convolution, from the gradient dz of what follows its BatchNorm ``bn``.
+
+    dx is rarely wanted, so PyTorch's own convolution makes it.
+    """
     from effkernels.kernels import batchnorm
-    from effkernels.kernels import stem as kernels
-    from effkernels.kernels.norm import BatchNorm
+    from effkernels.kernels.stem import stem_backward
 
-    def convolution(**how):
-        counters = zeroed_counters(x, weight.shape[0])
-        return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], counters=counters, **how)
-
-    y, mean, rstd = normalised(convolution, norm_weight, batch, running_mean, running_var, num_batches, momentum, eps, group)
-    return batchnorm.apply(y, BatchNorm(norm_weight, norm_bias, mean, rstd), act=act), y, mean, rstd
-
-
-def stem_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, num_batches, dtype, stride, padding, *settings):
-    S = weight.shape[0]
-    out, y = (_output(x, weight, dtype, stride, padding) for _ in range(2))
-    return out, y, fp32(x, S), fp32(x, S)
+    pads, dx, partials = conv_pads(*x.shape[2:], 3, stride, padding), None, None
+    if need_dw:
+        partials = stem_backward(dz, y, x, weight, stride, pads, bn, terms=terms, act=act)
+    if need_dx:
+        dx = _image_gradient(batchnorm.apply_backward(dz, y, bn, terms=terms, act=act), x, weight, stride, pads)
+    return dx, partials
 
 
-@on_its_device
-def stem_backward(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, needs):
-    from effkernels.kernels import batchnorm, weight_gradients
-    from effkernels.kernels import stem as kernels
-    from effkernels.kernels.norm import BatchNorm
-
-    norm = BatchNorm(norm_weight.float(), norm_bias.float(), mean, rstd) if group else BatchNorm(norm_weight, norm_bias, mean, rstd)
-    counters = zeroed_counters(x, y.shape[-1])
-    dnorm_weight, dnorm_bias, *terms = batchnorm.gradient_reduce(dout, y, norm, act=act, counters=counters)
-    if group and batch:
-        terms = sync_batchnorm.batch_terms(dnorm_weight, dnorm_bias, (norm_weight, mean, rstd), y.numel() // y.shape[-1], group)
-    terms = terms if batch else None
-    pads = image_pads(x, stride, padding)
-    dx, dw = absent(x), absent(x)
-    if needs[1]:
-        partials = kernels.stem_backward(dout, y, x, weight, stride, pads, norm, terms=terms, act=act)
-        dw = weight_gradients.reduce_weight_gradients(stem=weight_gradients.LayerPartials(partials, weight))[2]
-    if needs[0]:
-        dx = image_gradient(batchnorm.apply_backward(dout, y, norm, terms=terms, act=act), x, weight, stride, pads)
-    return dx, dw, dnorm_weight.to(norm_weight.dtype), dnorm_bias.to(norm_bias.dtype)
-
-
-def image_gradient(dy, x, weight, stride, pads):
-    """Rarely wanted, so PyTorch's own: dy [N, OH, OW, S] -> like x."""
+def _image_gradient(dy, x, weight, stride, pads):
+    """The gradient of images x from dy [N, H', W', S]; it lies as x does."""
     top, bottom, left, right = pads
     N, I, H, W = x.shape
     padded = dy.new_empty(N, I, H + top + bottom, W + left + right)  # only its shape is read
     dx, _, _ = torch.ops.aten.convolution_backward(
-        dy.permute(0, 3, 1, 2), padded, weight.to(dy.dtype), None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
-    )  # fmt: skip
+        dy.permute(0, 3, 1, 2),
+        padded,
+        weight.to(dy.dtype),
+        None,
+        stride=[stride, stride],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[True, False, False],
+    )
     return torch.empty_like(x).copy_(dx[:, :, top : top + H, left : left + W])
 
 
-def stem_backward_fake(dout, x, weight, norm_weight, norm_bias, y, mean, rstd, stride, padding, act, batch, group, needs):
-    dx, dw = (torch.empty_like(t) if need else absent(x) for t, need in zip((x, weight), needs, strict=False))
-    return dx, dw, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
+def _forward(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSettings) -> StemResults:
+    from effkernels.kernels import batchnorm
+
+    wanted = batch_statistics(norm, weight.shape[0], x.device)
+    counters = zeroed_counters(x, weight.shape[0])
+    y, found = stem_convolution(x, weight, settings.stride, settings.padding, settings.dtype, statistics=wanted, counters=counters)
+    bn = normalisation(norm, wanted, found, y)
+    return StemResults(batchnorm.apply(y, bn, act=settings.act), y, bn.mean, bn.rstd)
 
 
-@on_its_device
-def stem_inference(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, act, eps):
+def _fake(x, weight, norm, settings) -> StemResults:
+    S = weight.shape[0]
+    out, y = (_output(x, weight, settings) for _ in range(2))
+    return StemResults(out, y, fp32(x, S), fp32(x, S))
+
+
+def _output(x, weight, settings):
+    size = conv_out_sizes(*x.shape[2:], 3, settings.stride, settings.padding)
+    return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=settings.dtype)
+
+
+def _backward(dout, *, x, weight, norm, settings, saved: StemResults, needs) -> dict:
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels.weight_gradients import LayerPartials, reduce_weight_gradients
+
+    y = saved.y
+    bn = backward_norm(norm, saved.mean, saved.rstd)
+    counters = zeroed_counters(x, y.shape[-1])
+    sums = batchnorm.gradient_reduce(dout, y, bn, act=settings.act, counters=counters)
+    dgamma, dbeta, *_ = sums
+    dx, partials = stem_gradients(
+        dout,
+        y,
+        x,
+        weight,
+        settings.stride,
+        settings.padding,
+        bn,
+        batch_terms(norm, bn, sums, y.numel() // y.shape[-1]),
+        act=settings.act,
+        need_dx="x" in needs,
+        need_dw="weight" in needs,
+    )
+    dw = None
+    if partials is not None:
+        _, _, dw, _ = reduce_weight_gradients(stem=LayerPartials(partials, weight))
+    return {
+        "x": dx,
+        "weight": dw,
+        "norm_weight": dgamma.to(norm.weight.dtype),
+        "norm_bias": dbeta.to(norm.bias.dtype),
+    }
+
+
+def _inference(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSettings) -> Tensor:
     """Running statistics, no gradient; scale and shift come from the live buffers."""
-    from effkernels.kernels import stem as kernels
-    from effkernels.kernels.norm import BatchNorm
-
-    epilogue = BatchNorm(norm_weight, norm_bias, running_mean, var=running_var, eps=eps)
-    return kernels.stem_forward(x, weight, stride, image_pads(x, stride, padding), dtype=DTYPES[dtype], epilogue=epilogue, act=act)[0]
+    epilogue = frozen_normalisation(norm)
+    y, _ = stem_convolution(x, weight, settings.stride, settings.padding, settings.dtype, epilogue=epilogue, act=settings.act)
+    return y
 
 
-def stem_inference_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, dtype, stride, padding, *settings):
-    return _output(x, weight, dtype, stride, padding)
+def _inference_fake(x, weight, norm, settings) -> Tensor:
+    return _output(x, weight, settings)
 
 
-Stem = differentiable("stem", stem, stem_backward, inputs=range(4), settings=(8, 9, 10, 11, 14))
-register("stem", stem, stem_fake, Stem)
-register("stem_backward", stem_backward, stem_backward_fake)
-register("stem_inference", stem_inference, stem_inference_fake)
+stem = Operator("stem", _forward, _fake, _backward)
+stem_inference = Operator("stem_inference", _inference, _inference_fake)

@@ -15,33 +15,40 @@ def _group(name: str):
     return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
-def merged(kernel, like: torch.Tensor, statistics, group: str):
-    """(output, (mean, rstd)) of ``kernel(statistics=...)``, with those of all processes finished as ``statistics`` says.
-
-    like: any vector over the output's channels on its device.
-    """
-    from effkernels.kernels import batchnorm
+def own_statistics(norm, channels: int, device: torch.device):
+    """``BatchStatistics`` that put this process's mean and unbiased variance into vectors of their own, as running ones of momentum 1."""
     from effkernels.kernels.norm import BatchStatistics
 
-    C = like.numel()
-    mean, variance = torch.zeros(2, C, dtype=torch.float32, device=like.device)
-    out, _ = kernel(statistics=BatchStatistics(statistics.eps, mean, variance, momentum=1.0))  # puts the unbiased variance there
-    rows = out.numel() // C
+    mean, variance = torch.zeros(2, channels, dtype=torch.float32, device=device)
+    return BatchStatistics(norm.eps, mean, variance, momentum=1.0)
+
+
+def merge_processes(norm, own, rows: int):
+    """(mean, rstd) fp32 [C] over all processes of ``norm.group``, and the running statistics of ``norm`` updated with them.
+
+    own: ``own_statistics`` after the launch that filled them, over this process's ``rows`` values a channel.
+    """
+    from effkernels.kernels.batchnorm import merge
+    from effkernels.kernels.norm import BatchStatistics
+
+    mean, variance = own.running_mean, own.running_var
+    C = mean.numel()
     m2 = variance * (rows - 1) if rows > 1 else torch.zeros_like(variance)
-    own = torch.cat([mean, m2, mean.new_full((1,), rows)])
-    everyone = own.new_empty(torch.distributed.get_world_size(_group(group)) * own.numel())
-    torch.distributed.all_gather_into_tensor(everyone, own, group=_group(group))
-    means, m2s, counts = (t.contiguous() for t in everyone.view(-1, own.numel()).split([C, C, 1], dim=1))
-    return out, batchnorm.merge((counts.view(-1), means, m2s), statistics)
+    sent = torch.cat([mean, m2, mean.new_full((1,), rows)])
+    group = _group(norm.group)
+    everyone = sent.new_empty(torch.distributed.get_world_size(group) * sent.numel())
+    torch.distributed.all_gather_into_tensor(everyone, sent, group=group)
+    means, m2s, counts = (t.contiguous() for t in everyone.view(-1, sent.numel()).split([C, C, 1], dim=1))
+    statistics = BatchStatistics(norm.eps, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    return merge((counts.view(-1), means, m2s), statistics)
 
 
-def batch_terms(dgamma, dbeta, bn, rows: int, group: str):
-    """(k0, k1) fp32 [C] from this process's gradients of one BatchNorm, (gamma, mean, rstd), over ``rows`` values a channel."""
-    gamma, mean, rstd = bn
-    C = gamma.numel()
-    sums = torch.cat([dgamma.float(), dbeta.float(), rstd.new_full((1,), rows)])
+def batch_terms(dgamma: torch.Tensor, dbeta: torch.Tensor, bn, rows: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k0, k1) fp32 [C] over all processes, from this process's gradients of a ``BatchNorm`` over ``rows`` values a channel."""
+    C = dgamma.numel()
+    sums = torch.cat([dgamma.float(), dbeta.float(), bn.rstd.new_full((1,), rows)])
     torch.distributed.all_reduce(sums, group=_group(group))
     dgamma, dbeta, count = sums.split([C, C, 1])
-    scale = gamma.float() * rstd
-    k1 = -scale * rstd * dgamma / count
-    return -scale * dbeta / count - k1 * mean, k1
+    scale = bn.weight.float() * bn.rstd
+    k1 = -scale * bn.rstd * dgamma / count
+    return -scale * dbeta / count - k1 * bn.mean, k1

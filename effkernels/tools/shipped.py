@@ -5,56 +5,69 @@ import itertools
 
 import torch
 
-from effkernels.tools.launches import Launch, call_launches, record_launches
+from effkernels.parameters import BatchNormParams, SqueezeExciteParams
+from effkernels.tools.launches import Launch, call_launches
 
 
 def _meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _parameter(*shape):
+    return torch.nn.Parameter(_meta(*shape))
+
+
+def _norm(channels, training):
+    """A BatchNorm that does not count its batches."""
+    return BatchNormParams(_parameter(channels), _parameter(channels), _meta(channels), _meta(channels), momentum=0.1, training=training)
+
+
+def _squeeze_excite(channels, reduced, act="silu"):
+    return SqueezeExciteParams(
+        _parameter(reduced, channels, 1, 1),
+        _parameter(reduced),
+        _parameter(channels, reduced, 1, 1),
+        _parameter(channels),
+        act=act,
+    )
+
+
 def block_launches(
     dtype, kernel_size, stride, *, channels=96, size=56, images=64, reduced=8, expands=True, squeeze=True, training=True, act="silu"
-):
+) -> list[Launch]:
     """Launches of one depthwise block (forward and backward, or inference) at a shape of an MBConv network."""
-    from effkernels import ops
+    from effkernels import functional
 
-    def norm():
-        return [_meta(channels) for _ in range(4)]
+    weight = _parameter(channels, 1, kernel_size, kernel_size)
 
-    x = _meta(images, size, size, channels, dtype=dtype)
-    weight = _meta(channels, 1, kernel_size, kernel_size)
-    w1, b1, m1, v1 = norm() if expands else [None] * 4
-    w2, b2, m2, v2 = norm()
-    se = [None] * 4
-    if squeeze:
-        se = [_meta(reduced, channels, 1, 1), _meta(reduced), _meta(channels, reduced, 1, 1), _meta(channels)]
-    settings = (stride, "symmetric", act if expands else "identity", act, act if squeeze else "identity", "sigmoid")
-    with record_launches() as launches:
-        if not training:
-            ops.depthwise_block_inference(x, weight, w1, b1, m1, v1, w2, b2, m2, v2, *se, *settings, 1e-3, 1e-3)
-        else:
-            out, *aux = ops.depthwise_block(
-                x, weight, w1, b1, m1, v1, None, w2, b2, m2, v2, None, *se, *settings, expands, 0.1, 1e-3, True, 0.1, 1e-3
-            )
-            ops.depthwise_block_backward(out, x, weight, w1, b1, w2, b2, *se, *aux, *settings, expands, True, [True] * 10)
-    return launches
+    def block(x):
+        return functional.depthwise_conv_bn_act(
+            x,
+            weight,
+            _norm(channels, training),
+            stride=stride,
+            act=act,
+            pre_norm=_norm(channels, training) if expands else None,
+            pre_act=act if expands else "identity",
+            squeeze_excite=_squeeze_excite(channels, reduced, act) if squeeze else None,
+        )
+
+    return call_launches(block, _meta(images, channels, size, size, dtype=dtype), training)
 
 
-def norm_launches(dtype, *, channels=40, size=28, images=64, training=True):
+def norm_launches(dtype, *, channels=40, size=28, images=64, training=True) -> list[Launch]:
     """Launches of BN + drop-path + residual, the end of a block, and of squeeze-excite alone."""
-    from effkernels import ops
+    from effkernels import functional
 
-    x, weight, bias, mean, var = _meta(images, size, size, channels, dtype=dtype), *(_meta(channels) for _ in range(4))
-    with record_launches() as launches:
-        if training:
-            mask = _meta(images)
-            out, *stats = ops.bn_act_add(x, weight, bias, mean, var, None, mask, torch.empty_like(x), "identity", True, 0.1, 1e-3)
-            ops.bn_act_add_backward(out, x, weight, bias, *stats, mask, "identity", True, True)
-            se = [_meta(10, channels, 1, 1), _meta(10), _meta(channels, 10, 1, 1), _meta(channels)]
-            out, *aux = ops.squeeze_excite(x, *se, "silu", "sigmoid")
-            ops.squeeze_excite_backward(out, x, *se, *aux, "silu", "sigmoid", [True] * 5)
-        else:
-            ops.bn_act_add_inference(x, weight, bias, mean, var, torch.empty_like(x), "identity", 1e-3)
+    x = _meta(images, channels, size, size, dtype=dtype)
+
+    def norm(x):
+        scale = _meta(images) if training else None
+        return functional.bn_act_add(x, _norm(channels, training), branch_scale=scale, residual=torch.empty_like(x))
+
+    launches = call_launches(norm, x, training)
+    if training:
+        launches += call_launches(lambda x: functional.squeeze_excite(x, _squeeze_excite(channels, 10)), x, True)
     return launches
 
 
@@ -96,7 +109,6 @@ def stem_and_head_launches(dtype, channels, inputs, features, *, training, image
     """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its first block's, and
     of its last."""
     from effkernels import FusedMBConv, functional
-    from effkernels.parameters import BatchNormParams
 
     def norm(channels):
         return BatchNormParams.of(torch.nn.BatchNorm2d(channels, device="meta").train(training))

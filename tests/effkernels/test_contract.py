@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, ops
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch
+from effkernels.ops.autograd import OPERATORS
 from support.blocks import PLAIN, images, randomise, step, twins
 from support.truth import assert_close_to_truth, on_gpu
 
@@ -227,20 +228,37 @@ def test_kernels_start_on_the_tensors_device(monkeypatch):
     @contextlib.contextmanager
     def device_of(device):
         entered.append(device)
-        yield
-        entered.append("left")
+        try:
+            yield
+        finally:
+            entered.append("left")
 
     class OnSecondGpu:
         is_cuda, device = True, torch.device("cuda", 1)
 
+    class Ran(Exception):
+        pass
+
+    def implementation(*args, **kwargs):
+        entered.append("ran")
+        raise Ran
+
     monkeypatch.setattr(torch.cuda, "device", device_of)
-    guarded = ops.autograd.on_its_device(lambda x, *args: entered.append(args))
-    guarded(OnSecondGpu(), 5)
-    assert entered == [torch.device("cuda", 1), (5,), "left"]
-    operators = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")}
-    assert operators
-    unguarded = [name for name in operators if not hasattr(getattr(ops, name, getattr(ops.mbconv, name, None)), "__wrapped__")]
-    assert unguarded == []
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")}
+    runs = {}
+    for name, operator in OPERATORS.items():
+        monkeypatch.setattr(operator, "forward", implementation)
+        runs[name] = operator._run, [OnSecondGpu(), *[None] * (len(operator.leaves) - 1)]
+        if operator.backward is not None:
+            monkeypatch.setattr(operator, "backward", implementation)
+            kept, saved = [None] * len(operator.kept), [torch.empty(0)] * (len(operator.results._fields) - 1)
+            runs[f"{name}_backward"] = operator._run_backward, [OnSecondGpu(), *kept, *saved, []]
+    assert set(runs) == registered, "an operator that is registered elsewhere"
+    for name, (run, arguments) in runs.items():
+        entered.clear()
+        with pytest.raises(Ran):
+            run(*arguments)
+        assert entered == [torch.device("cuda", 1), "ran", "left"], name
 
 
 @on_gpu

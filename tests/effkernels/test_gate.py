@@ -158,13 +158,13 @@ def test_mask_of_the_caller(device):
         with torch.no_grad():
             branch = reference.mbconv(x, *given, residual=True) - x
             for twin in (functional, reference):
-                out = twin.mbconv(x, *given, residual=True, mask=mask)
+                out = twin.mbconv(x, *given, residual=True, branch_scale=mask)
                 torch.testing.assert_close(out, x + branch * mask.view(3, 1, 1, 1), rtol=1e-4, atol=1e-4)
     for wrong in (mask.double(), mask[:2], mask.clone().requires_grad_()):
-        with pytest.raises(ValueError, match="mask must be fp32"):
-            functional.mbconv(x, *arguments, residual=True, mask=wrong)
+        with pytest.raises(ValueError, match="branch_scale must be fp32"):
+            functional.mbconv(x, *arguments, residual=True, branch_scale=wrong)
     with pytest.raises(ValueError, match="of a block with residual"):
-        functional.mbconv(x, *arguments, mask=mask)
+        functional.mbconv(x, *arguments, branch_scale=mask)
 
 
 def test_drop_path_with_frozen_statistics_and_no_gradient(device):

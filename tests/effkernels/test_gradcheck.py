@@ -33,7 +33,7 @@ def test_bn_act_add(act, training):
     mask = torch.tensor([1.5, 0.0], dtype=torch.float64)
 
     def call(x, weight, bias, residual):
-        return reference.bn_act_add(x, norm(weight, bias, training), act=act, mask=mask, residual=residual)
+        return reference.bn_act_add(x, norm(weight, bias, training), act=act, branch_scale=mask, residual=residual)
 
     assert gradcheck(call, (leaf(2, 3, 2, 3), leaf(3, low=0.5), leaf(3), leaf(2, 3, 2, 3)))
 

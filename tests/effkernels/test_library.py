@@ -5,168 +5,159 @@ import copy
 import pytest
 import torch
 
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, ops
+from effkernels import BatchNormParams, FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, SqueezeExciteParams
+from effkernels.ops.autograd import OPERATORS
+from effkernels.ops.head import HeadSettings
+from effkernels.ops.mbconv import BlockSettings
+from effkernels.ops.single_layers import ActivationSettings, DepthwiseSettings
+from effkernels.ops.stem import StemSettings
 from support.truth import norm_vectors
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 N, H, W, C, R = 2, 3, 2, 4, 3
 
 
-def norm(device, counter=False, requires_grad=True):
-    """weight, bias, running_mean, running_var and maybe num_batches."""
-    weight, bias, mean, var = norm_vectors(C, device)
-    counters = [torch.tensor(3, device=device)] if counter else []
-    return [weight.requires_grad_(requires_grad), bias.requires_grad_(requires_grad), mean, var, *counters]
+def norm(device, requires_grad=True, training=True, momentum=0.1, channels=C, counter=True):
+    """A BatchNorm whose weight and bias may want gradients."""
+    weight, bias, mean, var = norm_vectors(channels, device)
+    batches = torch.tensor(3, device=device) if counter else None
+    weight, bias = weight.requires_grad_(requires_grad), bias.requires_grad_(requires_grad)
+    return BatchNormParams(weight, bias, mean, var, batches, momentum, 1e-3, training)
 
 
-def squeeze(device, requires_grad=True):
+def squeeze(device, requires_grad=True, act="silu"):
     shapes = ((R, C, 1, 1), (R,), (C, R, 1, 1), (C,))
-    return [torch.randn(s).to(device).requires_grad_(requires_grad) for s in shapes]
+    return SqueezeExciteParams(*(torch.randn(s).to(device).requires_grad_(requires_grad) for s in shapes), act=act)
 
 
 def nhwc(device, *shape, requires_grad=True, dtype=torch.float32):
     return torch.randn(shape or (N, H, W, C)).to(device, dtype).requires_grad_(requires_grad)
 
 
-def operator_arguments(name, device, dtype=torch.float32):
-    """Small arguments of every operator of the package, with and without what is optional; activations of single layers in ``dtype``."""
-    x, dout = nhwc(device, dtype=dtype), nhwc(device, N, 2, 1, C, requires_grad=False, dtype=dtype)
+def arguments_of(name, device, dtype=torch.float32):
+    """Small arguments by name of every operator with a forward, with and without what is optional; activations of single layers in
+    ``dtype``. Half of an inference operator's are those of training: it takes no gradient."""
+    x = nhwc(device, dtype=dtype)
+    frozen = {"requires_grad": False, "training": False}
     weight = torch.randn(C, 1, 3, 3).to(device).requires_grad_()
-    settings = (2, "same", "silu", "relu6", "silu", "sigmoid")
+    settings = DepthwiseSettings(2, "same", act1="silu", act2="relu6")
     if name == "depthwise_block":
-        yield (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
-        yield (x, weight, *[None] * 5, *norm(device, True), *[None] * 4, *settings, False, 0.1, 1e-3, False, 0.1, 1e-3)
-    elif name == "depthwise_block_backward":
-        vectors = [v for v in (*norm(device)[:2], *norm(device)[:2])]
-        with torch.no_grad():
-            args = (x, weight, *norm(device, True), *norm(device, True), *squeeze(device), *settings, True, 0.1, 1e-3, True, None, 1e-3)
-            aux = ops.depthwise_block(*args)[1:]
-            fixed = [t.detach() for t in (x, weight, *vectors, *squeeze(device))]
-        yield (dout, *fixed, *aux, *settings, True, True, [True] * 10)
-        none = torch.empty(0, device=device)
-        yield (
-            dout, *fixed[:2], None, None, *fixed[4:6], *[None] * 4, aux[0], none, none, *aux[3:5], *[none] * 3,
-            *settings, False, False, [False, True, *[False] * 2, *[True] * 2, *[False] * 4],
-        )  # fmt: skip
+        full = {"norm1": norm(device), "norm2": norm(device, momentum=None), "se": squeeze(device)}
+        bare = {"norm1": None, "norm2": norm(device, training=False), "se": None}
+        yield from ({"x": x, "weight": weight, "settings": settings} | parts for parts in (full, bare))
     elif name == "depthwise_block_inference":
-        frozen = {"requires_grad": False}
-        x, weight = x.detach(), weight.detach()
-        yield (x, weight, *norm(device, **frozen), *norm(device, **frozen), *squeeze(device, False), *settings, 1e-3, 1e-3)
-        yield (x, weight, *[None] * 4, *norm(device, **frozen), *[None] * 4, *settings, 1e-3, 1e-3)
+        full = {"norm1": norm(device, **frozen), "norm2": norm(device, **frozen), "se": squeeze(device, False)}
+        bare = {"norm1": None, "norm2": norm(device, **frozen), "se": None}
+        yield from ({"x": x.detach(), "weight": weight.detach(), "settings": settings} | parts for parts in (full, bare))
     elif name == "bn_act_add":
-        yield (x, *norm(device, True), torch.rand(N, device=device), nhwc(device, dtype=dtype), "silu", True, 0.1, 1e-3)
-        yield (x, *norm(device, True), None, None, "identity", False, None, 1e-3)
-    elif name == "bn_act_add_backward":
-        vectors = norm(device, requires_grad=False)
-        yield (dout, dout + 1, *vectors, torch.rand(N, device=device), "silu", True, True)
-        yield (dout, dout + 1, *vectors, None, "identity", False, False)
+        scale, residual = torch.rand(N, device=device), nhwc(device, dtype=dtype)
+        yield {"x": x, "norm": norm(device), "branch_scale": scale, "residual": residual, "settings": ActivationSettings("silu")}
+        yield {
+            "x": x,
+            "norm": norm(device, training=False, momentum=None),
+            "branch_scale": None,
+            "residual": None,
+            "settings": ActivationSettings("identity"),
+        }
     elif name == "bn_act_add_inference":
-        residual = nhwc(device, requires_grad=False, dtype=dtype)
-        yield (x.detach(), *norm(device, requires_grad=False), residual, "relu", 1e-3)
-        yield (x.detach(), *norm(device, requires_grad=False), None, "identity", 1e-3)
+        given, residual = {"x": x.detach(), "norm": norm(device, **frozen)}, nhwc(device, requires_grad=False, dtype=dtype)
+        yield given | {"residual": residual, "settings": ActivationSettings("relu")}
+        yield given | {"residual": None, "settings": ActivationSettings("identity")}
     elif name == "squeeze_excite":
-        yield (x, *squeeze(device), "silu", "sigmoid")
-    elif name == "squeeze_excite_backward":
-        weights = squeeze(device, False)
-        x = x.detach()
-        yield (dout.new_ones(N, H, W, C), x, *weights, *ops.squeeze_excite(x, *weights, "silu", "sigmoid")[1:], "silu",
-               "sigmoid", [True] * 5)  # fmt: skip
-    elif name.startswith("stem"):
-        x, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
-        vectors, settings = norm(device, True, requires_grad=False), ("fp32", 2, "same", "silu")
-        if name == "stem":
-            yield (x.requires_grad_(), weight.requires_grad_(), *norm(device, True), *settings, True, None, 1e-3, "")
-            yield (
-                x.to(memory_format=torch.channels_last),
-                weight,
-                *norm(device, True),
-                "bf16",
-                2,
-                "symmetric",
-                "relu",
-                False,
-                0.1,
-                1e-3,
-                "",
-            )
-        elif name == "stem_backward":
-            out, *aux = ops.stem(x, weight, *vectors, *settings, True, 0.1, 1e-3, "")
-            yield (out, x, weight, *vectors[:2], *aux, *settings[1:], True, "", [True] * 4)
-            yield (
-                out,
-                x,
-                weight.to(memory_format=torch.channels_last),
-                *vectors[:2],
-                *aux,
-                *settings[1:],
-                False,
-                "",
-                [False, True, True, True],
-            )
-        else:
-            yield (x, weight, *vectors[:4], *settings, 1e-3)
-
-    elif name.startswith("mbconv"):
-        yield from block_arguments(name, device)
-    elif name in ("head", "head_backward"):
-        conv, trained = torch.randn(R, C, 1, 1).to(device), [*norm_vectors(R, device), torch.tensor(3, device=device)]
-        if name == "head":
-            yield (x, conv.requires_grad_(), *trained, "fp32", "silu", True, None, 1e-3, "")
-            yield (x, conv, *trained, "bf16", "relu", False, 0.1, 1e-3, "")
+        yield {"x": x, "se": squeeze(device)}
+    elif name in ("stem", "stem_inference"):
+        images, weight = torch.randn(N, 3, 5, 4).to(device), torch.randn(C, 3, 3, 3).to(device)
+        same = StemSettings(torch.float32, 2, "same", "silu")
+        if name == "stem_inference":
+            yield {"x": images, "weight": weight, "norm": norm(device, **frozen), "settings": same}
             return
-        x = x.detach()
-        for dtype, batch, needs in (("fp32", True, [True] * 4), ("bf16", False, [True, False, False, True])):
-            out, *aux = ops.head(x, conv, *trained, dtype, "silu", batch, 0.1, 1e-3, "")
-            yield (out, x, conv, *trained[:2], *aux, "silu", batch, "", needs)
-    elif name == "head_inference":
-        yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "fp32", "silu", 1e-3)
-        yield (x.detach(), torch.randn(R, C, 1, 1).to(device), *norm_vectors(R, device), "bf16", "relu", 1e-3)
+        weight.requires_grad_()
+        yield {"x": images.clone().requires_grad_(), "weight": weight, "norm": norm(device, momentum=None), "settings": same}
+        yield {
+            "x": images.to(memory_format=torch.channels_last),
+            "weight": weight.detach().to(memory_format=torch.channels_last).requires_grad_(),
+            "norm": norm(device, training=False),
+            "settings": StemSettings(torch.bfloat16, 2, "symmetric", "relu"),
+        }
+    elif name in ("head", "head_inference"):
+        inference = name == "head_inference"
+        conv = torch.randn(R, C, 1, 1).to(device).requires_grad_(not inference)
+        x = x.detach() if inference else x
+        for dtype, act, training, momentum in ((torch.float32, "silu", True, None), (torch.bfloat16, "relu", False, 0.1)):
+            of = norm(device, not inference, training and not inference, momentum, channels=R)
+            yield {"x": x, "conv_weight": conv, "norm": of, "settings": HeadSettings(dtype, act)}
+    elif name in ("mbconv", "mbconv_inference"):
+        yield from block_arguments(name == "mbconv_inference", device)
 
 
-def block_arguments(name, device):
-    """A block of all parts (expand, squeeze-excite, residual, drop-path), and one of none of them that is partly frozen."""
-    inference = name == "mbconv_inference"
-    grad = {"requires_grad": not inference}
+def block_arguments(inference, device):
+    """A block of all parts (expand, squeeze-excite, residual, drop-path), one of none of them, each partly frozen, and one of a stem."""
+    grad = not inference
 
-    def n():
-        return norm(device, counter=not inference, **grad)
+    def n(training=True, momentum=0.1):
+        return norm(device, grad, training and grad, momentum)
 
     def weight(*shape):
-        return torch.randn(shape).to(device).requires_grad_(not inference)
+        return torch.randn(shape).to(device).requires_grad_(grad)
 
-    x, mask = nhwc(device, N, H, W, C, **grad), torch.rand(N, device=device)
-    full = ("fp32", 1, "symmetric", "silu", "silu", "sigmoid", True)
-    bare = ("bf16", 2, "same", "relu6", "identity", "sigmoid", False)
-    expand, depthwise, project = (weight(C, C, 1, 1), *n()), (weight(C, 1, 3, 3), *n()), (weight(C, C, 1, 1), *n())
-    no_expand, se, no_se = (None,) * (5 if inference else 6), squeeze(device, not inference), (None,) * 4
+    full = BlockSettings(torch.float32, 1, "symmetric", "silu", residual=True)
+    bare = BlockSettings(torch.bfloat16, 2, "same", "relu6", residual=False)
+    draws = {} if inference else {"branch_draws": None}
+    fixed = {
+        "x": nhwc(device, N, H, W, C, requires_grad=grad),
+        "depthwise_weight": weight(C, 1, 3, 3),
+        "project_weight": weight(C, C, 1, 1),
+    }
+    everything = fixed | draws | {"expand_weight": weight(C, C, 1, 1), "se": squeeze(device, grad)}
+    nothing = fixed | draws | {"expand_weight": None, "norm1": None, "se": None}
     if inference:
-        yield (x, *expand, *depthwise, *se, *project, *full, 1e-3, 1e-3, 1e-3)
-        yield (x, *no_expand, *depthwise, *no_se, *project, *bare, 1e-3, 1e-3, 1e-3)
+        yield everything | {"norm1": n(), "norm2": n(), "norm3": n(), "settings": full}
+        yield nothing | {"norm2": n(), "norm3": n(), "settings": bare}
         return
-    batch, frozen = (True, 0.1, 1e-3), (False, 0.1, 1e-3)
-    alone = [""] * 3
-    images, stem = torch.randn(N, 3, 5, 4).to(device), (weight(C, 3, 3, 3), *n())
-    forward = [
-        (x, *expand, *depthwise, *se, *project, mask, *full, 0.5, 0, *batch, True, None, 1e-3, *batch, False, alone),
-        (x, *expand, *depthwise, *se, *project, None, *full, -1.0, 0, *frozen, *frozen, *batch, True, alone),
-        (x, *no_expand, *depthwise, *no_se, *project, None, *bare, -1.0, 0, *frozen, *batch, *frozen, False, alone),
-        (images, *stem, *depthwise, *se, *project, None, *bare, -1.0, 2, *batch, *batch, *batch, False, alone),
-    ]
-    if name == "mbconv":
-        yield from forward
-        return
-    for args, needs in zip(forward, ([True] * 14, [False] * 5 + [True] * 9, [True] + [False] * 3 + [True] * 10, [True] * 14), strict=True):
+    yield everything | {
+        "norm1": n(),
+        "norm2": n(momentum=None),
+        "norm3": n(),
+        "branch_draws": torch.rand(N, device=device),
+        "settings": full._replace(keep=0.5),
+    }
+    yield everything | {"norm1": n(False), "norm2": n(False), "norm3": n(), "settings": full._replace(recompute=True)}
+    yield nothing | {"norm2": n(), "norm3": n(False), "settings": bare}
+    stem = {"x": torch.randn(N, 3, 5, 4).to(device), "expand_weight": weight(C, 3, 3, 3)}
+    yield everything | stem | {"norm1": n(), "norm2": n(), "norm3": n(), "settings": bare._replace(stem_stride=2)}
+
+
+def backward_arguments(operator, device, dtype=torch.float32):
+    """Of an operator's backward: after each of its forward's arguments, for all gradients and for a third of them."""
+    for given in arguments_of(operator.name, device, dtype):
         with torch.no_grad():
-            out, *aux = ops.mbconv(*args)
-        tensors = [args[i] if args[i] is None else args[i].detach() for i in (0, 1, 2, 3, 7, 8, 9, *range(13, 20), 23)]
-        needs = [need and t is not None for need, t in zip(needs, tensors, strict=False)]
-        yield (torch.randn_like(out), *tensors, *aux, *args[24:33], args[33], args[36], args[39], alone, needs)
+            results = operator.forward(**given)
+        flat = operator.flatten(**given)
+        kept = [
+            value.detach() if isinstance(value, torch.Tensor) else value
+            for leaf, value in zip(operator.leaves, flat, strict=True)
+            if leaf.reaches_backward
+        ]
+        out, *saved = results
+        saved = [torch.empty(0, device=device) if t is None else t for t in saved]
+        present = {leaf.name for leaf, value in zip(operator.leaves, flat, strict=True) if value is not None}
+        wanted = [name for name in operator.inputs if name in present]
+        for needs in (wanted, wanted[::3]):
+            yield (torch.randn_like(out), *kept, *saved, needs)
 
 
-OPERATORS = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
+def operator_arguments(name, device, dtype=torch.float32):
+    """What the dispatcher takes, of every operator of the package."""
+    operator = OPERATORS[name.removesuffix("_backward")]
+    if name.endswith("_backward"):
+        return backward_arguments(operator, device, dtype)
+    return (operator.flatten(**given) for given in arguments_of(name, device, dtype))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+REGISTERED = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, device):
     """Schema (what is mutated, what is aliased), autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     torch.manual_seed(0)

@@ -428,7 +428,7 @@ def test_draws_are_the_factors_they_stand_for(dtype, device, scratch):
     x = images(6, 16, 4, 5, device=device).to(dtype)
     draws = torch.tensor([0.0, 0.59, 0.61, 0.2, 0.99, 0.5], device=device)
     gradient, results = torch.randn_like(x), []
-    for how in ({"drop_path": 0.4, "draws": draws}, {"mask": (draws < 0.6).float() / 0.6}):
+    for how in ({"drop_path": 0.4, "draws": draws}, {"branch_scale": (draws < 0.6).float() / 0.6}):
         leaf = x.clone().requires_grad_()
         out = functional.mbconv(leaf, *layers, residual=True, training=True, **how)
         results.append((out, *torch.autograd.grad(out, [leaf, *block.parameters()], gradient)))

@@ -54,7 +54,7 @@ class Apart(torch.nn.Module):
         norm = BatchNormParams.of
         y = functional.stem(x, self.stem.weight, norm(self.pre))
         z = functional.depthwise_conv_bn_act(y, self.conv.weight, norm(self.norm), pre_norm=norm(self.last), pre_act="silu")
-        z = functional.bn_act_add(z, norm(self.norm), residual=y, mask=torch.tensor([1.5, 0.0], device=x.device))
+        z = functional.bn_act_add(z, norm(self.norm), residual=y, branch_scale=torch.tensor([1.5, 0.0], device=x.device))
         return functional.head(z, self.head.weight, norm(self.headnorm))
 
 

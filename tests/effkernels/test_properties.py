@@ -301,7 +301,7 @@ def test_batchnorm(case, device, scratch):
         tensors["residual"] = laid_out(torch.randn(x.shape, generator=g).to(dtype), residual)
 
     def call(module, t, norm):
-        return module.bn_act_add(t["x"], norm["norm"], act=act, mask=t["mask"], residual=t.get("residual"))
+        return module.bn_act_add(t["x"], norm["norm"], act=act, branch_scale=t["mask"], residual=t.get("residual"))
 
     check(call, (tensors, {"norm": norm.params(C, g)}, want), ("fp32", dtype), image.gradient_layout, image.seed)
 

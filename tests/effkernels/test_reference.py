@@ -170,10 +170,10 @@ def test_depthwise_conv_bn_act(trainings, device, scratch, small_tiles):
 def test_bn_act_add(masked, added, training, device, scratch):
     tensors = leaves(device, x=(3, 24, 5, 4), residual=(3, 24, 5, 4))
     tensors["residual"].requires_grad_(added)
-    tensors["mask"] = torch.tensor([1.5, 0.0, 0.7], device=device)
+    tensors["branch_scale"] = torch.tensor([1.5, 0.0, 0.7], device=device)
 
     def call(module, t, norms):
-        extra = {name: t[name] for name, wanted in (("mask", masked), ("residual", added)) if wanted}
+        extra = {name: t[name] for name, wanted in (("branch_scale", masked), ("residual", added)) if wanted}
         return module.bn_act_add(t["x"], norms["norm"], act="gelu", **extra)
 
     compare("bn_act_add", tensors, {"norm": (*norm_vectors(24, device), training)}, call)
@@ -212,6 +212,6 @@ def test_a_given_mask_scales_the_branch(residual):
     arguments = (x, layers[0], layers[1], None, (block.conv_pwl.weight, BatchNormParams.of(block.bn3)))
     with torch.no_grad():
         branch = reference.mbconv(*arguments)
-        masked = reference.mbconv(*arguments, residual=residual, drop_path=0.5, training=True, mask=mask)
+        masked = reference.mbconv(*arguments, residual=residual, drop_path=0.5, training=True, branch_scale=mask)
     expected = branch * mask[:, None, None, None] + (x if residual else 0)
     torch.testing.assert_close(masked, expected)

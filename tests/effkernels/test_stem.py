@@ -256,7 +256,8 @@ def test_compiled(device):
 
 COMPILE = """
 import json, torch
-from effkernels import ops
+from effkernels import BatchNormParams, ops
+from effkernels.ops.stem import StemSettings
 from effkernels.tools.launches import record_launches
 from effkernels.tools.machine_code import cost_of
 
@@ -264,17 +265,19 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 rows = []
-for name, S, I in (("bf16", 32, 3), ("fp16", 40, 3), ("fp32", 64, 3), ("bf16", 64, 16)):
-    x, weight, norm = meta(8, I, 224, 224), meta(S, I, 3, 3), [meta(S) for _ in range(4)]
+for dtype, S, I in ((torch.bfloat16, 32, 3), (torch.float16, 40, 3), (torch.float32, 64, 3), (torch.bfloat16, 64, 16)):
+    x, weight, norm = meta(8, I, 224, 224), meta(S, I, 3, 3), BatchNormParams(*(meta(S) for _ in range(4)), momentum=0.1)
+    settings = StemSettings(dtype, 2, "same", "silu")
     with record_launches() as launches:
-        ops.stem_inference(x, weight, *norm, name, 2, "symmetric", "silu", 1e-3)
-        out, *aux = ops.stem(x, weight, *norm, None, name, 2, "same", "silu", True, 0.1, 1e-3, "")
-        ops.stem_backward(out, x, weight, *norm[:2], *aux, 2, "same", "silu", True, "", [False, True, True, True])
+        ops.stem_inference(x, weight, norm, settings._replace(padding="symmetric"))
+        given = {"x": x, "weight": weight, "norm": norm, "settings": settings}
+        saved = ops.stem.forward(**given)
+        ops.stem.backward(saved.out, **given, saved=saved, needs={"weight", "norm_weight", "norm_bias"})
     for launch in launches:
         if launch.name.startswith("stem"):
             cost = cost_of(launch)
             pixels = launch.constants["BM"] / (32 * launch.options["num_warps"])
-            name_and_shape = f"{launch.name} {name} {S} {I}"
+            name_and_shape = f"{launch.name} {dtype} {S} {I}"
             rows.append((name_and_shape, cost.spill_bytes, cost.loop_instructions / pixels, sorted(cost.opcodes)))
 print(json.dumps(rows))
 """
@@ -290,7 +293,7 @@ def test_compiles_for_sm90_without_spills():
     assert len(rows) == 12
     assert [(name, spill) for name, spill, _, _ in rows if spill] == []
     for name, _, _, opcodes in rows:
-        if "fp32" not in name:
+        if "float32" not in name:
             assert any("MMA" in code for code in opcodes), f"{name}: no tensor cores"
     # At copy speed an H200 has about 600 instructions for a pixel of 32 bf16 channels (88 bytes).
     assert rows[0][2] < 800, rows[0]
