@@ -10,7 +10,7 @@ from effkernels import explain
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises InputError for "cuda" without."""
+    """The device of that name; "auto" is CUDA where there is a GPU. Raises InputError for "cuda" where there is none."""
     if name not in DEVICES:
         raise InputError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -19,14 +19,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def use_tf32(yes: bool) -> None:
-    """Whether CUDA's fp32 products and convolutions may be TF32. Set so that both of torch's interfaces can read it: after the newer one
-    (``fp32_precision``) alone, the older raises, and libraries read that."""
+    """Say whether CUDA's fp32 products and convolutions may be computed in TF32.
+
+    It is set so that both of torch's interfaces can read it: after the newer one (``fp32_precision``) alone the older
+    one raises an error, and libraries read the older one.
+    """
     torch.set_float32_matmul_precision("high" if yes else "highest")
     torch.backends.cudnn.allow_tf32 = yes
 
 
 def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
-    """Which kernels the model's MBConv blocks run for such images, and why not the fused ones where they do not."""
+    """In one line, which kernels the model's MBConv blocks run for such images, and why not the fused ones."""
     reasons = explain(model, images)
     plain = dict.fromkeys(reasons.plain, "a plain block (built with fused=False)")
     counts = Counter(reason for reason in (reasons | plain).values() if reason is not None)
@@ -36,4 +39,5 @@ def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
 
 
 def describe_device(device: torch.device) -> str:
+    """The GPU's name, or "the CPU, N threads"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Augmentation of training images, from torchvision.transforms.v2."""
+"""Augmentation of training images, made of torchvision.transforms.v2 as the settings say."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from efficientnet.training.settings import TrainConfig
 
 
 def training_crop(config: TrainConfig) -> Callable | None:
-    """uint8 image -> uint8 crop, mirrored or not; None for the data set's own."""
+    """A function from a uint8 image to a random crop of it, mirrored or not; None where the settings leave it to the
+    data set.
+    """
     if config.scale is None:
         return None
     v2 = torchvision_module("transforms.v2")
@@ -25,7 +27,11 @@ def _crop(draw, flip, image):
 
 
 def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | None:
-    """uint8 image at the model's size -> the same, after AutoAugment or RandAugment and random erasing; None for neither."""
+    """A function from a uint8 image at the model's size to the same after AutoAugment or RandAugment and random
+    erasing.
+
+    None where the settings ask for neither. Erased rectangles take the ``mean`` of the data set, in [0, 1].
+    """
     steps = []
     if config.aa is not None:
         steps.append(_policy(config.aa))
@@ -53,7 +59,11 @@ def _policy(name):
 
 
 def mixing(config: TrainConfig, num_classes: int) -> Callable | None:
-    """(images, labels) -> (images, probabilities [N, classes]) by mixup or cutmix, each half of the time where both are on."""
+    """A function (images, labels) -> (images, probabilities [N, classes]) that mixes pairs of images; None where it is
+    off.
+
+    It is mixup or cutmix; where both are on, either of them for half of the batches.
+    """
     if not config.mixup and not config.cutmix:
         return None
     v2 = torchvision_module("transforms.v2")

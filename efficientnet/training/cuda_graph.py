@@ -1,4 +1,6 @@
-"""The forward and backward pass of a training step as one CUDA graph: launched once instead of kernel by kernel."""
+"""The forward and backward pass of a training step as one CUDA graph, which is launched once instead of kernel by
+kernel.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,52 +10,59 @@ from torch import nn
 
 
 class CudaGraphs:
-    """What ``GraphedStep`` needs of CUDA, in one place (the tests have another one, for the CPU)."""
+    """What ``GraphedStep`` needs of CUDA, in one place. The tests put another one here, for the CPU."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Runs what is within on a side stream, as capturing does: autograd's first pass sets up state of its stream."""
+        """Run what is within on a side stream, as capturing does.
+
+        The first pass of autograd on a stream sets up state of that stream, which must not happen during the capture.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """(replay, result): the result's memory is filled by each replay."""
+        """(What replays the captured ``run()``, its result, whose memory each replay fills again.)"""
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread that pins memory calls CUDA meanwhile, which must not spoil the capture.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 
-    def random_state(self):
+    def random_state(self) -> torch.Tensor:
+        """The state of the GPU's random numbers."""
         return torch.cuda.get_rng_state()
 
-    def set_random_state(self, state) -> None:
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Go back to a state that ``random_state`` returned."""
         torch.cuda.set_rng_state(state)
 
 
 class GraphedStep:
-    """``step(images, labels) -> loss``, which adds to the gradients of ``model``, captured at the first call and replayed from then on.
+    """``step(images, labels) -> loss``, which adds to the gradients of ``model``, captured at the first call and then
+    replayed.
 
-    The graph reads fixed memory: inputs are copied there, gradients stay in the tensors that they have at the capture (so zero them in
-    place, ``zero_grad(set_to_none=False)``), weights and running statistics are changed in place by optimizers anyway. Warming up leaves
-    no trace: gradients, buffers and random numbers are put back.
+    The graph reads and writes fixed memory. Inputs are copied there. Gradients stay in the tensors that they have at
+    the capture, so they must be zeroed in place: ``zero_grad(set_to_none=False)``. Optimizers change weights in place,
+    and BatchNorm its running statistics. The passes that warm up leave no trace: gradients, buffers and random numbers
+    are put back.
 
     Raises ValueError for inputs of another shape or dtype than the first.
     """
 
     WARM_UP = 3  # passes: libraries choose algorithms and allocate workspaces in the first ones
 
-    def __init__(self, step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], model: nn.Module, graphs=None):
+    def __init__(self, step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], model: nn.Module, graphs: CudaGraphs | None = None):
         self.step, self.model, self.graphs = step, model, graphs
         self.inputs, self.replay, self.loss = None, None, None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss, whose memory the next call overwrites."""
+        """Run the step and return its loss, in memory that the next call overwrites."""
         if self.replay is None:
             self._capture(images, labels)
         for static, given in zip(self.inputs, (images, labels), strict=True):

@@ -1,4 +1,4 @@
-"""Processes of one run, as torchrun starts them, and BatchNorm across them."""
+"""The processes of one run, as torchrun starts them, and BatchNorm across them."""
 
 import atexit
 import inspect
@@ -9,8 +9,8 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -24,7 +24,7 @@ from efficientnet.errors import InputError, TrainingStopped
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of a run; alone, every operation is free."""
+    """The place of this process among those of a run. In a run of one process every operation returns at once."""
 
     rank: int = 0
     world: int = 1
@@ -35,25 +35,28 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all processes; float64 sums are exact enough to count in."""
+        """Add ``values`` over all processes, in place, and return them. Sums in float64 are exact enough to count in."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process. Over the CPU: the GPU need not wait for it."""
+        """Whether ``flag`` is true in any process. The exchange is between CPUs, so that a GPU need not be waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
-    def gather(self, value) -> list | None:
-        """Every process's value, in the first one; None elsewhere."""
+    def gather(self, value: object) -> list | None:
+        """The values of all processes, in the first one; None in the others."""
         if self.world == 1:
             return [value]
         values = [None] * self.world if self.first else None
         dist.gather_object(value, values)
         return values
 
-    def by_first(self, do: Callable):
-        """What ``do()`` returns in the first process, everywhere; an InputError that it raises there is raised everywhere."""
+    def by_first(self, do: Callable) -> object:
+        """Run ``do()`` in the first process only and return its result in every process.
+
+        An InputError that it raises there is raised in every process.
+        """
         if self.world == 1:
             return do()
         result, error = None, None
@@ -71,9 +74,11 @@ class Processes:
 
 
 def join(device: str, timeout: float = 600) -> Processes:
-    """The processes that torchrun's environment describes (one, without it), connected.
+    """Connect the processes that torchrun's environment describes; without such an environment there is one process.
 
-    timeout: seconds that they wait for each other, here and in every later exchange.
+    Args:
+        device: "cpu", or any other name for GPUs, of which each process takes the one with its local rank.
+        timeout: seconds that the processes wait for each other, here and in every later exchange.
 
     A group that exists already is used. ``leave`` ends it; a program that does not call ``leave`` leaves at its exit.
 
@@ -121,7 +126,9 @@ def join(device: str, timeout: float = 600) -> Processes:
 
 
 def _wait_for(host, port, seconds):
-    """Until the first process listens. Torch waits too, but where nobody comes it ends with forty lines of its own."""
+    """Wait until the first process listens. Torch waits too, but where nobody comes it ends with forty lines of its
+    own.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -134,7 +141,10 @@ def _wait_for(host, port, seconds):
 
 @contextmanager
 def _at_most(seconds, problem):
-    """Torch waits for good, deaf to signals, for the answer of a server that is no process of the run: the process ends with a line."""
+    """End the process with one line if what is within takes longer than ``seconds``.
+
+    Torch waits for good, and is deaf to signals, for the answer of a server that is no process of the run.
+    """
 
     def end():
         print(f"efficientnet: error: {problem}", file=sys.stderr, flush=True)
@@ -181,8 +191,11 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 @contextmanager
-def lost_process(processes: Processes, hint: Callable[[], str]):
-    """Around work with other processes: what torch raises when one of them is gone becomes one clear error that ends in ``hint()``."""
+def lost_process(processes: Processes, hint: Callable[[], str]) -> Iterator[None]:
+    """Around work with other processes: turn what torch raises when one of them is gone into one clear TrainingStopped.
+
+    Its message ends in ``hint()``, which says how to go on.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -193,14 +206,15 @@ def lost_process(processes: Processes, hint: Callable[[], str]):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """``nn.SyncBatchNorm`` for the CPU, which torch's own refuses, and DistributedDataParallel with it.
+    """``nn.SyncBatchNorm`` for the CPU, where torch's own, and DistributedDataParallel with it, refuse to run.
 
-    Each process sends (count, mean, M2) of its batch, merged by Chan's formula: ``mean = sum n_i mean_i / N``,
-    ``M2 = sum M2_i + n_i (mean_i - mean)^2``; biased variance to normalise, unbiased for running_var. The backward sums
-    ``dy`` and ``dy * xhat`` over the processes; gradients of weight and bias stay local, as those of any other parameter.
+    Each process sends (count, mean, M2) of its batch. They are merged by Chan's formula: ``mean = sum n_i mean_i / N``,
+    ``M2 = sum M2_i + n_i (mean_i - mean)^2``. The biased variance normalises, the unbiased one goes to running_var. The
+    backward adds ``dy`` and ``dy * xhat`` over the processes. Gradients of weight and bias stay local, as those of any
+    other parameter do, until DistributedDataParallel averages them.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)  # one process's BatchNorm
         y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)
@@ -251,12 +265,15 @@ class _SyncedNorm(torch.autograd.Function):
 
 
 def _axes(x):
-    """(all axes but the channels', the shape in which a vector of the channels broadcasts)."""
+    """(All axes but that of the channels, the shape in which a vector over channels broadcasts.)"""
     return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """``nn.SyncBatchNorm.convert_sync_batchnorm``; on the CPU with layers that serve it. Parameters and names stay."""
+    """Make every BatchNorm of the model see the batches of all processes; parameters and their names stay.
+
+    It is ``nn.SyncBatchNorm.convert_sync_batchnorm`` on a GPU, and ``SyncBatchNorm`` above on the CPU.
+    """
     if next(model.buffers()).device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for layer in model.modules():
@@ -267,7 +284,11 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def share_running_statistics(model: nn.Module, processes: Processes, how: str) -> None:
-    """``how`` "reduce": running means and variances averaged over the processes; "broadcast": those of the first."""
+    """Give every process the same running means and variances.
+
+    Args:
+        how: "reduce" averages them over the processes, "broadcast" takes those of the first.
+    """
     if processes.world == 1:
         return
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -282,7 +303,10 @@ def share_running_statistics(model: nn.Module, processes: Processes, how: str) -
 
 
 def wrap(model: nn.Module, processes: Processes) -> nn.Module:
-    """DistributedDataParallel, whose running statistics are shared by ``share_running_statistics`` only, until ``release`` or ``leave``."""
+    """The model in DistributedDataParallel, until ``release`` or ``leave``; in a run of one process the model itself.
+
+    It does not share running statistics at every step: ``share_running_statistics`` does so when it is called.
+    """
     if processes.world == 1:
         return model
     kind = nn.parallel.DistributedDataParallel
@@ -293,6 +317,6 @@ def wrap(model: nn.Module, processes: Processes) -> nn.Module:
     return wrapped
 
 
-def without_reduction(model: nn.Module, yes: bool):
-    """A context in which gradients are only added up here."""
+def without_reduction(model: nn.Module, yes: bool) -> AbstractContextManager:
+    """A context in which, if ``yes``, gradients are only added up in this process and not averaged over all of them."""
     return model.no_sync() if yes and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()

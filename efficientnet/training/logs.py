@@ -1,15 +1,17 @@
-"""What a run leaves to look at: JSON lines, TensorBoard, curves."""
+"""What a run leaves to look at: JSON lines, TensorBoard's events, curves."""
 
 import json
+import os
 from pathlib import Path
 
 from efficientnet.files import replacing
 
 
 class Log:
-    """``metrics.jsonl``, a row an epoch, ``steps.jsonl``, a row every few updates, and TensorBoard's events, by update.
+    """The log files of a run in ``folder``.
 
-    Rows of updates after ``step``, left by a run that was killed and is repeated from there, go.
+    ``metrics.jsonl`` has a row an epoch, ``steps.jsonl`` one every few updates; TensorBoard's events are counted in
+    updates. Rows of updates after ``step`` are removed: a run that was killed left them, and is repeated from there.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False):
@@ -24,18 +26,20 @@ class Log:
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def step(self, row: dict) -> None:
+        """Add the row of an update."""
         with open(self.folder / "steps.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._scalars("step", row)
 
     def epoch(self, history: list[dict], step: int) -> None:
+        """Write the rows of all epochs, of which the last has just ended with update ``step``."""
         self.rewrite(history)
         self._scalars("epoch", history[-1] | {"step": step})
         if self.writer:
             self.writer.flush()
 
     def rewrite(self, history: list[dict]) -> None:
-        """``metrics.jsonl`` of these epochs: a killed run may have saved its last one without it."""
+        """Write ``metrics.jsonl`` anew from these epochs: a killed run may have saved its last one without its row."""
         with replacing(self.folder / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
 
@@ -47,7 +51,7 @@ class Log:
 
 
 def _rows(path):
-    """Rows of a JSON-lines file whose last may be cut off."""
+    """The rows of a JSON-lines file, whose last may be cut off."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -57,8 +61,8 @@ def _rows(path):
     return rows
 
 
-def plot_curves(history: list[dict], path) -> None:
-    """Loss and held-out accuracy by epoch, as a PNG."""
+def plot_curves(history: list[dict], path: str | os.PathLike) -> None:
+    """Draw loss and held-out accuracy by epoch into a PNG file."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     epochs = [row["epoch"] for row in history]

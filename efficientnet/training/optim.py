@@ -1,6 +1,7 @@
-"""Optimizers, the learning rate as a function of the update, and the average of the weights."""
+"""Optimizers, the learning rate as a function of the update, and the moving average of the weights."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -10,17 +11,21 @@ from efficientnet.training.settings import TrainConfig
 
 
 class RMSpropTF(torch.optim.Optimizer):
-    """RMSProp as TensorFlow has it, which the paper's hyper-parameters are for.
+    """RMSProp as TensorFlow has it, for which the paper's hyper-parameters were chosen.
 
-    With ``g = grad + weight_decay * p``: ``s += (1 - alpha) * (g^2 - s)``, ``m = momentum * m + lr * g / sqrt(s + eps)``, ``p -= m``.
-    Unlike in ``torch.optim.RMSprop`` epsilon is inside the root, s starts at 1, and the learning rate is inside the momentum.
+    With ``g = grad + weight_decay * p``: ``s += (1 - alpha) * (g^2 - s)``, ``m = momentum * m + lr * g / sqrt(s +
+    eps)``, ``p -= m``. ``torch.optim.RMSprop`` differs in three ways: here epsilon is inside the root, s starts at 1,
+    and the learning rate is inside the momentum.
     """
 
-    def __init__(self, params, lr: float, alpha: float = 0.9, momentum: float = 0.9, eps: float = 1e-3, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable, lr: float, alpha: float = 0.9, momentum: float = 0.9, eps: float = 1e-3, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient. Returns what ``closure()`` returns, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,7 +53,10 @@ class RMSpropTF(torch.optim.Optimizer):
 
 
 def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer of ``transfer.parameter_groups``; its rates are set before every update."""
+    """The optimizer that the settings name, for the groups of ``transfer.parameter_groups``.
+
+    The trainer sets the learning rate of every group before every update.
+    """
     lr = config.lr
     if config.opt == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)
@@ -58,10 +66,13 @@ def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Opt
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: int) -> float:
-    """Of update ``step`` (from 0): a linear warm-up, then half a cosine that reaches zero after the last update, or a staircase.
+    """The learning rate of update ``step``, counted from 0.
 
-    The staircase counts its epochs from the first update on, as the TensorFlow release does.
-    images: of an update, for ``config.lr_base``.
+    It grows linearly over the warm-up. Then it follows half a cosine, which reaches zero after the last update, or a
+    staircase, which counts its epochs from the first update on, as the TensorFlow release does.
+
+    Args:
+        images: the images of one update of all processes, for ``config.lr_base``.
     """
     peak = config.lr if config.lr_base is None else config.lr_base * images / config.lr_base_size
     total = config.epochs * steps_per_epoch
@@ -74,7 +85,10 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: 
 
 
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """``average = d * average + (1 - d) * model`` of weights and running statistics, d = min(decay, (1 + updates) / (10 + updates))."""
+    """A moving average of the model's weights and running statistics.
+
+    Each update makes it ``d * average + (1 - d) * model`` with d = min(decay, (1 + updates) / (10 + updates)).
+    """
 
     @torch.no_grad()
     def update(averages, current, updates):

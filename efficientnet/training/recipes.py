@@ -1,4 +1,4 @@
-"""Presets of TrainConfig: TOML files in efficientnet/training/recipes, or a user's own, whose keys are the fields."""
+"""Recipes: presets of TrainConfig as TOML files whose keys are its fields, those in training/recipes or a user's own."""
 
 import difflib
 import sys
@@ -17,11 +17,16 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 def list_recipes() -> list[str]:
+    """The names of the recipes that come with the package; "paper", which the paper's share, is not one by itself."""
     return sorted(path.stem for path in FOLDER.glob("*-*.toml")) + ["digits"]
 
 
 def load_recipe(name: str, extending: tuple[Path, ...] = ()) -> dict:
-    """Settings of the recipe of that name, or of a .toml file; ``extends`` names a recipe whose settings it adds to.
+    """The settings of a recipe, as a dictionary of TrainConfig's fields.
+
+    Args:
+        name: a recipe that comes with the package, or a .toml file. Its key ``extends`` names a recipe that it adds to.
+        extending: the files that led here by ``extends``.
 
     Raises InputError for an unknown recipe (naming near ones), a file that is not TOML, or a key that is no setting.
     """

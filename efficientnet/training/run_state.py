@@ -1,8 +1,11 @@
-"""Training states on disk: written whole, checked when read, the newest few kept, a damaged one passed over."""
+"""Training states on disk. They are written whole and checked when read; the newest few are kept; a damaged one is
+passed over.
+"""
 
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,16 +20,20 @@ NAME = re.compile(r"step-(\d{8})\.train\.pt")
 class RunStates:
     """The training states of one run, ``folder/step-NNNNNNNN.train.pt``, of which the newest ``keep`` stay."""
 
-    def __init__(self, folder, keep: int = 3):
+    def __init__(self, folder: str | os.PathLike, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
 
     def paths(self) -> list[Path]:
-        """Newest first."""
+        """The files that there are, the newest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
     def save(self, state: dict) -> Path:
-        """Write ``state``, durable before older ones go. Raises TrainingStopped, older states untouched, where it cannot be written."""
+        """Write ``state`` to a file of its own, safe from a power cut, and only then remove the oldest files. Returns
+        its path.
+
+        Raises TrainingStopped where it cannot be written; older states are then untouched.
+        """
         path = self.folder / f"step-{state['step']:08d}.train.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +51,11 @@ class RunStates:
             raise TrainingStopped(f"cannot write checkpoint {str(path)!r}: {error.strerror or error}; {hint}") from error
         return path
 
-    def newest(self, say=print) -> tuple[Path, dict] | None:
-        """The newest state that is whole; ``say`` hears of every one that is not. None where there is none at all.
+    def newest(self, say: Callable[[str], None] = print) -> tuple[Path, dict] | None:
+        """(Path, state) of the newest file that is whole, or None where there is no file at all.
+
+        Args:
+            say: is told of every damaged file that is passed over.
 
         Raises InputError where there are files but none is whole.
         """
@@ -60,8 +70,11 @@ class RunStates:
         return None
 
 
-def read_state(path) -> dict:
-    """A training state on the CPU. Raises FileNotFoundError, or ValueError for a file that is damaged or is something else."""
+def read_state(path: str | os.PathLike) -> dict:
+    """Read a training state onto the CPU and compare its checksums.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or is something else.
+    """
     state = load_training_state(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
@@ -76,7 +89,7 @@ def read_state(path) -> dict:
 
 
 class _Writer:
-    """A file that remembers its own error, which torch.save replaces by one of its own."""
+    """A file that remembers its own error, since torch.save raises another one in its place."""
 
     def __init__(self, path):
         self.file, self.error = open(path, "wb"), None  # noqa: SIM115

@@ -1,13 +1,17 @@
-"""Device, memory format, autocast and processes of a run, and the evaluation of a model. Shared by training, validation, prediction."""
+"""The device, memory format, autocast and processes of a run, and the evaluation of a model; also used by validation
+and prediction.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from efficientnet.data.images import ImageSet
+from efficientnet.data.images import ImageSet, Preprocess
 from efficientnet.data.loading import Batches, Readable, Unreadable, collate
+from efficientnet.data.order import TrainingOrder
 from efficientnet.data.shards import ShardLoader, ShardSet
 from efficientnet.errors import InputError
 from efficientnet.training.distributed import Processes
@@ -17,7 +21,11 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy; images whose class was the most probable one, or among the five. per_class: (correct, total) of each."""
+    """What a model does on held-out images.
+
+    loss is the mean cross entropy. correct counts the images whose class was the most probable one, correct5 those
+    whose class was among the five most probable. per_class has (correct, total) of each class.
+    """
 
     loss: float
     correct: int
@@ -38,19 +46,33 @@ class Evaluation:
 
 
 class Runner:
-    """Device, memory format, autocast and processes of a run."""
+    """The device, memory format, autocast and processes that all batches of a run share."""
 
     def __init__(self, device: torch.device, amp: str = "none", channels_last: bool = True, processes: Processes | None = None):
         self.device, self.dtype, self.processes = device, AMP_DTYPES[amp], processes or Processes()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def place(self, model):
+    def place(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move the model to the device and into the memory format, in place, and return it."""
         return model.to(device=self.device, memory_format=self.memory_format)
 
-    def batches(self, dataset: ImageSet, batch_size: int = 1, num_workers: int = 0, order=None, unreadable=None) -> Batches:
-        """Training batches in the given ``order`` (a batch sampler); without one, this process's share of the images, each once."""
+    def batches(
+        self,
+        dataset: ImageSet | ShardSet,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        order: TrainingOrder | None = None,
+        unreadable: Unreadable | None = None,
+    ) -> Batches:
+        """The batches of a data set, on the device.
+
+        Args:
+            order: a batch sampler, for training. Without one, each image comes once, and this process gets its share of
+                them.
+            unreadable: what counts the images that cannot be read. None: the first one is an error.
+        """
         where = {"num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
-        # Its own generator: the model's random numbers do not depend on how often a loader was started.
+        # The loader gets a generator of its own: starting one would otherwise change the model's random numbers.
         where["generator"] = torch.Generator().manual_seed(0)
         if isinstance(dataset, ShardSet):
             loader = ShardLoader(dataset, batch_size, order, self.processes.rank, self.processes.world, **where)
@@ -62,16 +84,21 @@ class Runner:
         loader = DataLoader(Readable(dataset), batch_sampler=order, **where)
         return Batches(dataset, loader, self.to_device, unreadable or Unreadable())
 
-    def to_device(self, images, labels, preprocess):
+    def to_device(self, images: torch.Tensor, labels: torch.Tensor, preprocess: Preprocess) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 images [N, 3, H, W] and labels [N] -> float32 images, normalised, and labels, both on the device."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return preprocess.normalize(images), labels.to(self.device, non_blocking=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs; it does nothing in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     @torch.no_grad()
-    def evaluate(self, model, batches, interrupted=lambda: False) -> Evaluation:
-        """Over the images of all processes, each counted once. Raises InterruptedError as soon as ``interrupted()``."""
+    def evaluate(self, model: torch.nn.Module, batches: Batches, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Evaluate the model on the images of all processes, each of which is counted once.
+
+        Raises InterruptedError as soon as ``interrupted()``, and InputError where no image can be read.
+        """
         model.eval()
         sums = None
         for images, labels in batches:

@@ -1,4 +1,6 @@
-"""What a training run depends on. No torch here: the command line makes its options, with defaults and checks, from this file."""
+"""What a training run depends on. No torch here: the command line makes its options, with defaults and checks, from
+this file.
+"""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -13,18 +15,21 @@ FREEZE_BN = ("all", "weights", "none")
 DIST_BN = ("reduce", "broadcast")
 
 
-def option(default, help, *aliases, **argparse):
-    """A field of TrainConfig and the option made from it: ``--field-name`` and its ``aliases`` (timm's name where it differs)."""
+def option(default: object, help: str, *aliases: str, **argparse) -> object:
+    """A field of TrainConfig and the option made from it: ``--field-name`` and its ``aliases``, timm's name where it
+    differs.
+    """
     return field(default=default, metadata={"help": help, "aliases": aliases, "argparse": argparse})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run depends on. The defaults are tuned for ``data="digits"`` on two CPU cores.
+    """Everything that a training run depends on. The defaults are tuned for ``data="digits"`` on two CPU cores.
 
-    One process's update is ``grad_accum_steps`` batches of ``batch_size`` images; an update of the run, of all processes.
+    An update of one process takes ``grad_accum_steps`` batches of ``batch_size`` images; an update of the run takes
+    those of all processes.
 
-    Raises InputError (a ValueError) naming the field, its value and what is accepted.
+    Raises InputError (a ValueError) that names the field, its value and what is accepted.
     """
 
     data: str = option("digits", "digits[:CLASSES], imagefolder:PATH, cifar10:ROOT (and other sets of torchvision), webdataset:SHARDS")
@@ -154,5 +159,5 @@ class TrainConfig:
 
 
 def option_names(name: str) -> list[str]:
-    """The options of a field, its own first."""
+    """The names of a field's option on the command line, its own first."""
     return ["--" + name.replace("_", "-"), *TrainConfig.__dataclass_fields__[name].metadata["aliases"]]
