@@ -38,6 +38,14 @@ def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
     return "; ".join(parts)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a GPU or of the host did not suffice, so that a smaller batch may help."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+
+
 def describe_device(device: torch.device) -> str:
     """The GPU's name, or "the CPU, N threads"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"

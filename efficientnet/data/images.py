@@ -1,9 +1,13 @@
-"""How an image file becomes the model's input: decoding, the one path from pixels to that input, labelled images of it."""
+"""How an image file becomes the model's input: decoding, the one path from pixels to that input, and sets of labelled
+images.
+"""
 
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +18,20 @@ from efficientnet.data.order import Draw
 from efficientnet.errors import InputError
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Pixels to input: shorter side to ``img_size / crop_pct``, centre crop of ``img_size``, scale to [0, 1], normalise.
+    """From pixels to the model's input: resize the shorter side to ``img_size / crop_pct``, cut out the central square
+    of ``img_size``, scale to [0, 1], and normalise with ``mean`` and ``std``.
 
-    Kept with a checkpoint, so that prediction prepares images as training did.
+    It is kept with a checkpoint, so that prediction prepares images as training did.
+
+    Raises InputError for an ``img_size`` below 1, an unknown interpolation, or a ``crop_pct`` that is not in (0, 1].
     """
 
     img_size: int
@@ -43,7 +53,7 @@ class Preprocess:
         return self.normalize(self.pixels(image))
 
     def pixels(self, image: torch.Tensor, img_size: int | None = None, crop_pct: float | None = None) -> torch.Tensor:
-        """uint8 [3, H, W] -> uint8 [3, img_size, img_size]."""
+        """uint8 [3, H, W] -> uint8 [3, img_size, img_size]: everything but the normalisation."""
         img_size, crop_pct = img_size or self.img_size, crop_pct or self.crop_pct
         height, width = image.shape[1:]
         if (height, width) == (img_size, img_size) and crop_pct == 1:
@@ -56,7 +66,7 @@ class Preprocess:
         return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., 3, H, W] on any device -> float32, ``(x / 255 - mean) / std``; the memory format is kept."""
+        """uint8 [..., 3, H, W] on any device -> float32, ``(x / 255 - mean) / std``. The memory format is kept."""
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
@@ -65,14 +75,16 @@ class Prepared:
     """How a data set prepares its images, in evaluation and in training.
 
     Args:
-        augment: uint8 image -> uint8 image, before it is resized; None for none.
-        finish: the same, after. Both draw from torch's global generator.
+        augment: a function from a uint8 image to another, before it is resized; None for none.
+        finish: the same, after it is resized. Both draw from torch's global generator.
+        seed: of the random draws.
     """
 
     def __init__(self, preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed: int = 0):
         self.preprocess, self.augment, self.finish, self.seed = preprocess, augment, finish, seed
 
     def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
+        """A training image: uint8 [3, H, W] -> uint8 [3, img_size, img_size]."""
         if self.augment:
             image = self.augment(image)
         image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
@@ -80,16 +92,17 @@ class Prepared:
 
 
 class ImageSet(Prepared, Dataset):
-    """Labelled images, each decoded when asked for: item i is (uint8 [3, img_size, img_size], class index).
+    """Labelled images, each decoded when it is asked for.
 
-    Item ``Draw(...)`` is image ``index`` augmented, a function of the seed and the draw alone; item i without augmentation.
+    Item i is (uint8 [3, img_size, img_size], class index), without augmentation. Item ``Draw(...)`` is image ``index``
+    augmented, which depends on the seed and the draw alone.
 
     Args:
         images: paths, or uint8 tensors [3, H, W].
         preprocess, augment: as in Prepared.
     """
 
-    def __init__(self, images, labels: list[int], preprocess: Preprocess, augment: Callable | None = None):
+    def __init__(self, images: Sequence, labels: list[int], preprocess: Preprocess, augment: Callable | None = None):
         super().__init__(preprocess, augment)
         self.images, self.labels = images, labels
 
@@ -108,17 +121,18 @@ class ImageSet(Prepared, Dataset):
 
     @property
     def size(self) -> str:
+        """The number of images, as text."""
         return str(len(self))
 
     def name(self, index: int) -> str:
-        """How an error message calls the image."""
+        """What an error message calls the image."""
         image = self.images[index]
         return f"image {index}" if isinstance(image, torch.Tensor) else str(image)
 
 
 @contextmanager
-def drawing_from(key: str):
-    """Torch's CPU generator starts from a hash of ``key`` within, and goes on as before after."""
+def drawing_from(key: str) -> Iterator[None]:
+    """Within, torch's CPU generator starts from a hash of ``key``; afterwards it goes on as before."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(zlib.crc32(key.encode()))
     try:
@@ -127,13 +141,15 @@ def drawing_from(key: str):
         torch.set_rng_state(state)
 
 
-def read_image(path) -> torch.Tensor:
-    """Decode an image file with Pillow: uint8 RGB [3, H, W]. Raises InputError naming a file that is no image or is damaged."""
+def read_image(path: str | os.PathLike) -> torch.Tensor:
+    """Decode an image file with Pillow into uint8 RGB [3, H, W]. Raises InputError for a file that is no image or is
+    damaged.
+    """
     return decode(path, path)
 
 
-def decode(file, name) -> torch.Tensor:
-    """``read_image`` of a path or an open file, which ``name`` stands for in the error."""
+def decode(file: str | os.PathLike | BinaryIO, name: object) -> torch.Tensor:
+    """``read_image`` of a path or an open file. An error calls it ``name``."""
     from PIL import Image
 
     try:
@@ -146,8 +162,10 @@ def decode(file, name) -> torch.Tensor:
         raise InputError(f"cannot decode image {str(name)!r} ({type(error).__name__}: {detail.strip()})") from error
 
 
-def to_rgb(image) -> torch.Tensor:
-    """An image of Pillow in any mode -> uint8 RGB [3, H, W]. 16 bits become 8; Pillow itself would clip them at 255."""
+def to_rgb(image: "Image.Image") -> torch.Tensor:
+    """An image of Pillow in any mode -> uint8 RGB [3, H, W]. 16-bit pixels become 8-bit ones; Pillow would clip them at
+    255.
+    """
     import numpy as np
 
     if image.mode == "I" or image.mode.startswith("I;16"):

@@ -1,7 +1,7 @@
 """Which training image comes when: an order that depends on the seed and the epoch alone, shared out to processes."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,9 @@ from efficientnet.errors import InputError
 
 
 class Draw(NamedTuple):
-    """A training image, and all besides the seed that it depends on: workers, processes and resumed runs see the same pixels."""
+    """A training image, and all besides the seed that it depends on. So workers, processes and resumed runs see the
+    same pixels.
+    """
 
     index: int
     epoch: int
@@ -18,16 +20,30 @@ class Draw(NamedTuple):
 
 
 class TrainingOrder:
-    """A batch sampler: lists of Draws, a new order every epoch, that of one process of ``world``.
+    """The batches of one process, as lists of Draws, in a new order every epoch: a batch sampler for torch's
+    DataLoader.
 
-    Update s of an epoch takes images ``order[s * images : (s + 1) * images]``; of those, process r takes for its accumulated batch a
-    slice ``a * world + r`` of batch_size images. The order is a function of (seed, epoch), so a position is two numbers; images left
-    over at the end of an epoch are not seen in it.
+    Update s of an epoch takes images ``order[s * images : (s + 1) * images]``. Of those, process r takes for its
+    accumulated batch a the slice ``a * world + r`` of ``batch_size`` images. The order is a function of (seed, epoch),
+    so a position in training is two numbers. Images that are left over at the end of an epoch are not seen in it.
 
-    Raises InputError if the data set has fewer images than an update (one process without accumulation then takes them all).
+    Args:
+        size_of: the pixels of the images of an epoch, as a function of it.
+
+    Raises InputError if the data set has fewer images than an update. One process without accumulation then takes them
+    all.
     """
 
-    def __init__(self, total: int, batch_size: int, accum: int = 1, rank: int = 0, world: int = 1, seed: int = 0, size_of=None):
+    def __init__(
+        self,
+        total: int,
+        batch_size: int,
+        accum: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        size_of: Callable[[int], int] | None = None,
+    ):
         if total < batch_size and accum * world == 1:
             batch_size = total
         self.total, self.batch_size, self.accum, self.rank, self.world = total, batch_size, accum, rank, world
@@ -42,7 +58,7 @@ class TrainingOrder:
             )
 
     def begin(self, epoch: int, step: int) -> None:
-        """What the next iteration yields: the epoch's batches from update ``step`` on."""
+        """Say what the next iteration yields: the batches of ``epoch`` from update ``step`` on."""
         self.epoch, self.start = epoch, step
 
     def __len__(self):
@@ -56,7 +72,7 @@ class TrainingOrder:
                 yield [Draw(index, epoch, size) for index in order[at : at + self.batch_size]]
 
     def indices(self, epoch: int, step: int) -> list[int]:
-        """The images of an update, all processes'."""
+        """The images of an update, those of all processes."""
         return self._permutation(epoch)[step * self.images : (step + 1) * self.images]
 
     def _permutation(self, epoch):

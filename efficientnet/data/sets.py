@@ -1,4 +1,6 @@
-"""Data sets of labelled images: digits, folders, sets of torchvision, shards; each split into images to learn from and to hold out."""
+"""Data sets of labelled images, each split into images to learn from and images to hold out: digits, folders,
+torchvision's, shards.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ KINDS = ("digits[:CLASSES]", "imagefolder:PATH", *(f"{name}:ROOT" for name in TO
 
 @dataclass
 class Data:
-    """A data set, split: ``train`` to learn from, ``val`` held out; a label indexes ``classes``."""
+    """A data set, split: ``train`` to learn from, ``val`` held out. A label is an index into ``classes``."""
 
     train: ImageSet | ShardSet
     val: ImageSet | ShardSet
@@ -49,16 +51,17 @@ def load_data(
     """The data set of that name, split the same way every time.
 
     Args:
-        name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8, or some of its classes ("digits:0-4", "digits:1,3,7-9");
-            "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/ and PATH/val/<class>/
-            (or validation, valid, test);
-            "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet, food101), a set of torchvision, where ``download`` leaves it;
-            "webdataset:SHARDS" such as "webdataset:/data/train-{000..146}.tar" (see ``shards``), whose held-out images are ``val_data``.
-        img_size: pixels of the square the model sees.
-        val_fraction: share of each class to hold out, in (0, 1); unused if the set is split already.
+        name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8, or some of its classes ("digits:0-4",
+            "digits:1,3,7-9"); "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/
+            and PATH/val/<class>/ (or validation, valid, test); "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet,
+            food101), a set of torchvision, where ``download`` leaves it; "webdataset:SHARDS" such as
+            "webdataset:/data/train-{000..146}.tar" (see ``shards``), whose held-out images are ``val_data``.
+        img_size: pixels of the square that the model sees.
+        val_fraction: the share of each class to hold out, in (0, 1); not used if the set is split already.
         val_data: the held-out images, a name as above with the same classes; then all of ``name`` is for training.
-        num_classes, num_samples: of a webdataset, the second for one epoch; None: counted, where the shards are local files.
-        download: let torchvision fetch a set of its own into ROOT.
+        num_classes, num_samples: of a webdataset, the second for one epoch. None: counted, where the shards are local
+            files.
+        download: whether torchvision may fetch a set of its own into ROOT.
         prepare: further fields of Preprocess.
 
     Raises InputError (a ValueError) for an unknown name, no images, fewer than two classes, or nothing held out.
@@ -88,7 +91,10 @@ def load_data(
 
 @dataclass
 class _Source:
-    """Parts of a set: (images, labels), or what else comes first in ``kind``; ``val`` is None where it is not split."""
+    """The parts of a data set before it is split and prepared.
+
+    train and val are (images, labels), or what else comes first in ``kind``; val is None where the set is not split.
+    """
 
     classes: list[str]
     train: tuple
@@ -115,7 +121,7 @@ def _source(name, download=False, num_classes=None, num_samples=None):
 
 
 def stratified_split(labels: list[int], val_fraction: float) -> tuple[list[int], list[int]]:
-    """Indices (train, val): ``val_fraction`` of each class held out, at least one image of a class that has two."""
+    """Indices (train, val): ``val_fraction`` of each class is held out, at least one image of a class that has two."""
     generator = torch.Generator().manual_seed(0)  # the split is part of the data set: a training seed does not change it
     members = {}
     for i, label in enumerate(labels):
@@ -210,7 +216,7 @@ def _torchvision(kind, root, download):
 
 
 def _images(dataset):
-    """Paths, or the pixels themselves."""
+    """The paths of the images, or the pixels themselves."""
     if hasattr(dataset, "data"):  # CIFAR's array [N, 32, 32, 3]
         return list(torch.from_numpy(dataset.data).permute(0, 3, 1, 2))
     return list(dataset._images if hasattr(dataset, "_images") else dataset._image_files)

@@ -1,14 +1,14 @@
 """Shards in webdataset's format: tar files of samples, read as streams, for data sets that are larger than one disk.
 
-A sample is the files that share a name: ``KEY.jpg`` (or another image) and ``KEY.cls``, its class as a number. Shards are local files
-or whatever the webdataset library opens: http, s3, gs, hf, and ``pipe:COMMAND``.
+A sample is the files that share a name: ``KEY.jpg`` (or another image) and ``KEY.cls``, its class as a number. Shards
+are local files, or whatever else the webdataset library opens: http, s3, gs, hf, and ``pipe:COMMAND``.
 """
 
 import io
 import random
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import chain, count, islice
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from efficientnet.data.images import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
+from efficientnet.data.order import TrainingOrder
 from efficientnet.errors import InputError
 
 SHUFFLE = 1000  # samples a worker holds, to draw the next one from
@@ -25,13 +26,15 @@ PATIENCE = 100  # unreadable samples in a row before a worker gives up
 
 
 class ShardSet(Prepared):
-    """Labelled images in ``shards``. Class names are numbers: shards have no others.
+    """Labelled images in ``shards``. Their class names are numbers, since shards have no others.
 
     Args:
         num_samples: images of a training epoch; None where nobody needs to know.
     """
 
-    def __init__(self, shards: list[str], num_classes: int, num_samples: int | None, preprocess: Preprocess, augment=None):
+    def __init__(
+        self, shards: list[str], num_classes: int, num_samples: int | None, preprocess: Preprocess, augment: Callable | None = None
+    ):
         super().__init__(preprocess, augment)
         self.shards, self.num_classes, self.num_samples = shards, num_classes, num_samples
 
@@ -40,10 +43,13 @@ class ShardSet(Prepared):
 
     @property
     def size(self) -> str:
+        """The number of images and of shards, as text."""
         return f"{self.num_samples or 'some'} (in {len(self.shards)} shards)"
 
     def sample(self, raw: dict) -> tuple[torch.Tensor, int]:
-        """(uint8 [3, H, W], class index). Raises InputError naming a sample that cannot be used."""
+        """(uint8 [3, H, W], class index) of a sample as read. Raises InputError that names a sample that cannot be
+        used.
+        """
         name = _name(raw)
         suffix = next((field for field in raw if f".{field}" in IMAGE_SUFFIXES), None)
         if suffix is None or "cls" not in raw:
@@ -58,7 +64,10 @@ class ShardSet(Prepared):
 
 
 def find_shards(pattern: str) -> list[str]:
-    """``{0000..0099}`` spelled out by webdataset, ``*`` by what is there. Raises InputError for local files that do not exist."""
+    """The shards that a pattern names: webdataset spells out ``{0000..0099}``, and ``*`` is what is there.
+
+    Raises InputError for local files that do not exist.
+    """
     from webdataset.shardlists import expand_urls
 
     shards = []
@@ -73,7 +82,10 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def count_samples(shards: list[str]) -> tuple[int, int]:
-    """(samples, classes) of local shards, from the headers and .cls files alone. Raises InputError for what is no tar file."""
+    """(samples, classes) of local shards, counted from the headers and .cls files alone.
+
+    Raises InputError for a file that is no tar file.
+    """
     samples, largest = 0, -1
     for shard in shards:
         try:
@@ -92,15 +104,25 @@ def count_samples(shards: list[str]) -> tuple[int, int]:
 class ShardLoader:
     """Iterating yields (batch or None, problems), as ``loading.Batches`` wants them.
 
-    In training, process r of ``world`` and worker w of ``workers`` read every (world * workers)-th shard of the epoch's own order of
-    them, drawn from (seed, epoch), through a shuffle buffer; who is through with his shards begins again. So an update is a function of
-    seed, epoch and update for a given number of processes and workers: a resumed run reads over what the epoch has had, without decoding.
-    A sample that cannot be read gives way to a neighbour. Without ``order``, in evaluation, each sample comes once.
+    In training, process r of ``world`` and worker w of ``workers`` read every (world * workers)-th shard of the epoch's
+    own order of them, drawn from (seed, epoch), through a shuffle buffer; who is through with his shards begins again.
+    So an update is a function of seed, epoch and update for a given number of processes and workers. A resumed run
+    reads over what the epoch has had, without decoding it. A sample that cannot be read gives way to a neighbour.
+    Without ``order``, in evaluation, each sample comes once.
 
     Raises InputError if there are fewer shards than readers.
     """
 
-    def __init__(self, dataset: ShardSet, batch_size: int, order=None, rank: int = 0, world: int = 1, num_workers: int = 0, **loading):
+    def __init__(
+        self,
+        dataset: ShardSet,
+        batch_size: int,
+        order: TrainingOrder | None = None,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        **loading,
+    ):
         self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
         self.batch_size = order.batch_size if order else batch_size
         self.workers, self.loading = max(1, num_workers), {"num_workers": num_workers, **loading}
@@ -116,10 +138,11 @@ class ShardLoader:
 
     @property
     def description(self) -> dict:
+        """What the samples of an update depend on besides the settings."""
         return {"shards": len(self.dataset.shards), "data workers": self.workers}
 
     def names(self, epoch: int, step: int) -> list[str]:
-        """This process's samples of an update."""
+        """The samples of an update of this process, as an error message calls them."""
         order, names = self.order, []
         for batch in range(step * order.accum, (step + 1) * order.accum):
             plan = _Plan(epoch, batch, batch + 1, 0)
@@ -130,7 +153,7 @@ class ShardLoader:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Batches ``start`` to ``stop`` of a process's epoch."""
+    """The batches ``start`` to ``stop`` of an epoch of one process."""
 
     epoch: int
     start: int
@@ -201,7 +224,9 @@ class _Reader(IterableDataset):
             problems.clear()
 
     def stream(self, stream: int, workers: int, problems: list[str]) -> Iterator[tuple[int, dict]]:
-        """(turn, sample) from batch ``plan.start`` on, without end: turn counts the passes over the stream's shards."""
+        """(turn, sample) of one worker from batch ``plan.start`` on, without end; turn counts the passes over its
+        shards.
+        """
         drawn = self._turns(stream, workers, problems)
         behind = len(range(stream, self.plan.start, workers)) * self.batch_size
         return islice(drawn, behind, None)
@@ -222,7 +247,9 @@ class _Reader(IterableDataset):
 
     @staticmethod
     def _samples(shards, problems):
-        """Raw samples of shards, in their order. A shard that cannot be read on is named among the problems and left."""
+        """The samples of shards as they are read, in order. A shard that cannot be read on is added to ``problems`` and
+        left.
+        """
         from webdataset import tarfile_samples
 
         for shard in shards:
@@ -237,5 +264,6 @@ def _name(raw):
     return f"{raw['__url__'].rpartition('/')[2]}:{raw['__key__']}"
 
 
-def is_local(url):
+def is_local(url: str) -> bool:
+    """Whether a shard is a file of this machine."""
     return "://" not in url and not url.startswith("pipe:")

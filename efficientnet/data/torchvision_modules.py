@@ -3,6 +3,7 @@
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -11,10 +12,14 @@ from efficientnet.errors import InputError
 _libraries = []  # declared operators live as long as this does
 
 
-def torchvision_module(name: str):
-    """``torchvision.NAME``, also where torchvision's compiled operators were built for another torch and cannot be loaded.
+def torchvision_module(name: str) -> ModuleType:
+    """``torchvision.NAME``, also where torchvision's compiled operators were built for another torch and cannot be
+    loaded.
 
-    It gives two of them shape rules when it is imported, and fails if they do not exist; images need neither, so they are declared.
+    On import it gives two of them shape rules, and fails if they do not exist. Images need neither, so they are
+    declared here.
+
+    Raises ModuleNotFoundError without torchvision, InputError for one that does not fit this torch.
     """
     spec = find_spec("torchvision")
     if spec is not None and spec.origin and not hasattr(torch.ops.torchvision, "nms"):

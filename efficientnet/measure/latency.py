@@ -10,16 +10,18 @@ from efficientnet.errors import InputError
 
 
 class Latency(NamedTuple):
-    """Median and interquartile range of a forward, in milliseconds."""
+    """The median and the interquartile range of the times of a forward, in milliseconds."""
 
     ms: float
     iqr: float
 
 
 def measure_latency(model: nn.Module, image_size: int, device: torch.device, batch_size: int = 1, seconds: float = 0.5) -> Latency:
-    """Of ``batch_size`` fp32 images [N, 3, image_size, image_size], channels_last, in eval, on as many threads as torch has.
+    """Time the forward of ``batch_size`` fp32 images [N, 3, image_size, image_size] in eval, channels_last.
 
-    The weights do not matter to it. The device is waited for; the first forwards (allocation, compilation) do not count.
+    It runs on as many threads as torch has. The weights do not matter to it. The device is waited for; the first
+    forwards, which allocate and compile, do not count.
+
     Raises InputError where the device's memory does not suffice.
     """
     try:

@@ -1,4 +1,6 @@
-"""Speed and memory of a network on this machine, for ``efficientnet benchmark``, under the keys of timm's benchmark.py and some more."""
+"""The speed and memory of a network on this machine, for ``efficientnet benchmark``, under the keys of timm's
+benchmark.py and some more.
+"""
 
 import csv
 import gc
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from efficientnet.devices import describe_backend, out_of_memory
 from efficientnet.errors import InputError
 from efficientnet.measure.roofline import model_bytes
 from efficientnet.measure.timing import Stopwatch, keep_freed_memory, kernel_times, peak_memory, quantiles, versions
@@ -34,14 +37,16 @@ MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2
 
 
 class WrongOutputs(RuntimeError):
-    """A network whose outputs are not those of its plain twin."""
+    """The outputs of a network are not those of its plain twin."""
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure. ``batch_size`` is where the search for one that fits begins; ``img_size`` None: the model's own.
+    """What to measure.
 
-    Raises InputError naming the field, its value and what is accepted.
+    batch_size is where the search for one that fits the memory begins. img_size None is the model's own.
+
+    Raises InputError that names the field, its value and what is accepted.
     """
 
     model: str = "efficientnet_b0"
@@ -75,22 +80,21 @@ class BenchmarkConfig:
         return self.mode == "train"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may help."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-
-
 def smaller_batch(batch_size: int) -> int:
-    """Three quarters, a multiple of 8 where there is one; 0 at the end."""
+    """Three quarters of a batch size, as a multiple of 8 where there is one; 0 at the end."""
     smaller = 3 * batch_size // 4
     return smaller // 8 * 8 if smaller >= 8 else smaller
 
 
-def with_decay(call: Callable[[int], dict], batch_size: int, least: int = 1, say=lambda line: None) -> dict:
-    """``call(batch size)`` with the largest of decaying batch sizes that memory holds. Raises InputError if none does."""
+def with_decay(call: Callable[[int], dict], batch_size: int, least: int = 1, say: Callable[[str], None] = lambda line: None) -> dict:
+    """The result of ``call(batch size)`` with the largest of ever smaller batch sizes that the memory holds.
+
+    Args:
+        least: the smallest batch size that is tried.
+        say: is told of each that does not fit.
+
+    Raises InputError if none does.
+    """
     while batch_size >= least:
         try:
             return call(batch_size)
@@ -108,9 +112,14 @@ def with_decay(call: Callable[[int], dict], batch_size: int, least: int = 1, say
 
 
 class Benchmark:
-    """Measures networks on one device; ``progress(total)`` gives a context manager whose value's update() counts steps."""
+    """Measures networks on one device.
 
-    def __init__(self, device: torch.device, progress=None, say=lambda line: None):
+    Args:
+        progress: ``progress(total, name)`` returns a context manager whose value's ``update()`` counts steps, or None.
+        say: is told what does not fit into memory.
+    """
+
+    def __init__(self, device: torch.device, progress: Callable | None = None, say: Callable[[str], None] = lambda line: None):
         self.device, self.say = device, say
         self.progress = progress or (lambda total, name: nullcontext())
         self.stopwatch = Stopwatch(device)
@@ -122,13 +131,17 @@ class Benchmark:
         self.machine = versions(device)
 
     def dtype(self, config: BenchmarkConfig) -> torch.dtype:
+        """The compute dtype; "auto" is bf16 on a GPU and fp32 on a CPU."""
         name = config.dtype
         if name == "auto":
             name = "bfloat16" if self.device.type == "cuda" else "float32"
         return getattr(torch, name)
 
     def run(self, config: BenchmarkConfig, baseline: str | None = None) -> list[dict]:
-        """A record of ours, and one of ``baseline`` at ours's batch size, where that fits; ours then has "<mode>_speedup"."""
+        """A record of ours, and one of ``baseline`` at the same batch size where that fits.
+
+        With a baseline our record also has "<mode>_speedup" and, on a GPU, "<mode>_memory_ratio".
+        """
         if baseline is not None and baseline not in BASELINES:
             raise InputError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
         difference = self.difference(config)
@@ -165,8 +178,10 @@ class Benchmark:
         return torch.autocast(self.device.type, dtype) if mixed else nullcontext()
 
     def difference(self, config: BenchmarkConfig) -> float:
-        """Relative L2 difference of our and the plain network's outputs on two images. Raises WrongOutputs where rounding does not
-        explain it: what is wrong is not timed."""
+        """The relative L2 difference of our and the plain network's outputs on two images.
+
+        Raises WrongOutputs where rounding does not explain it: what is wrong is not timed.
+        """
         outs = []
         for baseline in (None, "eager"):
             model, _, memory_format = self._network(config, baseline, drop=False)
@@ -252,20 +267,22 @@ class Benchmark:
             f"{mode}_share_of_copy": round(moved / median / self.copy_bandwidth, 3),
         }
         if baseline is None:
-            from efficientnet.devices import describe_backend
-
             with self._autocast(config):
                 extra["backend"] = describe_backend(model, images)
         return record | extra | {"timing": timing, "dtype": str(self.dtype(config)).removeprefix("torch."), **self.machine}
 
 
-def columns(records) -> list[str]:
-    """Every key, in the order of first sight."""
+def columns(records: list[dict]) -> list[str]:
+    """Every key of the records, in the order in which it is first seen."""
     return list(dict.fromkeys(key for record in records for key in record))
 
 
-def formatted(records, form: str) -> str:
-    """Records as "json" (a list of objects), "csv", or "md": a Markdown table without what all records share, which is said below it."""
+def formatted(records: list[dict], form: str) -> str:
+    """The records as text.
+
+    "json" is a list of objects, "csv" a table, "md" a Markdown table without what all records share, which is said
+    below it.
+    """
     if form == "json":
         return json.dumps(records, indent=2) + "\n"
     names = columns(records)

@@ -1,15 +1,18 @@
-"""The least work of a step: bytes that device memory must move and arithmetic, kernel by kernel, in the fused schedule.
+"""The least work of a step in the fused schedule, kernel by kernel: the bytes that device memory must move, and the
+arithmetic.
 
-A schedule lists the kernels of one step and the whole tensors each reads and writes, per image. It is what the kernels are to
-reach, not what they do today, and the same for every implementation: an implementation's GB/s ranks it, and the share of the copy
-bandwidth says how far it is from the schedule at full speed. Halos, per-channel vectors and per-tile sums are not counted; weights
-are, once for each use.
+A schedule lists the kernels of one step, and the whole tensors that each reads and writes, for one image. It is what
+the kernels are to reach, not what they do today, and the same for every implementation. So an implementation's GB/s
+ranks it, and its share of the copy bandwidth says how far it is from the schedule at full speed. Halos, per-channel
+vectors and per-tile sums are not counted; weights are, once for each use.
 
-Tensors of a block: x (input), y1 (after the expand convolution), y2 (after the depthwise), y3 (after the project convolution),
-out; each before its BatchNorm in training, after BatchNorm and activation in inference. dq is the gradient after the gate, dz1
-the one before BN1's activation; skip is the residual's share (empty where there is no residual).
+The tensors of a block are x (its input), y1 (after the expand convolution), y2 (after the depthwise one), y3 (after the
+project convolution) and out. In training each y is taken before its BatchNorm, in inference after BatchNorm and
+activation. dq is the gradient after the gate, dz1 the one before BN1's activation. skip is the share of the residual;
+it is empty where there is none.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +24,11 @@ from effkernels.geometry import conv_out_size
 
 
 class Kernel(NamedTuple):
-    """One kernel: the names of the tensors it reads and writes, separated by spaces, and its arithmetic as "count*name" terms.
+    """One kernel: the names of the tensors that it reads and writes, separated by spaces, and its arithmetic.
 
-    products: multiply-accumulates of dense convolutions (tensor cores); taps: those of depthwise convolutions (fp32 units);
-    activations: evaluations of an activation or its derivative (special-function units). Names are those of ``block_sizes``.
+    products are the multiply-accumulates of dense convolutions (on tensor cores), taps those of depthwise convolutions
+    (on fp32 units), activations the evaluations of an activation or its derivative (on special-function units). The
+    names are those of ``block_sizes``; one that stands twice counts twice.
     """
 
     name: str
@@ -67,7 +71,7 @@ ENDS_TRAINING = (
 
 @dataclass(frozen=True)
 class BlockGeometry:
-    """Sizes of an MBConv block on square images of ``size`` pixels a side."""
+    """The sizes of an MBConv block on square images of ``size`` pixels a side."""
 
     in_channels: int
     out_channels: int
@@ -90,7 +94,9 @@ class BlockGeometry:
 
 
 class Work(NamedTuple):
-    """One kernel of one image: elements of activations and gradients moved, and arithmetic as in ``Kernel``."""
+    """One kernel on one image: the elements of activations and gradients that it moves, and its arithmetic as in
+    ``Kernel``.
+    """
 
     kernel: str
     block: BlockGeometry | None  # None: stem and head
@@ -100,8 +106,8 @@ class Work(NamedTuple):
     activations: int
 
 
-def block_sizes(block) -> dict[str, int]:
-    """Elements of each tensor of a block, and its counts of multiply-accumulates, per image."""
+def block_sizes(block: BlockGeometry) -> dict[str, int]:
+    """The elements of each tensor of a block, and its numbers of multiply-accumulates, for one image."""
     inputs, outputs = block.in_channels * block.size**2, block.out_channels * block.out_size**2
     e1, e2 = block.expanded * block.size**2, block.expanded * block.out_size**2
     expands = block.expanded != block.in_channels
@@ -125,15 +131,15 @@ def _works(schedule, sizes, block=None) -> list[Work]:
     return found
 
 
-def block_works(block, training: bool) -> list[Work]:
-    """The kernels of a block (a ``BlockGeometry``, or anything with its attributes)."""
+def block_works(block: BlockGeometry, training: bool) -> list[Work]:
+    """The kernels of a block (a ``BlockGeometry``, or anything with its attributes), in order."""
     schedule = BLOCK_TRAINING if training else BLOCK_INFERENCE
     if block.expanded == block.in_channels:  # no expand convolution: the depthwise reads x and its backward writes dx
         schedule = [kernel for kernel in schedule if not kernel.name.startswith("expand")]
     return _works(schedule, block_sizes(block), block)
 
 
-def end_works(first, last, in_chans: int, image_size: int, head_channels: int, training: bool) -> list[Work]:
+def end_works(first: BlockGeometry, last: BlockGeometry, in_chans: int, image_size: int, head_channels: int, training: bool) -> list[Work]:
     """The kernels of stem and head of a network whose first and last blocks these are."""
     stem, features = first.in_channels * first.size**2, last.out_channels * last.out_size**2
     head = head_channels * last.out_size**2
@@ -143,7 +149,7 @@ def end_works(first, last, in_chans: int, image_size: int, head_channels: int, t
 
 
 def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
-    """Every MBConv block of an EfficientNet (ours, or one with its parameter names) in order, for square images."""
+    """Every MBConv block of an EfficientNet (ours, or one with its parameter names), in order, for square images."""
     found, size = [], conv_out_size(image_size, 3, 2, "symmetric")
     for block in (block for stage in model.blocks for block in stage):
         block = BlockGeometry(
@@ -156,28 +162,31 @@ def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
 
 
 def model_works(model: nn.Module, training: bool, image_size: int | None = None) -> list[Work]:
-    """The kernels of one step of an EfficientNet on one image, in order: blocks, then stem and head."""
+    """The kernels of one step of an EfficientNet on one image: those of the blocks in order, then stem and head."""
     image_size = image_size or model.config.resolution
     blocks = block_geometries(model, image_size)
     works = [work for block in blocks for work in block_works(block, training)]
     return works + end_works(blocks[0], blocks[-1], model.in_chans, image_size, model.num_features, training)
 
 
-def elements(works) -> int:
-    """Elements of activations and gradients that one image's step moves."""
+def elements(works: Iterable[Work]) -> int:
+    """The elements of activations and gradients that a step moves for one image."""
     return sum(work.elements for work in works)
 
 
 def weight_bytes(parameters: int, training: bool, itemsize: int, optimizer: bool = False) -> int:
-    """Inference reads weights once, in the compute dtype. Training reads fp32 weights forward and backward and writes gradients;
-    AdamW reads weight, gradient and both moments and writes all but the gradient."""
+    """The bytes of weights that a step moves.
+
+    Inference reads the weights once, in the compute dtype. Training reads fp32 weights in the forward and in the
+    backward, and writes gradients. AdamW reads weight, gradient and both moments, and writes all but the gradient.
+    """
     if not training:
         return parameters * itemsize
     return parameters * 4 * (3 + (7 if optimizer else 0))
 
 
 def model_bytes(model: nn.Module, training: bool, batch: int, itemsize: int, image_size: int | None = None, optimizer: bool = True) -> int:
-    """Bytes of one step of an EfficientNet on ``batch`` images with ``itemsize`` bytes an element."""
+    """The bytes that one step of an EfficientNet moves for ``batch`` images of ``itemsize`` bytes an element."""
     parameters = sum(p.numel() for p in model.parameters())
     moved = batch * itemsize * elements(model_works(model, training, image_size))
     return moved + weight_bytes(parameters, training, itemsize, optimizer)
@@ -187,10 +196,14 @@ RESOURCES = ("bytes", "matrix", "FMA", "SFU", "issue")
 
 
 def floors(work: Work, gpu: Gpu, batch: int, dtype: torch.dtype, weights: int = 0, instructions: float = 0.0) -> dict[str, float]:
-    """Seconds that a kernel takes at least on ``batch`` images, by resource.
+    """The seconds that a kernel takes at least on ``batch`` images, for each resource of the GPU.
 
-    An activation is one special function in bf16 and fp16 (tanh), two in fp32 (exp, reciprocal), where matrix products run on the
-    fp32 units too. ``weights``: elements read once, in the compute dtype. ``instructions``: issued by a thread for one image.
+    An activation is one special function in bf16 and fp16 (tanh), and two in fp32 (exp and reciprocal), where matrix
+    products run on the fp32 units too.
+
+    Args:
+        weights: elements that are read once, in the compute dtype.
+        instructions: how many a thread issues for one image.
     """
     narrow = dtype.itemsize == 2
     return {

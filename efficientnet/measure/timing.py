@@ -1,4 +1,6 @@
-"""How steps are timed, on a GPU and on a CPU; shared by ``efficientnet benchmark`` and the benchmark suite. Nothing runs at import."""
+"""How steps are timed, on a GPU and on a CPU, for ``efficientnet benchmark`` and for the benchmark suite. Nothing runs
+at import.
+"""
 
 import ctypes
 import platform
@@ -6,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -17,7 +20,7 @@ MOST_WRITES = 100  # of FLUSH_BYTES before a step: 30 ms, for launches that take
 
 
 class CudaInstant:
-    """A point on the GPU's own time line; the difference of two is in seconds and waits for the later one only."""
+    """A point on the GPU's own time line. The difference of two is in seconds, and waits for the later one only."""
 
     def __init__(self):
         self.event = torch.cuda.Event(enable_timing=True)
@@ -29,35 +32,42 @@ class CudaInstant:
 
 
 class Stopwatch:
-    """Times steps on a device: on a GPU with events, after writes of FLUSH_BYTES that empty the L2 and keep the GPU busy while the
-    step is being queued; on a CPU with ``cpu_clock``."""
+    """Times steps on a device.
 
-    def __init__(self, device: torch.device, cpu_clock=time.perf_counter):
+    On a GPU it uses events, after writes of FLUSH_BYTES that empty the L2 and keep the GPU busy while the step is being
+    queued. On a CPU it uses ``cpu_clock``, which returns seconds.
+    """
+
+    def __init__(self, device: torch.device, cpu_clock: Callable[[], float] = time.perf_counter):
         self.device, self.is_gpu = torch.device(device), torch.device(device).type == "cuda"
         self.clock = CudaInstant if self.is_gpu else cpu_clock
         self.writes = 1
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.is_gpu else None
 
-    def before_round(self):
+    def before_round(self) -> None:
+        """Empty the GPU's L2."""
         if self._flush is not None:
             for _ in range(self.writes):
                 self._flush.zero_()
 
-    def seconds(self, step) -> float:
+    def seconds(self, step: Callable[[], object]) -> float:
+        """How long ``step()`` takes."""
         self.before_round()
         start = self.clock()
         step()
         return self.clock() - start
 
-    def prepared(self, step, how: str = "step", capturable: bool = True):
-        """(what to time instead of ``step``, what that measures): on a GPU
+    def prepared(self, step: Callable[[], object], how: str = "step", capturable: bool = True) -> tuple[Callable[[], object], str]:
+        """(what to time instead of ``step``, what that measures).
 
-        - how "step": the step as a program runs it, with the time that the GPU waits for the host, if it does;
-        - "kernels": the GPU's part alone: replayed from a graph if that takes less than GRAPH_BELOW, else queued ahead;
-        - "graph": a graph's replay.
+        On a CPU it is the step itself. On a GPU it depends on ``how``:
 
-        ``step`` must have run before, so that everything is compiled. One that cannot be captured is queued ahead, and that is said;
-        ``capturable`` False: it holds graphs of its own and need not be tried.
+        - "step": the step as a program runs it, with the time that the GPU waits for the host, if it does;
+        - "kernels": the GPU's part alone, replayed from a graph if that takes less than GRAPH_BELOW, else queued ahead;
+        - "graph": the replay of a graph.
+
+        ``step`` must have run before, so that everything is compiled. A step that cannot be captured is queued ahead,
+        and that is said. ``capturable`` is False for one that holds graphs of its own, so that it is not tried.
         """
         self.writes = 1
         if not self.is_gpu:
@@ -77,7 +87,7 @@ class Stopwatch:
         return step, f"events, queued ahead{why_not}"
 
     def _writes_to_queue(self, step) -> int:
-        """How many writes the GPU is busy with for half as long again as the host needs to queue ``step``."""
+        """The number of writes that keep the GPU busy half as long again as the host needs to queue ``step``."""
         start = self.clock()
         self._flush.zero_()
         write = self.clock() - start  # waits until the GPU is idle
@@ -88,15 +98,15 @@ class Stopwatch:
         return min(MOST_WRITES, 1 + int(1.5 * queued / write))
 
     def copy_bandwidth(self) -> float:
-        """Bytes read plus bytes written a second by a large copy."""
+        """The bytes read plus the bytes written in a second by a large copy."""
         source = torch.ones(FLUSH_BYTES if self.is_gpu else 2**26, dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         times = [self.seconds(lambda: target.copy_(source)) for _ in range(13)][3:]
         return 2 * source.numel() / statistics.median(times)
 
 
-def capture(step):
-    """A CUDA graph of ``step``, after three runs on a side stream."""
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``step``, captured after three runs on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,8 +119,8 @@ def capture(step):
     return graph
 
 
-def tally(events) -> dict[str, tuple[int, float]]:
-    """{kernel: (launches, milliseconds)} of a profile's events: what ran on the GPU, annotations aside."""
+def tally(events: Iterable) -> dict[str, tuple[int, float]]:
+    """{kernel: (launches, milliseconds)} of a profile's events: all that ran on the GPU, without annotations."""
     found: dict[str, list] = defaultdict(lambda: [0, 0.0])
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
@@ -119,7 +129,7 @@ def tally(events) -> dict[str, tuple[int, float]]:
     return {name: (count, milliseconds) for name, (count, milliseconds) in found.items()}
 
 
-def kernel_times(step) -> dict[str, tuple[int, float]]:
+def kernel_times(step: Callable[[], object]) -> dict[str, tuple[int, float]]:
     """``tally`` of one ``step`` on a GPU, copies and fills included."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -130,9 +140,12 @@ def kernel_times(step) -> dict[str, tuple[int, float]]:
     return tally(profiled.events())
 
 
-def peak_memory(step, graphs: bool = False) -> int:
-    """Bytes of GPU memory within one ``step`` at most: those of live tensors, and of a step that holds CUDA ``graphs`` of its own what
-    these keep from everybody else, which no tensor owns while they are replayed."""
+def peak_memory(step: Callable[[], object], graphs: bool = False) -> int:
+    """The most bytes of GPU memory in use within one ``step``.
+
+    They are those of live tensors. A step that holds CUDA ``graphs`` of its own also counts what these keep from
+    everybody else, which no tensor owns while they are replayed.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -144,14 +157,14 @@ def peak_memory(step, graphs: bool = False) -> int:
     return peak + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def quantiles(times) -> tuple[float, float, float]:
-    """(median, 20th, 80th percentile)."""
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """(median, 20th percentile, 80th percentile)."""
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), p20, p80
 
 
 def versions(device: torch.device) -> dict:
-    """GPU, driver, CUDA, cuDNN (on a CPU its name), Triton, torch, Python."""
+    """The names and versions of GPU, driver, CUDA and cuDNN, or the CPU's name; of Triton, torch and Python."""
     if device.type == "cuda":
         info = {"device": torch.cuda.get_device_name(device), "driver": _driver()}
         info |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -180,9 +193,12 @@ def _driver() -> str | None:
         return None
 
 
-def keep_freed_memory():
-    """Tell glibc to reuse what is freed. Otherwise it may hand memory back after a step and fetch it page by page in the next, which
-    makes some rows three times as slow as others that do the same."""
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse memory that is freed.
+
+    Otherwise it may hand memory back after a step and fetch it page by page in the next one, which makes some rows take
+    three times as long as others that do the same.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

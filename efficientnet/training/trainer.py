@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
 from efficientnet.data.sets import Data, load_data
-from efficientnet.devices import describe_backend, pick_device, use_tf32
+from efficientnet.devices import describe_backend, out_of_memory, pick_device, use_tf32
 from efficientnet.errors import InputError, Interrupted, TrainingStopped
 from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig
@@ -599,10 +599,6 @@ class Trainer:
         for label, name in enumerate(self.data.classes):
             image = self.data.val.images[self.data.val.labels.index(label)]
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _for_processes(config, device, world):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from efficientnet import cli, create_model
+from efficientnet.devices import out_of_memory
 from efficientnet.errors import InputError
 from efficientnet.measure import model_benchmark
-from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, formatted, out_of_memory, smaller_batch, with_decay
+from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, formatted, smaller_batch, with_decay
 from efficientnet.model.profile import count_activations
 
 SMALL = {"img_size": 32, "batch_size": 2, "num_warm_iter": 1, "num_bench_iter": 3}
