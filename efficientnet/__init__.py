@@ -1,4 +1,6 @@
-"""The EfficientNet family (Tan & Le, 2019) on fused MBConv kernels. Importing this package imports neither torch nor Triton."""
+"""The EfficientNet family (Tan & Le, 2019) on fused MBConv kernels. Importing this package imports neither torch nor
+Triton.
+"""
 
 from importlib import import_module
 

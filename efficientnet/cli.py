@@ -1,4 +1,4 @@
-"""``efficientnet COMMAND``: what the user typed, to the Python API. Bad input ends in one line and exit code 2."""
+"""``efficientnet COMMAND``: from what the user typed to the Python API. Bad input ends in one line and exit code 2."""
 
 import argparse
 import difflib
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from efficientnet.errors import InputError, Interrupted, TrainingStopped
 
-COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")  # modules of efficientnet.commands
+# The modules of efficientnet.commands, in the order of --help.
+COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")
 
-# Waiting OpenMP threads spin for microseconds, not milliseconds: as fast on an idle machine, several times as fast on a busy one.
+# Let OpenMP's waiting threads spin for microseconds, not milliseconds. That is as fast on an idle machine, and several
+# times as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Import name -> package of the extra [train], or of [export].
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             args.run(args)
             sys.stdout.flush()
         except BrokenPipeError:  # `| head` has read enough: the end of this program too, in silence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of what it cannot write at its end
+            # Otherwise Python would complain, at its end, of what it cannot write.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except (InputError, OSError) as error:
             _fail(error)
@@ -80,7 +83,10 @@ def _fail(error, code=2):
 
 @contextmanager
 def _leaving_at_once(output):
-    """Ctrl-C and SIGTERM end the process there and then: every file is whole at every moment, so nothing needs tidying up."""
+    """Within, Ctrl-C and SIGTERM end the process at once.
+
+    Every file is whole at every moment, so nothing needs tidying up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread
         return

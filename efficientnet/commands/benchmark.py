@@ -1,5 +1,6 @@
 """``efficientnet benchmark``."""
 
+import argparse
 import re
 import sys
 
@@ -9,7 +10,7 @@ from efficientnet.commands.common import checking_input
 SUMMARY = "Speed and memory of models on this machine, under the keys of timm's benchmark.py and more."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=["b0"], metavar="NAME", help="b0, b0..b7 for all these, l2 (default: b0)")
     parser.add_argument("--mode", default="infer", choices=("infer", "train"), help="a forward, or a whole training step with AdamW")
     baselines = ("eager", "eager-nchw", "compile", "compile-max-autotune", "compile-reduce-overhead")
@@ -28,7 +29,7 @@ def add_arguments(parser):
 
 
 def _names(given):
-    """Each name, "b0..b7" as eight."""
+    """The names that are meant: "b0..b7" is eight of them."""
     for name in given:
         found = re.fullmatch(r"(\w*b)(\d)\.\.\w*b(\d)", name)
         if found and found[2] <= found[3]:
@@ -37,7 +38,7 @@ def _names(given):
             yield name
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from tqdm import tqdm

@@ -1,6 +1,7 @@
-"""What several commands share."""
+"""What several commands share: options of a checkpoint, reading it, tables."""
 
 import argparse
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from efficientnet.choices import AMP, DEVICES
@@ -8,15 +9,20 @@ from efficientnet.errors import InputError
 
 
 @contextmanager
-def checking_input():
-    """Around code that reads what the user gave: there a ValueError is about that, elsewhere it would be a bug."""
+def checking_input() -> Iterator[None]:
+    """Around code that reads what the user gave: a ValueError in it becomes an InputError, which ends the command in
+    one line.
+
+    Elsewhere a ValueError is a bug, and keeps its traceback.
+    """
     try:
         yield
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def add_checkpoint_arguments(sub):
+def add_checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a checkpoint on images."""
     sub.add_argument("--checkpoint", required=True, help=".safetensors, or a state_dict saved by torch (.pt, .pth)")
     sub.add_argument("--model", help="the model's name, for a file that does not say it")
     sub.add_argument("--img-size", type=int, help="pixels (default: as in training)")
@@ -25,8 +31,8 @@ def add_checkpoint_arguments(sub):
     sub.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="fused MBConv kernels where they can run")
 
 
-def load(args):
-    """(runner, model in eval, class names or None, preprocess) of --checkpoint."""
+def load(args: argparse.Namespace) -> tuple:
+    """Read --checkpoint. Returns (Runner, model in eval, class names or None, Preprocess)."""
     from dataclasses import replace
 
     from efficientnet.data.images import Preprocess
@@ -48,16 +54,16 @@ def load(args):
     return runner, model, metadata.get("classes"), preprocess
 
 
-def print_table(table, left=()):
-    """Rows of cells in columns, numbers to the right; ``left`` are the columns of text."""
+def print_table(table: list[tuple], left: tuple[int, ...] = ()) -> None:
+    """Print rows of cells in columns: numbers to the right, and the columns in ``left``, which are text, to the left."""
     widths = [max(len(str(line[column])) for line in table) for column in range(len(table[0]))]
     for line in table:
         cells = (str(cell) for cell in line)
         print(*(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))), sep="  ")
 
 
-def print_stages(rows):
-    """What ``profile.stage_table`` returned."""
+def print_stages(rows: list) -> None:
+    """Print what ``profile.stage_table`` returned."""
     table = [("stage", "operator", "kernel", "stride", "expand", "channels", "layers", "input", "output", "parameters", "MACs")]
     for i, row in enumerate(rows):
         sizes = (f"{height}x{width}" for height, width in (row.input_size, row.output_size))

@@ -1,5 +1,6 @@
-"""A PNG of small images with what a model says of each."""
+"""A PNG of small images, each with what a model says of it."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,14 +12,16 @@ CELL, MARGIN, LINE = 160, 8, 14  # pixels: side of an image, space between cells
 
 
 class ContactSheet:
-    """Rows of ``columns`` cells: an image, then up to ``lines`` lines of text. Full pages are written as they fill.
+    """Rows of ``columns`` cells, each an image with up to ``lines`` lines of text below it. A page is written as soon
+    as it is full.
 
-    The first page is ``path``, further ones NAME-2.png, NAME-3.png, ...: any number of images in the memory of one page.
+    The first page is ``path``, further ones are NAME-2.png, NAME-3.png and so on: any number of images takes the memory
+    of one page.
 
     Raises InputError if ``path`` does not end in .png or its folder does not exist.
     """
 
-    def __init__(self, path, lines: int, columns: int = 8, rows: int = 12):
+    def __init__(self, path: str | os.PathLike, lines: int, columns: int = 8, rows: int = 12):
         self.path, self.lines, self.columns, self.rows = Path(path), lines, columns, rows
         self.cells: list[tuple[torch.Tensor | None, list[str]]] = []
         self.pages: list[Path] = []
@@ -28,13 +31,18 @@ class ContactSheet:
             raise InputError(f"contact_sheet {str(path)!r}: folder {str(self.path.parent)!r} does not exist")
 
     def add(self, image: torch.Tensor | None, *text: str) -> None:
-        """Args: image: uint8 [3, H, W], or None for one that cannot be read."""
+        """Add a cell.
+
+        Args:
+            image: uint8 [3, H, W], or None for one that cannot be read.
+            text: a line each.
+        """
         self.cells.append((None if image is None else _thumbnail(image), list(text)))
         if len(self.cells) == self.columns * self.rows:
             self.close()
 
     def close(self) -> None:
-        """Write the page begun, if any."""
+        """Write the page that was begun, if any."""
         if not self.cells:
             return
         number = len(self.pages) + 1
@@ -78,7 +86,7 @@ def _font():
 
 
 def _fitting(words, font):
-    """The end of ``words`` that fits under an image: of a path it tells most."""
+    """The end of ``words`` that fits below an image; of a path the end tells most."""
     if font.getlength(words) <= CELL:
         return words
     while words and font.getlength(f"\N{HORIZONTAL ELLIPSIS}{words}") > CELL:

@@ -1,11 +1,13 @@
 """``efficientnet convert``."""
 
+import argparse
+
 from efficientnet.commands.common import checking_input
 
 SUMMARY = "The weights of a checkpoint under another library's names."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from efficientnet.weights.layouts import LAYOUTS
     from effkernels.geometry import PADDINGS
 
@@ -18,7 +20,7 @@ def add_arguments(parser):
     parser.add_argument("--bn-eps", type=float, help="that the weights were trained with (default: usual with their layout)")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     import sys
     import warnings
 

@@ -7,7 +7,7 @@ from efficientnet.commands.common import checking_input, load
 SUMMARY = "A checkpoint as ONNX, TorchScript or torch.export program, checked against the model before it is kept."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help=".safetensors, or a state_dict saved by torch (.pt, .pth)")
     parser.add_argument("--model", help="the model's name, for a file that does not say it")
     parser.add_argument("--format", required=True, help="onnx, torchscript or torch-export")
@@ -19,7 +19,7 @@ def add_arguments(parser):
     parser.set_defaults(device="cpu", amp="none", fused=False)  # for load: plain layers are what the formats know
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from dataclasses import asdict
     from pathlib import Path
 

@@ -1,17 +1,19 @@
 """``efficientnet info``."""
 
+import argparse
+
 from efficientnet.commands.common import checking_input, print_stages
 
 SUMMARY = "Stages, parameters and multiply-accumulates of a model; without a name, the known models."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("--img-size", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--num-classes", type=int, default=1000)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from efficientnet.model.config import list_models
 
     if args.name is None:

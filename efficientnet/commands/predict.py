@@ -1,5 +1,6 @@
 """``efficientnet predict``."""
 
+import argparse
 import json
 import sys
 from itertools import chain
@@ -11,7 +12,7 @@ from efficientnet.errors import InputError
 SUMMARY = "The most probable classes of images."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder with images in any depth, or - for paths on stdin")
     parser.add_argument("--topk", type=int, default=5, help="classes to print (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object an image")
@@ -22,7 +23,7 @@ def add_arguments(parser):
     add_checkpoint_arguments(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from efficientnet.commands.contact_sheet import ContactSheet
     from efficientnet.data.images import ImageSet, read_image
     from efficientnet.data.loading import Unreadable
@@ -63,7 +64,7 @@ def run(args):
 
 
 def _paths(names):
-    """Every image meant, once. Raises FileNotFoundError or InputError."""
+    """Every image that is meant, once. Raises FileNotFoundError or InputError."""
     from efficientnet.data.images import IMAGE_SUFFIXES
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in names else []
@@ -83,7 +84,7 @@ def _paths(names):
 
 
 def _in_order(paths, runner, model, batches):
-    """(path, probabilities [classes], or None where the image cannot be read) of every path."""
+    """(path, probabilities [classes], or None where the image cannot be read) of every path, in order."""
     import torch
 
     done = 0

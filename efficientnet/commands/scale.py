@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 
 from efficientnet.choices import DEVICES
 from efficientnet.commands.common import checking_input, print_stages, print_table
@@ -14,7 +15,7 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 PHI_MAX = 16.0  # 1.92^16 is 34,000 times the cost of B0
 
 
-def amount(text):
+def amount(text: str) -> float:
     """A positive number with a unit: 400M, 1.8G, 4.2e9 (B is G)."""
     match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)([KMGBT]?)", text, re.IGNORECASE)
     try:
@@ -26,7 +27,7 @@ def amount(text):
     return value
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--phi", type=float, help="depth alpha^phi, width beta^phi, resolution gamma^phi")
     target.add_argument("--flops", type=amount, help="the largest network of at most so many multiply-accumulates (400M, 1.8G, 4.2e9)")
@@ -56,7 +57,7 @@ def add_arguments(parser):
     search.add_argument("--num-workers", type=int, help="processes that load images (default: 0)")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from efficientnet.scaling_study.networks import BASES
 
     with checking_input():
@@ -78,7 +79,8 @@ def run(args):
     print(f"results  {args.output}")
 
 
-def prepare_search(args):
+def prepare_search(args: argparse.Namespace):
+    """The search that the options describe."""
     from dataclasses import fields
 
     from efficientnet.scaling_study.search import Search, SearchConfig
@@ -87,8 +89,8 @@ def prepare_search(args):
     return Search(SearchConfig(**{name: value for name, value in given.items() if value is not None}), args.output)
 
 
-def print_search(config, rows, top=10):
-    """The best candidates, and the paper's among them."""
+def print_search(config, rows: list[dict], top: int = 10) -> None:
+    """Print the best candidates, and the paper's among them."""
     shown = {"accuracy": ("accuracy", "loss"), "latency": ("ms", "ms_per_gmac"), "macs": ("macs_of_base",)}[config.objective]
     names = ("alpha", "beta", "gamma")
     table = [("rank", *names, "product", "resolution", "parameters", "MACs", *shown)]
@@ -105,8 +107,8 @@ def print_search(config, rows, top=10):
     print(f"\n{len(rows)} candidates; the best as options of scale: {best}")
 
 
-def print_scaled(args):
-    """The network of a phi, or the largest of a budget."""
+def print_scaled(args: argparse.Namespace) -> None:
+    """Print the network of a phi, or the largest one of a budget."""
     from efficientnet.model.profile import count_macs, count_parameters, stage_table
     from efficientnet.model.scaling import Scaling, compound_scale, largest_phi
     from efficientnet.scaling_study.networks import create_scaled
@@ -152,9 +154,9 @@ def print_scaled(args):
 
 
 class Stopwatch:
-    """Milliseconds of a forward at a phi, measured once each: a cost for ``largest_phi``."""
+    """The milliseconds of a forward at a phi, measured once each: a cost for ``largest_phi``."""
 
-    def __init__(self, args, build):
+    def __init__(self, args: argparse.Namespace, build: Callable):
         from efficientnet.devices import pick_device
 
         if not 0 < args.latency < float("inf"):
@@ -173,7 +175,8 @@ class Stopwatch:
             tqdm.write(f"phi {phi:<5g} {self.measured[phi].ms:10.2f} ms", file=sys.stderr)
         return self.measured[phi].ms
 
-    def describe(self, phi):
+    def describe(self, phi: float) -> str:
+        """What was measured at a phi, and on what."""
         from efficientnet.devices import describe_device
 
         ms, iqr = self.measured[phi]
@@ -181,8 +184,8 @@ class Stopwatch:
         return f"{ms:.2f} ms (interquartile range {iqr:.2f}) for {self.batch_size} {images} in fp32 on {describe_device(self.device)}"
 
 
-def print_paper(base):
-    """The paper's Table 3 beside what the definitions here come to."""
+def print_paper(base: str) -> None:
+    """Print the paper's Table 3 beside what the definitions here come to."""
     from efficientnet.model.profile import count_macs, count_parameters
     from efficientnet.model.scaling import Scaling
     from efficientnet.scaling_study.networks import create_scaled

@@ -11,7 +11,7 @@ SUMMARY = "Train a model; write checkpoints, metrics and curves."
 KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {}, "tuple": {}, "bool": {"action": argparse.BooleanOptionalAction}}
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--recipe, and one option for each field of TrainConfig, which owns the defaults and the checks."""
     parser.add_argument("--recipe", help="settings to start from, which options override: a .toml file, or paper-b0 to paper-b7, digits")
     for field in fields(TrainConfig):
@@ -24,7 +24,7 @@ def add_arguments(parser):
         parser.add_argument(*option_names(field.name), **kwargs)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from efficientnet.training.distributed import leave
     from efficientnet.training.recipes import load_recipe
     from efficientnet.training.trainer import Trainer

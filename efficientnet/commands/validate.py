@@ -1,5 +1,6 @@
 """``efficientnet validate``."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from efficientnet.errors import InputError
 SUMMARY = "Loss and top-1 and top-5 accuracy of a checkpoint on a data set."
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
     parser.add_argument("--split", default="val", choices=("val", "train", "all"), help="images to evaluate (default: the held-out ones)")
     parser.add_argument("--val-fraction", type=float, default=0.2, help="share held out, as in training (default: %(default)s)")
@@ -26,8 +27,8 @@ def add_arguments(parser):
     add_checkpoint_arguments(parser)
 
 
-def run(args):
-    """Under torchrun, each process evaluates its share of the images, and the first one prints."""
+def run(args: argparse.Namespace) -> None:
+    """Evaluate a checkpoint. Under torchrun each process takes its share of the images, and the first one prints."""
     from efficientnet.devices import pick_device
     from efficientnet.training.distributed import join, leave
 

@@ -122,7 +122,8 @@ def _source(name, download=False, num_classes=None, num_samples=None):
 
 def stratified_split(labels: list[int], val_fraction: float) -> tuple[list[int], list[int]]:
     """Indices (train, val): ``val_fraction`` of each class is held out, at least one image of a class that has two."""
-    generator = torch.Generator().manual_seed(0)  # the split is part of the data set: a training seed does not change it
+    # The split is part of the data set, so the seed of a training does not change it.
+    generator = torch.Generator().manual_seed(0)
     members = {}
     for i, label in enumerate(labels):
         members.setdefault(label, []).append(i)

@@ -96,7 +96,8 @@ def count_samples(shards: list[str]) -> tuple[int, int]:
                         text = tar.extractfile(member).read().strip()
                         largest = max(largest, int(text) if text.isdigit() else -1)
         except (tarfile.TarError, EOFError) as error:
-            if "end of data" not in str(error):  # a truncated shard is counted as far as it goes, and named when it is read
+            # A truncated shard is counted as far as it goes, and named when it is read.
+            if "end of data" not in str(error):
                 raise InputError(f"shard {shard!r} is no tar file") from error
     return samples, largest + 1
 

@@ -203,7 +203,8 @@ class Benchmark:
             return self._measure(config, batch, baseline)
         finally:
             if baseline and BASELINES[baseline][0] is not None:
-                torch.compiler.reset()  # what it compiled counts towards a limit, beyond which it runs eager and says nothing
+                # Forget what was compiled: beyond a limit torch would run eager code and say nothing.
+                torch.compiler.reset()
 
     def _measure(self, config, batch, baseline):
         is_gpu, mode = self.device.type == "cuda", config.mode

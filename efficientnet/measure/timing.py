@@ -153,7 +153,8 @@ def peak_memory(step: Callable[[], object], graphs: bool = False) -> int:
     peak = torch.cuda.max_memory_allocated()
     if not graphs:
         return peak
-    torch.cuda.empty_cache()  # of what remains reserved no tensor's, all but the rounding of segments belongs to the graphs
+    # What is reserved now and is no tensor's belongs to the graphs, but for the rounding of segments.
+    torch.cuda.empty_cache()
     return peak + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 

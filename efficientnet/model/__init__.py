@@ -1,1 +1,3 @@
-"""The network: its configurations, the compound scaling they come from, its blocks, what it costs, what transfer learning freezes."""
+"""The network: its configurations, the compound scaling they come from, its blocks, what it costs, what transfer
+learning freezes.
+"""

@@ -1,8 +1,9 @@
-"""What an EfficientNet is made of: the B0 stage table, the published variants, and the names they go by."""
+"""What an EfficientNet is made of: the stage table of B0, the published variants, and the names that they go by."""
 
 import difflib
 import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from efficientnet.model.scaling import Scaling, check_count, round_filters, round_repeats
@@ -15,7 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class StageConfig:
-    """``repeats`` MBConv blocks; the first has ``stride`` and changes the channels, the others have stride 1."""
+    """``repeats`` MBConv blocks. The first has ``stride`` and changes the channels; the others have stride 1."""
 
     kernel_size: int
     stride: int
@@ -62,13 +63,14 @@ FLAVOURS = {
 
 @dataclass(frozen=True)
 class EfficientNetConfig:
-    """Everything that defines a network except its input channels and classes; ``stages`` are already scaled.
+    """Everything that defines a network except its input channels and classes. ``stages`` are already scaled.
 
-    padding: "symmetric", or "same" for TensorFlow's size-dependent rule. bn_momentum is PyTorch's (1 - TensorFlow's);
-    None means a cumulative average. drop_rate is the classifier's dropout, drop_path_rate the last block's stochastic depth.
-    resolution is the image size the variant was made for; the network takes any size.
+    padding is "symmetric", or "same" for TensorFlow's rule, which depends on the image size. bn_momentum is PyTorch's,
+    that is 1 - TensorFlow's; None means a cumulative average. drop_rate is the classifier's dropout, drop_path_rate the
+    stochastic depth of the last block. resolution is the image size in pixels that the variant was made for; the
+    network takes any size.
 
-    Raises ValueError naming the field, its value and what is accepted.
+    Raises ValueError that names the field, its value and what is accepted.
     """
 
     stages: tuple[StageConfig, ...] = B0_STAGES
@@ -97,10 +99,12 @@ class EfficientNetConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "EfficientNetConfig":
-        """The published variant of that name ("efficientnet_b0", "tf_efficientnet_b0", or "b0" for the former), or B0 scaled by
-        the depth, width and image size in the name ("efficientnet_d1.2_w1.1_r258", also with "tf_").
+        """The network of that name.
 
-        Raises ValueError naming the unknown model and near names.
+        It is a published variant ("efficientnet_b0", "tf_efficientnet_b0", or "b0" for the former), or B0 scaled by the
+        depth, width and image size in the name ("efficientnet_d1.2_w1.1_r258", also with "tf_").
+
+        Raises ValueError that names the unknown model and near names.
         """
         if scaled := re.fullmatch(r"((?:tf_)?efficientnet_)d([\d.]+)_w([\d.]+)_r(\d+)", name):
             prefix, *factors = scaled.groups()
@@ -120,7 +124,8 @@ class EfficientNetConfig:
 
     @classmethod
     def from_scaling(cls, scaling: Scaling, base: tuple[StageConfig, ...] = B0_STAGES, **fields) -> "EfficientNetConfig":
-        """The table ``base`` scaled by any (depth, width, resolution), e.g. ``compound_scale(1.5)``; ``fields`` set the rest.
+        """The stage table ``base`` scaled by any (depth, width, resolution), such as ``compound_scale(1.5)``;
+        ``fields`` set the rest.
 
         Stem and head scale in width only. Padding, BatchNorm and dropout default to those of "efficientnet_b0".
         """
@@ -138,12 +143,14 @@ class EfficientNetConfig:
 
 
 def scaled_name(scaling: Scaling) -> str:
-    """What ``EfficientNetConfig.from_name`` calls B0 scaled so, to four decimals: "efficientnet_d1.2_w1.1_r258"."""
+    """The name that ``EfficientNetConfig.from_name`` has for B0 scaled so, to four decimals:
+    "efficientnet_d1.2_w1.1_r258".
+    """
     return f"efficientnet_d{round(scaling.depth, 4):g}_w{round(scaling.width, 4):g}_r{scaling.resolution}"
 
 
-def list_models(filter="", *, exclude_filters="") -> list[str]:
-    """Names for ``create_model``, sorted naturally.
+def list_models(filter: str | Sequence[str] = "", *, exclude_filters: str | Sequence[str] = "") -> list[str]:
+    """The names that ``create_model`` knows, sorted naturally.
 
     Args:
         filter: an fnmatch wildcard ("efficientnet_b*") or several; a name is listed if any matches. Empty: all.

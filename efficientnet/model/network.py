@@ -1,4 +1,6 @@
-"""EfficientNet (Tan & Le, 2019): stem, MBConv stages, head; parameters named as in timm, blocks fused or plain."""
+"""EfficientNet (Tan & Le, 2019): stem, MBConv stages and head, with parameters named as in timm, and blocks fused or
+plain.
+"""
 
 from numbers import Real
 
@@ -16,13 +18,13 @@ from effkernels.reference import activate
 
 
 class EfficientNet(nn.Module):
-    """Image classifier: 3x3 stride-2 stem, MBConv stages, 1x1 head, global average pooling, dropout, linear.
+    """An image classifier: 3x3 stem of stride 2, MBConv stages, 1x1 head, global average pooling, dropout, linear.
 
-    The state_dict is timm's: ``conv_stem bn1 blocks.S.B.* conv_head bn2 classifier``. Weights start as in the TensorFlow release:
-    convolutions N(0, 2 / fan_out) with ``fan_out = k * k * out_channels / groups``, classifier U(-r, r) with
-    ``r = 1 / sqrt(num_classes)``, biases 0, BatchNorm 1 and 0.
+    Its state_dict is timm's: ``conv_stem bn1 blocks.S.B.* conv_head bn2 classifier``. Weights start as in the
+    TensorFlow release: convolutions N(0, 2 / fan_out) with ``fan_out = k * k * out_channels / groups``, the classifier
+    U(-r, r) with ``r = 1 / sqrt(num_classes)``, biases 0, BatchNorm 1 and 0.
 
-    Args: as ``create_model``, with an ``EfficientNetConfig`` for the name.
+    The arguments are those of ``create_model``, with an ``EfficientNetConfig`` for the name.
 
     Shapes: images [N, in_chans, H, W], contiguous or channels_last -> logits [N, num_classes].
     """
@@ -38,8 +40,8 @@ class EfficientNet(nn.Module):
         *,
         memory: str = "keep",
         output_stride: int = 32,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         drop_rate = config.drop_rate if drop_rate is None else drop_rate
@@ -69,7 +71,8 @@ class EfficientNet(nn.Module):
         for stage in config.stages:
             blocks = []
             stride, first_dilation = stage.stride, dilation
-            if reduction * stride > output_stride:  # the first block still sees its input's grid, the others a finer one than in training
+            # The first block still sees the grid of its input, the others one that is finer than in training.
+            if reduction * stride > output_stride:
                 stride, dilation = 1, dilation * stride
             reduction *= stride
             self.stage_reductions.append(reduction)
@@ -102,7 +105,7 @@ class EfficientNet(nn.Module):
             self.apply(_init_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``forward_head(forward_features(x))``; fused, the head's feature map is not stored in inference."""
+        """``forward_head(forward_features(x))``. Fused, inference does not store the head's feature map."""
         if not self.fused or self._own_forward():
             return self.forward_head(self.forward_features(x))
         x = pooled_head(self._stages(x), self.conv_head, self.bn2, self.config.act)
@@ -111,31 +114,32 @@ class EfficientNet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, in_chans, H, W] -> the head's feature map [N, num_features, ceil(H / 32), ceil(W / 32)].
 
-        Raises TypeError or ValueError naming what is wrong with the images.
+        Raises TypeError or ValueError that names what is wrong with the images.
         """
         return activate(self.bn2(self.conv_head(self._stages(x))), self.config.act)
 
     def train(self, mode: bool = True) -> "EfficientNet":
-        """As ``nn.Module.train``; BatchNorm layers that ``transfer.freeze`` froze stay in eval."""
+        """As ``nn.Module.train``, but the BatchNorm layers that ``transfer.freeze`` froze stay in eval."""
         super().train(mode)
         for name in self.frozen_norms:
             self.get_submodule(name).eval()
         return self
 
     def _own_forward(self):
-        """Whether a subclass, or an attribute of this object, replaces a half of ``forward``."""
+        """Whether a subclass, or an attribute of this object, replaces one of the two halves of ``forward``."""
         names = ("forward_features", "forward_head")
         return any(name in self.__dict__ or getattr(type(self), name) is not getattr(EfficientNet, name) for name in names)
 
     def _stages(self, x):
-        """Images -> the last stage's output."""
+        """Images -> the output of the last stage."""
         self._check_input(x)
         layers = self.conv_stem, self.bn1, self.config.act, self.config.padding
         blocks = self._own_blocks() if self.training else None
         if blocks is None:
             return self.blocks(stem(x, *layers, fused=self.fused))
         dropping = sum(block.drops for block in blocks)
-        draws = torch.rand(dropping, x.shape[0], dtype=torch.float32, device=x.device).unbind() if dropping else ()  # one launch for all
+        # The draws of all blocks take one launch.
+        draws = torch.rand(dropping, x.shape[0], dtype=torch.float32, device=x.device).unbind() if dropping else ()
         draws = iter(draws)
         y = stem_and_block(x, *layers, blocks[0]) if self.fused else None
         if y is None:
@@ -147,8 +151,11 @@ class EfficientNet(nn.Module):
         return y
 
     def _own_blocks(self):
-        """The blocks in order, or None where one or its stage is wrapped, hooked or replaced: then they run as they are. A checkpointed
-        stage, say, runs again without the others, so it must draw what it drops itself."""
+        """The blocks in order, or None where one of them or its stage is wrapped, hooked or replaced.
+
+        Those run as they are. A checkpointed stage, say, runs again without the others, so it must draw what it drops
+        itself.
+        """
         stages = (self.blocks, *self.blocks)
         if any(type(stage) is not nn.Sequential or has_hooks(stage) or "forward" in stage.__dict__ for stage in stages):
             return None
@@ -157,15 +164,16 @@ class EfficientNet(nn.Module):
         return blocks if all(type(block).forward in own and "forward" not in block.__dict__ for block in blocks) else None
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features] before them."""
+        """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features]."""
         x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
         return x if pre_logits else self.classifier(x)
 
     def get_classifier(self) -> nn.Module:
+        """The classifier: nn.Linear, or nn.Identity with ``num_classes`` 0."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = "avg") -> None:
-        """A fresh classifier for ``num_classes`` classes (0: none), on the device and in the dtype of the network."""
+        """Put in a fresh classifier for ``num_classes`` classes (0: none), on the network's device and in its dtype."""
         check_count("num_classes", num_classes, minimum=0)
         if global_pool not in ("avg", None):
             raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
@@ -175,7 +183,11 @@ class EfficientNet(nn.Module):
         _init_weights(self.classifier)
 
     def stage_parts(self) -> list[tuple]:
-        """(operator, its submodules, kernel_size, stride, expand_ratio, channels, repeats) of stem, stages, head, classifier (if any)."""
+        """What the network consists of, for ``profile.stage_table``.
+
+        A row for the stem, each stage, the head and the classifier (if any): (operator, its submodules, kernel_size,
+        stride, expand_ratio, channels, repeats).
+        """
         config = self.config
         parts = [("Conv", ["conv_stem", "bn1"], 3, 2, None, config.stem_channels, 1)]
         for i, s in enumerate(config.stages):
@@ -187,7 +199,9 @@ class EfficientNet(nn.Module):
 
     @property
     def feature_info(self) -> list[dict]:
-        """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's name."""
+        """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's
+        name.
+        """
         info, stages = [], self.config.stages
         for i, (stage, reduction) in enumerate(zip(stages, self.stage_reductions, strict=True)):
             if i + 1 == len(stages) or stages[i + 1].stride > 1:
@@ -196,8 +210,11 @@ class EfficientNet(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict:
-        """How images are prepared, under timm's keys: for pretrained weights as they were, else as is usual for this variant
-        (the crop leaves the 32-pixel border of the release)."""
+        """How images are prepared, under timm's keys.
+
+        For pretrained weights it is as they were trained, else as is usual for this variant, whose crop leaves the
+        32-pixel border of the release.
+        """
         if self.weights_cfg:
             size = self.weights_cfg["input_size"][1:]
             return {**self.weights_cfg, "num_classes": self.num_classes, "input_size": (self.in_chans, *size)}

@@ -1,4 +1,6 @@
-"""Parameters and multiply-accumulates, counted on the model itself: every convolution and linear layer of one shape-only forward."""
+"""Parameters and multiply-accumulates, counted on the model itself: every convolution and linear layer of a forward
+without data.
+"""
 
 import copy
 from typing import NamedTuple
@@ -8,7 +10,7 @@ from torch import nn
 
 
 class StageRow(NamedTuple):
-    """One row of ``stage_table``. Sizes are (height, width); expand_ratio is None outside MBConv stages."""
+    """A row of ``stage_table``. Sizes are (height, width); expand_ratio is None outside MBConv stages."""
 
     operator: str
     kernel_size: int
@@ -23,15 +25,16 @@ class StageRow(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trained numbers of the model, biases and BatchNorm's weights included, its running statistics not."""
+    """The trained numbers of the model: biases and BatchNorm's weights included, its running statistics not."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
-    """Multiply-accumulates of one image in every nn.Conv2d and nn.Linear ("FLOPs" in the papers).
+    """The multiply-accumulates of one image in every nn.Conv2d and nn.Linear, which the papers call "FLOPs".
 
-    Per layer ``outputs * (in_channels / groups) * k * k``; taps on padding count, BatchNorm, activations and gates do not.
-    Nothing is computed and nothing allocated: the forward runs on the meta device, so L2 at 800 pixels takes half a second.
+    A layer has ``outputs * (in_channels / groups) * k * k`` of them. Taps on padding count; BatchNorm, activations and
+    gates do not. Nothing is computed and nothing allocated, since the forward runs on the meta device: L2 at 800 pixels
+    takes half a second.
 
     Args:
         model: any image model; an EfficientNet, fused or not, knows its channels and size.
@@ -41,12 +44,18 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
 
 
 def count_activations(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
-    """Numbers that one image makes every nn.Conv2d and nn.Linear put out ("activations" of the RegNet paper, timm's macts)."""
+    """The numbers that every nn.Conv2d and nn.Linear puts out for one image.
+
+    The RegNet paper calls them "activations", timm "macts".
+    """
     return sum(outputs for *_, outputs in _trace(model, image_size).values())
 
 
 def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> list[StageRow]:
-    """A row for each of ``model.stage_parts()`` (an EfficientNet's, a baseline's), in order; params and MACs add up to the totals."""
+    """A row for each of ``model.stage_parts()``, in order; their parameters and MACs add up to the totals of the model.
+
+    The model is an EfficientNet, or another network of ``efficientnet.scaling_study``.
+    """
     trace = _trace(model, image_size)
     rows, size = [], _image_hw(model, image_size)
     for operator, layers, *description in model.stage_parts():
@@ -69,8 +78,11 @@ def _image_hw(model, image_size):
 
 
 def _trace(model, image_size):
-    """{layer name: (macs, (out_height, out_width), numbers put out)} of every Conv2d, Linear and MaxPool2d, in the order they run; the
-    latter put out none."""
+    """{layer name: (MACs, (out_height, out_width), numbers put out)} of every Conv2d, Linear and MaxPool2d, in the
+    order they run.
+
+    A MaxPool2d counts as putting out none.
+    """
     hw = _image_hw(model, image_size)
     # A copy whose tensors are all on meta: deepcopy takes what memo already holds, so no weight is read.
     memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}

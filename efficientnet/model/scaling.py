@@ -1,4 +1,6 @@
-"""Compound scaling (Tan & Le, 2019, section 3): one number, phi, makes a network deeper, wider and its images larger together."""
+"""Compound scaling (Tan & Le, 2019, section 3): one number, phi, makes a network deeper and wider and its images
+larger, together.
+"""
 
 import math
 from collections.abc import Callable
@@ -21,12 +23,13 @@ PRODUCT = (1.8, 2.2)
 def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15, base_resolution: int = 224) -> Scaling:
     """``depth = alpha^phi, width = beta^phi, resolution = base_resolution * gamma^phi``, rounded to the nearest pixel.
 
-    MACs grow with depth, width^2 and resolution^2, so ``alpha * beta^2 * gamma^2`` of about 2 (checked, within 10 %; the paper's
-    1.2, 1.1, 1.15 give 1.92) makes phi the binary logarithm of the cost. The published B1..B7 are NOT phi = 1..7: they come
-    from a table of hand-rounded values (``efficientnet.model.config.VARIANTS``), so no phi stands for a name and no name for a phi.
+    MACs grow with depth, width^2 and resolution^2. So ``alpha * beta^2 * gamma^2`` of about 2 makes phi the binary
+    logarithm of the cost. It is checked, within 10 %; the paper's 1.2, 1.1 and 1.15 give 1.92. The published B1 to B7
+    are NOT phi = 1 to 7: they come from a table of hand-rounded values (``efficientnet.model.config.VARIANTS``), so no
+    phi stands for a name and no name for a phi.
 
-    Raises ValueError for a phi that is negative, not finite or too large to compute with, for alpha, beta or gamma below 1,
-    and for a product away from 2.
+    Raises ValueError for a phi that is negative, not finite or too large to compute with, for alpha, beta or gamma
+    below 1, and for a product away from 2.
     """
     if not 0 <= phi < math.inf:
         raise ValueError(f"phi must be finite and >= 0, got {phi!r}")
@@ -47,10 +50,14 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
 
 
 def coefficient_grid(step: float = 0.05, at_least: float = 1.9, at_most: float = 2.0) -> list[tuple[float, float, float]]:
-    """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``at_least <= alpha * beta^2 * gamma^2 <= at_most``.
+    """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``at_least <= alpha * beta^2 * gamma^2 <=
+    at_most``.
 
-    The paper searches at phi = 1 for twice the cost: what falls far below would lose for being smaller, not for its shape.
-    Raises ValueError for a step that is not in [0.01, 0.5], limits that are not 1.8 to 2.2, or if they leave no point.
+    The paper searches at phi = 1 for twice the cost. A candidate far below it would lose for being smaller, not for its
+    shape.
+
+    Raises ValueError for a step that is not in [0.01, 0.5], limits that are not in order within 1.8 to 2.2, or no point
+    left.
     """
     if not 0.01 <= step <= 0.5:
         raise ValueError(f"step must be in [0.01, 0.5], got {step!r}")
@@ -64,10 +71,11 @@ def coefficient_grid(step: float = 0.05, at_least: float = 1.9, at_most: float =
 
 
 def largest_phi(cost: Callable[[float], float], budget: float, step: float = 0.01, phi_max: float = 16.0) -> float | None:
-    """The largest multiple of ``step`` in [0, phi_max] whose ``cost(phi)`` is at most ``budget``; None if that of 0 is not.
+    """The largest multiple of ``step`` in [0, phi_max] whose ``cost(phi)`` is at most ``budget``; None if phi = 0 costs
+    more.
 
-    ``cost`` must not fall as phi grows: parameters and MACs never do, as every rounding is monotone. Doubling, then bisection:
-    ``cost`` is never asked about a network of more than twice the phi that fits.
+    ``cost`` must not fall as phi grows; parameters and MACs never do, since every rounding is monotone. It doubles phi
+    and then bisects, so ``cost`` is never asked about a network of more than twice the phi that fits.
     """
     if cost(0.0) > budget:
         return None
@@ -85,7 +93,8 @@ def largest_phi(cost: Callable[[float], float], budget: float, step: float = 0.0
 def round_filters(channels: int, width: float, divisor: int = 8) -> int:
     """``channels * width`` to the nearest multiple of ``divisor`` (halves up, at least one), never more than 10 % down.
 
-    The rule of the TensorFlow release: ``new = max(d, int(c * w + d / 2) // d * d)``, plus d if ``new < 0.9 * c * w``.
+    This is the rule of the TensorFlow release: ``new = max(d, int(c * w + d / 2) // d * d)``, plus d if ``new < 0.9 * c
+    * w``.
     """
     if channels < 1 or divisor < 1 or not 0 < width < math.inf:
         raise ValueError(f"channels and divisor must be >= 1 and width finite and > 0, got {channels!r}, {divisor!r}, {width!r}")
@@ -102,6 +111,6 @@ def round_repeats(repeats: int, depth: float) -> int:
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> None:
-    """ValueError naming the argument unless ``value`` is an integer of at least ``minimum``."""
+    """Raise ValueError that names the argument unless ``value`` is an integer of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")

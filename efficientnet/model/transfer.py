@@ -1,4 +1,4 @@
-"""Transfer learning: freezing, layer-wise learning rates, feature maps.
+"""Transfer learning: freezing layers, learning rates by layer, feature maps.
 
 model = create_model("efficientnet_b0", pretrained=True, num_classes=10)
 freeze(model, until="stem" | 0..6 | "head" | "all" | None, bn=True | "weights" | False)
@@ -8,6 +8,7 @@ optimizer = torch.optim.AdamW(groups)
 
 import math
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,16 +17,18 @@ from effkernels.modules.stem_head import stem
 
 
 def freeze(model: EfficientNet, until: str | int | None, bn: bool | str = True) -> list[str]:
-    """Stop training of everything up to and including ``until``; everything after it is trained. Returns the frozen modules' names.
+    """Stop the training of everything up to and including ``until``; everything after it is trained.
 
     Args:
-        until: "stem"; the index of a stage (0 to 6: with the stem and all stages before); "head" for all but the classifier;
-            "all"; or None for nothing, which undoes it.
+        until: "stem"; the index of a stage (0 to 6), with the stem and all stages before it; "head" for all but the
+            classifier; "all"; or None for nothing, which undoes it.
         bn: True freezes BatchNorm too: no gradients, and running statistics that are used and not updated, also after
-            ``model.train()``. "weights" freezes its weights and biases, and statistics follow the images. False leaves the BatchNorm
-            layers of the frozen part as they are in training.
+            ``model.train()``. "weights" freezes its weights and biases, and its statistics follow the images. False
+            leaves the BatchNorm layers of the frozen part as they are in training.
 
-    A frozen tensor has ``requires_grad=False``: build the optimizer afterwards (``parameter_groups`` leaves frozen ones out).
+    Returns the names of the frozen modules. A frozen tensor has ``requires_grad=False``, so build the optimizer
+    afterwards (``parameter_groups`` leaves frozen ones out).
+
     Raises TypeError for another module, ValueError for another ``until`` or ``bn``.
     """
     if not isinstance(bn, bool) and bn != "weights":  # 1 is in (True, False) too, and would be neither below
@@ -57,15 +60,19 @@ def _until(model, until):
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict]:
-    """Groups for a torch optimizer: ``lr * layer_decay^d`` at depth d below the classifier, no weight decay on biases and BatchNorm.
+    """Groups for an optimizer of torch: ``lr * layer_decay^d`` at depth d below the classifier, no weight decay on
+    vectors.
 
-    Layers, as in timm, are the classifier (d = 0), the last block with the head (1), each block before it, and the stem. Frozen parameters
-    (``requires_grad=False``) are left out, empty groups too.
+    Layers are, as in timm, the classifier (d = 0), the last block with the head (1), each block before it, and the
+    stem. Biases and BatchNorm have no weight decay. Frozen parameters (``requires_grad=False``) and empty groups are
+    left out.
 
     Args:
         layer_decay: in (0, 1]; 1 gives every layer the same rate, for any module; less needs an ``EfficientNet``.
 
-    Each group has "params", "lr", "weight_decay", "lr_scale" (lr over ``lr``: a schedule multiplies by it) and "name".
+    Each group has "params", "lr", "weight_decay", "lr_scale" (its lr over ``lr``: a schedule multiplies by it) and
+    "name".
+
     Raises ValueError for a value out of range or nothing to train, TypeError for another module.
     """
     if not 0 < lr < math.inf:
@@ -101,17 +108,19 @@ def _layers(model):
 
 
 class EfficientNetFeatures(nn.Module):
-    """Feature maps of an ``EfficientNet`` at several resolutions, for detection and segmentation.
+    """The feature maps of an ``EfficientNet`` at several resolutions, for detection and segmentation.
 
-    The stem and the stages keep their names (``conv_stem bn1 blocks.S.B.*``); stages after the last one asked for, the head and
-    the classifier are dropped. The given model's modules are shared.
+    The stem and the stages keep their names (``conv_stem bn1 blocks.S.B.*``). Stages after the last one asked for, the
+    head and the classifier are dropped. The modules are shared with the given model.
 
     Args:
-        out_indices: of ``model.feature_info``: 0 to 4 at 1/2, 1/4, 1/8, 1/16, 1/32 of the image (less with ``output_stride``);
-            negative ones count from the end. None: all.
+        out_indices: indices into ``model.feature_info``: 0 to 4 are at 1/2, 1/4, 1/8, 1/16, 1/32 of the image (less
+            with ``output_stride``); negative ones count from the end. None: all.
 
-    Shapes: images [N, in_chans, H, W] -> list of [N, C_i, H_i, W_i] in the order of ``out_indices``; ``feature_info`` has C_i under
-    "num_chs" and H / H_i under "reduction". Raises ValueError for an index there is not.
+    Shapes: images [N, in_chans, H, W] -> list of [N, C_i, H_i, W_i] in the order of ``out_indices``. ``feature_info``
+    has C_i under "num_chs" and H / H_i under "reduction".
+
+    Raises ValueError for an index that there is not.
     """
 
     def __init__(self, model: EfficientNet, out_indices: tuple[int, ...] | None = None):
@@ -129,7 +138,7 @@ class EfficientNetFeatures(nn.Module):
         self.conv_stem, self.bn1 = model.conv_stem, model.bn1
         self.blocks = model.blocks[: max(feature["stage"] for feature in self.feature_info)]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         EfficientNet._check_input(self, x)
         x = stem(x, self.conv_stem, self.bn1, self.config.act, self.config.padding, fused=self.fused)
         outputs = {}

@@ -1,4 +1,6 @@
-"""The networks that the paper scales besides its own (Table 3): MobileNetV1, MobileNetV2, ResNet-50, each by depth, width, resolution."""
+"""The networks that the paper scales besides its own (Table 3): MobileNetV1, MobileNetV2 and ResNet-50, by depth, width
+and resolution.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +14,8 @@ from efficientnet.model.scaling import Scaling, check_count, round_filters, roun
 from efficientnet.weights.factory import create_model
 from effkernels import FusedDepthwiseConvBNAct
 
-# (kernel, stride, expand, channels, repeats) of Sandler et al., 2018, Table 2: an EfficientNet without squeeze-excite, with ReLU6.
+# (kernel, stride, expand, channels, repeats) of Sandler et al., 2018, Table 2: an EfficientNet without squeeze-excite,
+# with ReLU6.
 MOBILENET_V2_STAGES = tuple(
     StageConfig(kernel_size=3, stride=stride, expand_ratio=expand, channels=channels, repeats=repeats, se_ratio=0)
     for expand, channels, repeats, stride in (
@@ -29,7 +32,7 @@ MOBILENET_V2_STAGES = tuple(
 
 @dataclass(frozen=True)
 class BaselineStage:
-    """``repeats`` blocks, the first with ``stride``; ``channels`` of a ResNet are those inside its bottleneck."""
+    """``repeats`` blocks, the first with ``stride``. The ``channels`` of a ResNet are those inside its bottleneck."""
 
     stride: int
     channels: int
@@ -46,7 +49,9 @@ class BaselineConfig:
     resolution: int = 224
 
     def scaled(self, scaling: Scaling) -> "BaselineConfig":
-        """Every stage ``ceil(depth * repeats)`` blocks, every layer ``round_filters(channels, width)`` channels."""
+        """The network with ``ceil(depth * repeats)`` blocks in every stage and ``round_filters(channels, width)``
+        channels in every layer.
+        """
         depth, width, resolution = scaling
         stages = tuple(
             replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth))
@@ -79,25 +84,31 @@ RESNET50 = BaselineConfig(
 
 
 class DepthwiseSeparable(nn.Module):
-    """``act(BN(1x1(act(BN(depthwise 3x3(x))))))``, ReLU6, no residual: [N, I, H, W] -> [N, O, H', W']."""
+    """``act(BN(1x1(act(BN(depthwise 3x3(x))))))`` with ReLU6 and no residual.
 
-    def __init__(self, in_channels, out_channels, stride, **factory):
+    Shapes: [N, I, H, W] -> [N, O, H', W'].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, **factory):
         super().__init__()
         options = {"act": "relu6", "bn_eps": 1e-5, "bn_momentum": 0.1}
         self.depthwise = FusedDepthwiseConvBNAct(in_channels, 3, stride, **options, **factory)
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
         self.bn = nn.BatchNorm2d(out_channels, **factory)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu6(self.bn(self.conv_pw(self.depthwise(x))))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the channels, plus the input or its projection; names as there."""
+    """1x1, 3x3 and 1x1 convolutions, the last to four times the channels, plus the input or its projection.
+
+    The 3x3 one has the stride, as in torchvision, whose names the layers have.
+    """
 
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride, **factory):
+    def __init__(self, in_channels: int, channels: int, stride: int, **factory):
         super().__init__()
         out_channels = self.expansion * channels
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False, **factory)
@@ -111,7 +122,7 @@ class Bottleneck(nn.Module):
             project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False, **factory)
             self.downsample = nn.Sequential(project, nn.BatchNorm2d(out_channels, **factory))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -119,7 +130,9 @@ class Bottleneck(nn.Module):
 
 
 class _Baseline(nn.Module):
-    """What both share: images [N, in_chans, H, W] -> stem, stages, global average pooling, linear -> logits [N, num_classes]."""
+    """What both share: images [N, in_chans, H, W] -> stem, stages, global average pooling, linear -> logits [N,
+    num_classes].
+    """
 
     block: type[nn.Module]
     stem_layers: list[str]
@@ -127,7 +140,15 @@ class _Baseline(nn.Module):
     stem_operator: str
     block_operator: str
 
-    def __init__(self, config: BaselineConfig, num_classes: int = 1000, in_chans: int = 3, *, device=None, dtype=None):
+    def __init__(
+        self,
+        config: BaselineConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         check_count("num_classes", num_classes)
         check_count("in_chans", in_chans)
@@ -168,7 +189,8 @@ class _Baseline(nn.Module):
 
 
 class MobileNetV1(_Baseline):
-    """Howard et al., 2017: 3x3 stride-2 stem and depthwise separable blocks, ReLU6 (as in the TensorFlow release).
+    """Howard et al., 2017: a 3x3 stem of stride 2 and depthwise separable blocks, with ReLU6 as in the TensorFlow
+    release.
 
     The depthwise layers run on fused kernels where these can run (``effkernels.FusedDepthwiseConvBNAct``).
     """
@@ -176,12 +198,16 @@ class MobileNetV1(_Baseline):
     block, block_operator = DepthwiseSeparable, "Depthwise, Conv"
     stem_operator, stem_layers, stem_kernel = "Conv", ["conv1", "bn1"], 3
 
-    def stem(self, x):
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] -> [N, C, H / 2, W / 2]."""
         return F.relu6(self.bn1(self.conv1(x)))
 
 
 class ResNet(_Baseline):
-    """He et al., 2016, with bottlenecks: 7x7 stride-2 stem, 3x3 stride-2 max pooling, four stages. torchvision's names and numbers."""
+    """He et al., 2016, with bottlenecks: a 7x7 stem of stride 2, 3x3 max pooling of stride 2, and four stages.
+
+    Its names and numbers are torchvision's.
+    """
 
     block, block_operator = Bottleneck, "Bottleneck"
     stem_operator, stem_layers, stem_kernel = "Conv, MaxPool", ["conv1", "bn1", "maxpool"], 7
@@ -190,10 +216,11 @@ class ResNet(_Baseline):
         super().__init__(*args, **kwargs)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
 
-    def out_channels(self, stage):
+    def out_channels(self, stage: BaselineStage) -> int:
         return Bottleneck.expansion * stage.channels
 
-    def stem(self, x):
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, in_chans, H, W] -> [N, C, H / 4, W / 4]."""
         return self.maxpool(F.relu(self.bn1(self.conv1(x))))
 
 
@@ -202,12 +229,20 @@ BASES = ("efficientnet_b0", "mobilenet_v1", "mobilenet_v2", "resnet50")
 
 
 def create_scaled(
-    base: str, scaling: Scaling = UNSCALED, *, num_classes: int = 1000, in_chans: int = 3, fused: bool = True, device=None
+    base: str,
+    scaling: Scaling = UNSCALED,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    fused: bool = True,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """The network ``base`` (one of BASES) scaled by any (depth, width, resolution), with fresh weights.
 
-    ``fused`` chooses the blocks of EfficientNet and MobileNetV2, which is the same network without squeeze-excite. The result
-    knows its image size as ``config.resolution``. Raises ValueError for another base or sizes out of range.
+    ``fused`` chooses the blocks of EfficientNet, and of MobileNetV2, which is the same network without squeeze-excite.
+    The result knows its image size as ``config.resolution``.
+
+    Raises ValueError for another base or sizes out of range.
     """
     factory = {"num_classes": num_classes, "in_chans": in_chans, "device": device}
     if base == "efficientnet_b0":

@@ -1,7 +1,10 @@
-"""The paper's grid search for alpha, beta, gamma (section 3.3, step 1): every candidate at phi = 1, about twice the cost of the base."""
+"""The paper's grid search for alpha, beta and gamma (section 3.3, step 1): every candidate at phi = 1, about twice the
+cost of the base.
+"""
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,16 +29,18 @@ class SearchConfig:
     """Everything that the result of a search depends on.
 
     Args:
-        objective: "accuracy" of a short training on ``data``; "latency", the milliseconds that a GMAC takes on ``device``;
-            "macs", how close rounding lets the network come to twice the MACs of the base. Only the first knows about accuracy.
+        objective: "accuracy" of a short training on ``data``; "latency", the milliseconds that a GMAC takes on
+            ``device``; "macs", how close rounding lets the network come to twice the MACs of the base. Only the first
+            knows about accuracy.
             None: "accuracy" with data, else "latency".
         base: one of ``efficientnet.scaling_study.networks.BASES``; accuracy is of "efficientnet_b0" only.
-        step: of the grid; at_least, at_most: of alpha * beta^2 * gamma^2.
+        step: of the grid.
+        at_least, at_most: limits of alpha * beta^2 * gamma^2.
         img_size: pixels of the unscaled network. None: 32 for the digits, else 224.
         batch_size: images of a training step (None: as ``TrainConfig``), or of a timed forward (None: 1).
-        data, epochs, lr, seed, amp, val_fraction, num_workers: as ``TrainConfig``, for accuracy.
+        data, epochs, lr, seed, amp, val_fraction, num_workers: as in ``TrainConfig``, for accuracy.
 
-    Raises InputError naming the field, its value and what is accepted.
+    Raises InputError that names the field, its value and what is accepted.
     """
 
     objective: str | None = None
@@ -77,11 +82,12 @@ class SearchConfig:
 class Search:
     """One search, kept in a JSON file that is whole after every candidate, so that it may be stopped at any moment.
 
-    The constructor reads and checks all input; ``run`` evaluates what the file does not have yet and returns all rows, the best
-    first. A candidate's training, while it runs, keeps its files in ``OUTPUT.runs`` and continues from its last complete epoch.
+    The constructor reads and checks all input. ``run`` evaluates what the file does not have yet and returns all rows,
+    the best first. While a candidate is trained, its files are in ``OUTPUT.runs``, and it continues from its last
+    complete epoch.
     """
 
-    def __init__(self, config: SearchConfig, output):
+    def __init__(self, config: SearchConfig, output: str | os.PathLike):
         self.config, self.output = config, Path(output)
         self.runs = self.output.with_name(f"{self.output.name}.runs")
         self.grid = coefficient_grid(config.step, config.at_least, config.at_most)
@@ -103,6 +109,7 @@ class Search:
                 raise InputError(f"output {str(output)!r} was measured on {stored}, but this is {describe_device(self.device)}")
 
     def run(self) -> list[dict]:
+        """Evaluate every candidate that the file does not have yet. Returns all rows, the best first."""
         from tqdm import tqdm
 
         measure: Callable = {"accuracy": self._accuracy, "latency": self._latency, "macs": self._macs}[self.config.objective]
@@ -129,7 +136,7 @@ class Search:
         return create_scaled(self.config.base, scaling, fused=fused, device=device)
 
     def _describe(self, candidate):
-        """What is known of a candidate without measuring."""
+        """What is known of a candidate without measuring it."""
         alpha, beta, gamma = candidate
         scaling = self._scaling(candidate)
         model = self._build(scaling)
@@ -145,7 +152,7 @@ class Search:
         }
 
     def _network(self, candidate):
-        """What rounding leaves of a candidate: several may be the same network, which is measured once."""
+        """What rounding leaves of a candidate. Several candidates may be the same network, which is measured once."""
         if candidate not in self._networks:
             self._networks[candidate] = replace(self._build(self._scaling(candidate)).config, name="")
         return self._networks[candidate]
@@ -178,7 +185,7 @@ class Search:
         return self.runs / "a{:g}_b{:g}_g{:g}".format(*candidate)
 
     def _trainer(self, candidate):
-        """That trains a candidate, from where it was stopped; anew if no state of it can be continued."""
+        """The trainer of a candidate, from where it was stopped; anew if no state of it can be continued."""
         folder = self._folder(candidate)
         try:
             return self._new_trainer(candidate, folder, "auto")
@@ -236,6 +243,7 @@ class Search:
 
 
 def coefficients(row: dict) -> tuple[float, float, float]:
+    """(alpha, beta, gamma) of a row."""
     return row["alpha"], row["beta"], row["gamma"]
 
 

@@ -14,8 +14,8 @@ class PaperRow(NamedTuple):
     top1: float
 
 
-# The table's FLOPs are multiply-accumulates. It gives no parameter counts, and multipliers of the compound rows only for
-# MobileNetV1; those of the other two are taken to be the same.
+# The FLOPs of the table are multiply-accumulates. It gives no numbers of parameters, and it gives the multipliers of a
+# compound row only for MobileNetV1; those of the other two are taken to be the same.
 TABLE_3 = {
     "mobilenet_v1": (
         PaperRow("baseline", 1, 1, 1, 0.6, 70.6),

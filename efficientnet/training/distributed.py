@@ -111,7 +111,8 @@ def join(device: str, timeout: float = 600) -> Processes:
             raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
         torch.cuda.set_device(local_rank)
     problem = f"process {rank} of {world} cannot reach the others at {host}:{port} ({{}}); check world size, rank and port"
-    # Its functions have the group of the time of its import as a default argument: imported with a group, it would keep that for ever.
+    # The functions of this module have the group that there is when it is imported as a default argument. So it is
+    # imported before there is one, which it would otherwise keep for ever.
     import_module("torch.distributed.nn.functional")
 
     try:
@@ -159,15 +160,18 @@ def _at_most(seconds, problem):
         timer.cancel()
 
 
-_wrapped: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()  # what ``wrap`` returned and nobody released
+# What ``wrap`` returned and nobody has released.
+_wrapped: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()
 
 
 def release(model: nn.Module) -> None:
-    """Take the process group out of a DistributedDataParallel, which cannot be called from here on; the model in it can.
+    """Take the process group out of a DistributedDataParallel, which cannot be called from here on; the model in it
+    can.
 
-    Its Reducer, an object of C++, would keep the group beyond its end, until the collector of cycles frees both while it holds the
-    interpreter's lock. The group's destructor then waits for gloo's threads, and one of these may wait for that lock: for ever, or
-    for the process to end in an abort. The order matters: the last reference is one of Python's, which lets go of the lock.
+    Its Reducer, an object of C++, would keep the group beyond its end, until the collector of cycles frees both while
+    it holds the interpreter's lock. The group's destructor then waits for gloo's threads, and one of these may wait for
+    that lock: for ever, or for the process to end in an abort. The order matters: the last reference is one of
+    Python's, which lets go of the lock.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         _wrapped.discard(model)
@@ -176,11 +180,14 @@ def release(model: nn.Module) -> None:
 
 
 def leave() -> None:
-    """End the group that ``join`` found, if there is one, with every model that ``wrap`` put into it: no thread of it is left."""
+    """End the group that ``join`` found, if there is one, with every model that ``wrap`` put into it: no thread of it
+    is left.
+    """
     for model in list(_wrapped):
         release(model)
     error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-    while error is not None:  # one that is under way, or has ended the program, keeps the calls that it left, and these the group
+    # An error that is under way, or has ended the program, keeps the calls that it left, and these keep the group.
+    while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     if dist.is_available() and dist.is_initialized():
@@ -311,7 +318,8 @@ def wrap(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     kind = nn.parallel.DistributedDataParallel
     device_ids = [processes.local_rank] if next(model.parameters()).is_cuda else None
-    name = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"  # until 2.12
+    # The second name is that of torch 2.12 and older.
+    name = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
     wrapped = kind(model, device_ids=device_ids, **{name: False})
     _wrapped.add(wrapped)
     return wrapped

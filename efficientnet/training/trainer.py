@@ -1,4 +1,4 @@
-"""A training run: every update can be the last, and a resumed run goes on as if it never stopped."""
+"""A training run. Every update can be the last one, and a resumed run goes on as if it had never stopped."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ from efficientnet.weights.checkpoints import describe_model, read_weights, save_
 from efficientnet.weights.factory import create_model
 from efficientnet.weights.pretrained import resolve
 
-# Settings that may change when a run is resumed without changing its result.
+# Settings that may be changed when a run is resumed: its result stays the same.
 FREE_SETTINGS = {
     "output", "resume", "device", "num_workers", "max_corrupt", "tensorboard", "log_interval", "checkpoint_interval", "checkpoint_hist",
     "auto_batch", "batch_size", "global_batch_size", "grad_accum_steps", "skip_nonfinite",
@@ -59,10 +59,15 @@ class Trainer:
 
     Files in ``config.output``, each whole at every moment:
 
-    - ``checkpoints/step-*.train.pt``: all that ``resume`` needs, weights included, the newest ``checkpoint_hist``;
-    - ``last.safetensors``, ``best.safetensors``: weights (averaged, with ``model_ema``) of the last epoch and of the best held-out
-      accuracy, for ``load_checkpoint``;
-    - ``metrics.jsonl``, ``steps.jsonl``: rows of epochs and of updates; at the end ``curves.png``; ``samples/``: held-out digits.
+    - ``checkpoints/step-*.train.pt``: all that ``resume`` needs, weights included; the newest ``checkpoint_hist`` are
+      kept;
+    - ``last.safetensors``, ``best.safetensors``: the weights (averaged, with ``model_ema``) of the last epoch and of
+      the best held-out accuracy, for ``load_checkpoint``;
+    - ``metrics.jsonl``, ``steps.jsonl``: a row for each epoch, and for every few updates; ``curves.png``, at the end;
+    - ``samples/``: held-out digits.
+
+    Raises InputError for what cannot be used, TrainingStopped where a run cannot go on, Interrupted where a signal ends
+    it.
     """
 
     def __init__(self, config: TrainConfig):
@@ -99,7 +104,8 @@ class Trainer:
 
         self.step, self.skipped = 0, 0  # updates behind us; those of them left out
         self.history: list[dict] = []
-        # Sum and number of losses, of the present epoch and of the next row of steps.jsonl; seconds of the epoch, and of those waited.
+        # The sum and the number of losses, of the present epoch and of the next row of steps.jsonl; and the seconds of
+        # the epoch, and those of them spent waiting for data.
         self.sums = {name: torch.zeros(2, device=self.runner.device) for name in ("epoch", "row")}
         self.seconds = {"epoch": 0.0, "wait": 0.0}
         torch.manual_seed(config.seed * 1_000_003 + 1 + self.processes.rank)  # dropout and drop-path of this process
@@ -111,7 +117,7 @@ class Trainer:
             self._set_aside()
 
     def _create_model(self):
-        """The data set and a model for it."""
+        """Read the data set, and return a model for it."""
         config = self.config
         img_size = config.img_size
         if img_size is None:
@@ -142,8 +148,9 @@ class Trainer:
                 fused=config.fused,
             )
         if classes != model.num_classes:
-            # The release's classifier starts at +-1 / sqrt(classes): fine for 1000, but with 10 the first logits are so large and wrong
-            # that it takes hundreds of steps to unlearn them (12 epochs of the digits at lr 3e-3: 81 % so, 97 % from zero).
+            # The release's classifier starts at +-1 / sqrt(classes): fine for 1000, but with 10 the first logits are so
+            # large and wrong that it takes hundreds of steps to unlearn them (12 epochs of the digits at lr 3e-3: 81 %
+            # so, 97 % from zero).
             torch.nn.init.zeros_(model.classifier.weight)
         model = self.runner.place(model)
         if config.sync_bn:
@@ -158,7 +165,10 @@ class Trainer:
         return TrainingOrder(len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size)
 
     def img_size(self, epoch: int) -> int:
-        """Pixels of training images: from progressive_size to the model's in equal stages, in multiples of 8."""
+        """The pixels of the training images of an epoch.
+
+        They grow from ``progressive_size`` to the model's size in equal stages, in multiples of 8.
+        """
         config, last = self.config, self.data.preprocess.img_size
         stage = min(config.progressive_stages - 1, epoch * config.progressive_stages // config.epochs)
         if config.progressive_size is None or stage == config.progressive_stages - 1:
@@ -172,7 +182,8 @@ class Trainer:
         """Train to the end, print as it goes, and return the evaluation of the final weights on the held-out images."""
         from tqdm import tqdm
 
-        total, interval = self.config.epochs * self.steps, 0.1 if sys.stderr.isatty() else 5  # seconds; a log file needs no film
+        # The bar is redrawn after so many seconds: a log file needs no film.
+        total, interval = self.config.epochs * self.steps, 0.1 if sys.stderr.isatty() else 5
         self.log = Log(self.output, self.step, self.config.tensorboard) if self.processes.first else None
         if self.log and self.history:
             self.log.rewrite(self.history)
@@ -245,8 +256,8 @@ class Trainer:
             ) from error
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        # The same in every process, since the gradients are. It decides for the loss too, which is not: a loss that is not finite
-        # has no finite gradient.
+        # The norm is the same in every process, since the gradients are. The loss is not, but the norm decides for it
+        # too: a loss that is not finite has no finite gradient.
         self.norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         finite = bool(torch.isfinite(self.norm))
         if finite or self.scaler.get_scale() > 1.0:  # under loss scaling, an overflow only asks for a smaller scale
@@ -266,7 +277,7 @@ class Trainer:
                 sums += torch.stack([loss, torch.ones_like(loss)])
 
     def _gradients(self, batches):
-        """Mean loss of the accumulated batches; their gradients are in the parameters."""
+        """The mean loss of the accumulated batches. Their gradients are in the parameters afterwards."""
         accum = self.config.grad_accum_steps
         loss = torch.zeros((), device=self.runner.device)
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
@@ -279,7 +290,7 @@ class Trainer:
         return loss
 
     def _forward_backward(self, images, labels):
-        """A batch's share of the loss; its share of the gradients is added to the parameters'."""
+        """A batch's share of the loss. Its share of the gradients is added to those in the parameters."""
         with self.runner.autocast():
             logits = self.forward(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing) / self.config.grad_accum_steps
@@ -353,15 +364,16 @@ class Trainer:
 
     @property
     def evaluated(self) -> torch.nn.Module:
-        """The model whose weights are evaluated and kept."""
+        """The model whose weights are evaluated and kept: the average, or the trained one where there is none."""
         return self.model if self.average is None else self.average.module
 
     def _mean(self, sums):
-        """Of the losses whose sum and number every process has of its own batches."""
+        """The mean loss over all processes, each of which has the sum and the number of its own batches."""
         total, count = self.processes.sum(sums.double()).tolist()
         return total / count if count else math.nan
 
     def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
         if not self.processes.first:
             text = f"process {self.processes.rank}: {text}"
         if getattr(self, "bar", None) is not None:
@@ -384,7 +396,7 @@ class Trainer:
 
     @contextmanager
     def _writing(self, what):
-        """A full disk, say, ends the run with what it could not write, and how to go on."""
+        """Within, a file that cannot be written ends the run, with what it was and how to go on."""
         try:
             yield
         except OSError as error:
@@ -481,7 +493,7 @@ class Trainer:
         return True
 
     def _check_output(self):
-        """Whether files can be written, found out before any work."""
+        """Find out before any work whether files can be written."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             with replacing(self.output / "writable") as probe:
@@ -491,7 +503,10 @@ class Trainer:
             raise InputError(f"output {str(self.output)!r} cannot be written: {error.strerror or error}") from error
 
     def _set_aside(self):
-        """A new run in an old run's folder: the old checkpoints must not be taken for its own, nor be lost."""
+        """Move an old run's checkpoints out of the way of a new run in the same folder.
+
+        They must not be taken for the new run's own, nor be lost.
+        """
         if self.states.paths():
             number = next(n for n in itertools.count(1) if not (self.output / f"checkpoints.old{n}").exists())
             old = self.output / f"checkpoints.old{number}"
@@ -504,20 +519,26 @@ class Trainer:
 
     @contextmanager
     def _noticing_signals(self):
-        """A process that is asked to stop finishes its update, together with the others, and saves; asked again, it leaves at once."""
+        """Within, a process that is asked to stop finishes its update, together with the others, and saves its state.
+
+        Asked again, it leaves at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         pid, before = os.getpid(), {}
 
         def notice(signum, frame):
-            if os.getpid() != pid:  # a worker of the data loader: Ctrl-C reaches it too, and the last update may need its images
+            # This is a worker of the data loader. Ctrl-C reaches it too, and the last update may need its images.
+            if os.getpid() != pid:
                 if signum == signal.SIGTERM:
                     os._exit(128 + signum)
                 return
-            signal.signal(signum, before[signum])  # torchrun turns a Ctrl-C into SIGTERM besides: that is not asking again
+            # torchrun sends SIGTERM after a Ctrl-C; that is not asking again.
+            signal.signal(signum, before[signum])
             if self.config.compile and self.img_size(len(self.history)) not in self.compiled:
-                signal.raise_signal(signum)  # compiling takes minutes, and a Ctrl-C ends the compiler too: the update cannot be waited for
+                # Compiling takes minutes, and a Ctrl-C ends the compiler too, so the update is not waited for.
+                signal.raise_signal(signum)
             else:
                 self.signal = signum
 
@@ -533,7 +554,10 @@ class Trainer:
         raise Interrupted(self.signal or signal.SIGTERM, next(iter(self.states.paths()), None))
 
     def _fit_memory(self) -> TrainConfig:
-        """The configuration with the batch halved, and twice as many accumulated, until forward and backward fit every process."""
+        """The configuration whose batch fits the memory of every process.
+
+        The batch is halved, and twice as many are accumulated, until a forward and a backward succeed.
+        """
         config = self.config
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         size = self.data.preprocess.img_size
@@ -589,7 +613,7 @@ class Trainer:
         print(f"output      {self.output}", flush=True)
 
     def _write_samples(self):
-        """One held-out digit of each class as a PNG, for ``predict``."""
+        """Write one held-out digit of each class as a PNG, for ``predict``."""
         if not self.config.data.startswith("digits") or not self.processes.first:
             return
         from PIL import Image
@@ -634,13 +658,13 @@ def _for_processes(config, device, world):
 
 
 def _compiled(model, device):
-    # On the CPU every kernel is a C++ file, of half a second of kernel and seconds of headers, unless the code that calls them is C++ too:
-    # then all are one file.
+    # On the CPU every kernel would be a C++ file of its own, which takes half a second for the kernel and seconds for
+    # its headers. Where the code that calls them is C++ too, all are one file.
     return torch.compile(model, options={"cpp_wrapper": True} if device.type == "cpu" else None)
 
 
 def _pretrained(config):
-    """(source, classes of its classifier, how its images are prepared) of ``config.pretrained``."""
+    """(source, number of classes, how images are prepared) of the weights that ``config.pretrained`` names."""
     network = EfficientNetConfig.from_name(config.model)
     source, cfg = resolve(network.name, True if config.pretrained == "default" else config.pretrained)
     weights = read_weights(source)

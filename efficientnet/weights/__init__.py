@@ -1,1 +1,3 @@
-"""Weights: networks by name with theirs, checkpoints of this and other libraries, published sets, export to other programs."""
+"""Weights: networks by name with theirs, checkpoints of this and other libraries, published sets, export to other
+programs.
+"""

@@ -1,8 +1,11 @@
-"""Checkpoints: ours, safetensors that carry all it takes to rebuild the model and prepare its images; and those of other libraries."""
+"""Checkpoints: our own, safetensors with all it takes to rebuild the model and prepare its images; and those of other
+libraries.
+"""
 
 import argparse
 import errno
 import json
+import os
 import pickle
 import re
 import warnings
@@ -26,13 +29,13 @@ EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")  # the usual na
 WRAPPERS = ("state_dict", "model")
 
 
-def save_checkpoint(model: nn.Module, path, **metadata) -> None:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> None:
     """Write the model's state_dict as safetensors, whole or not at all.
 
     Args:
-        model: an ``EfficientNet`` describes itself in the metadata, so that ``load_checkpoint(None, path)`` can build it;
-            of any other module only the weights are kept.
-        metadata: JSON values to keep with the weights, e.g. ``classes``, ``preprocess``, ``epoch``.
+        model: an ``EfficientNet`` describes itself in the metadata, so that ``load_checkpoint(None, path)`` can build
+            it; of any other module only the weights are kept.
+        metadata: JSON values to keep with the weights, such as ``classes``, ``preprocess``, ``epoch``.
     """
     from safetensors.torch import save
 
@@ -40,11 +43,12 @@ def save_checkpoint(model: nn.Module, path, **metadata) -> None:
         metadata = {**describe_model(model), **metadata}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(state, {METADATA_KEY: json.dumps(metadata)}))  # save_file would make it unreadable for others
+        # save_file would make a file that others cannot read.
+        temporary.write_bytes(save(state, {METADATA_KEY: json.dumps(metadata)}))
 
 
 def _write(state, path, metadata):
-    """As ``save_checkpoint``, of a state_dict, in the format of the path's suffix."""
+    """Write a state_dict and its metadata in the format of the path's suffix, whole or not at all."""
     state = {key: tensor.contiguous() for key, tensor in state.items()}
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
@@ -60,7 +64,7 @@ def _write(state, path, metadata):
 
 def load_checkpoint(
     model: "nn.Module | str | None",
-    source,
+    source: str | os.PathLike,
     *,
     fused: bool = True,
     layout: str | None = None,
@@ -69,27 +73,29 @@ def load_checkpoint(
     bn_momentum: float | None = None,
     use_ema: bool = True,
 ) -> nn.Module:
-    """Load weights of any known layout strictly: every key present, none left over, every shape equal. Returns the model.
+    """Load weights of any known layout strictly: every key present, none left over, every shape equal. Returns the
+    model.
 
     Args:
-        model: the module to load into; or a model's name, whose classes and input channels are read off the weights and whose
-            padding and BatchNorm are those of the library that the weights come from; or None to build the model that the file
-            describes (files from ``save_checkpoint`` and ``convert`` do).
-        source: .safetensors, or a state_dict saved by torch (.pt, .pth, .bin; zipped or legacy), which is read without running
-            code from it, bare or under "state_dict", "model" and the like, with or without "module." and "_orig_mod." before each
-            key; or an http(s) URL; or the id of a repository on the Hugging Face Hub.
-        fused: blocks of a model that is built here, as in ``create_model``.
-        layout: a name from ``efficientnet.weights.layouts.LAYOUTS``. None: the one that knows the keys. A module that is not an
-            ``EfficientNet`` takes only its own keys.
-        padding, bn_eps, bn_momentum: what the weights were trained with, which no tensor tells. None: what the file says, else
-            what is usual with its layout (torchvision and NVIDIA: "symmetric"; lukemelas and Hugging Face: "same", 1e-3, 0.01;
-            timm's names do not say: then the model or its name decides).
+        model: the module to load into; or a model's name, whose classes and input channels are read off the weights and
+            whose padding and BatchNorm are those of the library that the weights come from; or None to build the model
+            that the file describes (files from ``save_checkpoint`` and ``convert`` do).
+        source: .safetensors, or a state_dict saved by torch (.pt, .pth, .bin; zipped or legacy), which is read without
+            running code from it, bare or under "state_dict", "model" and the like, with or without "module." and
+            "_orig_mod." before each key; or an http(s) URL; or the id of a repository on the Hugging Face Hub.
+        fused: the blocks of a model that is built here, as in ``create_model``.
+        layout: a name from ``efficientnet.weights.layouts.LAYOUTS``. None: the one that knows the keys. A module that
+            is not an ``EfficientNet`` takes only its own keys.
+        padding, bn_eps, bn_momentum: what the weights were trained with, which no tensor tells. None: what the file
+            says, else what is usual with its layout (torchvision and NVIDIA: "symmetric"; lukemelas and Hugging Face:
+            "same", 1e-3, 0.01; timm's names do not say: then the model or its name decides).
         use_ema: of a training checkpoint the averaged weights, if it has them.
 
-    Raises FileNotFoundError, ConnectionError for a URL or id that cannot be reached, or ValueError naming the file and what is
-    wrong: unreadable, truncated or in need of code to run; of an unknown layout; keys missing, unexpected or misshapen; or weights
-    trained with another padding, BatchNorm epsilon or activation than the model has (no shape would tell, and the logits would
-    be wrong: build the model with the right ones, or say here what the weights were trained with).
+    Raises FileNotFoundError, ConnectionError for a URL or id that cannot be reached, or ValueError that names the file
+    and what is wrong with it. It may be unreadable, truncated or in need of code to run; of an unknown layout; with
+    keys missing, unexpected or misshapen; or trained with another padding, BatchNorm epsilon or activation than the
+    model has. In that last case no shape would tell, and the logits would be wrong: build the model with the right
+    ones, or say here what the weights were trained with.
     """
     weights = read_weights(source, use_ema=use_ema)
     known = {"padding": padding, "bn_eps": bn_eps, "bn_momentum": bn_momentum}
@@ -109,7 +115,7 @@ def load_checkpoint(
 
 @dataclass
 class Weights:
-    """A checkpoint that was read: its tidy state_dict, our metadata ({} if it has none), where it came from."""
+    """A checkpoint that was read: its tidy state_dict, our metadata ({} if it has none), and where it came from."""
 
     state: dict
     metadata: dict
@@ -118,7 +124,7 @@ class Weights:
     layout: Layout | None = None
 
     def recognise(self, name: str | None = None) -> Layout:
-        """Sets and returns the layout: the named one, or the one that knows the keys."""
+        """Set and return the layout: the named one, or the one that knows the keys."""
         if name is not None and name not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
         if name is not None:
@@ -131,13 +137,17 @@ class Weights:
         return self.layout
 
     def in_timm_names(self, config: EfficientNetConfig, layout: str | None = None) -> dict:
+        """The state_dict under the names of ``EfficientNet``."""
         return translate(self.state, self.recognise(layout), LAYOUTS["timm"], config_plan(config))
 
     def num_classes(self, config: EfficientNetConfig) -> int:
+        """The number of classes, read off the classifier; 0 if there is none."""
         return _sizes(self.in_timm_names(config), self.path)["num_classes"]
 
     def trained_with(self, config: EfficientNetConfig) -> dict:
-        """padding, bn_eps, bn_momentum, act of these weights, as far as the file says or its layout implies."""
+        """padding, bn_eps, bn_momentum and act of these weights, as far as the file says them or its layout implies
+        them.
+        """
         stored = self.metadata.get("config")
         if isinstance(stored, dict) and "padding" in stored:  # ours; other programs keep a "config" too
             return {field: stored[field] for field in ("padding", "bn_eps", "bn_momentum", "act") if field in stored}
@@ -145,12 +155,12 @@ class Weights:
 
 
 def load_weights(model: nn.Module, weights: Weights, *, layout: str | None = None, known: dict | None = None, adapt: bool = False) -> None:
-    """The second half of ``load_checkpoint``: check, then fill ``model``.
+    """The second half of ``load_checkpoint``: check the weights, then fill ``model`` with them.
 
     Args:
         known: what the caller says that the weights were trained with.
-        adapt: a classifier of other classes keeps its fresh weights, with a warning; a stem of other input channels takes the
-            three-channel weights, summed for one channel, else repeated and scaled by 3 / in_chans.
+        adapt: a classifier of other classes keeps its fresh weights, with a warning; a stem of other input channels
+            takes the three-channel weights, summed for one channel, else repeated and scaled by 3 / in_chans.
     """
     state, path = weights.raw, weights.path
     while isinstance(wrapped := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
@@ -172,21 +182,30 @@ def load_weights(model: nn.Module, weights: Weights, *, layout: str | None = Non
 
 
 def convert(
-    source, target, to: str, *, layout: str | None = None, model: str | None = None, padding=None, bn_eps=None, use_ema: bool = True
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    *,
+    layout: str | None = None,
+    model: str | None = None,
+    padding: str | None = None,
+    bn_eps: float | None = None,
+    use_ema: bool = True,
 ) -> EfficientNetConfig:
-    """Write the weights of ``source`` under the names of another library; returns the network they are for.
+    """Write the weights of ``source`` under the names of another library. Returns the network that they are for.
 
     Args:
         source: as in ``load_checkpoint``.
-        target: a file to write: .safetensors, or .pt, .pth, .bin for ``torch.save`` of a plain state_dict. Either remembers the
-            model's description, padding and BatchNorm included, for ``load_checkpoint``.
-        to, layout: layouts by name; ``layout`` None: the one that knows the keys.
-        model: the model's name. None: what the file says, or the published variant of that size; timm's names, shared by
-            "efficientnet_*" and "tf_efficientnet_*", need it.
+        target: a file to write: .safetensors, or .pt, .pth, .bin for ``torch.save`` of a plain state_dict. Either
+            remembers the model's description, padding and BatchNorm included, for ``load_checkpoint``.
+        to, layout: names of layouts, of the target and of the source. ``layout`` None: the one that knows the keys.
+        model: the model's name. None: what the file says, or the published variant of that size; timm's names, which
+            "efficientnet_*" and "tf_efficientnet_*" share, need it.
         padding, bn_eps: what the weights were trained with, as in ``load_checkpoint``.
 
-    A warning says so if the other library's own model has another padding or epsilon: there the weights would give other logits.
-    Raises as ``load_checkpoint``.
+    It warns if the other library's own model has another padding or epsilon: there the weights would give other logits.
+
+    Raises what ``load_checkpoint`` raises.
     """
     target = Path(target)
     if to not in LAYOUTS:
@@ -223,12 +242,14 @@ def convert(
     return config
 
 
-def read_metadata(source) -> dict:
-    """What ``save_checkpoint`` kept with the weights; {} for a file from elsewhere. Raises as ``load_checkpoint``."""
+def read_metadata(source: str | os.PathLike) -> dict:
+    """What ``save_checkpoint`` kept with the weights; {} for a file from elsewhere. Raises what ``load_checkpoint``
+    raises.
+    """
     return read_weights(source).metadata
 
 
-def read_weights(source, *, use_ema: bool = True) -> Weights:
+def read_weights(source: str | os.PathLike, *, use_ema: bool = True) -> Weights:
     """Read a file, a URL or a repository of the Hub, as ``load_checkpoint`` does, and tidy its keys."""
     path = fetch(source)
     raw, metadata = _read(path, use_ema)
@@ -236,7 +257,7 @@ def read_weights(source, *, use_ema: bool = True) -> Weights:
 
 
 def stored_cfg(metadata: dict) -> dict | None:
-    """``pretrained_cfg`` from the preprocessing that training keeps with a checkpoint; None if it has none."""
+    """A ``pretrained_cfg`` made of the preprocessing that training keeps with a checkpoint; None if it has none."""
     if "preprocess" not in metadata:
         return None
     stored, size = metadata["preprocess"], metadata["preprocess"]["img_size"]
@@ -257,14 +278,14 @@ def describe_model(model: EfficientNet) -> dict:
     return description if model.output_stride == 32 else {**description, "output_stride": model.output_stride}
 
 
-def save_training_state(path, state: dict) -> None:
-    """torch.save of tensors and plain values, whole or not at all."""
+def save_training_state(path: str | os.PathLike, state: dict) -> None:
+    """Write tensors and plain values with torch.save, whole or not at all."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
-def load_training_state(path) -> dict:
-    """What ``save_training_state`` wrote, on the CPU. Raises FileNotFoundError, or ValueError for any other file."""
+def load_training_state(path: str | os.PathLike) -> dict:
+    """Read onto the CPU what ``save_training_state`` wrote. Raises FileNotFoundError, or ValueError for any other file."""
     path = _existing(path)
     state = _torch_load(path)
     if not isinstance(state, dict) or "optimizer" not in state:
@@ -309,7 +330,8 @@ def _read(path, use_ema=True):
 
 def _torch_load(path):
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that training scripts keep: values, no code
+        # Training scripts keep their arguments in a Namespace, which has values and no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError and more
         if refused := _refused(error):
@@ -347,8 +369,10 @@ def _described(weights):
 
 
 def adapt_input_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """The first convolution's weight [O, 3, k, k] for other images, [O, in_chans, k, k], as timm does it: the sum over channels for
-    one channel, else the three in turn, scaled by 3 / in_chans, so that the response to a grey image stays.
+    """The first convolution's weight [O, 3, k, k] for images of other channels, [O, in_chans, k, k], as timm makes it.
+
+    One channel takes the sum over the three. More or fewer take the three in turn, scaled by 3 / in_chans, so that the
+    response to a grey image stays.
 
     Raises ValueError for weights of another number of channels.
     """
@@ -364,7 +388,7 @@ def adapt_input_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def _adapt(model, state, path):
-    """``state`` for a model of other classes or input channels."""
+    """``state`` changed to fit a model of other classes or input channels."""
     stem, classifier = state.get("conv_stem.weight"), state.get("classifier.weight")
     if stem is not None and stem.dim() == 4 and stem.shape[1] != model.in_chans:
         state["conv_stem.weight"] = adapt_input_conv(stem, model.in_chans)

@@ -1,6 +1,9 @@
-"""A trained network as a program of another runtime: ONNX, TorchScript, torch.export. Each is read back and run before it is kept."""
+"""A trained network as a program of another runtime: ONNX, TorchScript, torch.export. Each is read back and run before
+it is kept.
+"""
 
 import json
+import os
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ MIN_OPSET = 18  # what torch.onnx writes without converting down
 
 
 class Difference(NamedTuple):
-    """Between logits of a program and of its model: the largest, beside the largest logit."""
+    """Between the logits of a program and of its model: the largest difference, and the largest logit."""
 
     absolute: float
     largest_logit: float
@@ -27,7 +30,7 @@ class Difference(NamedTuple):
 
 def export_model(
     model: nn.Module,
-    path,
+    path: str | os.PathLike,
     format: str,
     *,
     image_size: int,
@@ -38,21 +41,25 @@ def export_model(
     metadata: dict | None = None,
     tolerance: float = 1e-4,
 ) -> Difference:
-    """Write the model in eval, fp32, as a program images [N, in_chans, image_size, image_size] -> logits [N, num_classes].
+    """Write the model in eval, in fp32, as a program images [N, in_chans, image_size, image_size] -> logits [N,
+    num_classes].
 
-    The file is written aside, read back, run on random images and compared with the model; only then does it take its name, so
-    ``path`` is never half a file nor a wrong one. Inputs and outputs of an ONNX file are named "images" and "logits".
+    The file is written aside, read back, run on random images and compared with the model. Only then does it take its
+    name, so ``path`` is never half a file nor a wrong one. The inputs and outputs of an ONNX file are named "images"
+    and "logits".
 
     Args:
         model: of plain layers (``fused=False``), on the CPU.
         format: "onnx" (needs onnx, onnxscript, onnxruntime), "torchscript" or "torch-export".
         batch_size: N, unless dynamic_batch: then N is free, and N = 1 and N = 3 are checked.
         opset: of ONNX, 18 or more. None: torch's choice.
-        metadata: JSON values to keep in the file under METADATA_KEY, e.g. class names and how images are prepared.
-        tolerance: accepted difference, relative to the largest logit.
+        metadata: JSON values to keep in the file under METADATA_KEY, such as class names and how images are prepared.
+        tolerance: the accepted difference, relative to the largest logit.
 
-    Returns the difference that the check found. Raises InputError for a wrong argument, a failed export, or a
-    difference beyond the tolerance; ModuleNotFoundError for a missing package, before any work.
+    Returns the difference that the check found.
+
+    Raises InputError for a wrong argument, a failed export, or a difference beyond the tolerance; ModuleNotFoundError
+    for a missing package, before any work.
     """
     path = Path(path)
     check_format(format, opset)
@@ -91,7 +98,9 @@ def export_model(
 
 
 def check_format(format: str, opset: int | None = None) -> None:
-    """InputError unless that format, and opset of ONNX, can be written here; ModuleNotFoundError naming a package it needs."""
+    """Raise InputError unless the format (and ONNX's opset) can be written here; ModuleNotFoundError names a missing
+    package.
+    """
     if format not in EXPORT_FORMATS:
         raise InputError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
     if format == "onnx":
@@ -108,7 +117,11 @@ def check_format(format: str, opset: int | None = None) -> None:
 
 @contextmanager
 def _failing_as(what):
-    """Exporters and runtimes raise whatever they like; their deprecations and tracing notes say nothing to the user."""
+    """Within, any error becomes an InputError that begins with ``what``.
+
+    Exporters and runtimes raise whatever they like, and their deprecations and notes on tracing say nothing to the
+    user.
+    """
     try:
         with warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning, torch.jit.TracerWarning):
@@ -135,7 +148,8 @@ def _write_onnx(model, images, path, dynamic_batch, opset, metadata):
     if opset is not None and written != opset:
         raise RuntimeError(f"torch wrote opset {written} instead of {opset}")
     program.model.metadata_props[METADATA_KEY] = metadata
-    path.write_bytes(program.model_proto.SerializeToString())  # one file, where save() puts large weights beside it; 2 GiB fail here
+    # Write one file: save() puts large weights beside it. Protocol buffers fail at 2 GiB.
+    path.write_bytes(program.model_proto.SerializeToString())
 
 
 def _read_onnx(path):

@@ -29,8 +29,8 @@ def create_model(
     features_only: bool = False,
     out_indices: tuple[int, ...] | None = None,
     output_stride: int = 32,
-    device=None,
-    dtype=None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **unknown,
 ) -> EfficientNet | EfficientNetFeatures:
     """A network with fresh weights, or with pretrained ones.
@@ -38,28 +38,31 @@ def create_model(
     Args:
         name: a name from ``list_models()`` or its short form ("b0" is "efficientnet_b0"), also with a weight tag
             ("efficientnet_b0.ra_in1k"); or a ``Scaling`` such as ``compound_scale(1.5)``; or an ``EfficientNetConfig``.
-        pretrained: True for the name's default weights, a tag of ``pretrained.list_pretrained(name)``, a path of any layout that
-            ``load_checkpoint`` reads, a URL or a Hugging Face Hub id. Downloads go through huggingface_hub into its cache
-            (HF_HUB_OFFLINE=1 takes only what is there). ``model.pretrained_cfg`` then says how images are prepared, and
-            ``pretrained.transform(model)`` does it. Everything is loaded strictly but the classifier, which keeps its fresh weights,
-            with a warning, if num_classes is not that of the weights; and the stem is adapted to ``in_chans``.
+        pretrained: True for the name's default weights, a tag of ``pretrained.list_pretrained(name)``, a path of any
+            layout that ``load_checkpoint`` reads, a URL or a Hugging Face Hub id. Downloads go through huggingface_hub
+            into its cache (HF_HUB_OFFLINE=1 takes only what is there). ``model.pretrained_cfg`` then says how images
+            are prepared, and ``pretrained.transform(model)`` does it. Everything is loaded strictly but the classifier,
+            which keeps its fresh weights, with a warning, if num_classes is not that of the weights; and the stem is
+            adapted to ``in_chans``.
         num_classes: 0 for no classifier (the model then returns pooled features). None: that of the weights, else 1000.
-        in_chans: channels of the images. From three-channel weights one channel takes their sum over channels, more or fewer take
-            them in turn, scaled by 3 / in_chans.
+        in_chans: channels of the images. From three-channel weights one channel takes their sum over channels, more or
+            fewer take them in turn, scaled by 3 / in_chans.
         drop_rate: dropout before the classifier, in [0, 1). None: the variant's (B0 0.2 to B7 0.5).
         drop_path_rate: stochastic depth, in [0, 1), growing linearly with the block index. None: 0.2.
         fused: MBConv blocks from ``effkernels.FusedMBConv``; False for plain PyTorch. Same parameters, same numbers.
-        padding, bn_eps, bn_momentum: None for what the weights were trained with if they say so (by their metadata or layout), else
-            for the name's own, so that timm's weights of that name give timm's logits:
-            "efficientnet_*" and scalings: "symmetric", 1e-5, 0.1; "tf_efficientnet_*": "same", 1e-3, 0.1.
-            (The paper trained with "same", 1e-3 and 0.01.)
+        padding, bn_eps, bn_momentum: None for what the weights were trained with if they say so (by their metadata or
+            layout), else for the name's own, so that timm's weights of that name give timm's logits: "efficientnet_*"
+            and scalings have "symmetric", 1e-5, 0.1, and "tf_efficientnet_*" has "same", 1e-3, 0.1. (The paper trained
+            with "same", 1e-3, 0.01.)
         memory: what the fused blocks keep for the backward, "keep" or "recompute", as in ``effkernels.FusedMBConv``.
-        features_only: an ``EfficientNetFeatures``, which returns the feature maps of ``out_indices`` (None: all five).
-        output_stride: 8, 16 or 32 (2 and 4 too): strides beyond it become dilation, as in timm; dilated blocks run plain layers.
+        features_only: return an ``EfficientNetFeatures``, which gives the feature maps of ``out_indices`` (None: all
+            five).
+        output_stride: 8, 16 or 32 (2 and 4 too). Strides beyond it become dilation, as in timm; blocks with dilation
+            run plain layers.
         device, dtype: of the parameters; "meta" builds without memory.
 
-    Raises ValueError for an unknown name or tag or a value out of range, TypeError for an unknown keyword; with pretrained what
-    ``load_checkpoint`` raises.
+    Raises ValueError for an unknown name or tag or a value out of range, TypeError for an unknown keyword, and with
+    pretrained what ``load_checkpoint`` raises.
     """
     if unknown:
         names, accepted = ", ".join(map(repr, unknown)), ", ".join(create_model.__kwdefaults__)

@@ -1,4 +1,6 @@
-"""The names that other libraries give the same network's tensors, and what they take for granted beside them: one table."""
+"""The names that other libraries give the tensors of the same network, and what they take for granted beside them, as
+one table.
+"""
 
 import re
 from dataclasses import dataclass
@@ -8,13 +10,15 @@ from efficientnet.model.config import VARIANTS, EfficientNetConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Module names of one library. A pair is (convolution, BatchNorm), or squeeze-excite's (reduce, expand).
+    """The module names of one library. A pair is (convolution, BatchNorm), or squeeze-excite's (reduce, expand).
 
-    stem, head, classifier: of the whole network; ``{n}`` in ``head`` is the number of stages plus one.
-    block: a template of ``{flat}``, or of ``{stage}`` (or ``{stage1}``, counted from 1) and ``{block}``.
-    expand, depthwise, se, project: within a block. plain_*: within a block that does not expand, where they differ.
-    linear_se: squeeze-excite's weights are 2-D, of nn.Linear.
-    padding, bn_eps, bn_momentum: of the networks these weights come from, which no tensor tells. None: the names do not say.
+    stem, head and classifier are of the whole network; ``{n}`` in ``head`` is the number of stages plus one. block is a
+    template of ``{flat}``, or of ``{stage}`` (or ``{stage1}``, counted from 1) and ``{block}``. expand, depthwise, se
+    and project are names within a block; plain_* are those within a block that does not expand, where they differ.
+    linear_se says that squeeze-excite's weights are 2-D, of nn.Linear.
+
+    padding, bn_eps and bn_momentum are those of the networks that such weights come from, which no tensor tells. None:
+    the names do not say.
     """
 
     name: str
@@ -35,7 +39,7 @@ class Layout:
     bn_momentum: float | None = None
 
     def within_block(self, expands: bool) -> list[str]:
-        """Names in the order expand (if any), depthwise, squeeze-excite, project."""
+        """The module names of a block in the order expand (if any), depthwise, squeeze-excite, project."""
         if expands:
             return [*self.expand, *self.depthwise, *self.se, *self.project]
         return [
@@ -162,7 +166,9 @@ def config_plan(config: EfficientNetConfig) -> Plan:
 
 
 def conventions(layout: Layout, config: EfficientNetConfig) -> dict:
-    """padding, bn_eps and bn_momentum of the networks that ``layout``'s weights come from; {} where the names do not say."""
+    """padding, bn_eps and bn_momentum of the networks that ``layout``'s weights come from; {} where the names do not
+    say.
+    """
     if layout.padding is None:
         return {}
     if layout.name == "torchvision" and config.head_channels >= 2048:  # B5 to B7
@@ -171,7 +177,10 @@ def conventions(layout: Layout, config: EfficientNetConfig) -> dict:
 
 
 def tidy(state: dict) -> dict:
-    """Without the prefixes that wrappers add (DistributedDataParallel, torch.compile), and under each library's present names."""
+    """The state_dict without what wrappers add, and under each library's present names.
+
+    DistributedDataParallel and torch.compile put a prefix before every key.
+    """
     while state and (prefix := next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     if "embeddings.convolution.weight" in state:  # Hugging Face's model without a classifier has no prefix
@@ -203,7 +212,9 @@ def recognise(state: dict) -> Layout:
 
 
 def translate(state: dict, source: Layout, target: Layout, plan: Plan) -> dict:
-    """The same tensors (views of them) under ``target``'s names; keys that ``source`` does not know are kept as they are."""
+    """The same tensors (views of them) under ``target``'s names. Keys that ``source`` does not know are kept as they
+    are.
+    """
     names = dict(zip(source.modules(plan), target.modules(plan), strict=True))
     se = tuple(f".{name}.weight" for name in source.se + (source.plain_se or ()))
     result = {}
@@ -218,7 +229,9 @@ def translate(state: dict, source: Layout, target: Layout, plan: Plan) -> dict:
 
 
 def guess_config(state: dict, layout: Layout) -> EfficientNetConfig | None:
-    """The published variant whose stem, number of blocks and head these tensors have, with ``layout``'s conventions; or None."""
+    """The published variant whose stem, number of blocks and head these tensors have, with ``layout``'s conventions; or
+    None.
+    """
     blocks = sum(map(len, layout.plan({key.rpartition(".")[0] for key in state})))
     stem = _channels(state, layout.stem[0])
     for variant in VARIANTS:

@@ -6,8 +6,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchvision import transforms
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # AdvProp's and timm's later recipes
@@ -16,7 +21,9 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Weights of timm's collection on the Hugging Face Hub. ``crop_pct``: share of the shorter side that the crop keeps."""
+    """Weights of timm's collection on the Hugging Face Hub. ``crop_pct`` is the share of the shorter side that the crop
+    keeps.
+    """
 
     model: str
     tag: str
@@ -28,6 +35,7 @@ class WeightSet:
 
     @property
     def hub_id(self) -> str:
+        """The repository on the Hub."""
         return f"timm/{self.model}.{self.tag}"
 
     @property
@@ -85,13 +93,14 @@ def list_pretrained(model: str | None = None) -> list[str]:
     return [f"{w.model}.{w.tag}" for w in WEIGHTS if model in (None, w.model)]
 
 
-def resolve(model: str, pretrained: "bool | str | os.PathLike") -> "tuple[object, dict | None]":
+def resolve(model: str, pretrained: bool | str | os.PathLike) -> tuple[object, dict | None]:
     """(what ``load_checkpoint`` reads, preprocessing or None) for ``create_model(model, pretrained=...)``.
 
     Args:
-        pretrained: True for the model's default set, a tag of one ("ra_in1k" or "efficientnet_b0.ra_in1k"), or a path, URL or Hub id.
+        pretrained: True for the model's default set, a tag of one ("ra_in1k" or "efficientnet_b0.ra_in1k"), or a path,
+            URL or Hub id.
 
-    Raises ValueError naming the tags there are.
+    Raises ValueError that names the tags there are.
     """
     sets = {w.tag: w for w in WEIGHTS if w.model == model}
     if pretrained is True and sets:
@@ -112,11 +121,12 @@ def _names_a_file(source):
     return Path(text).is_file() or "/" in text or os.sep in text or Path(text).suffix in (".safetensors", ".pt", ".pth", ".bin")
 
 
-def transform(source):
+def transform(source: "str | dict | nn.Module") -> "transforms.Compose":
     """The evaluation transform of a model, of a ``pretrained_cfg``, or of a weight set ("efficientnet_b0.ra_in1k").
 
-    A ``torchvision.transforms.Compose`` from a PIL image to float32 [3, H, W]: shorter side to ``floor(size / crop_pct)`` (or, in
-    crop mode "squash", both sides), centre crop, scale to [0, 1], normalise.
+    It is a ``torchvision.transforms.Compose`` from a PIL image to float32 [3, H, W]: the shorter side is resized to
+    ``floor(size / crop_pct)`` (in crop mode "squash" both sides are), then come the centre crop, scaling to [0, 1] and
+    normalisation.
     """
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
@@ -140,11 +150,14 @@ def transform(source):
     )
 
 
-def fetch(source) -> Path:
-    """The local file of ``source``: a path as it is; a URL or Hub id ("owner/name", "hf-hub:owner/name@revision") from its cache.
+def fetch(source: str | os.PathLike) -> Path:
+    """The local file of ``source``.
 
-    Hub files go where huggingface_hub keeps them (HF_HOME; HF_HUB_OFFLINE=1 takes only what is there), others to torch.hub's cache.
-    Raises ConnectionError with the cause and the cache path that was looked in, ModuleNotFoundError without huggingface_hub.
+    A path stays as it is. A URL or Hub id ("owner/name", "hf-hub:owner/name@revision") is fetched once: Hub files go
+    where huggingface_hub keeps them (HF_HOME; HF_HUB_OFFLINE=1 takes only what is there), others to torch.hub's cache.
+
+    Raises ConnectionError with the cause and the cache path that was looked in, ModuleNotFoundError without
+    huggingface_hub.
     """
     text = os.fspath(source)
     if re.match(r"https?://", text):
@@ -172,7 +185,8 @@ def _from_url(url):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
-        except (OSError, ValueError, RuntimeError) as error:  # urllib's errors are OSError; RuntimeError: another digest
+        # OSError covers urllib's errors; a RuntimeError says that the digest is another.
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConnectionError(f"cannot fetch {url!r} ({error}), and it is not in the cache as {str(path)!r}") from error
     return path
 
