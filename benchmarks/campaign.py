@@ -1,10 +1,12 @@
-"""The suite within a time limit: ``python -m benchmarks.campaign --minutes N --out DIR``, most important rows first.
+"""The suite within a time limit, most important rows first: ``python -m benchmarks.campaign --minutes N --out DIR``.
 
-Rows that follow one another and share a network's case, or are a network's layers, run in a process of their own, which writes each
-row into DIR/rows as soon as it is measured. The campaign watches it, and ends it when a row takes too long, when it dies, or when the
-time is up; what is left goes on in another process. A row that is not expected to fit into the remaining time is left out. Run it
-again with the same DIR to go on: rows that were measured, failed or hung are not run again (``--retry`` runs the latter two).
-``python -m benchmarks.report DIR`` makes tables and plots of it.
+Rows that follow one another and share a network's case, or are a network's layers, run in a process of their own. It
+writes each row into DIR/rows as soon as it is measured. The campaign watches the process, and ends it when a row takes
+too long or the time is up; what is left goes on in another process, as it does when one dies. A row that is not
+expected to fit into the remaining time is left out.
+
+The same command with the same DIR goes on: rows that were measured, failed or hung are not run again (``--retry`` runs
+the latter two). ``python -m benchmarks.report DIR`` makes tables and plots of them.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,9 +30,11 @@ from benchmarks.rows import Row, rows_of
 
 ROOT = Path(__file__).parents[1]
 MUST = ("b0", "b4")
-MARGIN = 3.0  # s before the end: to stop a process and write what became of its row
-START = 25.0  # s that a process needs before its first row, at most: imports, copy bandwidth, float64 results
-CORRECTNESS = 90.0  # s for the tests that need a GPU, at most
+# Seconds before the end, in which a process is stopped and what became of its row is written.
+MARGIN = 3.0
+# Seconds that a process needs at most before its first row, for imports, copy bandwidth and float64 results.
+START = 25.0
+CORRECTNESS = 90.0  # seconds, at most, for the tests that need a GPU
 
 
 class Job(NamedTuple):
@@ -41,13 +46,16 @@ class Job(NamedTuple):
 
     @property
     def process(self) -> tuple:
-        """Jobs of which this is equal may share a process: a network's variants, whose float64 results are the same; layers are small."""
+        """Jobs for which this is equal may share a process.
+
+        The variants of a network do, whose float64 results are the same, and the layers of a network, which are small.
+        """
         share = self.row.case if isinstance(self.row.shape, shapes.Model) else (self.row.model, self.row.training)
         return self.node.partition("::")[0], share
 
 
 def write(path: Path, text: str) -> None:
-    """The file is there as a whole or not at all."""
+    """Write a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -59,17 +67,17 @@ def _file(node: str) -> str:
 
 
 def begin(folder: Path, node: str) -> None:
-    """Called by the measuring process: this row is next."""
+    """Say that this row is next. The measuring process calls it."""
     write(folder / "current", node)
 
 
 def save_row(folder: Path, node: str, extra_info: dict) -> None:
-    """Called by the measuring process: this row is measured. The file has the form of --benchmark-json."""
+    """Write a row that is measured, in the form of --benchmark-json. The measuring process calls it."""
     write(folder / "rows" / f"{_file(node)}.json", json.dumps({"benchmarks": [{"fullname": node, "extra_info": extra_info}]}, indent=1))
 
 
 def _seconds(row: Row, kind: str, gpu: bool) -> float:
-    """Expected time of a row: guesses, on the safe side."""
+    """The expected time of a row in seconds: a guess, on the safe side."""
     whole = isinstance(row.shape, shapes.Model)
     large = 1 + max(0, int(row.model[1]) - 4) / 3 if whole else 1
     if not gpu:
@@ -81,7 +89,11 @@ def _seconds(row: Row, kind: str, gpu: bool) -> float:
 
 
 def _rank(row: Row, kind: str) -> tuple:
-    """What is measured first: B0 and B4 whole, their latency, kernels and blocks, other modes of the compiler, the other networks."""
+    """What is measured first, as a key to sort by.
+
+    It is B0 and B4 as whole networks, then their latency, their kernels and blocks, other modes of the compiler, and at
+    last the other networks.
+    """
     main = row.variant.library is None and row.variant.compile_mode in (None, "default")
     must = row.model in MUST
     group = {"model": 0, "latency": 1}.get(kind, 2)
@@ -99,7 +111,9 @@ def _rank(row: Row, kind: str) -> tuple:
 
 
 def jobs(gpu: bool, only: str = "") -> list[Job]:
-    """Every row that can be measured here and whose name matches ``only``, most important first."""
+    """Every row that can be measured here and whose name matches the regular expression ``only``, the most important
+    first.
+    """
     found = []
     for path in sorted((ROOT / "benchmarks").glob("test_*.py")):
         module, kind = importlib.import_module(f"benchmarks.{path.stem}"), path.stem.removeprefix("test_")
@@ -111,9 +125,16 @@ def jobs(gpu: bool, only: str = "") -> list[Job]:
 
 
 class Campaign:
-    """A campaign in ``folder`` that ends at ``deadline`` (time.monotonic). command(nodes) is the measuring process to start."""
+    """A campaign in ``folder`` that ends at ``deadline``, a value of time.monotonic.
 
-    def __init__(self, folder: Path, deadline: float, command=None, say=print):
+    Args:
+        command: ``command(nodes)`` is the command line of the process that measures these rows. None: pytest.
+        say: is told what happens.
+    """
+
+    def __init__(
+        self, folder: Path, deadline: float, command: Callable[[list[str]], list[str]] | None = None, say: Callable[[str], None] = print
+    ):
         self.folder, self.deadline, self.say = Path(folder), deadline, say
         self.command = command or self._pytest
         self.state_file = self.folder / "state.json"
@@ -126,6 +147,7 @@ class Campaign:
 
     @property
     def remaining(self) -> float:
+        """The seconds that are left."""
         return self.deadline - MARGIN - time.monotonic()
 
     def _pytest(self, nodes) -> list[str]:
@@ -137,10 +159,11 @@ class Campaign:
         write(self.state_file, json.dumps({"rows": self.state}, indent=1))
 
     def measured(self, node: str) -> bool:
+        """Whether a row is in the folder."""
         return (self.folder / "rows" / f"{_file(node)}.json").exists()
 
     def run(self, todo: list[Job]) -> None:
-        """Rows in order, until all are done or the time is up."""
+        """Measure the rows in order, until all are done or the time is up."""
         todo = [job for job in todo if not self.measured(job.node) and job.node not in self.state]
         while todo:
             batch = self._next(todo)
@@ -162,7 +185,9 @@ class Campaign:
         return batch
 
     def _measure(self, batch: list[Job]) -> None:
-        """One process for the rows of ``batch``; ended when a row takes five times what was expected, or the time is up."""
+        """One process for the rows of ``batch``. It is ended when a row takes five times what was expected, or the time
+        is up.
+        """
         nodes = [job.node for job in batch]
         limits = {job.node: 5 * job.seconds + 2 * START for job in batch}
         current = self.folder / "current"
@@ -205,7 +230,7 @@ class Campaign:
                 self.say(f"  {node}: {self.state[node]}")
 
     def correctness(self) -> None:
-        """The tests that need a GPU, once; what they said is in DIR/correctness.json."""
+        """Run the tests that need a GPU, once. What they said is in DIR/correctness.json."""
         path = self.folder / "correctness.json"
         if path.exists() or self.remaining < 2 * START:
             return
@@ -224,7 +249,7 @@ class Campaign:
 
 
 def _stop(process) -> None:
-    """End a process that was started with a session of its own, and all it started."""
+    """End a process that was started with a session of its own, and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -232,7 +257,7 @@ def _stop(process) -> None:
     process.wait()
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.campaign", description="Measure the most important rows in N minutes.")
     parser.add_argument("--minutes", type=float, required=True, help="when to end, whatever is left")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; give it again to go on")

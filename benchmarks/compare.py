@@ -1,8 +1,10 @@
 """Two results, side by side; a slower or costlier one fails.
 
-``python -m benchmarks.compare OLD.json NEW.json`` takes two files of ``--benchmark-json`` (medians of the rows both have) or two tables
-of static costs. ``python -m benchmarks.compare --static`` compares the present tree with benchmarks/static.json, without a GPU, and
-``--static --update`` makes the present tree the new baseline. Exit code 0: nothing is worse; 1: something is; 2: bad input.
+``python -m benchmarks.compare OLD.json NEW.json`` takes two files of ``--benchmark-json`` and compares the medians of
+the rows that both have, or two tables of static costs. ``python -m benchmarks.compare --static`` compares the present
+tree with benchmarks/static.json, without a GPU; ``--static --update`` makes the present tree the new baseline.
+
+The exit code is 0 where nothing is worse, 1 where something is, and 2 for bad input.
 """
 
 import argparse
@@ -14,13 +16,15 @@ from typing import NamedTuple
 from benchmarks import static
 
 THRESHOLD = 0.1  # of a time: the medians of one version differ by less on a quiet GPU
-# Growth that a static figure may have: launches and spills none, bytes half a percent, registers and instructions what a new compiler
-# may cost.
+# Growth that a static figure may have: launches and spills none, bytes half a percent, registers and instructions what
+# a new compiler may cost.
 TOLERANCES = {"launches": 0.0, "spills": 0.0, "bytes_per_image": 0.005, "read": 0.005, "written": 0.005}
 TOLERANCES |= {"registers": 0.1, "instructions": 0.1}
 
 
 class Change(NamedTuple):
+    """A figure that changed, from ``old`` to ``new``."""
+
     name: str
     old: float
     new: float
@@ -32,7 +36,9 @@ class Change(NamedTuple):
 
 
 def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
-    """(figures that changed, entries that only one side has) of two tables of static costs; better is anything lower."""
+    """(figures that changed, entries that only one side has) of two tables of static costs; whatever is lower is
+    better.
+    """
     changes, alone = [], []
     for section in ("networks", "blocks", "kept", "counted", "machine code"):
         before, after = old.get(section, {}), new.get(section, {})
@@ -46,7 +52,7 @@ def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
 
 
 def timed_rows(document: dict) -> dict[str, dict]:
-    """{name: extra_info} of the rows of a --benchmark-json document that were measured."""
+    """{name: extra_info} of the measured rows of a --benchmark-json document."""
     return {row["fullname"]: row["extra_info"] for row in document["benchmarks"] if "median_ms" in row.get("extra_info", {})}
 
 
@@ -72,7 +78,7 @@ def timed_changes(old: dict, new: dict, threshold: float) -> tuple[list[Change],
 
 
 def compare(old: dict, new: dict, threshold: float = THRESHOLD) -> tuple[list[Change], list[str]]:
-    """As ``static_changes`` or ``timed_changes``; ValueError if the two are not of one kind, or share no row."""
+    """``static_changes`` or ``timed_changes``. Raises ValueError if the two are not of one kind, or share no row."""
     kinds = [document.get("kind", "timed" if "benchmarks" in document else None) for document in (old, new)]
     if kinds == ["static", "static"]:
         return static_changes(old, new)
@@ -93,7 +99,7 @@ def _read(path: Path) -> dict:
     return document
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Fail if NEW is slower or costlier than OLD.")
     parser.add_argument("files", nargs="*", type=Path, metavar="JSON", help="OLD.json NEW.json")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="growth of a median that fails (default: %(default)s)")

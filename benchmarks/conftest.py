@@ -1,13 +1,14 @@
-"""Rows and the one fixture that runs them: skip with a reason, check against float64, then time.
+"""The rows, and the one fixture that runs them: it skips with a reason, checks against float64, then times.
 
-A benchmark module names its ``SHAPES``, by model, and its test calls ``gpu_benchmark()``. It may name the ``STEPS`` (training or
-not) that exist, and say that its rows are of ``LATENCY``: one image, from a CUDA graph.
+A benchmark module names its ``SHAPES``, by model, and its test calls ``gpu_benchmark()``. It may name the ``STEPS``
+(training or not) that exist, and say that its rows are of ``LATENCY``: one image, replayed from a CUDA graph.
 """
 
 import functools
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def pytest_benchmark_generate_commit_info():
 
 @pytest.fixture(scope="session")
 def machine(request):
+    """The machine that is measured, asked once."""
     return Machine.here(request.config.getoption("dtype"))
 
 
@@ -67,8 +69,8 @@ def truth_of(*args) -> Truth:
 def gpu_benchmark(request, benchmark, machine, row):
     """``gpu_benchmark()`` makes one line of the table, and its figures in ``extra_info`` (README.md explains them).
 
-    In this order: build, compile (and tune) by checking the results against float64, measure memory, warm up, time, count launches. A
-    row whose results are wrong fails, and has no time.
+    It builds the module, compiles (and tunes) it by checking the results against float64, measures memory, warms up,
+    times, and counts launches, in this order. A row whose results are wrong fails, and has no time.
     """
     if (problem := row.problem(machine, request.config.getoption("compile_models"))) is not None:
         benchmark.skipped = True
@@ -139,8 +141,10 @@ def gpu_benchmark(request, benchmark, machine, row):
 
 
 def compared_on_cpu(variant: Variant, is_model: bool) -> list[Variant]:
-    """What a row is timed in turns with on a CPU, where the load changes from one row to the next: the plain channels_last modules, and
-    for whole models the libraries' too."""
+    """The variants that a row is timed in turns with on a CPU, where the load changes from one row to the next.
+
+    They are the plain channels_last modules, and for whole models the libraries' too.
+    """
     if variant not in (CHANNELS_LAST, OURS) and variant.compile_mode is None:
         return []
     found = [] if variant == CHANNELS_LAST else [CHANNELS_LAST]
@@ -150,8 +154,11 @@ def compared_on_cpu(variant: Variant, is_model: bool) -> list[Variant]:
     return found
 
 
-def time_ratio(machine: Machine, step, other) -> dict:
-    """How many times as long ``step`` takes as ``other``, taken in turns, either first in every second pair, under the same load."""
+def time_ratio(machine: Machine, step: Callable[[], None], other: Callable[[], None]) -> dict:
+    """How many times as long ``step`` takes as ``other``.
+
+    The two are timed in turns, under the same load, and either comes first in every second pair.
+    """
     ratios = []
     for i in range(max(60, machine.rounds_for(other))):
         first, second = (step, other) if i % 2 else (other, step)
@@ -160,16 +167,16 @@ def time_ratio(machine: Machine, step, other) -> dict:
     return median_interval(ratios)
 
 
-def median_interval(values) -> dict:
-    """Median and its 95 % confidence interval, whatever the distribution: by rank, 0.98 sqrt(n) from the middle."""
+def median_interval(values: list[float]) -> dict:
+    """The median and its 95 % confidence interval, whatever the distribution: by rank, 0.98 sqrt(n) from the middle."""
     values = sorted(values)
     ranks = 0.98 * len(values) ** 0.5
     low, high = max(0, int(len(values) / 2 - ranks)), min(len(values) - 1, int(len(values) / 2 + ranks))
     return {"median": statistics.median(values), "low": values[low], "high": values[high], "pairs": len(values)}
 
 
-def figures(times, batch: int, moved: int, copy_bytes_per_s: float) -> dict:
-    """What ``times`` [s] of steps on ``batch`` images that move ``moved`` bytes say."""
+def figures(times: list[float], batch: int, moved: int, copy_bytes_per_s: float) -> dict:
+    """What the ``times`` in seconds say of steps on ``batch`` images that move ``moved`` bytes."""
     median, p20, p80 = quantiles(times)
     return {
         "median_ms": 1e3 * median,

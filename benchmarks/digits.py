@@ -1,8 +1,10 @@
-"""``python -m benchmarks.digits``: the README's trainings of B0 on scikit-learn's digits, with several seeds.
+"""The trainings of B0 on scikit-learn's digits that the README and docs/weights.md report: ``python -m
+benchmarks.digits``.
 
-Each run is a process of its own, so its CPU time is all that it took, imports included. Held-out accuracy is the last epoch's. In
-``transfer``, {trunk, trained layers: accuracy} of digits 5 to 9 with frozen running statistics, for which the random trunk is shown digits
-0 to 4 first; in ``classifier``, {trunk: accuracy} of a classifier on frozen weights, whose statistics follow digits 5 to 9.
+Each run is a process of its own, so its CPU time is all that it took, imports included. The held-out accuracy is that
+of the last epoch. ``seeds`` in the file are trainings on all digits. ``transfer`` has {trunk, trained layers: accuracy}
+of the digits 5 to 9 with frozen running statistics, for which the random trunk is shown the digits 0 to 4 first.
+``classifier`` has {trunk: accuracy} of a classifier on frozen weights, whose statistics follow the digits 5 to 9.
 """
 
 import argparse
@@ -39,12 +41,15 @@ def run(seed: int, output: str, data: str, *options) -> dict:
 
 
 def plain(seed: int) -> dict:
+    """One training on all digits."""
     with tempfile.TemporaryDirectory() as folder:
         return run(seed, folder, "digits")
 
 
 def transfer(seed: int) -> dict:
-    """{"digits 0 to 4, until 3": accuracy, ...} of trunks that were trained on five digits or not, frozen as far as that."""
+    """{"digits 0 to 4, until 3": accuracy, ...} of trunks that were trained on five digits or not, frozen as far as
+    that.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for trunk, options in (("digits 0 to 4", ()), ("random", STATISTICS_ALONE)):
@@ -57,7 +62,10 @@ def transfer(seed: int) -> dict:
 
 
 def classifier(seed: int) -> dict:
-    """{"digits 0 to 4": accuracy, "random": ...} of digits 5 to 9, on a trunk whose weights stay as digits 0 to 4 or chance left them."""
+    """{"digits 0 to 4": accuracy, "random": ...} of the digits 5 to 9.
+
+    The weights of the trunk stay as the digits 0 to 4, or chance, left them.
+    """
     options = ("--freeze-until", "head", "--freeze-bn", "weights", "--drop", "0", "--drop-path", "0")
     with tempfile.TemporaryDirectory() as folder:
         run(seed, f"{folder}/low", "digits:0-4")
@@ -65,7 +73,7 @@ def classifier(seed: int) -> dict:
         return {trunk: run(seed, f"{folder}/{trunk}", "digits:5-9", *more, *options)["accuracy"] for trunk, more in trunks.items()}
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description="Trains B0 on digits, as the README does.")
     parser.add_argument("--seeds", type=int, default=5, help="runs on all digits, of seeds 0, 1, ... (default: 5)")
     parser.add_argument("--transfer-seeds", type=int, default=2, help="runs from digits 0 to 4 to 5 to 9 (default: 2)")

@@ -1,35 +1,15 @@
-"""timm's and torchvision's EfficientNets as baselines, where these are installed, with our weights in them."""
+"""timm's and torchvision's EfficientNets to compare with, where these are installed, with our weights in them."""
 
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from pathlib import Path
 
-import torch
 from torch import nn
 
+from efficientnet.data.torchvision_modules import declare_torchvision_operators
+
 LIBRARIES = ("timm", "torchvision")
-
-
-@functools.cache
-def declare_torchvision_operators():
-    """Let torchvision (and timm, which imports it) import although its compiled operators were built for another torch.
-
-    torchvision registers shape rules for two of its operators on import and fails if they do not exist. Nothing here calls them.
-    They live as long as what this returns, which the cache keeps.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-        return None
-    except (ImportError, OSError):
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
 
 
 @functools.cache
@@ -46,12 +26,12 @@ def problem(library: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those libraries that are installed."""
     return {library: importlib.metadata.version(library) for library in LIBRARIES if importlib.util.find_spec(library) is not None}
 
 
 def build(library: str, name: str) -> nn.Module:
-    """The library's network of a short name such as "b0", without dropout and drop-path, fresh weights."""
+    """The library's network of a short name such as "b0", with fresh weights, without dropout and drop-path."""
     if library == "timm":
         import timm
 
@@ -68,7 +48,8 @@ def build(library: str, name: str) -> nn.Module:
 def load(model: nn.Module, state: dict) -> list[str]:
     """Put the plain model's ``state`` into a library's, and give the plain names of its parameters, in order.
 
-    timm's names are ours; torchvision's differ, in the same order. The check of every row's results would see a mistake.
+    timm's names are ours; torchvision's differ, in the same order. The check of every row's results would see a
+    mistake.
     """
     own = model.state_dict()
     if set(own) != set(state):

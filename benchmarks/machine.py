@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -14,14 +15,16 @@ from efficientnet.measure.timing import CudaInstant, Stopwatch, keep_freed_memor
 from effkernels.dispatch import interpreting
 
 
-def clock():
-    """pytest-benchmark's timer: GPU time where there is a GPU, else CPU time of this process, which other processes do not change."""
+def clock() -> CudaInstant | float:
+    """pytest-benchmark's timer: GPU time where there is a GPU, else this process's CPU time, which other processes do
+    not change.
+    """
     return CudaInstant() if torch.cuda.is_available() else time.process_time()
 
 
 @dataclass
 class Machine:
-    """One GPU or, without any, the CPU; how much is measured on it and for how long."""
+    """One GPU or, without any, the CPU; how much is measured on it, and for how long."""
 
     device: torch.device
     dtype: torch.dtype
@@ -34,7 +37,9 @@ class Machine:
 
     @classmethod
     def here(cls, dtype: str | None = None) -> "Machine":
-        """The current CUDA device, or one thread of the CPU with small images. Raises RuntimeError under TRITON_INTERPRET."""
+        """The current CUDA device, or one thread of the CPU with small images. Raises RuntimeError under
+        TRITON_INTERPRET.
+        """
         if interpreting():
             raise RuntimeError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it to run benchmarks")
         gpu = torch.cuda.is_available()
@@ -58,7 +63,7 @@ class Machine:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def rounds_for(self, step) -> int:
+    def rounds_for(self, step: Callable[[], object]) -> int:
         """How often to time ``step``, after running it often enough to be warm."""
         for _ in range(3):
             step()
@@ -66,7 +71,7 @@ class Machine:
         return max(low, min(high, int(self.seconds_per_row / self.stopwatch.seconds(step))))
 
     def memory_in_use(self) -> int:
-        """Bytes of GPU memory in live tensors; 0 on a CPU."""
+        """The bytes of GPU memory in live tensors; 0 on a CPU."""
         if not self.is_gpu:
             return 0
         gc.collect()

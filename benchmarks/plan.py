@@ -1,9 +1,10 @@
 """What a step of a network must cost on a named GPU, kernel by kernel, beside what it was measured to cost.
 
-``python -m benchmarks.plan --model b0 --gpu h200 --mode infer`` prints, for each kernel of the fused schedule, the least time by
-resource: bytes (against the copy bandwidth), matrix products, fp32 multiply-adds, special functions, and issued instructions, where
-effkernels/configs/static_sm90.json counts those an element (depthwise, pool and apply; of others only the rest is known). The largest
-is the kernel's floor, the resource binds, and kernels follow one another. ``--results`` adds measured times; ``--plot`` draws a roofline.
+``python -m benchmarks.plan --model b0 --gpu h200 --mode infer`` prints, for each kernel of the fused schedule, the
+least time by resource: bytes (against the copy bandwidth), matrix products, fp32 multiply-adds, special functions, and
+issued instructions. The last are known where effkernels/configs/static_sm90.json counts them for an element: for
+depthwise, pool and apply. The largest of these times is the floor of the kernel, its resource is what binds, and
+kernels follow one another. ``--results`` adds measured times; ``--plot`` draws a roofline.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +30,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass
 class Line:
-    """One kernel of the schedule, all blocks together: seconds by resource and in all (of each block the resource that binds)."""
+    """One kernel of the schedule, all blocks together.
+
+    times has the seconds by resource; floor adds up, over the blocks, those of the resource that binds.
+    """
 
     kernel: str
     count: int = 0
@@ -40,16 +45,17 @@ class Line:
 
     @property
     def binds(self) -> str:
+        """The resource that takes the most time."""
         return max(self.times, key=self.times.get)
 
     @property
     def share(self) -> float | None:
-        """Of the measured time, what the floor is."""
+        """The floor as a share of the measured time."""
         return self.floor / self.measured if self.measured else None
 
 
 class Instructions:
-    """Instructions an element of the compiled kernels, from the table in git."""
+    """The instructions for an element of the compiled kernels, from the table in git."""
 
     def __init__(self, dtype: str):
         self.rows = [row for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if row["dtype"] == dtype]
@@ -65,7 +71,7 @@ class Instructions:
         return statistics.median(counts) if counts else 0.0
 
     def of(self, work: Work, training: bool) -> float:
-        """Issued for one image; 0 where the table does not count the kernel."""
+        """The instructions that are issued for one image; 0 where the table does not count the kernel."""
         if work.block is None:
             return 0.0
         block, sizes = work.block, block_sizes(work.block)
@@ -86,7 +92,7 @@ class Instructions:
 
 
 def _weights(work: Work) -> int:
-    """Elements of the weights that the kernel reads."""
+    """The elements of the weights that the kernel reads."""
     block = work.block
     if block is None:
         return 0
@@ -95,8 +101,12 @@ def _weights(work: Work) -> int:
     return of.get(work.kernel.split()[0], 0)
 
 
-def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat16", rows=()) -> list[Line]:
-    """One line a kernel of the schedule, and a last one, "step", for all; ``rows``: measured ones, of this model, mode, batch and dtype."""
+def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat16", rows: Sequence[dict] = ()) -> list[Line]:
+    """One line for each kernel of the schedule, and a last one, "step", for all.
+
+    Args:
+        rows: measured ones, of this model, mode, batch and dtype.
+    """
     shape, counts, lines, timed = shapes.model(model), Instructions(dtype), {}, defaultdict(list)
     torch_dtype = getattr(torch, dtype)
     step = "training" if training else "inference"
@@ -119,7 +129,8 @@ def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat1
         total.floor += line.floor
         for resource in RESOURCES:
             total.times[resource] += line.times[resource]
-        if not training and timed[line.kernel] and None not in timed[line.kernel]:  # a training row holds several kernels
+        # A training row holds several kernels.
+        if not training and timed[line.kernel] and None not in timed[line.kernel]:
             line.measured = sum(timed[line.kernel])
     parameters = sum(p.numel() for p in shape.build(fused=False, device="meta").parameters())
     if training:  # the optimizer's pass over the weights
@@ -133,8 +144,8 @@ def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat1
     return [*lines.values(), total]
 
 
-def table(lines, batch: int, itemsize: int) -> str:
-    """Markdown, in milliseconds a step."""
+def table(lines: list[Line], batch: int, itemsize: int) -> str:
+    """The lines as a table in Markdown, in milliseconds a step."""
     out = ["| kernel | times | MB an image | " + " | ".join(f"{r} ms" for r in RESOURCES) + " | floor ms | binds | measured ms | share |"]
     out.append("|---|" + "---:|" * (3 + len(RESOURCES)) + "---|---:|---:|")
     for line in lines:
@@ -148,8 +159,10 @@ def table(lines, batch: int, itemsize: int) -> str:
     return "\n".join(out)
 
 
-def plot(path: Path, lines, gpu: Gpu, batch: int, itemsize: int, title: str) -> None:
-    """The roofline: FLOP/s that the floor (hollow) and the measured time (filled) of each kernel allow, over FLOP a byte."""
+def plot(path: Path, lines: list[Line], gpu: Gpu, batch: int, itemsize: int, title: str) -> None:
+    """Draw the roofline: the FLOP/s that the floor (hollow) and the measured time (filled) of each kernel allow, over
+    FLOP a byte.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +194,7 @@ def plot(path: Path, lines, gpu: Gpu, batch: int, itemsize: int, title: str) -> 
     plt.close(figure)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Floors of a network's kernels on a GPU.")
     parser.add_argument("--model", nargs="+", default=["b0"], choices=tuple(BATCH), help="default: b0")
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="default: h200")

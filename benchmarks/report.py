@@ -1,5 +1,8 @@
-"""Tables and plots of measured results: ``python -m benchmarks.report DIR`` writes DIR/report.md, PNG files beside it, and the README's
-table between its markers. What no row says is "not yet measured"."""
+"""Tables and plots of measured results: ``python -m benchmarks.report DIR``.
+
+It writes DIR/report.md, PNG files beside it, and the README's table between its markers. What no row says is "not yet
+measured".
+"""
 
 import argparse
 import json
@@ -17,8 +20,11 @@ STEPS = ("inference", "training")
 LARGEST = 8  # kernels named in the stacked plot; the others are added up
 
 
-def gpu_rows(rows) -> list[dict]:
-    """Rows of a GPU, of the device and dtype that have the most of them; figures of different ones do not belong in one table."""
+def gpu_rows(rows: list[dict]) -> list[dict]:
+    """The rows of a GPU: those of the device and dtype that have the most of them.
+
+    Figures of different devices or dtypes do not belong in one table.
+    """
     rows = [row for row in rows if row.get("cuda")]
     kinds = [(row["device"], row["dtype"]) for row in rows]
     return [row for row, kind in zip(rows, kinds, strict=True) if kind == max(sorted(set(kinds)), key=kinds.count)]
@@ -29,7 +35,7 @@ def _of_model(rows, name: str, step: str, **wanted) -> list[dict]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def best_compiled(rows) -> dict | None:
+def best_compiled(rows: list[dict]) -> dict | None:
     """The fastest row of torch.compile, whichever mode and library."""
     compiled = [row for row in rows if "compile-" in row["variant"]]
     return min(compiled, key=lambda row: row["median_ms"] / row["batch_size"], default=None)
@@ -52,8 +58,8 @@ def _markdown(header, lines) -> str:
     return "\n".join([rows[0], "|---" + "|---:" * (len(header) - 1) + "|", *rows[1:]])
 
 
-def model_lines(rows, step: str) -> list[tuple]:
-    """(name, ours, channels_last, best of torch.compile) rows, or None for each, of B0 to B7; all at the batch size of ours."""
+def model_lines(rows: list[dict], step: str) -> list[tuple]:
+    """(name, ours, channels_last, best of torch.compile) for each of B0 to B7: rows at the batch size of ours, or None."""
     lines = []
     for name in plan.BATCH:
         of_step = _of_model(rows, name, step)
@@ -63,7 +69,7 @@ def model_lines(rows, step: str) -> list[tuple]:
     return lines
 
 
-def model_table(rows, step: str) -> str:
+def model_table(rows: list[dict], step: str) -> str:
     header = ("", "batch", "ours, images/s", "eager NHWC", "torch.compile, best", "speed-up over compile", "peak memory, ours / compile")
     header += ("share of copy", "launches")
     lines = []
@@ -81,7 +87,7 @@ def model_table(rows, step: str) -> str:
     return _markdown(header, lines)
 
 
-def latency_table(rows) -> str:
+def latency_table(rows: list[dict]) -> str:
     columns = ("ours", "channels_last", "compile-default", "compile-reduce-overhead")
     lines = []
     for name in plan.BATCH:
@@ -90,8 +96,8 @@ def latency_table(rows) -> str:
     return _markdown(("one image, CUDA graph, ms", *columns), lines)
 
 
-def layer_table(rows, kind: str) -> str:
-    """Layers or blocks: time of ours, of the fastest other, GB/s and share of the copy bandwidth."""
+def layer_table(rows: list[dict], kind: str) -> str:
+    """Layers or blocks: the time of ours and of the fastest other, GB/s, and the share of the copy bandwidth."""
     of_kind = [row for row in rows if row.get("kind") == kind]
     names = list(dict.fromkeys((row["model"], row["shape"], row["step"]) for row in of_kind))
     lines = []
@@ -114,8 +120,8 @@ def _versions(row) -> str:
 CPU_OTHERS = ("channels_last", "torchvision-channels_last", "timm-channels_last")
 
 
-def cpu_rows(rows) -> list[dict]:
-    """Rows of whole networks on a CPU that were timed in turns with others."""
+def cpu_rows(rows: list[dict]) -> list[dict]:
+    """The rows of whole networks on a CPU that were timed in turns with others."""
     return [row for row in rows if not row.get("cuda") and row.get("kind") == "model" and row.get("time_over")]
 
 
@@ -123,9 +129,11 @@ def _interval(ratio: dict | None) -> str:
     return NOT_YET if ratio is None else "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
 
-def cpu_table(rows) -> str:
-    """Ratios of times on a CPU, each pair timed in turns, with the 95 % confidence interval of their median. Not the times, which depend
-    on what else the machine did during their row."""
+def cpu_table(rows: list[dict]) -> str:
+    """Ratios of times on a CPU, each pair timed in turns, with the 95 % confidence interval of their median.
+
+    The times themselves are not shown: they depend on what else the machine did during their row.
+    """
     lines = []
     for row in cpu_rows(rows):
         ratios = [_interval(row["time_over"].get(other)) if other != row["variant"] else "" for other in CPU_OTHERS]
@@ -134,7 +142,7 @@ def cpu_table(rows) -> str:
     return _markdown(header, lines or [("all",) + (NOT_YET,) * 3])
 
 
-def cpu_line(rows) -> str:
+def cpu_line(rows: list[dict]) -> str:
     """Where ``cpu_table`` was measured."""
     found = cpu_rows(rows)
     if not found:
@@ -144,7 +152,7 @@ def cpu_line(rows) -> str:
     return f"CPU: {where}.\nRatios of CPU times taken in turns, with the 95 % confidence interval of their median:"
 
 
-def machine_line(rows) -> str:
+def machine_line(rows: list[dict]) -> str:
     if not rows:
         return f"GPU: {NOT_YET}."
     row = rows[-1]
@@ -152,7 +160,7 @@ def machine_line(rows) -> str:
     return f"{where}; {_versions(row)}."
 
 
-def plain_line(rows) -> str:
+def plain_line(rows: list[dict]) -> str:
     """Which rows of ours ran plain layers, and why: their figures are not the kernels'. Empty where none did."""
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -161,7 +169,7 @@ def plain_line(rows) -> str:
     return "\n".join(f"Not by fused kernels ({path}): {', '.join(dict.fromkeys(names))}." for path, names in found.items())
 
 
-def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
+def report(folder: Path, rows: list[dict], plots: dict[str, Path | None]) -> str:
     """The whole page."""
     on_gpu = gpu_rows(rows)
     correctness = folder / "correctness.json"
@@ -182,8 +190,11 @@ def report(folder: Path, rows, plots: dict[str, Path | None]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def readme_table(rows) -> str:
-    """What the README shows: each network's speed-up and memory against the best of torch.compile, on one GPU; what a CPU's path costs."""
+def readme_table(rows: list[dict]) -> str:
+    """What the README shows.
+
+    It is each network's speed-up and memory against the best of torch.compile, on one GPU, and what a CPU's path costs.
+    """
     on_gpu = gpu_rows(rows)
     lines = []
     tables = [model_lines(on_gpu, step) for step in STEPS]
@@ -201,7 +212,9 @@ def readme_table(rows) -> str:
 
 
 def update_readme(path: Path, table: str) -> bool:
-    """Put ``table`` between the markers; whether that changed the file. Raises ValueError where the markers are missing."""
+    """Put ``table`` between the markers. Returns whether that changed the file. Raises ValueError where markers are
+    missing.
+    """
     text = path.read_text(encoding="utf-8")
     start, end = MARKERS
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -213,11 +226,11 @@ def update_readme(path: Path, table: str) -> bool:
     return new != text
 
 
-# ---- plots -------------------------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 
 def _bars(axes, names, groups, ylabel, title):
-    """Groups of bars, one of each group for each name; None leaves a gap."""
+    """Draw groups of bars, one bar of each group for each name; None leaves a gap."""
     width = 0.8 / len(groups)
     for i, (label, values) in enumerate(groups.items()):
         at = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(names))]
@@ -245,8 +258,8 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def speed_plot(path: Path, rows) -> Path | None:
-    """Images a second over those of eager NHWC."""
+def speed_plot(path: Path, rows: list[dict]) -> Path | None:
+    """The images a second over those of eager NHWC."""
     lines = {step: [line for line in model_lines(rows, step) if line[1] and line[2]] for step in STEPS}
     if not any(lines.values()):
         return None
@@ -263,7 +276,7 @@ def speed_plot(path: Path, rows) -> Path | None:
     return _save(figure, path)
 
 
-def memory_plot(path: Path, rows) -> Path | None:
+def memory_plot(path: Path, rows: list[dict]) -> Path | None:
     lines = {step: [line for line in model_lines(rows, step) if _get(line[1], "peak_memory_mb")] for step in STEPS}
     if not any(lines.values()):
         return None
@@ -277,8 +290,8 @@ def memory_plot(path: Path, rows) -> Path | None:
     return _save(figure, path)
 
 
-def kernels_plot(path: Path, rows) -> Path | None:
-    """Time of each kernel within a step, an image, stacked."""
+def kernels_plot(path: Path, rows: list[dict]) -> Path | None:
+    """The time of each kernel within a step, for an image, stacked."""
     found = [(f"{row['model'].upper()}\n{row['step']}", row) for row in rows if row.get("kind") == "model" and row["variant"] == "ours"]
     found = [(name, row) for name, row in found if row.get("kernels_ms")]
     if not found:
@@ -313,8 +326,11 @@ def kernels_plot(path: Path, rows) -> Path | None:
     return _save(figure, path)
 
 
-def roofline_plot(path: Path, rows) -> Path:
-    """B0's inference on the GPU of the rows, at its measured copy bandwidth; the plan for an H200 where there is none, or another."""
+def roofline_plot(path: Path, rows: list[dict]) -> Path:
+    """B0's inference on the GPU of the rows, at its measured copy bandwidth.
+
+    Where there is none, or one that ``effkernels.configs.gpus`` does not have, it is the plan for an H200.
+    """
     gpu = gpu_of(rows[-1]["device"]) if rows else None
     rows = rows if gpu else []
     gpu = replace(gpu, bandwidth=1e9 * rows[-1]["copy_gb_per_s"]) if gpu else GPUS["h200"]
@@ -327,7 +343,7 @@ def roofline_plot(path: Path, rows) -> Path:
     return path
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plots of measured results.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a campaign's folder, or one of --benchmark-json files")
     parser.add_argument("--readme", type=Path, default=README, help="file whose table between the markers is updated")

@@ -1,4 +1,4 @@
-"""Rows that were measured: the ``extra_info`` of every --benchmark-json file in a folder."""
+"""The rows that were measured: the ``extra_info`` of every --benchmark-json file in a folder."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ NOT_YET = "not yet measured"
 
 
 def load(folder: Path) -> list[dict]:
-    """Measured rows of all JSON files under ``folder``, oldest file first; a later row of the same name replaces an earlier one.
+    """Measured rows of all JSON files under ``folder``, oldest file first; a later row of the same name replaces an
+    earlier one.
 
-    A row is its ``extra_info``. Files that are not of --benchmark-json (a campaign's own state) are passed over. Raises ValueError
-    that names a file that is not JSON.
+    A row is its ``extra_info``. Files that are not of --benchmark-json (a campaign's own state) are passed over. Raises
+    ValueError that names a file that is not JSON.
     """
     rows: dict[tuple, dict] = {}
     folder = Path(folder)
@@ -28,7 +29,7 @@ def load(folder: Path) -> list[dict]:
     return list(rows.values())
 
 
-def find(rows, **wanted) -> dict | None:
+def find(rows: list[dict], **wanted: object) -> dict | None:
     """The last row with these values, or None."""
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return found[-1] if found else None

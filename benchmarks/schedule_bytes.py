@@ -1,7 +1,9 @@
-"""Bytes that device memory must move, counted from the fused schedule (efficientnet/measure/roofline.py): the numerator of every GB/s."""
+"""The bytes that device memory must move, counted from the fused schedule (efficientnet/measure/roofline.py): what
+every GB/s is computed from.
+"""
 
 from benchmarks import shapes
-from efficientnet.measure.roofline import Kernel, block_works, elements, end_works, weight_bytes
+from efficientnet.measure.roofline import Kernel, Work, block_works, elements, end_works, weight_bytes
 from efficientnet.model.config import EfficientNetConfig
 
 DEPTHWISE_INFERENCE = (Kernel("depthwise", "x", "out"),)
@@ -19,8 +21,8 @@ def _elements(schedule, sizes) -> int:
     return sum(sizes[tensor] for kernel in schedule for tensor in f"{kernel.reads} {kernel.writes}".split())
 
 
-def works(shape: shapes.Block | shapes.Model, training: bool):
-    """The kernels of a block's or a network's step on one image."""
+def works(shape: shapes.Block | shapes.Model, training: bool) -> list[Work]:
+    """The kernels of one step of a block or a network on one image."""
     if isinstance(shape, shapes.Block):
         return block_works(shape, training)
     blocks = shapes.blocks(shape.name, shape.size)
@@ -30,7 +32,7 @@ def works(shape: shapes.Block | shapes.Model, training: bool):
 
 
 def activation_elements(shape: shapes.Shape, training: bool) -> int:
-    """Elements of activations and gradients that one image's step reads and writes."""
+    """The elements of activations and gradients that a step reads and writes for one image."""
     if isinstance(shape, shapes.Block | shapes.Model):
         return elements(works(shape, training))
     if isinstance(shape, shapes.Pointwise):
@@ -49,6 +51,6 @@ def activation_elements(shape: shapes.Shape, training: bool) -> int:
 
 
 def step_bytes(shape: shapes.Shape, training: bool, batch: int, itemsize: int, parameters: int) -> int:
-    """Bytes of one step on ``batch`` images with ``itemsize`` bytes an element; models train with AdamW."""
+    """The bytes of one step on ``batch`` images with ``itemsize`` bytes an element. Models train with AdamW."""
     weights = weight_bytes(parameters, training, itemsize, optimizer=isinstance(shape, shapes.Model))
     return batch * itemsize * activation_elements(shape, training) + weights

@@ -21,16 +21,16 @@ class PlainDepthwiseConvBNAct(FusedDepthwiseConvBNAct):
 
 
 class Shape:
-    """A module and the square images it takes: ``size`` pixels a side."""
+    """A module and the square images that it takes, ``size`` pixels a side."""
 
-    def shrunk(self, divisor: int):
+    def shrunk(self, divisor: int) -> "Shape":
         """The same on images of 1 / divisor of the side, rounded up."""
         return replace(self, size=-(-self.size // divisor))
 
 
 @dataclass(frozen=True)
 class Depthwise(Shape):
-    """Depthwise convolution, BatchNorm, SiLU."""
+    """A depthwise convolution with BatchNorm and SiLU."""
 
     channels: int
     size: int
@@ -41,14 +41,14 @@ class Depthwise(Shape):
         return f"c{self.channels}-{self.size}px-k{self.kernel_size}-s{self.stride}"
 
     @property
-    def in_channels(self):
+    def in_channels(self) -> int:
         return self.channels
 
     @property
-    def out_size(self):
+    def out_size(self) -> int:
         return conv_out_size(self.size, self.kernel_size, self.stride, "symmetric")
 
-    def build(self, fused):
+    def build(self, fused: bool) -> nn.Module:
         cls = FusedDepthwiseConvBNAct if fused else PlainDepthwiseConvBNAct
         return cls(self.channels, self.kernel_size, self.stride)
 
@@ -65,16 +65,18 @@ class SqueezeExciteLayer(Shape):
         return f"c{self.channels}-r{self.reduced}-{self.size}px"
 
     @property
-    def in_channels(self):
+    def in_channels(self) -> int:
         return self.channels
 
-    def build(self, fused):
+    def build(self, fused: bool) -> nn.Module:
         return (FusedSqueezeExcite if fused else SqueezeExcite)(self.channels, self.reduced)
 
 
 @dataclass(frozen=True)
 class Block(Shape):
-    """One MBConv block; ``expanded`` and ``reduced`` channels are those of its depthwise convolution and squeeze-excite."""
+    """One MBConv block. ``expanded`` and ``reduced`` are the channels of its depthwise convolution and of its
+    squeeze-excite.
+    """
 
     in_channels: int
     out_channels: int
@@ -90,30 +92,33 @@ class Block(Shape):
         return f"{self.in_channels}to{self.out_channels}-e{self.expand_ratio:g}-{self.size}px-k{self.kernel_size}-s{self.stride}"
 
     @property
-    def out_size(self):
+    def out_size(self) -> int:
         return conv_out_size(self.size, self.kernel_size, self.stride, "symmetric")
 
     @property
-    def residual(self):
+    def residual(self) -> bool:
         return self.stride == 1 and self.in_channels == self.out_channels
 
     @property
-    def depthwise(self):
+    def depthwise(self) -> Depthwise:
         return Depthwise(self.expanded, self.size, self.kernel_size, self.stride)
 
     @property
-    def squeeze_excite(self):
+    def squeeze_excite(self) -> SqueezeExciteLayer:
         return SqueezeExciteLayer(self.expanded, self.reduced, self.out_size)
 
-    def build(self, fused):
+    def build(self, fused: bool) -> nn.Module:
         args = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio, self.se_ratio
         return (FusedMBConv if fused else MBConv)(*args)
 
 
 class FusedPointwise(nn.Module):
-    """1x1 convolution and BatchNorm, in inference one launch of the kernel that an MBConv block runs for them; plain elsewhere."""
+    """A 1x1 convolution and BatchNorm.
 
-    def __init__(self, inputs, outputs, act, gated, fused):
+    In inference it is one launch of the kernel that an MBConv block runs for them; elsewhere it is plain.
+    """
+
+    def __init__(self, inputs: int, outputs: int, act: str, gated: bool, fused: bool):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
         self.act, self.fused = act, fused
@@ -123,12 +128,13 @@ class FusedPointwise(nn.Module):
         else:
             self.gate = None
 
-    def why_not_fused(self, x=None):
+    def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
+        """None if the kernel will serve x, else the reason why not."""
         if not self.fused or self.training:
             return "the fused schedule has this layer alone in inference only" if self.fused else "plain"
         return dispatch.why_not_fused(x, (("conv_pw", self.conv), ("bn", self.bn)), self.conv.out_channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused and self.why_not_fused(x) is None:
             from effkernels.kernels import pointwise
             from effkernels.kernels.norm import BatchNorm
@@ -144,7 +150,7 @@ class FusedPointwise(nn.Module):
         return activate(self.bn(self.conv(x)), self.act)
 
     def _gate_of(self, images):
-        """fp32 [N, C], as squeeze-excite hands it over; made once, outside of what is timed."""
+        """The gate as squeeze-excite hands it over, fp32 [N, C]. It is made once, outside of what is timed."""
         if self.gate is not None and (self._gates is None or len(self._gates) != images):
             self._gates = self.gate.float().expand(images, -1).contiguous()
         return self._gates
@@ -152,7 +158,7 @@ class FusedPointwise(nn.Module):
 
 @dataclass(frozen=True)
 class Pointwise(Shape):
-    """A block's 1x1 convolution with its BatchNorm: "expand" with SiLU after it, "project" with the gate before it."""
+    """A 1x1 convolution of a block with its BatchNorm: "expand" with SiLU after it, "project" with the gate before it."""
 
     kind: str
     in_channels: int
@@ -162,14 +168,14 @@ class Pointwise(Shape):
     def __str__(self):
         return f"{self.kind}-{self.in_channels}to{self.out_channels}-{self.size}px"
 
-    def build(self, fused):
+    def build(self, fused: bool) -> nn.Module:
         expands = self.kind == "expand"
         return FusedPointwise(self.in_channels, self.out_channels, "silu" if expands else "identity", not expands, fused)
 
 
 @dataclass(frozen=True)
 class Model(Shape):
-    """A whole network, without dropout and drop-path (their random masks would differ from one variant to the next)."""
+    """A whole network, without dropout and drop-path, whose random masks would differ from one variant to the next."""
 
     name: str
     size: int
@@ -178,18 +184,18 @@ class Model(Shape):
     def __str__(self):
         return f"{self.name}-{self.size}px"
 
-    def build(self, fused, device=None):
+    def build(self, fused: bool, device: torch.device | str | None = None) -> nn.Module:
         return create_model(self.name, fused=fused, drop_rate=0.0, drop_path_rate=0.0, device=device)
 
 
 def model(name: str) -> Model:
-    """The network at the resolution it was made for."""
+    """The network at the resolution that it was made for."""
     return Model(name, EfficientNetConfig.from_name(name).resolution)
 
 
 @functools.cache
 def blocks(name: str, image_size: int | None = None) -> tuple[Block, ...]:
-    """Every MBConv block of a network, in order, for square images (default: of its own resolution)."""
+    """Every MBConv block of a network, in order, for square images; None is the network's own resolution."""
     network = create_model(name, fused=False, device="meta")
     size = conv_out_size(image_size or network.config.resolution, 3, 2, "symmetric")
     found = []
@@ -213,8 +219,10 @@ def squeeze_excite_layers(name: str) -> list[SqueezeExciteLayer]:
     return list(dict.fromkeys(block.squeeze_excite for block in blocks(name)))
 
 
-def kernel_of(name: str, block) -> Shape | None:
-    """The layer that a kernel of the inference schedule runs in ``block`` (anything with a Block's attributes), or None."""
+def kernel_of(name: str, block: Block) -> Shape | None:
+    """The layer that a kernel of the inference schedule runs in ``block`` (anything with a Block's attributes), or
+    None.
+    """
     if name == "expand":
         return Pointwise("expand", block.in_channels, block.expanded, block.size)
     if name == "project":

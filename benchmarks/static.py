@@ -1,16 +1,20 @@
-"""What can be known of the kernels without running them on a GPU: launches, bytes, registers and spills, for comparing two trees.
+"""What can be known of the kernels without running them on a GPU: launches, bytes, registers and spills, for comparing
+two trees.
 
-``benchmarks/static.json`` holds them for the tree that was last accepted; ``python -m benchmarks.compare --static`` compares the
-present tree with it, ``--update`` accepts the present tree (half a minute). Its sections:
+``benchmarks/static.json`` holds them for the tree that was last accepted. ``python -m benchmarks.compare --static``
+compares the present tree with it; ``--update`` accepts the present tree (half a minute). Its sections:
 
-- ``networks``: launches of one step of B0 to B7 in bf16, PyTorch's own operators among them, and the bytes of all their tensors, each
-  once a launch, per image. Read off the launchers, which run on the ``meta`` device.
+- ``networks``: the launches of one step of B0 to B7 in bf16, PyTorch's own operators among them, and the bytes of all
+  their tensors, each once a launch, for one image. They are read off the launchers, which run on the ``meta`` device.
 - ``blocks``: the same of each different block of B0 and B4.
-- ``kept``: bytes that a training step of B0 in bf16 keeps for the backward, per image, and their share of what plain layers keep.
-- ``counted``: distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
-- ``machine code``: the most registers, spilled bytes and instructions of each kernel, from effkernels/configs/static_sm90.json.
+- ``kept``: the bytes that a training step of B0 in bf16 keeps for the backward, for one image, and their share of what
+  plain layers keep.
+- ``counted``: the distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
+- ``machine code``: the most registers, spilled bytes and instructions of each kernel, from
+  effkernels/configs/static_sm90.json.
 
-In training the blocks' weights are fp32, as under autocast; those of the head and classifier bf16, as autocast hands them over.
+In training the blocks' weights are fp32, as under autocast; those of the head and classifier are bf16, as autocast
+hands them over.
 """
 
 import contextlib
@@ -19,10 +23,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from benchmarks.shapes import Block
 
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).parent / "static.json"
@@ -38,7 +47,7 @@ FREE = ("empty", "detach", "copy_")
 
 
 @contextlib.contextmanager
-def recorded():
+def recorded() -> Iterator[tuple[list, list]]:
     """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
     from effkernels import dispatch
     from effkernels.tools.launches import record_launches
@@ -53,8 +62,11 @@ def recorded():
         dispatch.why_not_fused = original
 
 
-def step_launches(module, x, training: bool):
-    """(kernel launches, operators) of a forward, and in training of a cross entropy or a given gradient and of the backward."""
+def step_launches(module: torch.nn.Module, x: torch.Tensor, training: bool) -> tuple[list, list]:
+    """(kernel launches, operators) of a step.
+
+    It is a forward and, in training, the backward of a cross entropy, or of a given gradient.
+    """
     module.train(training)
     gradient = None
     with recorded() as (launches, operators), torch.set_grad_enabled(training):
@@ -73,8 +85,8 @@ def _summary(launches, operators, images: int) -> dict:
     return {"launches": len(launches) + len(operators), "bytes_per_image": round(moved / images), "of": dict(sorted(names.items()))}
 
 
-def network(name: str, training: bool):
-    """(model, images) of a network on the ``meta`` device, bf16."""
+def network(name: str, training: bool) -> tuple[torch.nn.Module, torch.Tensor]:
+    """(model, images) of a network on the ``meta`` device, in bf16."""
     from efficientnet import create_model
 
     bf16 = torch.bfloat16
@@ -86,8 +98,8 @@ def network(name: str, training: bool):
     return model, torch.empty(BATCH, 3, size, size, device="meta", dtype=bf16).to(memory_format=torch.channels_last)
 
 
-def block_summary(block, training: bool) -> dict:
-    """Of one block of benchmarks.shapes."""
+def block_summary(block: "Block", training: bool) -> dict:
+    """The summary of one block of benchmarks.shapes."""
     from effkernels import FusedMBConv
 
     args = block.in_channels, block.out_channels, block.kernel_size, block.stride, block.expand_ratio, block.se_ratio
@@ -98,9 +110,11 @@ def block_summary(block, training: bool) -> dict:
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Within: bytes of the storages saved for the backward, each once, parameters and buffers of ``module`` apart."""
+    """Within: the bytes of the storages saved for the backward, each once, without parameters and buffers of
+    ``module``.
+    """
 
-    def __init__(self, module):
+    def __init__(self, module: torch.nn.Module):
         own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         self.storages: dict = {}
 
@@ -122,7 +136,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 def kept(size: int, memory: str) -> dict:
-    """Of images of ``size`` pixels."""
+    """The bytes that a training step of B0 on images of ``size`` pixels keeps."""
     from efficientnet import create_model
 
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
@@ -146,7 +160,9 @@ def machine_code() -> dict:
 
 
 def counted() -> dict:
-    """Distinct bytes of the launches of small blocks. Triton must be interpreting (TRITON_INTERPRET=1 before its import)."""
+    """The distinct bytes of the launches of small blocks. Triton must be interpreting (TRITON_INTERPRET=1 before its
+    import).
+    """
     from effkernels import FusedMBConv
     from effkernels.tools.traffic import count_steps
 
@@ -171,7 +187,9 @@ def _counted_in_the_interpreter() -> dict:
 
 
 def measure() -> dict:
-    """All sections, for the present tree. Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to record."""
+    """All sections, for the present tree. Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to
+    record.
+    """
     from benchmarks.shapes import blocks
     from effkernels.dispatch import interpreting
 
@@ -209,7 +227,7 @@ def read(path: Path) -> dict:
 
 
 def write(table: dict, path: Path = BASELINE) -> None:
-    """One entry a line, so that a change shows as a few lines; the file is replaced as a whole."""
+    """Write one entry a line, so that a change shows as a few lines. The file is replaced as a whole."""
     parts = [f'"kind": {json.dumps(table["kind"])}']
     for section, entries in table.items():
         if section != "kind":

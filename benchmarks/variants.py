@@ -1,6 +1,7 @@
 """How a shape is run: the variants, one timed step of each, and the check that a variant computes the right thing."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,14 +11,18 @@ from torch import nn
 from benchmarks import libraries
 from benchmarks.shapes import Model, Shape
 
-IMAGES = 2  # distinct images; a batch repeats them, so that its BatchNorm statistics, hence its results, are those of the two
+# Distinct images; a batch repeats them, so that its BatchNorm statistics, hence its results, are those of the two.
+IMAGES = 2
 NUM_CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Plain or fused modules or a library's model, their memory format, torch.compile's mode (None: eager), and whether a step is
-    replayed from a CUDA graph (None: where it is too short to be timed otherwise)."""
+    """What runs: plain or fused modules or a library's model, in a memory format.
+
+    compile_mode is torch.compile's mode (None: eager). graph says whether a step is replayed from a CUDA graph (None:
+    only where it is too short to be timed otherwise).
+    """
 
     name: str
     fused: bool = False
@@ -40,8 +45,10 @@ OURS = Variant("ours", fused=True)
 COMPILE_MODES = ("default", "max-autotune", "reduce-overhead")
 
 
-def variants(compile_modes, libraries=()) -> list[Variant]:
-    """Eager in both memory formats, torch.compile in each mode, of the plain module and of each library's; ours."""
+def variants(compile_modes: Sequence[str], libraries: Sequence[str] = ()) -> list[Variant]:
+    """Eager in both memory formats and torch.compile in each mode, of the plain module and of each library's; then
+    ours.
+    """
     found = []
     for library in (None, *libraries):
         prefix = f"{library}-" if library else ""
@@ -51,19 +58,34 @@ def variants(compile_modes, libraries=()) -> list[Variant]:
 
 
 def latency_variants() -> list[Variant]:
-    """Each replayed from a CUDA graph: torch.compile's own in its mode reduce-overhead, ours of the rest."""
+    """The variants of latency, each replayed from a CUDA graph: torch.compile's own in its mode reduce-overhead, else
+    ours.
+    """
     captured = [replace(variant, graph=True) for variant in (CHANNELS_LAST, Variant("compile-default", compile_mode="default"), OURS)]
     return [*captured[:2], Variant("compile-reduce-overhead", compile_mode="reduce-overhead", graph=False), captured[2]]
 
 
 class VariantRun:
-    """One shape under one variant: weights ``state``, a batch that repeats ``x``, and the gradient ``dout`` of the output.
+    """One shape under one variant: weights ``state``, a batch that repeats the images ``x``, and the gradient ``dout``
+    of the output.
 
-    Inference runs without autograd in ``dtype`` throughout; training keeps fp32 weights under autocast to ``dtype``. A model's
-    training step is forward, cross-entropy, backward and AdamW; other modules' forward and backward.
+    Inference runs without autograd, in ``dtype`` throughout. Training keeps fp32 weights under autocast to ``dtype``.
+    The training step of a model is forward, cross-entropy, backward and AdamW; that of another module is forward and
+    backward.
     """
 
-    def __init__(self, shape: Shape, training: bool, variant: Variant, state, x, dout, batch: int, device, dtype):
+    def __init__(
+        self,
+        shape: Shape,
+        training: bool,
+        variant: Variant,
+        state: dict,
+        x: torch.Tensor,
+        dout: torch.Tensor,
+        batch: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
         self.training, self.batch, self.dtype, self.is_model = training, batch, dtype, isinstance(shape, Model)
         mixed = training and dtype in (torch.bfloat16, torch.float16)
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=True) if mixed else contextlib.nullcontext()
@@ -104,7 +126,7 @@ class VariantRun:
             p.grad = None
 
     def step(self) -> None:
-        """What is timed."""
+        """Run one step: what is timed."""
         self._begin()
         if not self.training:
             with torch.no_grad():
@@ -121,9 +143,10 @@ class VariantRun:
             out.backward(self.dout.to(out.dtype))
 
     def results(self) -> dict[str, torch.Tensor]:
-        """Output and, in training, every gradient under ``dout``, as float64 on the CPU.
+        """The output and, in training, every gradient under ``dout``, as float64 on the CPU.
 
-        Of what belongs to images only the first and the last IMAGES; weight gradients as if the batch had but IMAGES images.
+        Of what belongs to images only the first and the last IMAGES are returned; weight gradients are scaled as if the
+        batch had but IMAGES images.
         """
         self._begin()
         if not self.training:
@@ -157,7 +180,8 @@ class VariantRun:
 class Truth:
     """Seeded weights and images of a shape, the float64 results for them, and how far eager PyTorch is from those.
 
-    Eager's own error is the larger of its two memory formats': on B0's gradients in fp32 they differ by a factor of two.
+    Eager's own error is the larger one of its two memory formats: on B0's gradients in fp32 they differ by a factor of
+    two.
     """
 
     shape: Shape
@@ -172,7 +196,8 @@ class Truth:
     eager_errors: dict
 
     @classmethod
-    def of(cls, shape: Shape, training: bool, batch: int, device, dtype) -> "Truth":
+    def of(cls, shape: Shape, training: bool, batch: int, device: torch.device | str, dtype: torch.dtype) -> "Truth":
+        """Make the truth of a shape. Raises ValueError for a batch size that does not repeat the images evenly."""
         if batch < 1 or batch % IMAGES and (batch > 1 or training):
             raise ValueError(f"the batch size must be a multiple of {IMAGES}, or 1 in inference, got {batch}")
         with torch.random.fork_rng(devices=[]):
@@ -197,10 +222,13 @@ class Truth:
         return truth
 
     def runner(self, variant: Variant) -> VariantRun:
+        """The shape under a variant, with these weights and images."""
         return VariantRun(self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype)
 
     def errors(self, runner: VariantRun) -> dict[str, float]:
-        """Relative L2 errors of output and input gradient, and the root mean square of those of all weight gradients."""
+        """The relative L2 errors of output and input gradient, and the root mean square of those of all weight
+        gradients.
+        """
         found = runner.results()
         errors = {name: ((found[name] - want).norm() / want.norm()).item() for name, want in self.results.items()}
         summary = {name: errors.pop(name) for name in ("out", "dx") if name in errors}
@@ -209,7 +237,9 @@ class Truth:
         return summary
 
     def check(self, runner: VariantRun) -> dict[str, float]:
-        """The errors; AssertionError if one is above twice eager PyTorch's in the same dtype (plus 1e-6), or not a number."""
+        """The errors. Raises AssertionError if one is above twice eager PyTorch's in the same dtype (plus 1e-6), or not
+        a number.
+        """
         errors = self.errors(runner)
         for name, error in errors.items():
             bound = 2 * self.eager_errors[name] + 1e-6
@@ -227,7 +257,10 @@ def _randomize_batch_norms(module: nn.Module):
 
 
 def _calibrate(module: nn.Module, x):
-    """Running statistics near those of ``x``, as trained ones are: with others a deep network's output hardly depends on its input."""
+    """Bring running statistics near those of ``x``, as trained ones are.
+
+    With others a deep network's output hardly depends on its input.
+    """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for m in norms:

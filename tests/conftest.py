@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 import support.interpreter  # noqa: F401 (chooses how Triton is loaded)
-from benchmarks.libraries import declare_torchvision_operators
+from efficientnet.data.torchvision_modules import declare_torchvision_operators
 from support import cases
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within them would only wait for each other
