@@ -38,7 +38,7 @@ TEST = [
 setup(
     name="effkernels",
     version=VERSION,
-    description="Fused Triton kernels for EfficientNet's MBConv blocks, and the EfficientNet family in PyTorch on top of them",
+    description="Fused Triton kernels for EfficientNet's MBConv blocks, and the EfficientNet family on top of them",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -79,11 +79,16 @@ def model_table(rows: list[dict], step: str) -> str:
         memory = _ratio(_get(ours, "peak_memory_mb"), _get(compiled, "peak_memory_mb"))
         lines.append(
             (
-                name.upper(), _number(_get(ours, "batch_size"), "{}"), *map(_number, speed[:2]), _number(speed[2]) + mode,
-                _number(_ratio(speed[0], speed[2]), "{:.2f}"), _number(memory, "{:.2f}"),
-                _number(_get(ours, "share_of_copy"), "{:.0%}"), _number(_get(ours, "launches"), "{}"),
+                name.upper(),
+                _number(_get(ours, "batch_size"), "{}"),
+                *map(_number, speed[:2]),
+                _number(speed[2]) + mode,
+                _number(_ratio(speed[0], speed[2]), "{:.2f}"),
+                _number(memory, "{:.2f}"),
+                _number(_get(ours, "share_of_copy"), "{:.0%}"),
+                _number(_get(ours, "launches"), "{}"),
             )
-        )  # fmt: skip
+        )
     return _markdown(header, lines)
 
 

@@ -89,7 +89,8 @@ class Block(Shape):
     size: int
 
     def __str__(self):
-        return f"{self.in_channels}to{self.out_channels}-e{self.expand_ratio:g}-{self.size}px-k{self.kernel_size}-s{self.stride}"
+        channels = f"{self.in_channels}to{self.out_channels}-e{self.expand_ratio:g}"
+        return f"{channels}-{self.size}px-k{self.kernel_size}-s{self.stride}"
 
     @property
     def out_size(self) -> int:
@@ -141,9 +142,12 @@ class FusedPointwise(nn.Module):
 
             bn = self.bn
             out, _ = pointwise.pointwise_forward(
-                x.permute(0, 2, 3, 1), self.conv.weight, gates=self._gate_of(len(x)), act2=self.act,
+                x.permute(0, 2, 3, 1),
+                self.conv.weight,
+                gates=self._gate_of(len(x)),
+                act2=self.act,
                 epilogue=BatchNorm(bn.weight, bn.bias, bn.running_mean, var=bn.running_var, eps=bn.eps),
-            )  # fmt: skip
+            )
             return out.permute(0, 3, 1, 2)
         if self.gate is not None:
             x = x * self.gate.to(x.dtype)[:, None, None]
@@ -201,9 +205,16 @@ def blocks(name: str, image_size: int | None = None) -> tuple[Block, ...]:
     found = []
     for mbconv in (block for stage in network.blocks for block in stage):
         block = Block(
-            mbconv.in_channels, mbconv.out_channels, mbconv.kernel_size, mbconv.stride, mbconv.expand_ratio, mbconv.se_ratio,
-            mbconv.conv_dw.out_channels, mbconv.se.conv_reduce.out_channels, size,
-        )  # fmt: skip
+            mbconv.in_channels,
+            mbconv.out_channels,
+            mbconv.kernel_size,
+            mbconv.stride,
+            mbconv.expand_ratio,
+            mbconv.se_ratio,
+            mbconv.conv_dw.out_channels,
+            mbconv.se.conv_reduce.out_channels,
+            size,
+        )
         found.append(block)
         size = block.out_size
     return tuple(found)

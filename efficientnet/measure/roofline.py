@@ -153,9 +153,14 @@ def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
     found, size = [], conv_out_size(image_size, 3, 2, "symmetric")
     for block in (block for stage in model.blocks for block in stage):
         block = BlockGeometry(
-            block.in_channels, block.out_channels, block.kernel_size, block.stride, block.conv_dw.out_channels, size,
+            block.in_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.stride,
+            block.conv_dw.out_channels,
+            size,
             block.stride == 1 and block.in_channels == block.out_channels,
-        )  # fmt: skip
+        )
         found.append(block)
         size = block.out_size
     return found

@@ -46,9 +46,12 @@ class TrainConfig:
     drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
     drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the model's own)", "--drop-path")
     pretrained: str | None = option(
-        None, "start from these weights: 'default', a tag of the model, a checkpoint of any layout, a URL or a Hub id",
-        metavar="WEIGHTS", nargs="?", const="default",
-    )  # fmt: skip
+        None,
+        "start from these weights: 'default', a tag of the model, a checkpoint of any layout, a URL or a Hub id",
+        metavar="WEIGHTS",
+        nargs="?",
+        const="default",
+    )
     freeze_until: str | None = option(None, "leave the layers up to this one as they are: stem, a stage from 0 to 6, or head")
     freeze_bn: str = option("all", "of their BatchNorm stay: all, weights (statistics follow the images), none", choices=FREEZE_BN)
     layer_decay: float = option(1.0, "learning rate of each block as a share of the next one's")
@@ -144,9 +147,13 @@ class TrainConfig:
         number("in [0, 1]", lambda v: 0 <= v <= 1, "hflip", "reprob")
         number("in (0, 1]", lambda v: 0 < v <= 1, "decay_rate", "crop_pct", "layer_decay")
         for name, choices in (
-            ("amp", AMP), ("opt", OPTIMIZERS), ("sched", SCHEDULES), ("dist_bn", DIST_BN), ("freeze_bn", FREEZE_BN),
+            ("amp", AMP),
+            ("opt", OPTIMIZERS),
+            ("sched", SCHEDULES),
+            ("dist_bn", DIST_BN),
+            ("freeze_bn", FREEZE_BN),
             ("interpolation", INTERPOLATIONS),
-        ):  # fmt: skip
+        ):
             check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
         until = ("stem", *map(str, range(7)), "head")
         if self.freeze_until is not None:

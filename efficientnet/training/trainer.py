@@ -48,10 +48,22 @@ from efficientnet.weights.pretrained import resolve
 
 # Settings that may be changed when a run is resumed: its result stays the same.
 FREE_SETTINGS = {
-    "output", "resume", "device", "num_workers", "max_corrupt", "tensorboard", "log_interval", "checkpoint_interval", "checkpoint_hist",
-    "auto_batch", "batch_size", "global_batch_size", "grad_accum_steps", "skip_nonfinite",
+    "output",
+    "resume",
+    "device",
+    "num_workers",
+    "max_corrupt",
+    "tensorboard",
+    "log_interval",
+    "checkpoint_interval",
+    "checkpoint_hist",
+    "auto_batch",
+    "batch_size",
+    "global_batch_size",
+    "grad_accum_steps",
+    "skip_nonfinite",
     "download",
-}  # fmt: skip
+}
 
 
 class Trainer:

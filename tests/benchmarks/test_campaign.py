@@ -79,8 +79,9 @@ def test_a_row_that_fails_or_dies_does_not_stop_the_rest(start, tmp_path):
     one.run(todo)
     assert measured(tmp_path) == ["a", "b", "c"]
     assert {node.split("[")[1][:-1]: what for node, what in one.state.items()} == {
-        "fail": "failed; see log.txt", "die": "the process died with exit code -9",
-    }  # fmt: skip
+        "fail": "failed; see log.txt",
+        "die": "the process died with exit code -9",
+    }
     start(60).run(todo)
     assert runs(tmp_path) == ["a", "fail", "b", "die", "c"], "neither is run again"
 

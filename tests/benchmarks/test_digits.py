@@ -61,8 +61,9 @@ def test_a_classifier_on_frozen_weights(trainings, tmp_path):
     out = tmp_path / "digits.json"
     digits.main(["--seeds", "0", *NO_TRANSFER, "--classifier-seeds", "2", "--out", str(out)])
     assert json.loads(out.read_text())["classifier"] == {
-        "0": {"digits 0 to 4": 0.7, "random": 0.7}, "1": {"digits 0 to 4": 0.71, "random": 0.71}
-    }  # fmt: skip
+        "0": {"digits 0 to 4": 0.7, "random": 0.7},
+        "1": {"digits 0 to 4": 0.71, "random": 0.71},
+    }
     low, trained, random = trainings[:3]
     assert low["data"] == "digits:0-4" and trained["data"] == random["data"] == "digits:5-9"
     assert trained["--pretrained"] == f"{low['--output']}/best.safetensors" and "--pretrained" not in random

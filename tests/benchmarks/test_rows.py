@@ -32,11 +32,15 @@ def rows_of(path):
 
 def test_rows_without_a_gpu(tmp_path):
     done = run(
-        "benchmarks/test_block.py", "benchmarks/test_latency.py", "benchmarks/test_model.py",
-        "-k", "(192to192 and inference) or (b4 and eager) or (test_latency and b1 and ours)",
-        "--compile-mode=max-autotune", f"--benchmark-json={tmp_path}/b.json",
+        "benchmarks/test_block.py",
+        "benchmarks/test_latency.py",
+        "benchmarks/test_model.py",
+        "-k",
+        "(192to192 and inference) or (b4 and eager) or (test_latency and b1 and ours)",
+        "--compile-mode=max-autotune",
+        f"--benchmark-json={tmp_path}/b.json",
         f"--save-rows={tmp_path}/saved",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout
     assert "needs a CUDA GPU: on a CPU one block and B0 in inference are compiled" in done.stdout
     assert "on a CPU only B0's shapes are measured" in done.stdout and "there are no graphs on a CPU" in done.stdout

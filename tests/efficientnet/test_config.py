@@ -67,8 +67,14 @@ def test_from_scaling_scales_every_channel_and_repeat_but_no_name():
     assert [s.channels for s in config.stages] == [16, 24, 48, 88, 120, 208, 352]  # width 1.1
     assert [s.repeats for s in config.stages] == [2, 3, 3, 4, 4, 5, 2]  # depth 1.2
     assert [(s.kernel_size, s.stride, s.expand_ratio) for s in config.stages] == [
-        (3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6),
-    ]  # fmt: skip
+        (3, 1, 1),
+        (3, 2, 6),
+        (5, 2, 6),
+        (3, 2, 6),
+        (5, 1, 6),
+        (5, 2, 6),
+        (3, 1, 6),
+    ]
     assert (config.stem_channels, config.head_channels) == (32, 1408)
     assert config.resolution == 258  # B2 has 260: phi 1 is close to B2, and not B2
     assert (config.drop_rate, config.padding, config.name) == (0.25, "same", "efficientnet")

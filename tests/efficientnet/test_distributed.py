@@ -407,7 +407,8 @@ def test_a_signal_reaches_every_process(config, tmp_path):
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29511"}, "MASTER_ADDR must name the host"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"},
-            r"process 1 of 2 cannot reach the others at 127.0.0.1:1 \(.*Connection refused\); check world size, rank and port",
+            r"process 1 of 2 cannot reach the others at 127.0.0.1:1 "
+            r"\(.*Connection refused\); check world size, rank and port",
         ),
     ],
 )

@@ -164,8 +164,10 @@ def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monk
 
     def full(self, state):
         if state["step"] == 5:
-            monkeypatch.setattr("efficientnet.training.run_state._Writer.__init__", lambda self, path: self.__dict__.update(
-                file=open("/dev/full", "wb", buffering=0), error=None))  # fmt: skip
+            monkeypatch.setattr(
+                "efficientnet.training.run_state._Writer.__init__",
+                lambda self, path: self.__dict__.update(file=open("/dev/full", "wb", buffering=0), error=None),
+            )
         return save(self, state)
 
     monkeypatch.setattr(RunStates, "save", full)

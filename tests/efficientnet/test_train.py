@@ -52,8 +52,13 @@ def test_metrics_of_a_run(trained):
 def test_files_of_a_run(trained):
     config, output, evaluation = trained
     assert {path.name for path in output.iterdir()} == {
-        "last.safetensors", "best.safetensors", "checkpoints", "metrics.jsonl", "steps.jsonl", "curves.png",
-    }  # fmt: skip
+        "last.safetensors",
+        "best.safetensors",
+        "checkpoints",
+        "metrics.jsonl",
+        "steps.jsonl",
+        "curves.png",
+    }
     with Image.open(output / "curves.png") as image:
         assert image.format == "PNG" and image.width > 500
     metadata = read_metadata(output / "last.safetensors")
@@ -152,10 +157,21 @@ def test_backend_is_told_for_every_block():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("epochs", 0), ("epochs", 1.5), ("batch_size", 1), ("batch_size", True), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")),
-        ("weight_decay", -1.0), ("warmup_epochs", -0.5), ("label_smoothing", 1.0), ("seed", -1), ("num_workers", -1), ("amp", "int8"),
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("batch_size", 1),
+        ("batch_size", True),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("weight_decay", -1.0),
+        ("warmup_epochs", -0.5),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("num_workers", -1),
+        ("amp", "int8"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field} must be .*, got {value!r}$"):
         TrainConfig(**{field: value})
