@@ -40,6 +40,8 @@ ROOMS = {
     "efficientnet/cli.py": "picks the command",
     "efficientnet/__main__.py": "starts the command line",
     "efficientnet/__init__.py": "the public names: points to rooms above, and none of those points to it",
+    "effkernels/tools/simulator": "predicts a step of the networks on a GPU, so it stands on both packages",
+    "effkernels/tools/simulate.py": "a command of the simulator",
     "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
 }
 
