@@ -276,8 +276,9 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
             gradients = {}
             needs = [name for name in operator.inputs if name in wanted]
             if dout is not None and needs:
-                kept = dict(zip(tensors, ctx.saved_tensors, strict=False)) | ctx.settings
-                saved = ctx.saved_tensors[len(tensors) :]
+                unpacked = ctx.saved_tensors  # asked for once: activation checkpointing refuses a second time
+                kept = dict(zip(tensors, unpacked, strict=False)) | ctx.settings
+                saved = unpacked[len(tensors) :]
                 args = (dout.contiguous(), *(kept[leaf.name] for leaf in operator.kept), *saved, needs)
                 found = _below_autograd(f"{operator.name}_backward", operator._run_backward, ctx.dispatched, args)
                 gradients = {name: gradient for name, gradient in zip(operator.inputs, found, strict=True) if name in wanted}
