@@ -28,13 +28,15 @@ _SLOT_BITS = 44  # 16 TB of addresses an argument, its tensor in the middle: mas
 class LaunchTraffic:
     """One launch: distinct bytes (read, written) by argument, for those it touches, and the sizes of these tensors in bytes.
 
-    ``read`` and ``written`` count a byte of memory once although several arguments see it.
+    ``requested``: the bytes of every access, so often as it is made. ``read`` and ``written`` count a byte of memory once although
+    several arguments see it.
     """
 
     name: str
     grid: tuple = ()
     arguments: dict[str, tuple[int, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    requested: dict[str, tuple[int, int]] = field(default_factory=dict)
     read: int = 0
     written: int = 0
 
@@ -54,11 +56,13 @@ class _Argument:
         # The same position within 4096 bytes: alignment is as it was.
         self.virtual = ((slot + 1) << _SLOT_BITS) + (1 << (_SLOT_BITS - 1)) + self.address % 4096
         self.seen = {"read": None, "written": None}
+        self.requested = {"read": 0, "written": 0}
 
     def mark(self, kind: str, offsets: np.ndarray, width: int, kernel: str):
         """offsets: int64, from the storage's first byte; every lane is active."""
         if offsets.min() < 0 or offsets.max() + width > self.bytes:
             raise IndexError(f"{kernel}: '{self.name}' is {kind} outside of its storage of {self.bytes} bytes")
+        self.requested[kind] += offsets.size * width
         if self.seen[kind] is None:
             self.seen[kind] = np.zeros(-(-self.bytes // 8) * 8, np.uint8)
         if (offsets % width).any():
@@ -97,6 +101,7 @@ class _Recorder:
             if any(counts):
                 record.arguments[argument.name] = counts
                 record.sizes[argument.name] = argument.size
+                record.requested[argument.name] = tuple(argument.requested.values())
             for kind, seen in argument.seen.items():
                 if seen is not None:
                     key = argument.address, kind

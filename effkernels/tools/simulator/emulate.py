@@ -686,7 +686,7 @@ class Path:
 class Emulator:
     """State of one program while it runs. constants: {offset in constant bank 0: 32-bit word}."""
 
-    def __init__(self, program: Program, constants: dict[int, int], block: tuple[int, int, int], linear: int, record=False, arrivals=None):
+    def __init__(self, program: Program, constants: dict[int, int], block: tuple[int, int, int], linear: int, record=False, arrivals=None, counters=None):
         code = program.code
         self.program, self.code, self.record = program, code, record
         self.warps, self.threads = code.warps, 32 * code.warps
@@ -699,7 +699,7 @@ class Emulator:
             "SR_CLOCKLO": 0, "SR_VIRTID": 0,
         }  # fmt: skip
         self.constants = constants
-        self.linear, self.arrivals = linear, arrivals
+        self.linear, self.arrivals, self.counters = linear, arrivals, counters
         self.mask = None
         self.accesses = 0
         self.atomics: dict[int, int] = defaultdict(int)
@@ -727,6 +727,10 @@ class Emulator:
             return
         of.active += 1
         of.threads += self.threads if active is True else int(np.count_nonzero(active))
+        if self.counters and self.code.instructions[k].base == "STG":
+            for place in np.unique(address):
+                if int(place) in self.counters:  # the last one leaves a counter at 0
+                    self.counters[int(place)] = 0
         if self.record:
             lanes = np.broadcast_to(address, self.threads) if active is True else np.broadcast_to(address, self.threads)[active]
             of.addresses.append(np.array(lanes, np.int64))
@@ -791,8 +795,11 @@ class Emulator:
 
     def atomic(self, k: int, address, value, guard):
         """What an atomic addition finds."""
-        if self._active(guard) is False:
+        active = self._active(guard)
+        if active is False:
             return 0
+        if self.counters is not None:
+            return self._added(address, value, active)
         again = self.last_atomic == k and self.atomics[k] > 0
         self.last_atomic = k
         self.atomics[k] += 1
@@ -804,6 +811,17 @@ class Emulator:
         if again and k in self.compared:  # it waits in a loop for the value that it was compared with
             return self.compared[k]
         return AWAITED
+
+    def _added(self, address, value, active):
+        """The same where the programs run one after the other: the counters' true values."""
+        threads = np.flatnonzero(np.broadcast_to(active, self.threads))
+        at, amounts = (np.broadcast_to(x, self.threads) for x in (address, value))
+        found = np.zeros(self.threads, np.int64)
+        for thread in threads.tolist():
+            place = int(at[thread])
+            found[thread] = self.counters.get(place, 0)
+            self.counters[place] = int(found[thread] + amounts[thread]) & M
+        return found
 
     def _compares(self, a, b):
         """Keep what a count of arrivals is compared with."""
@@ -1011,9 +1029,12 @@ def prepared(code: Code, full: bool) -> Program:
     return code.memo["program", full]
 
 
-def run(code: Code, constants: dict[int, int], grid: tuple, linear: int, *, full=True, record=False, arrivals=None) -> Path:
-    """Emulate the program of number ``linear`` of a grid. record: keep every address. arrivals: {atomic: the count that it finds}, as the
-    program that comes last would (``Path.awaited`` of another program)."""
+def run(code: Code, constants: dict[int, int], grid: tuple, linear: int, *, full=True, record=False, arrivals=None, counters=None) -> Path:
+    """Emulate the program of number ``linear`` of a grid.
+
+    record: keep every address. arrivals: {atomic: the count that it finds}, as the program that comes last would (``Path.awaited`` of
+    another program). counters: {address: value} of the atomics, shared by programs that run one after the other.
+    """
     x, y = grid[0], grid[1] if len(grid) > 1 else 1
     block = linear % x, linear // x % y, linear // (x * y)
-    return Emulator(prepared(code, full), constants, block, linear, record, arrivals).run()
+    return Emulator(prepared(code, full), constants, block, linear, record, arrivals, counters).run()

@@ -43,14 +43,14 @@ class Tensor:
     storage: int  # identifies the storage among all launches
 
 
-def tensors(launch: Launch) -> list[Tensor]:
-    """The tensor arguments; those of one storage share its slot."""
+def tensors(launch: Launch, apart: bool = False) -> list[Tensor]:
+    """The tensor arguments; those of one storage share its slot, unless each is to have its own (``apart``)."""
     found, slots = [], {}
     for name, value in arguments(launch):
         value = getattr(value, "base", value)
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
-            slot = slots.setdefault(storage._cdata, len(slots) + 1)
+            slot = slots.setdefault(len(slots) if apart else storage._cdata, len(slots) + 1)
             offset = value.storage_offset() * value.element_size()
             address = (slot << SLOT_BITS) + (1 << (SLOT_BITS - 1)) + offset
             size = value.numel() * value.element_size()
@@ -58,15 +58,15 @@ def tensors(launch: Launch) -> list[Tensor]:
     return found
 
 
-def constants(launch: Launch, code) -> dict[int, int]:
-    """Constant bank 0 of a launch: {offset: 32-bit word}."""
+def constants(launch: Launch, code, apart: bool = False) -> dict[int, int]:
+    """Constant bank 0 of a launch: {offset: 32-bit word}; ``apart`` as for ``tensors``."""
     from collections import defaultdict
 
     words: dict[int, int] = defaultdict(int)
     words[0], words[4], words[8] = 32 * code.warps, 1, 1
     grid = (*launch.grid, 1, 1)[:3]
     words[12], words[16], words[20] = grid
-    at = iter(tensors(launch))
+    at = iter(tensors(launch, apart))
     for (name, value), parameter in zip(arguments(launch), code.parameters, strict=False):
         offset = code.parameter_base + parameter.offset
         if isinstance(getattr(value, "base", value), torch.Tensor):
