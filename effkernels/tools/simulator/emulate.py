@@ -416,12 +416,9 @@ def _result(i: Instruction) -> list[str]:
     if base == "SHFL":
         return ["True", f"E.shuffle({mods[0]!r}, {_source(ops[0])}, {_source(ops[1])}, {_source(ops[2])})"]
     if base in ("VOTE", "VOTEU"):
-        if base == "VOTEU":
-            ops = i.operands[2:]
         asked = _predicate(ops[-1])
-        return [f"E.ballot({asked})", f"E.vote({mods[0]!r}, {asked})"] if not flow.is_predicate(i.operands[0]) else [
-            f"E.vote({mods[0]!r}, {asked})"
-        ]  # fmt: skip
+        voted = f"E.vote({mods[0]!r}, {asked})"
+        return [voted] if flow.is_predicate(out[0]) else [f"E.ballot({asked})", voted]
     if base == "ELECT":
         return ["E.elected()", "0"]
     if base == "SYNCS":
@@ -492,6 +489,11 @@ def _assignments(i: Instruction, values: list[str], masked: bool) -> list[str]:
     return lines
 
 
+def expects(i: Instruction) -> bool:
+    """Whether it announces tensor copies to a barrier in shared memory (mbarrier.arrive.expect_tx)."""
+    return i.base == "SYNCS" and "ARRIVE" in i.modifiers and "TRANS64" in i.modifiers and len(i.operands) == 3
+
+
 class Program:
     """Code of a kernel made ready: a Python function a basic block, with (``full``) or without its addresses."""
 
@@ -509,7 +511,9 @@ class Program:
                 return 0
             if not full:
                 return 0
-            if i.base in GLOBAL | SHARED | {"UTMALDG", "SYNCS"}:
+            if expects(i) or i.base in ("UTMASTG", "UTMAREDG"):
+                return reads
+            if i.base in GLOBAL | SHARED:
                 data = 0
                 for at, operand in enumerate(i.operands):
                     if "[" not in operand and at >= flow.destinations(i) and not flow.is_predicate(operand):
@@ -605,9 +609,12 @@ class Program:
             values = values * words if len(values) < words else values
             kind = "local" if i.base == "STL" else "shared"
             lines.append(f"E.store_{kind}({_address(i.operands[0])}, {i.width}, [{', '.join(values)}], {guard})")
-        if self.full and i.base == "UTMALDG":
+        if self.full and expects(i):
             guard = _predicate(f"{'!' if i.guard[1] else ''}{i.guard[0]}") if i.guard else "True"
-            lines.append(f"E.tensor_copy({k}, {guard})")
+            lines.append(f"E.expect({k}, {_source(i.operands[-1])}, {guard})")
+        if self.full and i.base in ("UTMASTG", "UTMAREDG"):
+            guard = _predicate(f"{'!' if i.guard[1] else ''}{i.guard[0]}") if i.guard else "True"
+            lines.append(f"E.copy_out({k}, {guard})")
         if not wanted or i.base in BRANCHES:
             return lines
         if i.base in ("ATOMG", "ATOM"):
@@ -658,6 +665,16 @@ class Requests:
 
 
 @dataclass
+class Copies:
+    """Of an instruction that announces tensor copies, or starts one from shared memory: how often, of how many bytes in all, and in
+    which warp."""
+
+    executions: int = 0
+    bytes: int = 0
+    warp: int = 0
+
+
+@dataclass
 class Path:
     """What one program did. ``events``: (block, warps or None for all of them), in order; requests by instruction; ``awaited``: whether
     it compared a count of arrivals, so that it may come last; ``unknown``: instructions that were not carried out."""
@@ -667,6 +684,7 @@ class Path:
     events: list
     requests: dict[int, Requests]
     shared: dict[int, Requests]
+    copies: dict[int, Copies]
     awaited: dict[int, int]
     unknown: dict[str, int]
 
@@ -686,7 +704,16 @@ class Path:
 class Emulator:
     """State of one program while it runs. constants: {offset in constant bank 0: 32-bit word}."""
 
-    def __init__(self, program: Program, constants: dict[int, int], block: tuple[int, int, int], linear: int, record=False, arrivals=None, counters=None):
+    def __init__(
+        self,
+        program: Program,
+        constants: dict[int, int],
+        block: tuple[int, int, int],
+        linear: int,
+        record=False,
+        arrivals=None,
+        counters=None,
+    ):
         code = program.code
         self.program, self.code, self.record = program, code, record
         self.warps, self.threads = code.warps, 32 * code.warps
@@ -707,6 +734,8 @@ class Emulator:
         self.tickets: dict[int, int] = {}
         self.requests: dict[int, Requests] = defaultdict(Requests)
         self.shared: dict[int, Requests] = defaultdict(Requests)
+        self.copies: dict[int, Copies] = defaultdict(Copies)
+        self.stored = 0  # bytes in shared memory since the last copy from there
         self.memory = np.zeros(1 << 18, np.uint8)
         self.local: dict = {}
         self.last_atomic = -1
@@ -758,16 +787,28 @@ class Emulator:
         of.group_warps += self.warps if self.mask is None else int(self.mask.reshape(self.warps, 32).any(1).sum())
         of.sampled += 1
 
+    def copy_out(self, k: int, guard):
+        """A thread starts a tensor copy of what was stored to shared memory since the one before."""
+        if self._active(guard) is not False:
+            of = self.copies[k]
+            of.executions += 1
+            of.bytes += self.stored
+            self.stored = 0
+
     def touch_shared(self, k: int, address, guard):
         active = self._active(guard)
+        i = self.code.instructions[k]
         of = self.shared[k]
         of.executions += 1
         if active is False:
             return
         of.active += 1
         of.threads += self.threads if active is True else int(np.count_nonzero(active))
+        if i.base in ("STS", "STSM"):
+            count = self.threads if active is True else int(np.count_nonzero(active))
+            self.stored += count * (i.width if i.base == "STS" else 4 * max(int(m) for m in (*i.modifiers, "1") if m in ("1", "2", "4")))
         if of.sampled < 1:
-            of.passes += self._passes(address, active, self.code.instructions[k])
+            of.passes += self._passes(address, active, i)
             of.sampled += 1
 
     def _passes(self, address, active, i: Instruction) -> float:
@@ -789,9 +830,18 @@ class Emulator:
                     total += int(np.bincount(word & 31).max())
         return total / self.warps
 
-    def tensor_copy(self, k: int, guard):
-        if self._active(guard) is not False:
-            self.requests[k].executions += 1
+    def expect(self, k: int, amount, guard):
+        """A thread announces the bytes of the tensor copies that a barrier in shared memory waits for."""
+        active = self._active(guard)
+        if active is False:
+            return
+        thread = 0 if active is True else int(np.flatnonzero(active)[0])
+        amount = amount if type(amount) is int else int(amount[thread])
+        if amount:
+            of = self.copies[k]
+            of.executions += 1
+            of.bytes += amount
+            of.warp = thread // 32
 
     def atomic(self, k: int, address, value, guard):
         """What an atomic addition finds."""
@@ -981,7 +1031,7 @@ class Emulator:
                     self._go(groups, block + 1, rest, everyone)
         awaited = {k: value for k, value in self.compared.items() if k not in self.tickets}
         unknown = dict(program.unknown)
-        return Path(self.linear, self.warps, events, dict(self.requests), dict(self.shared), awaited, unknown)
+        return Path(self.linear, self.warps, events, dict(self.requests), dict(self.shared), dict(self.copies), awaited, unknown)
 
     def _taken(self, end: Instruction, state):
         _, _, P, Q = state

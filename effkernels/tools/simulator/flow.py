@@ -40,14 +40,14 @@ def is_predicate(operand: str) -> bool:
 
 def destinations(i: Instruction) -> int:
     """How many operands are written, first ones of the instruction."""
-    if i.base in NO_RESULT or not i.operands:
+    if i.base in NO_RESULT or not i.operands or "[" in i.operands[0] and not i.operands[0].startswith("c["):
         return 0
     if i.base in TWO_PREDICATES:
         return 2
     if i.base == "R2P":
         return 1
     if i.base in ("SHFL", "ATOMG", "ATOM", "ATOMS", "VOTE", "VOTEU", "MATCH", "ELECT", "LOP3", "ULOP3") and is_predicate(i.operands[0]):
-        return 2 if len(i.operands) > 1 and i.base != "VOTEU" else 1
+        return 1 if i.base in ("VOTE", "VOTEU") else 2
     if i.base in ("VOTE", "VOTEU"):
         return 2
     count = 1

@@ -174,7 +174,10 @@ def requested(code: Code, path: emulate.Path) -> dict[int, tuple[float, set]]:
 
 
 def _stores(i: Instruction) -> bool:
-    return i.base in ("STG", "ST", "RED", "REDG")
+    return i.base in ("STG", "ST", "RED", "REDG", "UTMASTG", "UTMAREDG")
+
+
+TENSOR_MAPS = 0  # the slot of what tensor copies read: tensors that no other instruction touches
 
 
 @dataclass
@@ -199,10 +202,15 @@ def count_bytes(launch: project.Launch, code: Code, found: list[Sample], machine
                 asked[key] = asked.get(key, 0.0) + sample.weight * amount / len(slots)
                 of_role = (*key, sample.role)
                 by_role[of_role] = by_role.get(of_role, 0.0) + sample.weight * amount / len(slots)
+        for k, of in sample.path.copies.items():
+            key = TENSOR_MAPS, _stores(code.instructions[k])
+            asked[key] = asked.get(key, 0.0) + sample.weight * of.bytes
     sizes: dict[int, tuple[float, int]] = {}
     for tensor in project.tensors(launch):
         size, storage = sizes.get(tensor.slot, (0, tensor.storage))
         sizes[tensor.slot] = min(size + tensor.bytes, tensor.storage_bytes), storage
+    others = sum(size for slot, (size, _) in sizes.items() if (slot, False) not in asked and (slot, True) not in asked)
+    sizes[TENSOR_MAPS] = others, 0
     shares, dram, through = {}, 0.0, 0.0
     for (slot, stores), amount in asked.items():
         size, storage = sizes.get(slot, (amount, 0))
@@ -233,7 +241,11 @@ def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list
         passes = l2 = dram = 0.0
         group: object = 0
         board = 0
-        if kind in (LOAD, STORE, COPY):
+        if k in path.copies and kind == STORE:  # by one warp of them
+            counts, served = shares.get((TENSOR_MAPS, True), (1.0, 1.0))
+            amount = path.copies[k].bytes / path.copies[k].executions / code.warps
+            l2, dram, passes = amount * counts, amount * served, 1.0
+        elif kind in (LOAD, STORE, COPY):
             of = path.requests.get(k)
             if of is None or not of.threads:
                 kind = FREE
@@ -268,7 +280,12 @@ def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list
         elif kind == WAIT_PRODUCTS:
             group = int(i.operands[1], 16)
         elif kind == TENSOR_COPY:
-            kind = FREE
+            of = path.copies.get(k)
+            if of is None:
+                kind = FREE
+            else:
+                counts, served = shares.get((TENSOR_MAPS, False), (1.0, 1.0))
+                l2, dram, group = of.bytes / of.executions * counts, of.bytes / of.executions * served, of.warp
         out.append(
             sm.Operation(
                 kind, pipe, clocks, latency, i.stall, i.sets, i.releases, waits, passes, l2, dram, group, board, k

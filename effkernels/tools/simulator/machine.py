@@ -12,6 +12,7 @@ Figures marked "assumed" have no source; the measurements of a GPU are to replac
 import re
 from dataclasses import dataclass, replace
 
+from effkernels.tools.simulator.emulate import expects
 from effkernels.tools.simulator.encoding import Instruction
 
 # Kinds of operations, for the event loop of ``sm``.
@@ -105,7 +106,7 @@ class Machine:
             return LOAD, MEMORY, 2, 0
         if base in ("STG", "ST", "RED", "REDG", "UTMASTG", "UTMAREDG"):
             return STORE, MEMORY, 2, 0
-        if base in ("UTMALDG", "UBLKCP"):
+        if expects(i):  # stands for the copies that follow at once
             return TENSOR_COPY, MEMORY, 2, 0
         if base == "HMMA":
             return PIPE, MATRIX, self.product(mods), self.matrix_latency

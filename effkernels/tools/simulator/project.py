@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from effkernels.configs.gpus import GPUS, Gpu
-from effkernels.tools.launches import Launch, record_launches
+from effkernels.tools.launches import Launch, members, record_launches
 from effkernels.tools.machine_code import _binary as binary
 from effkernels.tools.machine_code import compile_launch
 
@@ -17,18 +17,13 @@ __all__ = ["GPUS", "Gpu", "Launch", "binary", "compile_launch", "compiled_parts"
 SLOT_BITS = 44
 
 
-def flat(value) -> list:
-    """The values of an argument, which may be a tuple of others, that are there when the kernel runs."""
-    if value is None or type(value).__name__ == "constexpr":
-        return []
-    if isinstance(value, (tuple, list)):
-        return [each for part in value for each in flat(part)]
-    return [value]
-
-
 def arguments(launch: Launch) -> list[tuple[str, object]]:
-    """(name, value) of every parameter of the compiled kernel, in order; those of a tuple share its name."""
-    return [(p.name, value) for p in launch.fn.params if not p.is_constexpr for value in flat(launch.arguments[p.name])]
+    """(path, value) of every parameter of the compiled kernel, in order: what tuples hold too, and nothing that is absent."""
+    found = []
+    for parameter in launch.fn.params:
+        if not parameter.is_constexpr:
+            found += members(parameter.name, launch.arguments[parameter.name]).items()
+    return [(path, value) for path, value in found if value is not None and type(value).__name__ != "constexpr"]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Operation:
     passes: float = 0.0
     l2: float = 0.0
     dram: float = 0.0
-    group: int = 0  # of DEPBAR: how many may be outstanding; of a product: 1 ends a group; of BAR: (name, warps)
+    # of DEPBAR: how many may be outstanding; of a product: 1 ends a group; of BAR: (name, warps); of a tensor copy: the warp that issues it
+    group: object = 0
     board: int = 0
     index: int = -1  # of the instruction
 
@@ -81,13 +82,13 @@ class _Warp:
 class _Resident:
     """A program on the SM."""
 
-    __slots__ = ("warps", "left", "arrived", "tensors", "open", "blocked", "start", "end", "traces")
+    __slots__ = ("warps", "left", "arrived", "tensors", "blocked", "start", "end", "traces")
 
     def __init__(self, traces, start):
         self.traces, self.left, self.start, self.end = traces, len(traces), start, 0.0
         self.arrived: dict = {}
         self.tensors: list[float] = []
-        self.open, self.blocked, self.warps = 0.0, [], []
+        self.blocked, self.warps = [], []
 
 
 @dataclass
@@ -305,13 +306,12 @@ def simulate(machine: Machine, programs, resident: int, l2_rate: float, dram_rat
                 del warp.products[:-8]
         elif kind == TENSOR_COPY:
             program = warp.program
-            l2 = (l2 if l2 > clock else clock) + l2_amount / l2_rate
-            dram = (dram if dram > clock else clock) + dram_amount / dram_rate
-            l2_bytes += l2_amount
-            dram_bytes += dram_amount
-            program.open = max(l2, dram) + l2_latency + far
-            if group:
-                program.tensors.append(program.open)
+            if warp is program.warps[group]:
+                l2 = (l2 if l2 > clock else clock) + l2_amount / l2_rate
+                dram = (dram if dram > clock else clock) + dram_amount / dram_rate
+                l2_bytes += l2_amount
+                dram_bytes += dram_amount
+                program.tensors.append(max(l2, dram) + l2_latency + far)
                 blocked, program.blocked = program.blocked, []
                 for other, since in blocked:
                     schedule(other, since)
