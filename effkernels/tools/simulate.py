@@ -1,9 +1,9 @@
-"""``python -m effkernels.tools.simulate``: how long a step of a network takes on a GPU, kernel by kernel, predicted without one.
+"""``python -m effkernels.tools.simulate``: how long a step of a network takes on a GPU, kernel by kernel, predicted
+without one.
 
-``--model b0 --mode train --batch-size 256 --gpu h200`` prints a table; docs/performance.md says how to read it, what is behind it and
-what it leaves out. ``--timeline FILE.png --kernel NAME`` draws what one SM does in that kernel's longest launch; ``--json FILE`` writes all
-of it. Nothing printed here was measured.
-"""
+``--model b0 --mode train --batch-size 256 --gpu h200`` prints a table; docs/performance.md says how to read it, what is
+behind it and what it leaves out. ``--timeline FILE.png --kernel NAME`` draws what one SM does in that kernel's longest
+launch; ``--json FILE`` writes all of it. Nothing printed here was measured."""
 
 import argparse
 import json
@@ -111,7 +111,9 @@ def draw(path: Path, kernel: str, args) -> None:
     longest = max(mine, key=lambda launch: launch.activation_bytes())
     prediction = predict(longest, args.gpu, timeline=True)
     timeline.draw(
-        path, prediction, f"{kernel}, {args.model} {args.mode}, {args.batch_size} images, {project.GPUS[args.gpu].name}, predicted"
+        path,
+        prediction,
+        f"{kernel}, {args.model} {args.mode}, {args.batch_size} images, {project.GPUS[args.gpu].name}, predicted",
     )
 
 

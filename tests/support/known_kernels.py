@@ -20,7 +20,11 @@ def product(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constex
     left, right = a + (m % M)[:, None] * K + k[None, :], b + k[:, None] * N + (n % N)[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
-        acc = tl.dot(tl.load(left, mask=k[None, :] < K - start, other=0.0), tl.load(right, mask=k[:, None] < K - start, other=0.0), acc)
+        acc = tl.dot(
+            tl.load(left, mask=k[None, :] < K - start, other=0.0),
+            tl.load(right, mask=k[:, None] < K - start, other=0.0),
+            acc,
+        )
         left += BK
         right += BK * N
     tl.store(c + m[:, None] * N + n[None, :], acc.to(tl.bfloat16), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -102,4 +106,13 @@ def copy_launch(elements=1 << 28, BLOCK=2048):
 def chain_launch(warps, steps=512, barrier=False, programs=132):
     """One program on each of 132 SMs, one element a thread."""
     x = meta(programs * 32 * warps, dtype=torch.float32)
-    return recorded(chain, (programs,), x, meta(len(x), dtype=torch.float32), steps, BLOCK=32 * warps, BARRIER=barrier, num_warps=warps)
+    return recorded(
+        chain,
+        (programs,),
+        x,
+        meta(len(x), dtype=torch.float32),
+        steps,
+        BLOCK=32 * warps,
+        BARRIER=barrier,
+        num_warps=warps,
+    )

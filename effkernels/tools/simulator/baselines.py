@@ -1,9 +1,10 @@
-"""The same network as torch.compile would run it, by the same measure: an optimist's estimate, so that a ratio to it flatters nobody.
+"""The same network as torch.compile would run it, by the same measure: an optimist's estimate, so that a ratio to it
+flatters nobody.
 
-The kernels that Inductor makes of channels-last modules in bf16, each with the whole tensors that it reads and writes: convolutions are
-cuDNN's and cuBLAS's, all else is fused into Triton kernels between them. A fused kernel runs at 90 % of the copy bandwidth, a product at
-70 % of the matrix rate or its bytes, a depthwise convolution at its bytes. Small kernels on vectors cost nothing here.
-"""
+The kernels that Inductor makes of channels-last modules in bf16, each with the whole tensors that it reads and writes:
+convolutions are cuDNN's and cuBLAS's, all else is fused into Triton kernels between them. A fused kernel runs at 90 %
+of the copy bandwidth, a product at 70 % of the matrix rate or its bytes, a depthwise convolution at its bytes. Small
+kernels on vectors cost nothing here."""
 
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ PRODUCT_SHARE = 0.7  # of the matrix rate, of cuBLAS's products
 
 @dataclass(frozen=True)
 class Kernel:
-    """elements moved and floating-point operations of the matrix units, of one image; kind: "fused", "product" or "depthwise"."""
+    """elements moved and floating-point operations of the matrix units, of one image; kind: "fused", "product" or
+    "depthwise"."""
 
     name: str
     kind: str
@@ -39,28 +41,41 @@ def _block(block, training: bool) -> list[Kernel]:
         if e1:
             kernels += [Kernel("expand", "product", x + e1, expand), Kernel("BN, act", "fused", 2 * e1)]
         kernels += [
-            Kernel("depthwise", "depthwise", (e1 or x) + e2), Kernel("BN, act, pool", "fused", e2),
-            Kernel("BN, act, gate", "fused", 2 * e2), Kernel("project", "product", e2 + out, project),
+            Kernel("depthwise", "depthwise", (e1 or x) + e2),
+            Kernel("BN, act, pool", "fused", e2),
+            Kernel("BN, act, gate", "fused", 2 * e2),
+            Kernel("project", "product", e2 + out, project),
             Kernel("BN, add", "fused", 2 * out + skip),
-        ]  # fmt: skip
+        ]
         return kernels
     if e1:
         kernels.append(Kernel("expand", "product", x + e1, expand))
         kernels += [Kernel("BN sums", "fused", e1), Kernel("BN, act", "fused", 2 * e1)]
     kernels += [
-        Kernel("depthwise", "depthwise", (e1 or x) + e2), Kernel("BN sums", "fused", e2), Kernel("BN, act, pool", "fused", e2),
-        Kernel("BN, act, gate", "fused", 2 * e2), Kernel("project", "product", e2 + out, project), Kernel("BN sums", "fused", out),
+        Kernel("depthwise", "depthwise", (e1 or x) + e2),
+        Kernel("BN sums", "fused", e2),
+        Kernel("BN, act, pool", "fused", e2),
+        Kernel("BN, act, gate", "fused", 2 * e2),
+        Kernel("project", "product", e2 + out, project),
+        Kernel("BN sums", "fused", out),
         Kernel("BN, add", "fused", 2 * out + skip),
-        Kernel("BN backward sums", "fused", 2 * out), Kernel("BN backward", "fused", 3 * out),
-        Kernel("project dgrad", "product", out + e2, project), Kernel("project wgrad", "product", out + e2, project),
-        Kernel("gate backward sums", "fused", 2 * e2), Kernel("BN backward sums", "fused", 2 * e2), Kernel("BN backward", "fused", 3 * e2),
-        Kernel("depthwise dgrad", "depthwise", e2 + (e1 or x)), Kernel("depthwise wgrad", "depthwise", e2 + (e1 or x)),
-    ]  # fmt: skip
+        Kernel("BN backward sums", "fused", 2 * out),
+        Kernel("BN backward", "fused", 3 * out),
+        Kernel("project dgrad", "product", out + e2, project),
+        Kernel("project wgrad", "product", out + e2, project),
+        Kernel("gate backward sums", "fused", 2 * e2),
+        Kernel("BN backward sums", "fused", 2 * e2),
+        Kernel("BN backward", "fused", 3 * e2),
+        Kernel("depthwise dgrad", "depthwise", e2 + (e1 or x)),
+        Kernel("depthwise wgrad", "depthwise", e2 + (e1 or x)),
+    ]
     if e1:
         kernels += [
-            Kernel("BN backward sums", "fused", 2 * e1), Kernel("BN backward", "fused", 3 * e1),
-            Kernel("expand dgrad", "product", e1 + x, expand), Kernel("expand wgrad", "product", e1 + x, expand),
-        ]  # fmt: skip
+            Kernel("BN backward sums", "fused", 2 * e1),
+            Kernel("BN backward", "fused", 3 * e1),
+            Kernel("expand dgrad", "product", e1 + x, expand),
+            Kernel("expand wgrad", "product", e1 + x, expand),
+        ]
     if skip:
         kernels.append(Kernel("add of gradients", "fused", 3 * x))
     return kernels
@@ -81,7 +96,11 @@ def _geometries(model, size: int) -> list[_Geometry]:
     found = []
     for stage in model.blocks:
         for block in stage:
-            inputs, outputs, residual = block.in_channels, block.out_channels, block.stride == 1 and block.in_channels == block.out_channels
+            inputs, outputs, residual = (
+                block.in_channels,
+                block.out_channels,
+                block.stride == 1 and block.in_channels == block.out_channels,
+            )
             found.append(_Geometry(block.conv_dw, inputs, outputs, residual, size))
             size = conv_out_size(size, block.conv_dw.kernel_size[0], block.conv_dw.stride[0], "symmetric")
     return found
@@ -104,7 +123,10 @@ def kernels(model, training: bool) -> list[Kernel]:
     found += [Kernel("BN sums", "fused", head)] * training + [Kernel("BN, act, pool", "fused", head)]
     if training:
         for name, size_of in (("head", head), ("stem", stem)):
-            found += [Kernel(f"{name} BN backward sums", "fused", 2 * size_of), Kernel(f"{name} BN backward", "fused", 3 * size_of)]
+            found += [
+                Kernel(f"{name} BN backward sums", "fused", 2 * size_of),
+                Kernel(f"{name} BN backward", "fused", 3 * size_of),
+            ]
         found += [Kernel(f"head {part}", "product", features + head, last_flops) for part in ("dgrad", "wgrad")]
         found.append(Kernel("stem wgrad", "product", image + stem, first_flops))
     return found

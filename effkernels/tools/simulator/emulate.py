@@ -1,14 +1,15 @@
-"""One program of a launch, carried out as far as its path and its addresses need: how often each instruction runs, for which threads,
-and what every load and store touches.
+"""One program of a launch, carried out as far as its path and its addresses need: how often each instruction runs, for
+which threads, and what every load and store touches.
 
-Only the instructions that a branch, an address, a mask or a barrier's name depends on are carried out (``flow.needed``), all threads of
-the program at once: a value is an int where all threads agree, else an int64 array with a value in [0, 2^32) a thread. Each basic block
-becomes a Python function. Threads that part at a branch go on in groups, the one furthest behind first, until they meet.
+Only the instructions that a branch, an address, a mask or a barrier's name depends on are carried out
+(``flow.needed``), all threads of the program at once: a value is an int where all threads agree, else an int64 array
+with a value in [0, 2^32) a thread. Each basic block becomes a Python function. Threads that part at a branch go on in
+groups, the one furthest behind first, until they meet.
 
-Memory is not there: a global load gives 0. An atomic addition before any other access to memory hands out tickets, in the order of the
-programs; a later one gives ``AWAITED``, which equals no count of arrivals, and where the program compares it, what it was compared with is
-kept, so that the program that comes last can be emulated as well (``last=True``).
-"""
+Memory is not there: a global load gives 0. An atomic addition before any other access to memory hands out tickets, in
+the order of the programs; a later one gives ``AWAITED``, which equals no count of arrivals, and where the program
+compares it, what it was compared with is kept, so that the program that comes last can be emulated as well
+(``last=True``)."""
 
 import re
 from collections import defaultdict
@@ -32,7 +33,7 @@ class EmulationError(RuntimeError):
     """The path depends on something that is not emulated; the message names the instruction."""
 
 
-# ---- values: ints or int64 arrays -----------------------------------------------------------------------------------------------------
+# ---- values: ints or int64 arrays ------------------------------------------------------------------------------------
 
 
 def signed(x):
@@ -155,7 +156,7 @@ def funnel_low_right(a, s, b, arithmetic=False):
     return select(s < 32, (a >> near) | (top << (32 - near) & M), top >> far & M)
 
 
-# ---- code ---------------------------------------------------------------------------------------------------------------------------
+# ---- code ------------------------------------------------------------------------------------------------------------
 
 
 class _Unknown(Exception):
@@ -237,7 +238,14 @@ def _address(text: str) -> str:
 
 
 _COMPARE = {"GE": ">=", "GT": ">", "LE": "<=", "LT": "<", "EQ": "==", "NE": "!="}
-_LUTS = {0xC0: "({a} & {b})", 0xFC: "({a} | {b})", 0x3C: "({a} ^ {b})", 0x33: "({b} ^ M)", 0x0F: "({a} ^ M)", 0x30: "({a} & ({b} ^ M))"}
+_LUTS = {
+    0xC0: "({a} & {b})",
+    0xFC: "({a} | {b})",
+    0x3C: "({a} ^ {b})",
+    0x33: "({b} ^ M)",
+    0x0F: "({a} ^ M)",
+    0x30: "({a} & ({b} ^ M))",
+}
 
 
 def _lut(table: int, a: str, b: str, c: str, ones: str) -> str:
@@ -472,7 +480,7 @@ def _assignments(i: Instruction, values: list[str], masked: bool) -> list[str]:
     else:
         at = 0
         for target in targets:
-            count = flow._registers_written(i) if not flow.is_predicate(target) else 1
+            count = flow.registers_written(i) if not flow.is_predicate(target) else 1
             chosen = values[at : at + count]
             at += count
             if target not in ("RZ", "URZ", "PT", "UPT"):
@@ -547,16 +555,12 @@ class Program:
         shared = any(code.instructions[k].base in ("LDS", "LDL") for k in self.needed)
         if shared and not full:  # what travels through shared or local memory: its stores are needed too
             self.needed = flow.needed(code, with_shared)
-        self.stores = {
-            k
-            for k, i in enumerate(code.instructions)
-            if i.base in ("STS", "STL") and shared and not any_tainted(i, k)
-        }  # fmt: skip
+        self.stores = {k for k, i in enumerate(code.instructions) if i.base in ("STS", "STL") and shared and not any_tainted(i, k)}
         self._functions: dict[tuple[int, bool], object] = {}
         self.blocks_with_nothing = self._idle()
         for k, i in enumerate(code.instructions):
             if i.base in BRANCHES and i.base != "RET" and facts[k][1] & tainted[k]:
-                self.unknown[f"{i} depends on values in memory"] = 1
+                self.unknown[f"{str(i).strip()} depends on values in memory"] = 1
 
     def _idle(self) -> set[int]:
         """Blocks of which nothing is carried out."""
@@ -588,7 +592,12 @@ class Program:
                 name = str(error)
                 lines.append(f"# {i}: {name}")
                 for register in flow.written(i):
-                    for letter, start in (("Q", flow.UNIFORM_PREDICATE), ("P", flow.PREDICATE), ("U", flow.UNIFORM), ("R", 0)):
+                    for letter, start in (
+                        ("Q", flow.UNIFORM_PREDICATE),
+                        ("P", flow.PREDICATE),
+                        ("U", flow.UNIFORM),
+                        ("R", 0),
+                    ):
                         if register >= start:
                             lines.append(f"{letter}[{register - start}] = {'False' if letter in 'PQ' else '0'}")
                             break
@@ -622,7 +631,9 @@ class Program:
             if target != "RZ":
                 lines += _assignments(i, (["True"] if flow.is_predicate(i.operands[0]) else []) + ["t"], masked)
         elif flow.is_floating(i):
-            lines += _assignments(i, ["False" if flow.is_predicate(i.operands[0]) else "0"] * len(flow.written(i)), masked)
+            places = i.operands[: flow.destinations(i)]
+            values = ["False"] * len(places) if flow.is_predicate(places[0]) else ["0"] * flow.registers_written(i)
+            lines += _assignments(i, values, masked)
         elif i.base in ("LDS", "LDL"):
             kind = "local" if i.base == "LDL" else "shared"
             words = max(1, i.width // 4)
@@ -644,12 +655,13 @@ _SCOPE = {
 
 @dataclass
 class Requests:
-    """What an instruction that touches memory did in one program: executions, those with an active thread, and active threads in all.
+    """What an instruction that touches memory did in one program: executions, those with an active thread, and active
+    threads in all.
 
-    Of ``sampled`` executions: the warps that carried it out, the 32-byte sectors of every warp, those of the program each once, the
-    128-byte lines of every warp, and the passes of an average warp through the shared memory's banks; ``tensors``: slots of addresses.
-    ``addresses``: those of the active threads of every execution, an array each, where they are recorded.
-    """
+    Of ``sampled`` executions: the warps that carried it out, the 32-byte sectors of every warp, those of the program
+    each once, the 128-byte lines of every warp, and the passes of an average warp through the shared memory's banks;
+    ``tensors``: slots of addresses. ``addresses``: those of the active threads of every execution, an array each, where
+    they are recorded."""
 
     executions: int = 0
     active: int = 0
@@ -666,8 +678,8 @@ class Requests:
 
 @dataclass
 class Copies:
-    """Of an instruction that announces tensor copies, or starts one from shared memory: how often, of how many bytes in all, and in
-    which warp."""
+    """Of an instruction that announces tensor copies, or starts one from shared memory: how often, of how many bytes in
+    all, and in which warp."""
 
     executions: int = 0
     bytes: int = 0
@@ -676,8 +688,9 @@ class Copies:
 
 @dataclass
 class Path:
-    """What one program did. ``events``: (block, warps or None for all of them), in order; requests by instruction; ``awaited``: whether
-    it compared a count of arrivals, so that it may come last; ``unknown``: instructions that were not carried out."""
+    """What one program did. ``events``: (block, warps or None for all of them), in order; requests by instruction;
+    ``awaited``: whether it compared a count of arrivals, so that it may come last; ``unknown``: instructions that were
+    not carried out."""
 
     program: int
     warps: int
@@ -721,10 +734,17 @@ class Emulator:
         self.lanes = lanes
         self.special = defaultdict(int)
         self.special |= {
-            "SR_TID.X": lanes, "SR_LANEID": lanes & 31, "SR_CTAID.X": block[0], "SR_CTAID.Y": block[1], "SR_CTAID.Z": block[2],
-            "SR_LTMASK": (1 << (lanes & 31)) - 1, "SR_LEMASK": (2 << (lanes & 31)) - 1, "SR_EQMASK": 1 << (lanes & 31),
-            "SR_CLOCKLO": 0, "SR_VIRTID": 0,
-        }  # fmt: skip
+            "SR_TID.X": lanes,
+            "SR_LANEID": lanes & 31,
+            "SR_CTAID.X": block[0],
+            "SR_CTAID.Y": block[1],
+            "SR_CTAID.Z": block[2],
+            "SR_LTMASK": (1 << (lanes & 31)) - 1,
+            "SR_LEMASK": (2 << (lanes & 31)) - 1,
+            "SR_EQMASK": 1 << (lanes & 31),
+            "SR_CLOCKLO": 0,
+            "SR_VIRTID": 0,
+        }
         self.constants = constants
         self.linear, self.arrivals, self.counters = linear, arrivals, counters
         self.mask = None
@@ -1079,12 +1099,22 @@ def prepared(code: Code, full: bool) -> Program:
     return code.memo["program", full]
 
 
-def run(code: Code, constants: dict[int, int], grid: tuple, linear: int, *, full=True, record=False, arrivals=None, counters=None) -> Path:
+def run(
+    code: Code,
+    constants: dict[int, int],
+    grid: tuple,
+    linear: int,
+    *,
+    full=True,
+    record=False,
+    arrivals=None,
+    counters=None,
+) -> Path:
     """Emulate the program of number ``linear`` of a grid.
 
-    record: keep every address. arrivals: {atomic: the count that it finds}, as the program that comes last would (``Path.awaited`` of
-    another program). counters: {address: value} of the atomics, shared by programs that run one after the other.
-    """
+    record: keep every address. arrivals: {atomic: the count that it finds}, as the program that comes last would
+    (``Path.awaited`` of another program). counters: {address: value} of the atomics, shared by programs that run one
+    after the other."""
     x, y = grid[0], grid[1] if len(grid) > 1 else 1
     block = linear % x, linear // x % y, linear // (x * y)
     return Emulator(prepared(code, full), constants, block, linear, record, arrivals, counters).run()

@@ -1,13 +1,14 @@
-"""The machine code of a compiled kernel: instructions with their scheduling fields, basic blocks, parameters and resources.
+"""The machine code of a compiled kernel: instructions with their scheduling fields, basic blocks, parameters and
+resources.
 
-``read(cubin, ...)`` disassembles with the tools that Triton ships and gives a ``Code``. Listings are kept in a folder by the digest of
-the binary, as disassembling takes longer than everything else: ``EFFKERNELS_SIMULATOR_CACHE``, by default
-``~/.cache/effkernels/simulator``.
+``read(cubin, ...)`` disassembles with the tools that Triton ships and gives a ``Code``. Listings are kept in a folder
+by the digest of the binary, as disassembling takes longer than everything else: ``EFFKERNELS_SIMULATOR_CACHE``, by
+default ``~/.cache/effkernels/simulator``.
 
-The upper 64 bits of an instruction hold what ptxas decided for the scheduler (Jia et al., "Dissecting the NVIDIA Volta GPU architecture
-via microbenchmarking", 2018, section 2.1; the fields are where they were on every architecture since): bits 41-44 clocks to stall, bit 45
-yield, bits 46-48 the scoreboard that the result releases, 49-51 the one that the operands release, 52-57 the scoreboards to wait for.
-"""
+The upper 64 bits of an instruction hold what ptxas decided for the scheduler (Jia et al., "Dissecting the NVIDIA Volta
+GPU architecture via microbenchmarking", 2018, section 2.1; the fields are where they were on every architecture since):
+bits 41-44 clocks to stall, bit 45 yield, bits 46-48 the scoreboard that the result releases, 49-51 the one that the
+operands release, 52-57 the scoreboards to wait for."""
 
 import gzip
 import hashlib
@@ -73,8 +74,9 @@ class Parameter:
 
 @dataclass
 class Code:
-    """A kernel's machine code. ``blocks``: (first, last) instruction of each basic block, inclusive; registers a thread, spilled bytes a
-    thread, shared bytes and warps of a program; parameters, and where they start in constant bank 0."""
+    """A kernel's machine code. ``blocks``: (first, last) instruction of each basic block, inclusive; registers a
+    thread, spilled bytes a thread, shared bytes and warps of a program; parameters, and where they start in constant
+    bank 0."""
 
     name: str
     arch: int
@@ -95,7 +97,8 @@ class Code:
 
     @cached_property
     def successors(self) -> list[list[int]]:
-        """Of each block, the blocks that may follow (a call's are its target, and for a return every block after a call)."""
+        """Of each block, the blocks that may follow (a call's are its target, and for a return every block after a
+        call)."""
         after_calls = [i + 1 for i, (_, last) in enumerate(self.blocks[:-1]) if self.instructions[last].base == "CALL"]
         found = []
         for i, (_, last) in enumerate(self.blocks):
@@ -162,7 +165,8 @@ def _disassembled(cubin: bytes) -> dict:
 
 
 def _cached(name: str, make) -> dict:
-    """The JSON of a cached file, made by ``make()`` where it is not there. Two processes may make it at once: the last one's stays."""
+    """The JSON of a cached file, made by ``make()`` where it is not there. Two processes may make it at once: the last
+    one's stays."""
     path = cache_folder() / f"{name}.json.gz"
     try:
         return json.loads(gzip.decompress(path.read_bytes()))
@@ -182,7 +186,8 @@ def read(cubin: bytes, name: str, arch: int, shared: int, warps: int) -> Code:
 
 
 def compiled(key: str, compile_kernel) -> tuple[bytes, dict]:
-    """(binary, metadata) of a kernel, cached under ``key``, a digest of all that it depends on. compile_kernel() -> (binary, metadata)."""
+    """(binary, metadata) of a kernel, cached under ``key``, a digest of all that it depends on. compile_kernel() ->
+    (binary, metadata)."""
 
     def make():
         binary, metadata = compile_kernel()
@@ -214,9 +219,16 @@ def _instruction(address: int, text: str, high: int, labels: dict[str, int]) -> 
     if label := re.search(r"`\(([^)]+)\)", rest):
         target = labels.get(label[1])
     return Instruction(
-        address, opcode, guard, _split(rest), high >> 41 & 15, high >> 46 & 7, high >> 49 & 7, high >> 52 & 63,
+        address,
+        opcode,
+        guard,
+        _split(rest),
+        high >> 41 & 15,
+        high >> 46 & 7,
+        high >> 49 & 7,
+        high >> 52 & 63,
         target if opcode.split(".")[0] in BRANCHES and opcode.split(".")[0] != "RET" else None,
-    )  # fmt: skip
+    )
 
 
 def _code(document: dict, name: str, arch: int, shared: int, warps: int, digest: str) -> Code:
@@ -241,5 +253,15 @@ def _code(document: dict, name: str, arch: int, shared: int, warps: int, digest:
     parameters = [Parameter(*fields) for fields in document["parameters"]]
     base = document["base"] or (0x210 if arch >= 90 else 0x160)
     return Code(
-        name, arch, instructions, blocks, document["registers"], document["spills"], shared, warps, parameters, base, digest
-    )  # fmt: skip
+        name,
+        arch,
+        instructions,
+        blocks,
+        document["registers"],
+        document["spills"],
+        shared,
+        warps,
+        parameters,
+        base,
+        digest,
+    )

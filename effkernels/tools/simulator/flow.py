@@ -12,15 +12,62 @@ UNIFORM, PREDICATE, UNIFORM_PREDICATE = 256, 320, 328
 _NAME = re.compile(r"(?<![\w.])(UR|UP|R|P)(\d+)((?:\.\w+)*)")
 TWO_PREDICATES = {"ISETP", "UISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3", "PSETP", "UPSETP", "FCHK"}
 NO_RESULT = {
-    "STG", "ST", "STS", "STL", "STSM", "RED", "REDG", "REDUX", "BAR", "LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPSYNC", "BSSY", "BSYNC",
-    "MEMBAR", "FENCE", "ERRBAR", "CGAERRBAR", "CCTL", "NOP", "WARPGROUP", "UTMALDG", "UTMASTG", "UTMAREDG", "UTMACMDFLUSH", "UTMACCTL",
-    "UBLKCP", "UTMAPF", "NANOSLEEP", "YIELD", "BREAK", "BRA", "EXIT", "RET", "CALL", "BRX", "USETMAXREG", "ACQBULK", "PREEXIT",
-    "CCTLL", "BPT", "KILL", "ARRIVES", "UCGABAR_ARV", "UCGABAR_WAIT", "PMTRIG", "JMP", "ENDCOLLECTIVE", "WARPGROUPSET",
-}  # fmt: skip
-# Values that only numbers with a fraction, or memory, decide: no address or trip count of these kernels comes from them, and where one
-# does, it is named (``emulate``). Conversions and MUFU.RCP are not among them: a division of integers is made of them.
+    "STG",
+    "ST",
+    "STS",
+    "STL",
+    "STSM",
+    "RED",
+    "REDG",
+    "REDUX",
+    "BAR",
+    "LDGSTS",
+    "LDGDEPBAR",
+    "DEPBAR",
+    "WARPSYNC",
+    "BSSY",
+    "BSYNC",
+    "MEMBAR",
+    "FENCE",
+    "ERRBAR",
+    "CGAERRBAR",
+    "CCTL",
+    "NOP",
+    "WARPGROUP",
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "UTMACMDFLUSH",
+    "UTMACCTL",
+    "UBLKCP",
+    "UTMAPF",
+    "NANOSLEEP",
+    "YIELD",
+    "BREAK",
+    "BRA",
+    "EXIT",
+    "RET",
+    "CALL",
+    "BRX",
+    "USETMAXREG",
+    "ACQBULK",
+    "PREEXIT",
+    "CCTLL",
+    "BPT",
+    "KILL",
+    "ARRIVES",
+    "UCGABAR_ARV",
+    "UCGABAR_WAIT",
+    "PMTRIG",
+    "JMP",
+    "ENDCOLLECTIVE",
+    "WARPGROUPSET",
+}
+# Values that only numbers with a fraction, or memory, decide: no address or trip count of these kernels comes from
+# them, and where one does, it is named (``emulate``). Conversions and MUFU.RCP are not among them: a division of
+# integers is made of them.
 FLOATING = re.compile(
-    r"(F(ADD|MUL|FMA|SEL|MNMX|SET|SWZADD)|H(ADD|MUL|FMA|MNMX|SET)2|D(ADD|MUL|FMA|MNMX)|F2F|F2FP|F2IP|HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|LDSM|"
+    r"(F(ADD|MUL|FMA|SEL|MNMX|SET|SETP|SWZADD|CHK)|H(ADD|MUL|FMA|MNMX|SET|SETP)2|D(ADD|MUL|FMA|MNMX|SETP)|F2F|F2FP|F2IP|HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|LDSM|"
     r"LDG|LD)\b"
 )
 
@@ -46,7 +93,18 @@ def destinations(i: Instruction) -> int:
         return 2
     if i.base == "R2P":
         return 1
-    if i.base in ("SHFL", "ATOMG", "ATOM", "ATOMS", "VOTE", "VOTEU", "MATCH", "ELECT", "LOP3", "ULOP3") and is_predicate(i.operands[0]):
+    if i.base in (
+        "SHFL",
+        "ATOMG",
+        "ATOM",
+        "ATOMS",
+        "VOTE",
+        "VOTEU",
+        "MATCH",
+        "ELECT",
+        "LOP3",
+        "ULOP3",
+    ) and is_predicate(i.operands[0]):
         return 1 if i.base in ("VOTE", "VOTEU") else 2
     if i.base in ("VOTE", "VOTEU"):
         return 2
@@ -57,7 +115,7 @@ def destinations(i: Instruction) -> int:
     return count
 
 
-def _registers_written(i: Instruction) -> int:
+def registers_written(i: Instruction) -> int:
     """Of the first general destination."""
     if i.base in ("LDG", "LD", "LDS", "LDC", "ULDC", "LDL", "ATOMG", "ATOM", "ATOMS", "LDCU", "SYNCS"):
         return max(1, i.width // 4)
@@ -81,13 +139,14 @@ def written(i: Instruction) -> list[int]:
         if i.base == "R2P":
             return [PREDICATE + bit for bit in range(7) if int(i.operands[2], 16) >> bit & 1]
         for kind, index, _ in names(operand):
-            count = _registers_written(i) if kind in ("R", "UR") else 1
+            count = registers_written(i) if kind in ("R", "UR") else 1
             found += [number(kind, index + k) for k in range(count)]
     return found
 
 
 def read(i: Instruction) -> list[int]:
-    """Those it needs to be carried out by ``emulate``; pairs where it takes 64 bits. (More than is read does no harm.)"""
+    """Those it needs to be carried out by ``emulate``; pairs where it takes 64 bits. (More than is read does no
+    harm.)"""
     found = []
     if i.guard and not i.guard[0].endswith("T"):
         kind = "UP" if i.guard[0].startswith("U") else "P"
@@ -129,8 +188,8 @@ def effects(code: Code) -> list[tuple[int, int]]:
 
 
 def needed(code: Code, root: Callable[[int, Instruction], int]) -> set[int]:
-    """The instructions whose results are used, directly or through others, by what ``root(index, instruction)`` says is asked for:
-    the registers, as bits, that the instruction itself must know."""
+    """The instructions whose results are used, directly or through others, by what ``root(index, instruction)`` says is
+    asked for: the registers, as bits, that the instruction itself must know."""
     facts = effects(code)
     roots = [root(k, i) for k, i in enumerate(code.instructions)]
     wanted_in = [0] * len(code.blocks)
@@ -172,6 +231,8 @@ def is_constant(i: Instruction) -> bool:
 
 
 def is_floating(i: Instruction) -> bool:
+    if i.base == "MUFU":
+        return "RCP" not in i.modifiers
     return bool(FLOATING.match(i.base)) and not is_constant(i)
 
 

@@ -1,10 +1,10 @@
 """The time of a launch: its programs emulated, a few of them run on one SM, and all of them counted.
 
-``predict(launch, gpu)`` is what the rest of the project calls. Programs of a launch may do different things (roles); those at which the
-path changes are found by halving, and each stretch of programs with the same blocks is represented by its first, middle and last one.
-One SM gets the programs that it would get, every ``processors``-th, and the bandwidth that is its share; the launch takes as long as it,
-and the program that comes last and merges what the others left takes as much longer as it alone needs.
-"""
+``predict(launch, gpu)`` is what the rest of the project calls. Programs of a launch may do different things (roles);
+those at which the path changes are found by halving, and each stretch of programs with the same blocks is represented
+by its first, middle and last one. One SM gets the programs that it would get, every ``processors``-th, and the
+bandwidth that is its share; the launch takes as long as it, and the program that comes last and merges what the others
+left takes as much longer as it alone needs."""
 
 import math
 from dataclasses import dataclass, field
@@ -43,7 +43,8 @@ class Sample:
 
 @dataclass
 class Prediction:
-    """Of one launch. Times in seconds: ``time`` of the whole launch, ``floors`` by what binds at least; bytes in all of the launch."""
+    """Of one launch. Times in seconds: ``time`` of the whole launch, ``floors`` by what binds at least; bytes in all of
+    the launch."""
 
     name: str
     grid: tuple
@@ -68,7 +69,8 @@ class Prediction:
 
     @property
     def estimated(self) -> bool:
-        """Whether its counts come from its loops as they stand, as something that decides them could not be emulated."""
+        """Whether its counts come from its loops as they stand, as something that decides them could not be
+        emulated."""
         return bool(self.unknown)
 
     @property
@@ -98,7 +100,8 @@ _CODES: dict[bytes, Code] = {}
 
 
 def samples(launch: project.Launch, code: Code) -> tuple[list[Sample], list[emulate.Path]]:
-    """(programs that stand for all, in the order of their numbers and with weights; the program that comes last in its kinds)."""
+    """(programs that stand for all, in the order of their numbers and with weights; the program that comes last in its
+    kinds)."""
     constants = project.constants(launch, code)
     total = math.prod(launch.grid)
     probes: dict[int, tuple] = {}
@@ -152,11 +155,12 @@ def samples(launch: project.Launch, code: Code) -> tuple[list[Sample], list[emul
     return found, last
 
 
-# ---- bytes ----------------------------------------------------------------------------------------------------------------------------
+# ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
 def requested(code: Code, path: emulate.Path) -> dict[int, tuple[float, set]]:
-    """{instruction: (bytes that one program asks L2 for, in 32-byte sectors, slots of the tensors)} of every access to global memory.
+    """{instruction: (bytes that one program asks L2 for, in 32-byte sectors, slots of the tensors)} of every access to
+    global memory.
 
     Loads of several warps of the same sectors at the same instruction are served by L1, those that bypass it not.
     """
@@ -182,8 +186,8 @@ TENSOR_MAPS = 0  # the slot of what tensor copies read: tensors that no other in
 
 @dataclass
 class Bytes:
-    """Of a launch: what is requested through L2, and as it counts against L2's bandwidth; what DRAM must serve; and for each (slot,
-    stores) the shares of a request that count at L2 and DRAM."""
+    """Of a launch: what is requested through L2, and as it counts against L2's bandwidth; what DRAM must serve; and for
+    each (slot, stores) the shares of a request that count at L2 and DRAM."""
 
     requested: float
     l2: float
@@ -228,7 +232,7 @@ def count_bytes(launch: project.Launch, code: Code, found: list[Sample], machine
     return Bytes(sum(asked.values()), through, dram, shares)
 
 
-# ---- operations -----------------------------------------------------------------------------------------------------------------------
+# ---- operations ------------------------------------------------------------------------------------------------------
 
 
 def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list[tuple]:
@@ -287,10 +291,8 @@ def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list
                 counts, served = shares.get((TENSOR_MAPS, False), (1.0, 1.0))
                 l2, dram, group = of.bytes / of.executions * counts, of.bytes / of.executions * served, of.warp
         out.append(
-            sm.Operation(
-                kind, pipe, clocks, latency, i.stall, i.sets, i.releases, waits, passes, l2, dram, group, board, k
-            ).packed()
-        )  # fmt: skip
+            sm.Operation(kind, pipe, clocks, latency, i.stall, i.sets, i.releases, waits, passes, l2, dram, group, board, k).packed()
+        )
     return out
 
 
@@ -381,8 +383,8 @@ def _on_one_sm(machine, programs: list[_Ready], resident: int, l2_rate, dram_rat
 def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: Machine | None = None, timeline=False) -> Prediction:
     """How long a launch takes on a GPU: "h200", "h100", "a100" or "rtx4090".
 
-    cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the architecture's. With
-    ``timeline`` the prediction has an attribute ``run``, what one SM did, for ``timeline.draw``.
+    cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the
+    architecture's. With ``timeline`` the prediction has an attribute ``run``, what one SM did, for ``timeline.draw``.
     """
     if gpu not in project.GPUS:
         raise ValueError(f"gpu must be one of {', '.join(project.GPUS)}, got {gpu!r}")
@@ -429,13 +431,27 @@ def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: 
     for sample in found:
         unknown |= sample.path.unknown
     prediction = Prediction(
-        launch.name, launch.grid, seconds, floors, counted.dram, counted.requested, instructions,
-        instructions / rates.processors / max(clocks + tail, 1.0), code.registers, code.spills, code.shared, resident, code.warps,
-        main.barriers / main.tiles, max((t.numel() for _, t in project.arguments(launch) if hasattr(t, "numel")), default=0),
+        launch.name,
+        launch.grid,
+        seconds,
+        floors,
+        counted.dram,
+        counted.requested,
+        instructions,
+        instructions / rates.processors / max(clocks + tail, 1.0),
+        code.registers,
+        code.spills,
+        code.shared,
+        resident,
+        code.warps,
+        main.barriers / main.tiles,
+        max((t.numel() for _, t in project.arguments(launch) if hasattr(t, "numel")), default=0),
         {name: value / waited for name, value in run.waits.items()},
         {name: value / (run.clocks or 1.0) / 4 for name, value in run.pipes.items()},
-        len({sample.role for sample in found}), tail / rates.clock, unknown,
-    )  # fmt: skip
+        len({sample.role for sample in found}),
+        tail / rates.clock,
+        unknown,
+    )
     if timeline:
         prediction.run = run
     return prediction

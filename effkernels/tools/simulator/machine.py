@@ -1,9 +1,10 @@
 """What a streaming multiprocessor of each architecture can do: pipes, their clocks, latencies and rates, with sources.
 
-[G] NVIDIA, CUDA C++ programming guide, "Arithmetic instructions" (results a clock and SM by compute capability) and the technical
-    specifications by compute capability (registers, shared memory, resident warps and programs).
+[G] NVIDIA, CUDA C++ programming guide, "Arithmetic instructions" (results a clock and SM by compute capability) and the
+    technical specifications by compute capability (registers, shared memory, resident warps and programs).
 [V] Jia et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018.
-[A] Abdelkhalik et al., "Demystifying the NVIDIA Ampere architecture through microbenchmarking and instruction-level analysis", 2022.
+[A] Abdelkhalik et al., "Demystifying the NVIDIA Ampere architecture through microbenchmarking and instruction-level
+analysis", 2022.
 [H] Luo et al., "Benchmarking and dissecting the NVIDIA Hopper GPU architecture via microbenchmarking", 2024.
 [W] NVIDIA's white papers of the A100, Ada and H100 (matrix rates, L2 sizes).
 Figures marked "assumed" have no source; the measurements of a GPU are to replace them.
@@ -16,11 +17,26 @@ from effkernels.tools.simulator.emulate import expects
 from effkernels.tools.simulator.encoding import Instruction
 
 # Kinds of operations, for the event loop of ``sm``.
-PIPE, FMA, SHARED, LOAD, STORE, COPY, BARRIER, WAIT_COPIES, COMMIT_COPIES, PRODUCT, WAIT_PRODUCTS, FREE, TENSOR_COPY, WAIT_TENSORS, MARK = (
-    range(15)
-)
+(
+    PIPE,
+    FMA,
+    SHARED,
+    LOAD,
+    STORE,
+    COPY,
+    BARRIER,
+    WAIT_COPIES,
+    COMMIT_COPIES,
+    PRODUCT,
+    WAIT_PRODUCTS,
+    FREE,
+    TENSOR_COPY,
+    WAIT_TENSORS,
+    MARK,
+) = range(15)
 KINDS = "PIPE FMA SHARED LOAD STORE COPY BARRIER WAIT_COPIES COMMIT_COPIES PRODUCT WAIT_PRODUCTS FREE TENSOR_COPY WAIT_TENSORS MARK".split()
-# Pipes of a scheduler. FMA operations take either of the first two where the architecture has both, integer products the second.
+# Pipes of a scheduler. FMA operations take either of the first two where the architecture has both, integer products
+# the second.
 FMA_LIGHT, FMA_HEAVY, ALU, SPECIAL, MATRIX, UNIFORM, DOUBLE, MEMORY = range(8)
 PIPES = ("FMA light", "FMA", "ALU", "MUFU", "matrix", "uniform", "fp64", "memory issue")
 
@@ -29,16 +45,38 @@ _HALF = {"HFMA2", "HMUL2", "HADD2"}
 _DOUBLE = {"DADD", "DMUL", "DFMA", "DSETP"}
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMS", "LDL", "STL"}
 _FREE = {
-    "BRA", "BSSY", "BSYNC", "NOP", "EXIT", "WARPSYNC", "RET", "CALL", "BREAK", "YIELD", "WARPGROUP", "FENCE", "ERRBAR", "CGAERRBAR", "CCTL",
-    "MEMBAR", "USETMAXREG", "DEPBAR", "UTMACMDFLUSH", "UTMACCTL", "NANOSLEEP", "ACQBULK", "PREEXIT",
-}  # fmt: skip
+    "BRA",
+    "BSSY",
+    "BSYNC",
+    "NOP",
+    "EXIT",
+    "WARPSYNC",
+    "RET",
+    "CALL",
+    "BREAK",
+    "YIELD",
+    "WARPGROUP",
+    "FENCE",
+    "ERRBAR",
+    "CGAERRBAR",
+    "CCTL",
+    "MEMBAR",
+    "USETMAXREG",
+    "DEPBAR",
+    "UTMACMDFLUSH",
+    "UTMACCTL",
+    "NANOSLEEP",
+    "ACQBULK",
+    "PREEXIT",
+}
 _CONVERSIONS = {"I2F", "F2I", "F2F", "I2I", "FRND"}
 _QUARTER = {"S2R", "S2UR", "POPC", "FLO", "BREV", "CS2R"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One SM of four schedulers. Clocks a warp instruction takes a pipe of its scheduler, latencies in clocks, rates in bytes a clock."""
+    """One SM of four schedulers. Clocks a warp instruction takes a pipe of its scheduler, latencies in clocks, rates in
+    bytes a clock."""
 
     arch: int
     registers: int = 65536  # [G]
@@ -85,8 +123,14 @@ class Machine:
         """Programs an SM holds at once. Registers are given in units of 256 a warp [G]."""
         of_registers = self.registers // (-(-registers // 8) * 256 * warps) if registers else self.most_programs
         return max(
-            1, min(of_registers, self.shared // (shared + self.shared_reserved), self.most_programs, self.most_warps // warps)
-        )  # fmt: skip
+            1,
+            min(
+                of_registers,
+                self.shared // (shared + self.shared_reserved),
+                self.most_programs,
+                self.most_warps // warps,
+            ),
+        )
 
     def operation(self, i: Instruction) -> tuple[int, int, float, float]:
         """(kind, pipe, clocks it takes the pipe, latency of a result under a scoreboard)."""

@@ -1,4 +1,5 @@
-"""A step of a whole network: its launches recorded on the ``meta`` device, each predicted, in parallel and once where they are the same."""
+"""A step of a whole network: its launches recorded on the ``meta`` device, each predicted, in parallel and once where
+they are the same."""
 
 import concurrent.futures
 import contextlib
@@ -29,14 +30,18 @@ def recorded():
     original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
     operators: list[tuple[str, int]] = []
     try:
-        with project.record_launches() as launches, Operators(lambda name, *moved: operators.append((name, sum(moved))), FREE):
+        with (
+            project.record_launches() as launches,
+            Operators(lambda name, *moved: operators.append((name, sum(moved))), FREE),
+        ):
             yield launches, operators
     finally:
         dispatch.why_not_fused = original
 
 
 def step_launches(module, x, training: bool):
-    """(kernel launches, operators) of a forward, and in training of a cross entropy or a given gradient and of the backward."""
+    """(kernel launches, operators) of a forward, and in training of a cross entropy or a given gradient and of the
+    backward."""
     module.train(training)
     with recorded() as (launches, operators), torch.set_grad_enabled(training):
         out = module(x)
@@ -48,8 +53,8 @@ def step_launches(module, x, training: bool):
 
 
 def network(name: str, training: bool, images: int):
-    """(model, images) of a network on the ``meta`` device, bf16. In training its blocks keep fp32 weights, as under autocast; those of
-    the head and classifier are bf16, as autocast hands them over."""
+    """(model, images) of a network on the ``meta`` device, bf16. In training its blocks keep fp32 weights, as under
+    autocast; those of the head and classifier are bf16, as autocast hands them over."""
     try:
         from efficientnet import create_model
     except ImportError as error:
@@ -88,7 +93,8 @@ class Step:
 
 
 def held_by_l2(launches, capacity: float) -> list[dict[int, float]]:
-    """Before each launch: {storage: bytes} that L2 still holds, if it keeps the ``capacity`` bytes that launches touched last."""
+    """Before each launch: {storage: bytes} that L2 still holds, if it keeps the ``capacity`` bytes that launches
+    touched last."""
     kept: OrderedDict[int, float] = OrderedDict()
     found = []
     for launch in launches:
@@ -125,7 +131,8 @@ def _job(j: int) -> Prediction:
 
 
 def predict_launches(launches, gpu: str, processes: int | None = None, report=lambda done, total: None) -> list[Prediction]:
-    """A prediction for each launch, in order; equal ones are made once, in ``processes`` processes (default: one a core)."""
+    """A prediction for each launch, in order; equal ones are made once, in ``processes`` processes (default: one a
+    core)."""
     machine = machine_of(gpu)
     held = held_by_l2(launches, machine.l2_kept)
     keys = [identity(launch, machine.arch, cached) for launch, cached in zip(launches, held, strict=True)]
@@ -154,7 +161,8 @@ def predict_launches(launches, gpu: str, processes: int | None = None, report=la
 
 
 def predict_step(model: str, mode: str, batch: int, gpu: str, processes: int | None = None, report=lambda done, total: None) -> Step:
-    """Predict a step of B0 to B7 ("b0"), "train" or "infer", of ``batch`` images in bf16. ValueError for a name that is not known."""
+    """Predict a step of B0 to B7 ("b0"), "train" or "infer", of ``batch`` images in bf16. ValueError for a name that is
+    not known."""
     for name, value, known in (("model", model, MODELS), ("mode", mode, MODES), ("gpu", gpu, tuple(project.GPUS))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,4 +1,5 @@
-"""All that the simulator takes from the rest of the project, and how a launch's arguments become a kernel's parameters."""
+"""All that the simulator takes from the rest of the project, and how a launch's arguments become a kernel's
+parameters."""
 
 import struct
 from dataclasses import dataclass
@@ -10,15 +11,27 @@ from effkernels.tools.launches import Launch, members, record_launches
 from effkernels.tools.machine_code import _binary as binary
 from effkernels.tools.machine_code import compile_launch
 
-__all__ = ["GPUS", "Gpu", "Launch", "binary", "compile_launch", "compiled_parts", "constants", "record_launches", "tensors"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "Launch",
+    "binary",
+    "compile_launch",
+    "compiled_parts",
+    "constants",
+    "record_launches",
+    "tensors",
+]
 
 
-# Bits of an address within a storage: 16 TB, of which the storage starts in the middle, as masked threads may point before or behind it.
+# Bits of an address within a storage: 16 TB, of which the storage starts in the middle, as masked threads may point
+# before or behind it.
 SLOT_BITS = 44
 
 
 def arguments(launch: Launch) -> list[tuple[str, object]]:
-    """(path, value) of every parameter of the compiled kernel, in order: what tuples hold too, and nothing that is absent."""
+    """(path, value) of every parameter of the compiled kernel, in order: what tuples hold too, and nothing that is
+    absent."""
     found = []
     for parameter in launch.fn.params:
         if not parameter.is_constexpr:
@@ -28,7 +41,8 @@ def arguments(launch: Launch) -> list[tuple[str, object]]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor argument: the slot of addresses of its storage, its first element's virtual address, its bytes and its storage's."""
+    """A tensor argument: the slot of addresses of its storage, its first element's virtual address, its bytes and its
+    storage's."""
 
     name: str
     slot: int
@@ -80,4 +94,8 @@ def constants(launch: Launch, code, apart: bool = False) -> dict[int, int]:
 def compiled_parts(launch: Launch, arch: int) -> tuple[bytes, dict]:
     """(cubin, metadata) of a launch compiled for an architecture."""
     kernel = compile_launch(launch, arch)
-    return kernel.asm["cubin"], {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps, "name": launch.name}
+    return kernel.asm["cubin"], {
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "name": launch.name,
+    }

@@ -1,7 +1,8 @@
-"""Every access of a small launch, counted from its machine code: the proof that emulation and Triton's interpreter see the same.
+"""Every access of a small launch, counted from its machine code: the proof that emulation and Triton's interpreter see
+the same.
 
-All programs are emulated, one after the other, with true counters; ``effkernels.tools.traffic`` counts the same launch in the interpreter.
-"""
+All programs are emulated, one after the other, with true counters; ``effkernels.tools.traffic`` counts the same launch
+in the interpreter."""
 
 import math
 
@@ -15,7 +16,8 @@ _STORES = {"STG", "ST"}
 
 
 def recount(launch: project.Launch, arch: int = 90) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """{argument: ((distinct bytes read, written), (bytes of every load, of every store))}, for those that the launch touches."""
+    """{argument: ((distinct bytes read, written), (bytes of every load, of every store))}, for those that the launch
+    touches."""
     code = code_of(launch, arch)
     constants = project.constants(launch, code, apart=True)
     tensors = {tensor.slot: tensor for tensor in project.tensors(launch, apart=True)}

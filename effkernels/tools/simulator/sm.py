@@ -1,10 +1,11 @@
-"""One streaming multiprocessor that runs programs instruction by instruction, in the order and with the waits that ptxas encoded.
+"""One streaming multiprocessor that runs programs instruction by instruction, in the order and with the waits that
+ptxas encoded.
 
-Every resource is a time at which it is free again, so an operation that issues knows at once when its result will be there, and a warp's
-next instruction when it may issue: nothing is polled. Four schedulers issue one instruction a clock each: the warp before goes on while it
-can, then the oldest. What it holds: pipes, the shared memory's and L1's passes, one queue to L2 and one to DRAM, six scoreboards a warp,
-groups of asynchronous copies and of matrix products, barriers, tensor copies in order.
-"""
+Every resource is a time at which it is free again, so an operation that issues knows at once when its result will be
+there, and a warp's next instruction when it may issue: nothing is polled. Four schedulers issue one instruction a clock
+each: the warp before goes on while it can, then the oldest. What it holds: pipes, the shared memory's and L1's passes,
+one queue to L2 and one to DRAM, six scoreboards a warp, groups of asynchronous copies and of matrix products, barriers,
+tensor copies in order."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ from effkernels.tools.simulator.machine import (
     Machine,
 )
 
-# What a warp waits for: results of memory, of shared memory, groups of copies and of products, a barrier, other results of no fixed
-# latency, a free pipe and issue slot, and the clocks that ptxas makes it stall for results of fixed latency.
+# What a warp waits for: results of memory, of shared memory, groups of copies and of products, a barrier, other results
+# of no fixed latency, a free pipe and issue slot, and the clocks that ptxas makes it stall for results of fixed
+# latency.
 REASONS = ("memory", "shared memory", "copies", "products", "barrier", "results", "slots", "stall")
 _MEMORY, _SHARED, _COPIES, _PRODUCTS, _BARRIER, _RESULTS, _SLOTS, _STALL = range(len(REASONS))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An instruction as the event loop needs it. passes: clocks of the SM's shared memory or L1; l2, dram: bytes of an average warp."""
+    """An instruction as the event loop needs it. passes: clocks of the SM's shared memory or L1; l2, dram: bytes of an
+    average warp."""
 
     kind: int
     pipe: int
@@ -55,22 +58,47 @@ class Operation:
     passes: float = 0.0
     l2: float = 0.0
     dram: float = 0.0
-    # of DEPBAR: how many may be outstanding; of a product: 1 ends a group; of BAR: (name, warps); of a tensor copy: the warp that issues it
+    # of DEPBAR: how many may be outstanding; of a product: 1 ends a group; of BAR: (name, warps); of a tensor copy: the
+    # warp that issues it
     group: object = 0
     board: int = 0
     index: int = -1  # of the instruction
 
     def packed(self) -> tuple:
         return (
-            self.kind, self.pipe, self.clocks, self.latency, max(self.stall, 1), self.sets, self.releases, self.waits, self.passes, self.l2,
-            self.dram, self.group, self.board, self.index,
-        )  # fmt: skip
+            self.kind,
+            self.pipe,
+            self.clocks,
+            self.latency,
+            max(self.stall, 1),
+            self.sets,
+            self.releases,
+            self.waits,
+            self.passes,
+            self.l2,
+            self.dram,
+            self.group,
+            self.board,
+            self.index,
+        )
 
 
 class _Warp:
     __slots__ = (
-        "ops", "at", "boards", "why", "program", "scheduler", "copied", "copies", "product", "products", "waited", "times", "row",
-    )  # fmt: skip
+        "ops",
+        "at",
+        "boards",
+        "why",
+        "program",
+        "scheduler",
+        "copied",
+        "copies",
+        "product",
+        "products",
+        "waited",
+        "times",
+        "row",
+    )
 
     def __init__(self, ops, program, scheduler, row):
         self.ops, self.at, self.program, self.scheduler, self.row = ops, 0, program, scheduler, row
@@ -93,7 +121,8 @@ class _Resident:
 
 @dataclass
 class Run:
-    """What happened: clocks until the last program ended, instructions, the times of each program's warps, and why warps waited."""
+    """What happened: clocks until the last program ended, instructions, the times of each program's warps, and why
+    warps waited."""
 
     clocks: float
     instructions: int
@@ -358,9 +387,17 @@ def simulate(machine: Machine, programs, resident: int, l2_rate: float, dram_rat
     clocks = max((program.end for program in finished), default=0.0)
     names = ("FMA light", "FMA", "ALU", "MUFU", "matrix", "uniform", "fp64", "memory issue")
     return Run(
-        clocks, issued, finished, dict(zip(REASONS, waits, strict=True)), dict(zip(names, busy, strict=True)), l2_bytes, dram_bytes,
-        passes_all, barriers, events,
-    )  # fmt: skip
+        clocks,
+        issued,
+        finished,
+        dict(zip(REASONS, waits, strict=True)),
+        dict(zip(names, busy, strict=True)),
+        l2_bytes,
+        dram_bytes,
+        passes_all,
+        barriers,
+        events,
+    )
 
 
 __all__ = ["FREE", "Operation", "REASONS", "Run", "simulate"]

@@ -1,8 +1,8 @@
-"""The path of a warp as loops within loops, shortened where it repeats, and the time that the shortened part stands for.
+"""The path of a warp as loops within loops, shortened where it repeats, and the time that the shortened part stands
+for.
 
-A launch of thousands of tiles a program need not be simulated to the end: a loop of n iterations is run for k of them, spread evenly, and
-the time of an iteration, measured past the first, stands for the rest.
-"""
+A launch of thousands of tiles a program need not be simulated to the end: a loop of n iterations is run for k of them,
+spread evenly, and the time of an iteration, measured past the first, stands for the rest."""
 
 from dataclasses import dataclass
 
@@ -64,7 +64,8 @@ def _loops_at(items: list, depth: int):
 
 
 def shorten(items: list, lengths: list[int], budget: float, deepest: int = 3) -> None:
-    """Choose the iterations to run so that about ``budget`` instructions remain: of the outermost loops first, at least 4 of each."""
+    """Choose the iterations to run so that about ``budget`` instructions remain: of the outermost loops first, at least
+    4 of each."""
     for depth in range(deepest):
         total = size(items, lengths)
         if total <= budget:
@@ -78,7 +79,8 @@ def shorten(items: list, lengths: list[int], budget: float, deepest: int = 3) ->
 
 
 def flatten(items: list, blocks: list[list], mark, out: list) -> list:
-    """The operations of the kept iterations, with a mark where a shortened loop begins and after each of its iterations."""
+    """The operations of the kept iterations, with a mark where a shortened loop begins and after each of its
+    iterations."""
     for item in items:
         if not isinstance(item, Loop):
             out += blocks[item]
@@ -93,7 +95,8 @@ def flatten(items: list, blocks: list[list], mark, out: list) -> list:
 
 
 def skipped_time(items: list, times, at: int = 0) -> tuple[float, int]:
-    """(clocks that the iterations left out would have taken, marks used), for a warp that passed the marks at ``times``."""
+    """(clocks that the iterations left out would have taken, marks used), for a warp that passed the marks at
+    ``times``."""
     extra = 0.0
     for item in items:
         if not isinstance(item, Loop):

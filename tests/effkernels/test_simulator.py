@@ -1,0 +1,427 @@
+"""The simulator of kernel times: its parts on code written by hand, kernels of known speed, and its counts against the
+interpreter's."""
+
+import pytest
+import torch
+
+from support.interpreter import HAS_TRITON, INTERPRET
+
+if not HAS_TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from effkernels import FusedMBConv
+from effkernels.tools import simulate
+from effkernels.tools.simulator import emulate, encoding, flow, sm, trace
+from effkernels.tools.simulator.encoding import NO_SCOREBOARD
+from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of
+from effkernels.tools.simulator.network import held_by_l2, predict_step
+from effkernels.tools.traffic import count_steps
+from support import simulated
+
+H100 = machine_of("h100")
+
+
+def listing(*lines: str) -> dict:
+    """A disassembly of instructions that stall for one clock and use no scoreboard; a line that ends with a colon is a
+    label."""
+    high = 1 << 41 | 7 << 46 | 7 << 49
+    text, address = [], 0
+    for line in lines:
+        if line.endswith(":"):
+            text.append(line)
+            continue
+        text.append(f"        /*{address:04x}*/    {line} ;    /* 0x0000000000000000 */")
+        text.append(f"                             /* 0x{high:016x} */")
+        address += 16
+    return {
+        "listing": "\n".join(text),
+        "registers": 32,
+        "spills": 0,
+        "parameters": [[0, 0, 8], [1, 8, 4]],
+        "base": 0x210,
+    }
+
+
+def code(*lines: str, warps=1) -> encoding.Code:
+    return encoding._code(listing(*lines), "by_hand", 90, 0, warps, "")
+
+
+# ---- encoding and flow -----------------------------------------------------------------------------------------------
+
+
+def test_fields_of_an_instruction():
+    document = listing("FFMA R4, R5, R6.reuse, R4", "EXIT")
+    word = 5 << 41 | 2 << 46 | 3 << 49 | 0b101 << 52
+    document["listing"] = document["listing"].replace(f"{1 << 41 | 7 << 46 | 7 << 49:016x}", f"{word:016x}", 1)
+    first = encoding._code(document, "by_hand", 90, 0, 1, "").instructions[0]
+    assert (first.opcode, first.operands) == ("FFMA", ("R4", "R5", "R6", "R4"))
+    assert (first.stall, first.sets, first.releases, first.waits) == (5, 2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "text, written, read",
+    [
+        ("LDG.E.128 R4, desc[UR6][R2.64+0x10]", {4, 5, 6, 7}, {2, 3, 262, 263}),
+        ("IMAD.WIDE.U32 R8, R3, 0x2, R10", {8, 9}, {3, 10, 11}),
+        ("@!P1 IADD3.X R5, P2, R6, UR4, RZ, P0, !PT", {5, 322}, {6, 260, 320, 321}),
+        ("STS.64 [R3+UR4], R6", set(), {3, 260, 261, 6, 7}),
+        ("ISETP.GE.AND P3, PT, R2, R7, !P4", {323}, {2, 7, 324}),
+        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", set(range(24, 40)), {24, 264, 265}),
+    ],
+)
+def test_registers_written_and_read(text, written, read):
+    instruction = code(text).instructions[0]
+    assert set(flow.written(instruction)) == written
+    assert set(flow.read(instruction)) == read
+
+
+def test_only_what_a_branch_needs_is_carried_out():
+    made = code(
+        "MOV R0, 0x3",
+        ".L_a:",
+        "FADD R4, R4, R5",
+        "IADD3 R0, R0, -0x1, RZ",
+        "ISETP.NE.AND P0, PT, R0, RZ, PT",
+        "@P0 BRA `(.L_a)",
+        "EXIT",
+    )
+    program = emulate.Program(made, full=False)
+    assert program.needed == {0, 2, 3}
+
+
+# ---- emulation -------------------------------------------------------------------------------------------------------
+
+
+def path_of(made, program=0, grid=(4,), full=True, **how):
+    return emulate.run(
+        made,
+        {0x210: 0, 0x214: 1 << 12, 0x218: 37, **dict.fromkeys(range(0, 32, 4), 0)},
+        grid,
+        program,
+        full=full,
+        **how,
+    )
+
+
+LOOP = (
+    "S2R R0, SR_CTAID.X",
+    "IADD3 R0, R0, 0x2, RZ",
+    ".L_a:",
+    "IADD3 R0, R0, -0x1, RZ",
+    "ISETP.NE.AND P0, PT, R0, RZ, PT",
+    "@P0 BRA `(.L_a)",
+    "EXIT",
+)
+
+
+@pytest.mark.parametrize("program", [0, 3])
+def test_trips_depend_on_the_program(program):
+    blocks = [block for block, _ in path_of(code(*LOOP), program).events]
+    assert blocks == [0, *[1] * (program + 2), 2]
+
+
+def test_a_division_of_integers():
+    """As ptxas makes it: 37 // 5 and its use as a trip count."""
+    made = code(
+        "LDC R4, c[0x0][0x218]",
+        "MOV R7, 0x5",
+        "I2F.U32.RP R0, R7",
+        "MUFU.RCP R0, R0",
+        "IADD3 R2, R0, 0xffffffe, RZ",
+        "F2I.FTZ.U32.TRUNC.NTZ R3, R2",
+        "IADD3 R6, RZ, -R3, RZ",
+        "MOV R2, RZ",
+        "IMAD R9, R6, R7, RZ",
+        "IMAD.HI.U32 R3, R3, R9, R2",
+        "IMAD.HI.U32 R2, R3, R4, RZ",
+        "IADD3 R8, -R2, RZ, RZ",
+        "IMAD R5, R7, R8, R4",
+        "ISETP.GE.U32.AND P0, PT, R5, R7, PT",
+        "@P0 IADD3 R2, R2, 0x1, RZ",
+        ".L_a:",
+        "IADD3 R2, R2, -0x1, RZ",
+        "ISETP.GT.AND P0, PT, R2, RZ, PT",
+        "@P0 BRA `(.L_a)",
+        "EXIT",
+    )
+    assert sum(block == 1 for block, _ in path_of(made).events) == 7
+
+
+def test_threads_that_part_meet_again():
+    made = code(
+        "S2R R0, SR_TID.X",
+        "ISETP.GE.AND P0, PT, R0, 0x28, PT",
+        "@P0 BRA `(.L_a)",
+        "IADD3 R1, R0, 0x1, RZ",
+        ".L_a:",
+        "LDC.64 R2, c[0x0][0x210]",
+        "IMAD.WIDE R2, R0, 0x4, R2",
+        "@P0 LDG.E R5, desc[UR4][R2.64]",
+        "EXIT",
+        warps=2,
+    )
+    path = path_of(made)
+    assert path.events == [(0, None), (1, frozenset({0, 1})), (2, None)]
+    (request,) = path.requests.values()
+    assert (request.executions, request.threads, request.sectors) == (1, 24, 3)  # threads 40 to 63: 96 bytes
+
+
+def test_bank_conflicts_are_passes():
+    made = code(
+        "S2R R0, SR_TID.X",
+        "SHF.L.U32 R1, R0, 0x3, RZ",
+        "LDS R2, [R1]",
+        "SHF.L.U32 R1, R0, 0x2, RZ",
+        "LDS R2, [R1]",
+        "EXIT",
+    )
+    assert [of.passes for of in path_of(made).shared.values()] == [2.0, 1.0]
+
+
+ARRIVE = (
+    "LDC.64 R2, c[0x0][0x210]",
+    "LDG.E R9, desc[UR4][R2.64]",
+    "MOV R5, 0x1",
+    "ATOMG.E.ADD.STRONG.GPU PT, R6, desc[UR4][R2.64], R5",
+    "ISETP.NE.AND P0, PT, R6, 0x1f, PT",
+    "@P0 EXIT",
+    "STG.E desc[UR4][R2.64], RZ",
+    "EXIT",
+)
+
+
+def test_the_program_that_comes_last():
+    path = path_of(code(*ARRIVE))
+    assert [block for block, _ in path.events] == [0] and path.awaited == {3: 31}
+    last = path_of(code(*ARRIVE), arrivals=path.awaited)
+    assert [block for block, _ in last.events] == [0, 1]
+
+
+def test_tickets_are_handed_out_in_order():
+    made = code(
+        "LDC.64 R2, c[0x0][0x210]",
+        "MOV R5, 0x1",
+        "ATOMG.E.ADD.STRONG.GPU PT, R6, desc[UR4][R2.64], R5",
+        "ISETP.LT.AND P0, PT, R6, 0x2, PT",
+        "@P0 EXIT",
+        "NOP",
+        "EXIT",
+    )
+    assert [len(path_of(made, program).events) for program in range(4)] == [1, 1, 2, 2]
+
+
+def test_an_unknown_instruction_is_named_and_counted():
+    made = code("FROB R0, R1", "FROB R2, R0", "ISETP.NE.AND P0, PT, R2, RZ, PT", "@P0 EXIT", "NOP", "EXIT")
+    assert path_of(made).unknown == {"FROB": 2}
+    assert path_of(code("FROB R0, R1", "EXIT")).unknown == {}  # nothing depends on it
+
+
+def test_a_branch_on_memory_is_named():
+    made = code(
+        "LDC.64 R2, c[0x0][0x210]",
+        "LDG.E R0, desc[UR4][R2.64]",
+        "ISETP.NE.AND P0, PT, R0, RZ, PT",
+        "@P0 EXIT",
+        "NOP",
+        "EXIT",
+    )
+    assert path_of(made).unknown == {"@P0 EXIT depends on values in memory": 1}
+
+
+# ---- paths and their time --------------------------------------------------------------------------------------------
+
+
+def test_a_shortened_path_stands_for_the_whole():
+    loops = {1: frozenset({1, 2, 3}), 2: frozenset({2})}
+    path = [0, *[1, 2, 2, 2, 3] * 100, 4]
+    tree = trace.nested(path, loops)
+    lengths = [10] * 5
+    assert trace.size(tree, lengths, everything=True) == 10 * len(path)
+    trace.shorten(tree, lengths, 500)
+    assert trace.size(tree, lengths) <= 600
+    mark = ("mark",)
+    flat = trace.flatten(tree, [[("op", block)] for block in range(5)], mark, [])
+    times, clock = [], 0.0
+    for operation in flat:  # each block takes 7 clocks
+        if operation == mark:
+            times.append(clock)
+        else:
+            clock += 7
+    extra, used = trace.skipped_time(tree, times)
+    assert used == len(times) and clock + extra == pytest.approx(7 * len(path))
+
+
+# ---- the SM ----------------------------------------------------------------------------------------------------------
+
+
+def operation(kind, stall=1, sets=NO_SCOREBOARD, waits=(), **amounts):
+    pipe = FMA_HEAVY if kind == FMA else MEMORY
+    return sm.Operation(kind, pipe, 2, 0, stall, sets, NO_SCOREBOARD, waits, **amounts).packed()
+
+
+def clocks(programs, resident=1, rate=32.0):
+    return sm.simulate(H100, programs, resident, rate, rate).clocks
+
+
+def test_dependent_multiply_adds_stall():
+    chain = [operation(FMA, stall=4)] * 1000
+    assert clocks([[chain]]) == pytest.approx(4000, abs=8)
+    assert clocks([[chain] * 4]) == pytest.approx(4000, abs=8)  # a warp a scheduler
+    assert clocks([[chain] * 16]) == pytest.approx(4000, rel=0.05)  # four of them share one, which issues every clock
+    assert clocks([[chain] * 32]) == pytest.approx(8000, rel=0.05)
+
+
+def test_one_pipe_takes_half_the_rate():
+    stream = [operation(FMA)] * 1000
+    two = clocks([[stream] * 16])
+    one = sm.simulate(Machine(80, fma_pipes=1), [[[(0, *stream[0][1:])] * 1000] * 16], 1, 32.0, 32.0).clocks
+    assert one == pytest.approx(2 * two, rel=0.05)
+
+
+def test_loads_wait_for_latency_and_bandwidth():
+    one = [operation(LOAD, sets=0, l2=512.0, dram=512.0), operation(FMA, waits=(0,))]
+    assert clocks([[one]]) == pytest.approx(H100.memory_latency + 512 / 32, abs=16)
+    many = one[:1] * 500 + one[1:]
+    assert clocks([[many] * 8]) == pytest.approx(8 * 500 * 512 / 32, rel=0.05)
+
+
+def test_programs_follow_one_another():
+    chain = [operation(FMA, stall=4)] * 100
+    assert clocks([[chain]] * 4, resident=2) == pytest.approx(2 * clocks([[chain]]) + H100.program_start, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, programs",
+    [(128, 0, 4, 4), (255, 0, 8, 1), (32, 0, 1, 32), (32, 100 * 1024, 4, 2), (32, 0, 16, 4)],
+)
+def test_programs_that_an_sm_holds(registers, shared, warps, programs):
+    assert H100.resident(registers, shared, warps) == programs
+
+
+# ---- compiled kernels ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chains():
+    return simulated.ask("simulated.chains()")
+
+
+def test_chains_of_multiply_adds(chains):
+    assert chains["4 warps"] == pytest.approx(4, rel=0.05)
+    assert chains["16 warps"] == pytest.approx(4, rel=0.1)  # four times the work in the same time
+    assert 1.02 * chains["4 warps"] < chains["4 warps barrier"] < 1.3 * chains["4 warps"]
+
+
+@pytest.fixture(scope="module")
+def known():
+    return simulated.ask("simulated.known(slow=False)")
+
+
+def test_known_kernels(known):
+    assert known["product"]["rate"] == pytest.approx(620e12, rel=0.1)
+    assert 0.9 * 3.015e12 <= known["copy"]["rate"] <= 1.001 * 3.015e12
+    assert 0.9 * 380e12 <= known["attention 64"]["rate"] <= 1.35 * 420e12
+    assert all(row["unknown"] == [] for row in known.values())
+
+
+@pytest.mark.slow
+def test_known_kernels_and_their_variants():
+    known = simulated.ask("simulated.known(slow=True)")
+    assert 0.9 * 480e12 <= known["attention 128"]["rate"] <= 1.35 * 500e12
+    # Tiles of a quarter of each side's product ask L2 for two and a half times as much, and half the warps hold the
+    # sums in registers.
+    assert known["product small tile"]["l2_bytes"] > 2.5 * known["product"]["l2_bytes"]
+    assert known["product small tile"]["us"] > 1.1 * known["product"]["us"]
+    assert known["product few warps"]["us"] > known["product"]["us"]
+
+
+@pytest.mark.slow
+def test_barriers_cost_time():
+    """The machine code of a block's kernels, as it is and with its barriers taken out."""
+    times = simulated.ask("simulated.barriers()")
+    assert all(without <= 1.03 * with_them for _, with_them, without in times)
+    assert any(without < 0.97 * with_them for _, with_them, without in times)
+
+
+def counted_in_the_interpreter(monkeypatch, count):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")
+    found = []
+    for inputs, outputs, k, stride, ratio, size in simulated.BLOCKS[:count]:
+        torch.manual_seed(0)
+        block = FusedMBConv(inputs, outputs, k, stride, ratio)
+        x = torch.randn(1, inputs, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+        for step, made in count_steps(block, x).items():
+            found += [(step, launch) for launch in made if launch.arguments]
+    return found
+
+
+def check_recount(monkeypatch, count):
+    """Each launch reads and writes the same bytes of each argument, and stores as often. (Loads may be more: where
+    threads need the same value, each loads it.)"""
+    interpreted = counted_in_the_interpreter(monkeypatch, count)
+    machine = simulated.ask(f"simulated.recounted({count})")
+    assert [(step, launch.name) for step, launch in interpreted] == [(step, name) for step, name, _ in machine]
+    for (step, launch), (_, name, arguments) in zip(interpreted, machine, strict=True):
+        where = f"{step} {name}"
+        distinct = {argument: tuple(counts) for argument, (counts, _) in arguments.items()}
+        assert distinct == launch.arguments, where
+        for argument, (_, (loaded, stored)) in arguments.items():
+            assert stored == launch.requested[argument][1], f"{where} {argument}"
+            assert loaded >= launch.requested[argument][0], f"{where} {argument}"
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the interpreter is off (TRITON_INTERPRET)")
+def test_machine_code_and_interpreter_touch_the_same_bytes(monkeypatch):
+    check_recount(monkeypatch, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRET, reason="the interpreter is off (TRITON_INTERPRET)")
+def test_every_kernel_touches_the_same_bytes(monkeypatch):
+    check_recount(monkeypatch, len(simulated.BLOCKS))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, value", [("model", "b9"), ("mode", "test"), ("gpu", "v100"), ("batch", 0)])
+def test_bad_names_are_named(name, value):
+    arguments = {"model": "b0", "mode": "infer", "batch": 1, "gpu": "h200", name: value}
+    with pytest.raises(ValueError, match=rf"{name} must be .*got '?{value}"):
+        predict_step(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--gpu", "v100"], ["--model", "b9"], ["--mode", "x"], ["--kernel", "k"]])
+def test_bad_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit):
+        simulate.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command():
+    """Batch 1 of B0's inference: the document's total is that of its kernels."""
+    document = simulated.ask("simulated.command(['--mode', 'infer', '--batch-size', '1'])")
+    assert (document["model"], document["mode"], document["batch"], document["gpu"]) == ("b0", "infer", 1, "h200")
+    assert document["predicted_ms"] == pytest.approx(sum(row["us"] for row in document["kernels"]) / 1e3, rel=0.01)
+    assert document["predicted_ms"] > document["bytes_ms"] > 0
+    assert document["source"] == "predicted, not measured"
+
+
+def test_what_l2_holds_from_launches_before():
+    class Launch:
+        def __init__(self, *tensors):
+            self.tensors = tensors
+
+    from effkernels.tools.simulator import project
+
+    small, large = project.Tensor("s", 1, 0, 10, 10, storage=7), project.Tensor("l", 2, 0, 1000, 1000, storage=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(project, "tensors", lambda launch: launch.tensors)
+        assert held_by_l2([Launch(small), Launch(small), Launch(large), Launch(small)], 100) == [
+            {},
+            {7: 10},
+            {7: 10},
+            {},
+        ]

@@ -1,0 +1,124 @@
+"""What the simulator says of launches that are compiled, in a Python of its own: this one may interpret kernels."""
+
+import dataclasses
+import json
+
+import torch
+
+from effkernels import FusedMBConv
+from effkernels.tools.simulator import launch as launches
+from effkernels.tools.simulator.network import recorded
+from effkernels.tools.simulator.recount import recount
+from support import known_kernels
+from support.python import run_python
+
+# (in, out channels, kernel size, stride, expand ratio, image size) of blocks that are small enough for the interpreter.
+BLOCKS = ((8, 8, 5, 1, 6, 7), (16, 24, 3, 2, 6, 8), (24, 16, 3, 1, 1, 7))
+
+
+def ask(call: str):
+    """The JSON value of ``call``, an expression with this module as ``simulated``."""
+    return json.loads(
+        run_python(f"import json, sys; sys.path.insert(0, 'tests'); from support import simulated; print(json.dumps({call}))")
+    )
+
+
+def _row(prediction, work=None) -> dict:
+    found = {
+        "us": 1e6 * prediction.time,
+        "bytes_us": 1e6 * prediction.bytes_time,
+        "ipc": prediction.instructions_per_clock,
+    }
+    found |= {"resident": prediction.resident, "barrier": prediction.waits["barrier"], "l2_bytes": prediction.l2_bytes}
+    found |= {
+        "dram_bytes": prediction.dram_bytes,
+        "unknown": list(prediction.unknown),
+        "instructions": prediction.instructions,
+    }
+    return found | ({"rate": work / prediction.time} if work else {})
+
+
+def known(slow: bool) -> dict:
+    """The known kernels on an H100; slow: also variants that only take longer to compile."""
+    found = {}
+    cases = {"product": known_kernels.product_launch(), "copy": known_kernels.copy_launch()}
+    cases |= {"attention 64": known_kernels.attention_launch(64, 64, 4)}
+    if slow:
+        cases |= {"attention 128": known_kernels.attention_launch(128, 128, 8)}
+        cases |= {"product small tile": known_kernels.product_launch(BM=64, BN=64, BK=64, num_warps=4)}
+        cases |= {"product few warps": known_kernels.product_launch(num_warps=4)}
+    for name, (launch, work) in cases.items():
+        found[name] = _row(launches.predict(launch, "h100"), work)
+    return found
+
+
+def chains() -> dict:
+    """Dependent multiply-adds: clocks of each, for warps a program with and without a barrier."""
+    found = {}
+    for warps, barrier in ((4, False), (16, False), (4, True)):
+        prediction = launches.predict(known_kernels.chain_launch(warps, barrier=barrier), "h200")
+        found[f"{warps} warps{' barrier' * barrier}"] = prediction.time * 1.755e9 / 512 / 64
+    return found
+
+
+def block_launches(inputs, outputs, k, stride, ratio, size, images=1) -> dict[str, list]:
+    """Launches of a block by step, on tensors of the meta device, as on a device of one SM."""
+    from effkernels.configs import rules
+
+    rules.processor_count = lambda device: 1
+    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta")
+    x = torch.empty(images, inputs, size, size, device="meta", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with recorded() as (forward, _):
+        out = block(x)
+    with recorded() as (backward, _):
+        out.backward(torch.empty_like(out))
+    with torch.no_grad(), recorded() as (inference, _):
+        block.eval()(x)
+    return {"forward": forward, "backward": backward, "inference": inference}
+
+
+def recounted(count: int) -> list:
+    """[step, kernel, {argument: counts}] of every launch of the first ``count`` blocks, from the machine code."""
+    found = []
+    for block in BLOCKS[:count]:
+        for step, made in block_launches(*block).items():
+            found += [[step, launch.name, recount(launch)] for launch in made]
+    return found
+
+
+def without_barriers(code):
+    """The code of which every barrier is a no-operation."""
+    instructions = [dataclasses.replace(i, opcode="NOP", operands=()) if i.base == "BAR" else i for i in code.instructions]
+    return dataclasses.replace(code, instructions=instructions, memo={})
+
+
+def barriers() -> list:
+    """[kernel, us as it is, us without its barriers] of the launches of an inference block with many tiles."""
+    found, code_of = [], launches.code_of
+    block = FusedMBConv(24, 40, 5, 2, 6, device="meta", dtype=torch.bfloat16).eval()
+    x = torch.empty(64, 24, 56, 56, device="meta", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), recorded() as (made, _):
+        block(x)
+    for launch in made:
+        times = []
+        for change in (lambda code: code, without_barriers):
+            launches.code_of = lambda launch, arch, change=change: change(code_of(launch, arch))
+            times.append(1e6 * launches.predict(launch, "h200").time)
+        found.append([launch.name, *times])
+    return found
+
+
+def command(arguments: list[str]) -> dict:
+    """What the command writes as JSON."""
+    import contextlib
+    import io
+    import tempfile
+    from pathlib import Path
+
+    from effkernels.tools import simulate
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path = Path(folder) / "prediction.json"
+        assert simulate.main([*arguments, "--json", str(path)]) == 0
+        return json.loads(path.read_text(encoding="utf-8"))
