@@ -1,6 +1,7 @@
 """Padding and output sizes of a k x k convolution: the one place that knows "symmetric" from TensorFlow's "same"."""
 
 PADDINGS = ("symmetric", "same", "same_as_even")
+LARGEST_KERNEL_SIZE = 9  # of the depthwise kernels, whose sizes are odd
 
 
 def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple[int, int]:
@@ -28,8 +29,9 @@ def conv_out_size(size: int, kernel_size: int, stride: int, padding: str) -> int
 
 def check_conv_args(kernel_size, stride, padding):
     """ValueError unless (kernel_size, stride, padding) is a depthwise convolution this package has."""
-    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 9:
-        raise ValueError(f"kernel_size must be an odd integer from 1 to 9, got {kernel_size!r}")
+    is_int = isinstance(kernel_size, int) and not isinstance(kernel_size, bool)
+    if not is_int or kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL_SIZE:
+        raise ValueError(f"kernel_size must be an odd integer from 1 to {LARGEST_KERNEL_SIZE}, got {kernel_size!r}")
     if stride not in (1, 2) or not isinstance(stride, int) or isinstance(stride, bool):
         raise ValueError(f"stride must be 1 or 2, got {stride!r}")
     if padding not in PADDINGS:

@@ -10,7 +10,7 @@ from torch import nn
 from effkernels import dispatch, reference
 from effkernels.adapters.equivalents import ACTIVATIONS, FIXED_CONVS, NORMS, SAME_CONVS, is_identity, path_of
 from effkernels.adapters.parts import Block, Network, Stage
-from effkernels.geometry import PADDINGS, pad_amounts
+from effkernels.geometry import LARGEST_KERNEL_SIZE, PADDINGS, pad_amounts
 
 ACTS, GATES = tuple(reference.ACTIVATIONS), tuple(reference.GATES)
 
@@ -86,8 +86,8 @@ def judge_layers(block: Block, layers) -> Verdict | str:
     if problem is not None:
         return problem
     k, stride = conv_dw.kernel_size[0], conv_dw.stride[0]
-    if k % 2 == 0 or k > 9:
-        return f"{block.depthwise.conv[0]} has kernel_size {k}, kernels have odd ones up to 9"
+    if k % 2 == 0 or k > LARGEST_KERNEL_SIZE:
+        return f"{block.depthwise.conv[0]} has kernel_size {k}, kernels have odd ones up to {LARGEST_KERNEL_SIZE}"
     if stride not in (1, 2):
         return f"{block.depthwise.conv[0]} has stride {stride}, kernels have 1 and 2"
     own = dispatch.fixed_padding(conv_dw)
