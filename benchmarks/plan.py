@@ -60,12 +60,16 @@ class Instructions:
     def __init__(self, dtype: str):
         self.rows = [row for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if row["dtype"] == dtype]
 
-    def _per_element(self, kernel: str, **constants) -> float:
+    def _per_element(self, kernel: str, given=(), absent=(), **constants) -> float:
+        """The median of the rows with these constants whose launches took the arguments ``given`` and not those
+        ``absent``."""
         counts = [
             row["per_element"]
             for row in self.rows
             if row["kernel"] == kernel
             and row["per_element"] is not None
+            and not any(name in row["constants"] for name in given)  # an absent argument is a constant, None
+            and all(name in row["constants"] for name in absent)
             and all(row["constants"].get(name) == value for name, value in constants.items())
         ]
         return statistics.median(counts) if counts else 0.0
@@ -78,16 +82,22 @@ class Instructions:
         expands = block.expanded != block.in_channels
         shape = {"K": block.kernel_size, "STRIDE": block.stride}
         if work.kernel == "depthwise" and not training:
-            return sizes["y2"] * self._per_element("depthwise_forward_kernel", EPILOGUE=True, ACT2="silu", **shape)
+            return sizes["y2"] * self._per_element("depthwise_forward_kernel", given=("norm2",), ACT2="silu", **shape)
         if work.kernel == "depthwise":
-            return sizes["y2"] * self._per_element("depthwise_forward_kernel", STATS=True, PROLOGUE=expands, **shape)
+            how = {"given": ("tile_mean", "norm1")} if expands else {"given": ("tile_mean",), "absent": ("norm1",)}
+            return sizes["y2"] * self._per_element("depthwise_forward_kernel", **how, **shape)
         if work.kernel == "depthwise backward":
-            how = {"BN1": expands, "GATED": True, "NEED_DX": True, "NEED_DW": True}
-            return sizes["y1"] * self._per_element("depthwise_backward_kernel", **how, **shape)
+            how = {"given": ("norm1", "gates")} if expands else {"given": ("gates",), "absent": ("norm1",)}
+            return sizes["y1"] * self._per_element("depthwise_backward_kernel", **how, NEED_DX=True, NEED_DW=True, **shape)
         if work.kernel == "pool":
-            return sizes["y2"] * self._per_element("pool_kernel", BN=True, ACT="silu")
+            return sizes["y2"] * self._per_element("pool_kernel", given=("norm",), ACT="silu")
         if work.kernel == "apply":
-            return sizes["out"] * self._per_element("apply_kernel", ACT="identity", BN=True, GATED=False, RESIDUAL=block.residual)
+            return sizes["out"] * self._per_element(
+                "apply_kernel",
+                given=("norm", "residual") if block.residual else ("norm",),
+                absent=("gates",) if block.residual else ("gates", "residual"),
+                ACT="identity",
+            )
         return 0.0
 
 

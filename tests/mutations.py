@@ -1,9 +1,11 @@
-"""Does a test notice? Deliberate faults of one line in kernels and launchers, each against the test that should fail for it.
+"""Does a test notice? Deliberate faults of one line in kernels and launchers, each against the test that should fail
+for it.
 
     python tests/mutations.py [--only WORD] [--jobs 2]
 
-Each fault is made in a copy of the tree (the first place where its text stands), and the test runs there in Triton's interpreter:
-"caught" if it fails, "missed" if it passes, "stale" if the text is no longer there. Exit code 1 unless all are caught.
+Each fault is made in a copy of the tree (the first place where its text stands), and the test runs there in Triton's
+interpreter: "caught" if it fails, "missed" if it passes, "stale" if the text is no longer there. Exit code 1 unless all
+are caught.
 """
 
 import argparse
@@ -57,7 +59,7 @@ FAULTS = [
     Fault("batches counted twice", "kernels/batchnorm.py", "tl.load(num_batches) + 1", "tl.load(num_batches) + 2", BATCHNORM),
     Fault("biased running variance", "kernels/batchnorm.py", "m2 / (total - 1.0)", "m2 / total", BATCHNORM),
     Fault("unbiased variance to normalise", "kernels/batchnorm.py", "m2 / total + eps", "m2 / (total - 1.0) + eps", BATCHNORM),
-    Fault("stale running statistics", "kernels/batchnorm.py", "update = self.running_mean is not None", "update = False", BATCHNORM),
+    Fault("stale running statistics", "kernels/batchnorm.py", "if running_mean is not None:", "if False:", BATCHNORM),
     Fault(
         "cumulative average a batch late",
         "kernels/batchnorm.py",
@@ -72,12 +74,12 @@ FAULTS = [
         "- s1 * shift",
         DEPTHWISE,
     ),
-    Fault("gradient without the variance's rstd", "kernels/batchnorm.py", "k1 = -scale * r * dgamma", "k1 = -scale * dgamma", BATCHNORM),
+    Fault("gradient without the variance's rstd", "kernels/batchnorm.py", "k1 = -scale * rstd * dgamma", "k1 = -scale * dgamma", BATCHNORM),
     Fault(
         "a second image never started",
         "kernels/batchnorm.py",
-        "apply_kernel[(triton.cdiv(C, cfg.BC) * N *",
-        "apply_kernel[(triton.cdiv(C, cfg.BC) *",
+        "apply_kernel[(triton.cdiv(C, cfg.BLOCK_C) * N *",
+        "apply_kernel[(triton.cdiv(C, cfg.BLOCK_C) *",
         BATCHNORM,
     ),
     Fault(
@@ -88,7 +90,7 @@ FAULTS = [
         "test_memory.py::test_offsets_pass_2_to_the_31[not expanded]",
     ),
     # ---- the rest of the block
-    Fault("no residual", "kernels/batchnorm.py", "if RESIDUAL:", "if False:", BATCHNORM),
+    Fault("no residual", "kernels/batchnorm.py", "if residual is not None:", "if False:", BATCHNORM),
     Fault(
         "drop-path forgotten in the backward",
         "kernels/batchnorm.py",
@@ -97,13 +99,13 @@ FAULTS = [
         SUMS,
     ),
     Fault("gate before the activation", "kernels/pointwise.py", "v = v * gate", "v = activate(v * gate, ACT, FAST)", BLOCK),
-    Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, PB) / rows", "cc, mcc, C, PB) / parts", BLOCK),
+    Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, BLOCK_P) / rows", "cc, mcc, C, BLOCK_P) / parts", BLOCK),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
-    Fault("sigmoid's derivative", "kernels/common.py", "return g * (1.0 - g)", "return g", BLOCK),
+    Fault("sigmoid's derivative", "kernels/activation.py", "return g * (1.0 - g)", "return g", BLOCK),
     Fault(
         "Gram identity without the mean",
         "kernels/weight_gradients.py",
-        "acc += load_vector(k0, e, me)[:, None] * xsum[None, :]",
+        "acc += load_vector(terms[0], e, me)[:, None] * xsum[None, :]",
         "acc += 0.0",
         BLOCK,
     ),
@@ -122,8 +124,14 @@ FAULTS = [
         "p.to(tl.int64) * N + c, moved",
         "test_stem.py",
     ),
-    Fault("the stem counts rows outside", "kernels/stem.py", "tl.minimum(rows - row0, BM).to(tl.float32)", "BM * 1.0", "test_stem.py"),
-    Fault("the head's gamma gradient without rstd", "kernels/pooled_norm.py", "tl.sum(s4, 0) * r_std", "tl.sum(s4, 0)", "test_head.py"),
+    Fault(
+        "the stem counts rows outside",
+        "kernels/stem.py",
+        "tl.minimum(rows - row0, BLOCK_M).to(tl.float32)",
+        "BLOCK_M * 1.0",
+        "test_stem.py",
+    ),
+    Fault("the head's gamma gradient without rstd", "kernels/pooled_norm.py", "tl.sum(s4, 0) * rstd", "tl.sum(s4, 0)", "test_head.py"),
     Fault(
         "the head pools a row too many",
         "kernels/pooled_norm.py",
@@ -139,8 +147,8 @@ FAULTS = [
         "test_expand_depthwise.py",
     ),
     # ---- activations and what is shared
-    Fault("SiLU's derivative", "kernels/common.py", "s + phi * (1.0 - s)", "s + x * (1.0 - s)", HARD_SWISH),
-    Fault("hard-swish's slope", "kernels/common.py", "x * (1.0 / 3.0) + 0.5", "x * (1.0 / 6.0) + 0.5", HARD_SWISH),
+    Fault("SiLU's derivative", "kernels/activation.py", "s + phi * (1.0 - s)", "s + x * (1.0 - s)", HARD_SWISH),
+    Fault("hard-swish's slope", "kernels/activation.py", "x * (1.0 / 3.0) + 0.5", "x * (1.0 / 6.0) + 0.5", HARD_SWISH),
     Fault(
         "a counter is not set back",
         "kernels/common.py",

@@ -40,9 +40,13 @@ GATED = {
     "torchvision.ops.misc.SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation", ()),
     "torchvision.models.mobilenetv3.SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation", ()),
     "transformers.models.efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer": (
-        "reduce", "act_reduce", "expand", "act_expand", (),
+        "reduce",
+        "act_reduce",
+        "expand",
+        "act_expand",
+        (),
     ),
-}  # fmt: skip
+}
 
 
 def path_of(cls: type) -> str:

@@ -95,9 +95,15 @@ def judge_layers(block: Block, layers) -> Verdict | str:
     I = block.expand.conv[1].in_channels if block.expand is not None else E
     R = block.gate.reduce[1].out_channels if block.gate is not None else 0
     shapes = {
-        "conv_pw": (E, I), "bn1": (E,), "conv_dw": (E, 1), "bn2": (E,), "se.conv_reduce": (R, E), "se.conv_expand": (E, R),
-        "conv_pwl": (O, E), "bn3": (O,),
-    }  # fmt: skip
+        "conv_pw": (E, I),
+        "bn1": (E,),
+        "conv_dw": (E, 1),
+        "bn2": (E,),
+        "se.conv_reduce": (R, E),
+        "se.conv_expand": (E, R),
+        "conv_pwl": (O, E),
+        "bn3": (O,),
+    }
     for role, name, layer in layers:
         kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else NORMS.get(path_of(type(layer)))
         depthwise = (k, stride, own[0] if own is not None else 0)

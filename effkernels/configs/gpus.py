@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates that bound a kernel's time: DRAM bytes/s, streaming multiprocessors, sustained clock in Hz, 16-bit matrix FLOP/s.
+    """Rates that bound a kernel's time: DRAM bytes/s, streaming multiprocessors, sustained clock in Hz, 16-bit matrix
+    FLOP/s.
 
-    Of an SM of all four: 4 schedulers of one instruction for 32 threads a clock, 128 fp32 fused multiply-adds and 16 special
-    functions a clock (CUDA C programming guide, arithmetic instructions, compute capability 8.0: 64 FMA; 8.9 and 9.0: 128).
+    Of an SM of all four: 4 schedulers of one instruction for 32 threads a clock, 128 fp32 fused multiply-adds and 16
+    special functions a clock (CUDA C programming guide, arithmetic instructions, compute capability 8.0: 64 FMA; 8.9
+    and 9.0: 128).
     """
 
     name: str
@@ -33,8 +35,8 @@ class Gpu:
         }
 
 
-# Bandwidth: that of a copy, measured on an H200; elsewhere 0.9 of the data sheet's, as there. Matrix: dense bf16, measured on an H200;
-# elsewhere 0.8 of the data sheet's, as there. Clock: under load, Hopper's (boost 1.98 GHz).
+# Bandwidth: that of a copy, measured on an H200; elsewhere 0.9 of the data sheet's, as there. Matrix: dense bf16,
+# measured on an H200; elsewhere 0.8 of the data sheet's, as there. Clock: under load, Hopper's (boost 1.98 GHz).
 GPUS = {
     "h200": Gpu("H200", 4.3e12, 132, 1.755e9, 790e12),
     "h100": Gpu("H100 SXM", 0.9 * 3.35e12, 132, 1.755e9, 790e12),

@@ -1,14 +1,15 @@
 """Launch configuration in one place: a frozen dataclass per kernel family and the analytic rule that fills it.
 
-Imports no Triton. Every threshold below comes from compiling the kernels for sm_90 (registers, spills, instructions per element;
-tests/effkernels/test_compile.py holds them to it); none has been measured on a GPU yet.
+Imports no Triton. Every threshold below comes from compiling the kernels for sm_90 (registers, spills, instructions per
+element; tests/effkernels/test_compile.py holds them to it); none has been measured on a GPU yet.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from effkernels.configs.gpus import GPUS
 from effkernels.configs.tables import tuned
 
 
@@ -16,7 +17,7 @@ from effkernels.configs.tables import tuned
 def processor_count(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 for the interpreter, so that tests see several tiles a program."""
     if device.type == "meta":
-        return 132  # compile-only launches, as on an H200
+        return GPUS["h200"].processors  # launches that are only compiled
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -27,16 +28,18 @@ def register_limit(maxnreg: int | None) -> dict:
 
 @dataclass(frozen=True)
 class DepthwiseConfig:
-    """S strips of TW columns (of dy in the backward) and TH rows, BC channels, one warp: S * BC / 32 channels a thread.
+    """S strips of TW columns (of dy in the backward) and TH rows, BLOCK_C channels, one warp: S * BLOCK_C / 32 channels
+    a thread.
 
-    wide: 8 or 4 channels a thread, columns loaded and stored one by one as they lie in memory (else in blocks that are taken apart).
-    stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or loaded when met (1).
-    split: dgrad and the halves of wgrad in programs of their own (of one launch), where all together would spill.
-    warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
-    maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its choice).
+    wide: 8 or 4 channels a thread, columns loaded and stored one by one as they lie in memory (else in blocks that are
+    taken apart). stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or
+    loaded when met (1). split: dgrad and the halves of wgrad in programs of their own (of one launch), where all
+    together would spill. warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
+    maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its
+    choice).
     """
 
-    BC: int
+    BLOCK_C: int
     S: int
     TW: int
     TH: int
@@ -52,7 +55,8 @@ class DepthwiseConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
-        """Persistent programs per channel block: as many as are resident at once, or fewer if the longest still does as many tiles.
+        """Persistent programs per channel block: as many as are resident at once, or fewer if the longest still does as
+        many tiles.
 
         A second wave of programs with equal work would run with few warps an SM, waiting for memory.
         """
@@ -66,7 +70,8 @@ MOST_WARPS = 16  # per SM, of one-warp programs
 
 
 def depthwise_counters(C: int, device: torch.device) -> int:
-    """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block of channels."""
+    """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block
+    of channels."""
     blocks_c = -(-C // DEPTHWISE_CHANNELS)
     programs = -(-MOST_WARPS * processor_count(device) // blocks_c)
     return blocks_c * (1 + -(-programs // 32))
@@ -80,7 +85,8 @@ def even_rows(rows: int, most: int) -> int:
 
 @functools.cache
 def strip_rows(rows: int, strips_w: int, S: int, halo: int, most: int = 16) -> int:
-    """Rows per strip: ``even_rows``, or fewer where the S strips that a program slides at once would otherwise idle on a small image.
+    """Rows per strip: ``even_rows``, or fewer where the S strips that a program slides at once would otherwise idle on
+    a small image.
 
     A group of S strips takes rows + halo steps; more, shorter strips must save a tenth of the steps of an image.
     """
@@ -97,31 +103,35 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
 
 @tuned
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
-    """Up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the running sums of 2 or 4 columns:
-    loads and stores need no change of layout. Larger k keep one or two channels a thread, and TW is what a power of two of input
-    columns feeds.
+    """Up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the running sums of 2
+    or 4 columns: loads and stores need no change of layout. Larger k keep one or two channels a thread, and TW is what
+    a power of two of input columns feeds.
 
-    sm_90, bf16, instructions an output without / with BN + SiLU on load and statistics: 3x3 17.6 / 31.7, where 3 columns would take
-    29.7 and spill, and one channel a thread took 24.8 / 43.9; 5x5 34.8 / 45.8.
+    sm_90, bf16, instructions an output without / with BN + SiLU on load and statistics: 3x3 17.6 / 31.7, where 3
+    columns would take 29.7 and spill, and one channel a thread took 24.8 / 43.9; 5x5 34.8 / 45.8.
     """
     if K <= 3:
         S, TW = (8, 2) if dtype.itemsize == 2 else (4, 4)
         TH = strip_rows(OH, -(-OW // TW), S, -(-K // stride) - 1)
-        return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=TH, wide=True)
+        return DepthwiseConfig(BLOCK_C=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=TH, wide=True)
     if K == 5:
         S, TW = 1, 8 if stride == 1 else 6
     else:
         S, TW = (2, 2) if K == 7 else (1, 4 // stride)
     warps = 12 if K == 5 else 8  # 168 registers, and up to 255
-    return DepthwiseConfig(BC=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype), warps_per_sm=warps)
+    return DepthwiseConfig(
+        BLOCK_C=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype), warps_per_sm=warps
+    )
 
 
 @tuned
 def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
-    """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the halo.
+    """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the
+    halo.
 
-    sm_90, bf16, instructions an input element with both BNs, SiLU and the gate: 3x3 64.5 at 168 registers, 5x5 106.5 at 249; 34 and 65
-    of them multiply and add, and 4 and 12 move the ring down a row, which only a loop body k times as long would save.
+    sm_90, bf16, instructions an input element with both BNs, SiLU and the gate: 3x3 64.5 at 168 registers, 5x5 106.5 at
+    249; 34 and 65 of them multiply and add, and 4 and 12 move the ring down a row, which only a loop body k times as
+    long would save.
     """
     if K == 1:
         TW = 8  # 8 columns of dy make a 16-byte load
@@ -131,7 +141,7 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
         TW = 1 if K == 9 and stride == 1 and dtype.itemsize == 4 else 2
     limit = _register_limit(K, dtype)
     return DepthwiseConfig(
-        BC=DEPTHWISE_CHANNELS,
+        BLOCK_C=DEPTHWISE_CHANNELS,
         S=1,
         TW=TW,
         TH=even_rows(rows, 16),
@@ -144,23 +154,23 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Elementwise and reduction kernels: blocks of BR pixels times BC channels."""
+    """Elementwise and reduction kernels: blocks of BLOCK_ROWS pixels times BLOCK_C channels."""
 
-    BR: int
-    BC: int
+    BLOCK_ROWS: int
+    BLOCK_C: int
     num_warps: int = 4
 
     def split(self, rows: int, others: int, device: torch.device) -> tuple[int, int]:
         """(rows per program, programs) so that ``others`` times the programs fill the device about four times over."""
         wanted = max(1, -(-16 * processor_count(device) // others))
-        rows_per_program = max(self.BR, -(-rows // wanted))
+        rows_per_program = max(self.BLOCK_ROWS, -(-rows // wanted))
         return rows_per_program, -(-rows // rows_per_program)
 
     def persistent(self, rows: int, blocks_c: int, device: torch.device) -> tuple[int, int]:
-        """(rows per program, programs per block of channels), 4 programs an SM in all: they are resident at once, and leave few enough
-        partial results that the last of them sums them in up to ten steps."""
+        """(rows per program, programs per block of channels), 4 programs an SM in all: they are resident at once, and
+        leave few enough partial results that the last of them sums them in up to ten steps."""
         wanted = max(1, 4 * processor_count(device) // blocks_c)
-        rows_per_program = max(self.BR, -(-rows // wanted))
+        rows_per_program = max(self.BLOCK_ROWS, -(-rows // wanted))
         return rows_per_program, -(-rows // rows_per_program)
 
 
@@ -173,15 +183,15 @@ def _channel_block(C: int, most: int) -> int:
 @tuned
 def elementwise_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread in flight."""
-    BC = _channel_block(C, 128)
-    return RowsConfig(BR=4096 // BC, BC=BC)
+    BLOCK_C = _channel_block(C, 128)
+    return RowsConfig(BLOCK_ROWS=4096 // BLOCK_C, BLOCK_C=BLOCK_C)
 
 
 @tuned
 def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
-    BC = _channel_block(C, 64)
-    return RowsConfig(BR=2048 // BC, BC=BC)
+    BLOCK_C = _channel_block(C, 64)
+    return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C)
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
@@ -192,7 +202,8 @@ def _power_of_two(n: int, least: int, most: int) -> int:
 class PointwiseConfig:
     """Row tiles of BM; BN columns of the product, BK of its inner dimension a step; BL x BR of a weight gradient.
 
-    stages: row tiles or steps in flight. shared: data and weight gradient from the same loads. waves: programs an SM holds at once.
+    stages: row tiles or steps in flight. shared: data and weight gradient from the same loads. waves: programs an SM
+    holds at once.
     """
 
     BM: int
@@ -211,7 +222,8 @@ class PointwiseConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def _programs(self, work: int, blocks: int, device: torch.device, share: float = 1.0) -> int:
-        """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device once."""
+        """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device
+        once."""
         return max(1, min(work, int(share * self.waves * processor_count(device)) // blocks))
 
     def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
@@ -237,13 +249,15 @@ class PointwiseConfig:
 
 
 def _warps(*blocks: int) -> int:
-    """4 or 8, so that no block takes more than 32 values a thread where possible: beyond that ptxas ran out of registers."""
+    """4 or 8, so that no block takes more than 32 values a thread where possible: beyond that ptxas ran out of
+    registers."""
     return 4 if max(blocks) <= 4096 else 8
 
 
 @tuned
 def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
-    """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed once)."""
+    """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed
+    once)."""
     narrow = dtype.itemsize == 2
     BN = _power_of_two(N, 16, 256 if prologue and narrow else 128 if narrow else 64)
     BM = _power_of_two(rows, 16, 64 if narrow and BN <= 128 else 32)
@@ -291,11 +305,11 @@ def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
 
 @dataclass(frozen=True)
 class StemConfig:
-    """Tiles of BM output pixels, BN channels, BK taps a step. waves: programs an SM holds at once."""
+    """Tiles of BLOCK_M output pixels, BLOCK_N channels, BLOCK_K taps a step. waves: programs an SM holds at once."""
 
-    BM: int
-    BN: int
-    BK: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
     num_warps: int = 4
     waves: int = 4
     maxnreg: int | None = None
@@ -305,7 +319,8 @@ class StemConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
-        """(tiles a program, programs) for each of ``blocks``: consecutive tiles, none without work, the device filled once."""
+        """(tiles a program, programs) for each of ``blocks``: consecutive tiles, none without work, the device filled
+        once."""
         programs = max(1, min(tiles, self.waves * processor_count(device) // blocks))
         per_program = -(-tiles // programs)
         return per_program, -(-tiles // per_program)
@@ -313,32 +328,35 @@ class StemConfig:
 
 @tuned
 def stem_forward_config(K, S, rows, dtype) -> StemConfig:
-    """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in fp32, whose
-    products run without tensor cores): with 64 of either ptxas spilled."""
+    """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in
+    fp32, whose products run without tensor cores): with 64 of either ptxas spilled."""
     narrow = dtype.itemsize == 2
-    BN = _power_of_two(S, 16, 64)
-    BK = _power_of_two(K, 16, 64 if narrow else 32)
-    return StemConfig(BM=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BN, BK, 32)), BN=BN, BK=BK)
+    BLOCK_N = _power_of_two(S, 16, 64)
+    BLOCK_K = _power_of_two(K, 16, 64 if narrow else 32)
+    return StemConfig(
+        BLOCK_M=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BLOCK_N, BLOCK_K, 32)), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+    )
 
 
 @tuned
 def stem_backward_config(K, S, rows, dtype) -> StemConfig:
-    """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels: left alone, ptxas
-    stopped at 168 and spilled 8 bytes of GELU."""
-    BN = _power_of_two(S, 16, 64)
-    BM = _power_of_two(rows, 16, 2048 // max(BN, 32))
-    return StemConfig(BM=BM, BN=BN, BK=_power_of_two(K, 16, 32), waves=2, maxnreg=255 if BN == 64 else None)
+    """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels:
+    left alone, ptxas stopped at 168 and spilled 8 bytes of GELU."""
+    BLOCK_N = _power_of_two(S, 16, 64)
+    BLOCK_M = _power_of_two(rows, 16, 2048 // max(BLOCK_N, 32))
+    return StemConfig(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=_power_of_two(K, 16, 32), waves=2, maxnreg=255 if BLOCK_N == 64 else None)
 
 
 @dataclass(frozen=True)
 class ExpandDepthwiseConfig:
-    """S column strips of TW outputs, TH rows, BE expanded channels of BI inputs a step; S is the height of one tensor-core product.
+    """S column strips of TW outputs, TH rows, BLOCK_E expanded channels of BLOCK_I inputs a step; S is the height of
+    one tensor-core product.
 
     stages: rows of x in flight or in use. warps_per_sm: what the registers leave room for.
     """
 
-    BI: int
-    BE: int
+    BLOCK_I: int
+    BLOCK_E: int
     TW: int
     TH: int
     S: int = 16
@@ -358,30 +376,34 @@ class ExpandDepthwiseConfig:
 
 @tuned
 def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> ExpandDepthwiseConfig:
-    """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of weights at k = 3.
-    Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32, more than 32 inputs.
+    """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of
+    weights at k = 3. Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32,
+    more than 32 inputs.
 
-    Wider strips evaluate fewer columns twice, but ptxas keeps every column of a step at once: 4 outputs spill at stride 2, or with the
-    longer activations of fp16, and 2 in fp32 at stride 2. fp32 takes 16 inputs a step: unrolled over more, its products spill. Few
-    images: fewer rows a program, until the device is full.
+    Wider strips evaluate fewer columns twice, but ptxas keeps every column of a step at once: 4 outputs spill at stride
+    2, or with the longer activations of fp16, and 2 in fp32 at stride 2. fp32 takes 16 inputs a step: unrolled over
+    more, its products spill. Few images: fewer rows a program, until the device is full.
     """
     narrow = dtype.itemsize == 2
     TW = 4 if K == 3 and stride == 1 and dtype == torch.bfloat16 else 1 if stride == 2 and not narrow else 2
     cfg = ExpandDepthwiseConfig(
-        BI=_power_of_two(I, 16, 64 if narrow else 16), BE=32, TW=TW, TH=even_rows(OH, 16),
+        BLOCK_I=_power_of_two(I, 16, 64 if narrow else 16),
+        BLOCK_E=32,
+        TW=TW,
+        TH=even_rows(OH, 16),
         num_warps=2 if K == 3 and narrow and I <= 32 else 4,
-    )  # fmt: skip
+    )
     while cfg.TH > 4:
-        programs = N * -(-(-(-OW // TW) * -(-OH // cfg.TH)) // cfg.S) * -(-E // cfg.BE)
+        programs = N * -(-(-(-OW // TW) * -(-OH // cfg.TH)) // cfg.S) * -(-E // cfg.BLOCK_E)
         if programs * cfg.num_warps >= cfg.warps_per_sm * processor_count(device):
             break
         cfg = replace(cfg, TH=even_rows(OH, cfg.TH // 2))
     return cfg
 
 
-# Instructions of expand_depthwise's loop for each expanded element, each evaluation of an overlap included, from the machine code for
-# sm_90 with SiLU and pooling (tests/effkernels/test_expand_depthwise.py compares them with what the compiler makes). fp16 has no tanh
-# in one operation; fp32 is not here: without tensor cores it takes 64 and more.
+# Instructions of expand_depthwise's loop for each expanded element, each evaluation of an overlap included, from the
+# machine code for sm_90 with SiLU and pooling (tests/effkernels/test_expand_depthwise.py compares them with what the
+# compiler makes). fp16 has no tanh in one operation; fp32 is not here: without tensor cores it takes 64 and more.
 EXPAND_DEPTHWISE_INSTRUCTIONS = {
     (torch.bfloat16, 3, 2): 16.5,
     (torch.bfloat16, 3, 1): 32.1,
@@ -392,69 +414,74 @@ EXPAND_DEPTHWISE_INSTRUCTIONS = {
     (torch.float16, 5, 2): 47.7,
     (torch.float16, 5, 1): 107.9,
 }
-_BYTES_PER_SECOND = 4.3e12  # copy, measured on an H200
-_INSTRUCTIONS_PER_SECOND = 29.6e12  # of one lane: 132 SMs, 128 lanes, 1.75 GHz
+_GPU = GPUS["h200"]
 _ISSUE_SHARE = 0.7  # of the issue slots filled with the 8 warps an SM holds at 200 to 255 registers; not measured
 
 
 def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype, act: str = "silu") -> bool:
-    """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading e1.
+    """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading
+    e1.
 
-    Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2) elements. One launch:
-    its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E + 1/s^2). At k = 3, s = 2 in bf16 that is
-    0.85 ps against 1.12 ps (B0's second stage); every other case loses. More than 32 inputs: 22 instructions, and x, read again by
-    each 32 channels, takes L2 as long as e1 took DRAM. GELU's erf alone makes it 60 instructions; the other activations are near SiLU.
+    Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2)
+    elements. One launch: its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E +
+    1/s^2). At k = 3, s = 2 in bf16 that is 0.85 ps against 1.12 ps (B0's second stage); every other case loses. More
+    than 32 inputs: 22 instructions, and x, read again by each 32 channels, takes L2 as long as e1 took DRAM. GELU's erf
+    alone makes it 60 instructions; the other activations are near SiLU.
     """
     instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
     if instructions is None or in_channels > 32 or act == "gelu":
         return False
     x, e2 = in_channels / expanded, 1 / stride**2
-    separate = (x + 1 + 1 + e2) * dtype.itemsize / _BYTES_PER_SECOND
+    separate = (x + 1 + 1 + e2) * dtype.itemsize / _GPU.bandwidth
     run_in = 1 + (-(-kernel_size // stride) - 1) / 16
-    issue = instructions * run_in / (_INSTRUCTIONS_PER_SECOND * _ISSUE_SHARE)
-    return max(issue, (x + e2) * dtype.itemsize / _BYTES_PER_SECOND) < separate
+    issue = instructions * run_in / (_GPU.per_second(128) * _ISSUE_SHARE)
+    return max(issue, (x + e2) * dtype.itemsize / _GPU.bandwidth) < separate
 
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
-    """Blocks of the launch that finishes a block's weight gradients from partials; each layer's programs have their own.
+    """Blocks of the launch that finishes a block's weight gradients from partials; each layer's programs have their
+    own.
 
-    Depthwise: TP partials at a time of TL values, project: BP of BL; expand: BS splits at a time of BE x BI; squeeze-excite: NB images
-    at a time of CB x RB.
+    Depthwise: DEPTHWISE_PARTS partials at a time of DEPTHWISE_COLS values, project: BLOCK_P of BLOCK_COLS; expand:
+    BLOCK_S splits at a time of BLOCK_E x BLOCK_I; squeeze-excite: BLOCK_N images at a time of BLOCK_C x BLOCK_R.
     """
 
-    BE: int
-    BI: int
-    BS: int
-    RB: int
-    TP: int = 64
-    TL: int = 32
-    BP: int = 16
-    BL: int = 128
-    NB: int = 32
-    CB: int = 16
+    BLOCK_E: int
+    BLOCK_I: int
+    BLOCK_S: int
+    BLOCK_R: int
+    DEPTHWISE_PARTS: int = 64
+    DEPTHWISE_COLS: int = 32
+    BLOCK_P: int = 16
+    BLOCK_COLS: int = 128
+    BLOCK_N: int = 32
+    BLOCK_C: int = 16
     num_warps: int = 4
 
     @property
     def blocks(self) -> dict:
-        return {name: getattr(self, name) for name in ("TP", "TL", "BP", "BL", "BE", "BI", "BS", "NB", "RB", "CB")}
+        """The kernel's compile-time arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_warps"}
 
 
 @tuned
 def weight_gradient_config(splits: int, R: int) -> WeightGradientConfig:
-    """Many splits come with few values (a layer of few channels), which one program must not sum one by one: 16 at a time, in small
-    blocks. Few come with wide layers, whose programs read the whole Gram matrix each: large blocks, so that they are fewer."""
-    BE, BI, BS = (16, 16, 16) if splits > 8 else (64, 32, 1)
-    return WeightGradientConfig(BE=BE, BI=BI, BS=BS, RB=_power_of_two(R, 16, 32))
+    """Many splits come with few values (a layer of few channels), which one program must not sum one by one: 16 at a
+    time, in small blocks. Few come with wide layers, whose programs read the whole Gram matrix each: large blocks, so
+    that they are fewer."""
+    BLOCK_E, BLOCK_I, BLOCK_S = (16, 16, 16) if splits > 8 else (64, 32, 1)
+    return WeightGradientConfig(BLOCK_E=BLOCK_E, BLOCK_I=BLOCK_I, BLOCK_S=BLOCK_S, BLOCK_R=_power_of_two(R, 16, 32))
 
 
 @dataclass(frozen=True)
 class SqueezeExciteConfig:
-    """Weights of both layers in blocks of RB units of the bottleneck times CB channels; PB partial sums of pooling at a time."""
+    """Weights of both layers in blocks of BLOCK_R units of the bottleneck times BLOCK_C channels; BLOCK_P partial sums
+    of pooling at a time."""
 
-    RB: int
-    CB: int
-    PB: int = 8
+    BLOCK_R: int
+    BLOCK_C: int
+    BLOCK_P: int = 8
     num_warps: int = 4
     maxnreg: int | None = 128  # ptxas, left alone, spilled 8 bytes to stay at 72 or 96
 
@@ -465,26 +492,28 @@ class SqueezeExciteConfig:
 
 @tuned
 def squeeze_excite_config(R: int) -> SqueezeExciteConfig:
-    """Up to 64 units and 2048 weights, 16 a thread in registers and more blocks in flight: with 32 a thread ptxas spilled a little."""
-    RB = _power_of_two(R, 8, 64)
-    return SqueezeExciteConfig(RB=RB, CB=min(256, 2048 // RB))
+    """Up to 64 units and 2048 weights, 16 a thread in registers and more blocks in flight: with 32 a thread ptxas
+    spilled a little."""
+    BLOCK_R = _power_of_two(R, 8, 64)
+    return SqueezeExciteConfig(BLOCK_R=BLOCK_R, BLOCK_C=min(256, 2048 // BLOCK_R))
 
 
 @dataclass(frozen=True)
 class GateBackwardConfig:
-    """A program is NB images times CB channels; KB is the inner dimension of a step of either product, RB its units of the bottleneck,
-    JB blocks of channels and BP blocks of images are summed at a time."""
+    """A program is BLOCK_N images times BLOCK_C channels; BLOCK_K is the inner dimension of a step of either product,
+    BLOCK_R its units of the bottleneck, BLOCK_J blocks of channels and BLOCK_P blocks of images are summed at a
+    time."""
 
-    NB: int = 16  # the fewest rows a product takes
-    CB: int = 128
-    KB: int = 16
-    RB: int = 32
-    JB: int = 8
-    BP: int = 16
+    BLOCK_N: int = 16  # the fewest rows a product takes
+    BLOCK_C: int = 128
+    BLOCK_K: int = 16
+    BLOCK_R: int = 32
+    BLOCK_J: int = 8
+    BLOCK_P: int = 16
     num_warps: int = 8  # with 4, ptxas spilled 16 bytes
 
     def counters(self, N: int, C: int) -> int:
-        return 1 + 2 * -(-N // self.NB) + -(-C // self.CB)
+        return 1 + 2 * -(-N // self.BLOCK_N) + -(-C // self.BLOCK_C)
 
 
 @tuned

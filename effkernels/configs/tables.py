@@ -1,11 +1,13 @@
-"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of configs/rules.py.
+"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of
+configs/rules.py.
 
-``python -m effkernels.tune`` writes them; nothing else measures anything. A table is effkernels/configs/sm_<major><minor>.json, or the
-file that EFFKERNELS_TABLE names; it is read once, when the first kernel of that architecture starts. Without one the rules decide.
-(static_sm<arch>.json beside them is what ``effkernels.inspect`` knows of the machine code.)
+``python -m effkernels.tune`` writes them; nothing else measures anything. A table is
+effkernels/configs/sm_<major><minor>.json, or the file that EFFKERNELS_TABLE names; it is read once, when the first
+kernel of that architecture starts. Without one the rules decide. (static_sm<arch>.json beside them is what
+``effkernels.inspect`` knows of the machine code.)
 
-Where a configuration does not compile, or needs more than the GPU has, a launcher (kernels/common.py) tries FALLBACKS in turn; the
-first that works is remembered for the rest of the process.
+Where a configuration does not compile, or needs more than the GPU has, a launcher (kernels/common.py) tries FALLBACKS
+in turn; the first that works is remembered for the rest of the process.
 """
 
 import contextlib
@@ -19,8 +21,8 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-# Changes to a rule's configuration: none (where a table had said otherwise), the least shared memory, the registers that ptxas chooses,
-# the fewest registers a thread.
+# Changes to a rule's configuration: none (where a table had said otherwise), the least shared memory, the registers
+# that ptxas chooses, the fewest registers a thread.
 FALLBACKS = ({}, {"stages": 1}, {"stages": 1, "maxnreg": None}, {"stages": 1, "maxnreg": None, "num_warps": 8})
 _remembered: dict[tuple, dict] = {}
 _fallback: dict | None = None
@@ -30,7 +32,8 @@ _disabled = False
 
 
 def key_of(names, values) -> str:
-    """The bucket of a rule's arguments, e.g. "K=3 stride=1 C=128 dtype=bfloat16": integers above 16 rounded up to a power of two."""
+    """The bucket of a rule's arguments, e.g. "K=3 stride=1 C=128 dtype=bfloat16": integers above 16 rounded up to a
+    power of two."""
     parts = []
     for name, value in zip(names, values, strict=True):
         if name == "device":
@@ -50,7 +53,8 @@ def default_path(capability: tuple[int, int]) -> Path:
 def read(path: Path, capability: tuple[int, int] | None = None) -> dict:
     """The table in ``path``, checked: {"gpu", "capability", "triton", "rows": [{"family", "key", "config", ...}]}.
 
-    Raises ValueError that names the file if it is not such a table, or was measured on another architecture than ``capability``.
+    Raises ValueError that names the file if it is not such a table, or was measured on another architecture than
+    ``capability``.
     """
     advice = "correct or remove it, or measure again with python -m effkernels.tune"
     try:
@@ -98,7 +102,8 @@ _caches = [_table]
 
 
 def _architecture(device: torch.device | None) -> tuple[int, int] | None:
-    """Capability of the GPU a rule is asked for (the current one, where it is not told), or None for the CPU and ``meta``."""
+    """Capability of the GPU a rule is asked for (the current one, where it is not told), or None for the CPU and
+    ``meta``."""
     if _disabled:
         return None
     if device is not None:
@@ -164,7 +169,8 @@ def _forget_decisions() -> None:
 
 @contextlib.contextmanager
 def override(family: str, **fields):
-    """Within: the rule of ``family`` returns its configuration with these fields, whatever the arguments; tables do not count."""
+    """Within: the rule of ``family`` returns its configuration with these fields, whatever the arguments; tables do not
+    count."""
     _overrides[family] = fields
     try:
         yield
@@ -185,8 +191,8 @@ def watch():
 
 @contextlib.contextmanager
 def falling_back(fields: dict):
-    """Within: every rule returns its configuration with ``fields``, as far as it has them. What it was asked, as ``watch`` lists it, is
-    remembered at the end, unless by an error."""
+    """Within: every rule returns its configuration with ``fields``, as far as it has them. What it was asked, as
+    ``watch`` lists it, is remembered at the end, unless by an error."""
     global _fallback
     before, _fallback = _fallback, fields
     try:

@@ -1,11 +1,18 @@
 """BatchNorm on NHWC: statistics, their merge with the running-stat update, and the elementwise forward and backward.
 
-    forward    z = (y - mean) * rstd * gamma + beta;   out = phi(z) [* gate[n,c]] [* mask[n]] [+ residual]
-    backward   dz = dout * mask * phi'(z);   dbeta = sum dz;   dgamma = sum dz * yhat;   yhat = (y - mean) * rstd
-               dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y     (M values a channel)
+    forward    z = (y - mean) * rstd * gamma + beta;   out = phi(z) [* gates[n,c]] [* branch scale[n]] [+ residual]
+    backward   dz = dout * branch scale * phi'(z);   dbeta = sum dz;   dgamma = sum dz * yhat;   yhat = (y - mean) *
+    rstd
+               dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y     (M values a
+               channel)
 
-With frozen or running statistics the batch terms k0, k1 vanish. Statistics are fp32 (count, mean, M2) triples merged by Chan's
-formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no float atomics.
+With frozen or running statistics the batch terms k0, k1 vanish. Statistics are fp32 (count, mean, M2) triples merged by
+Chan's formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no
+float atomics.
+
+The branch scale is drop-path's: it multiplies an image's branch by 0 or by 1 / keep. A launch takes it as such
+(``branch_scale``), or makes it from draws in [0, 1) (``branch_draws``), which saves the launch that would turn one into
+the other.
 """
 
 import torch
@@ -13,42 +20,49 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import elementwise_config, reduction_config
+from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
 from effkernels.kernels.common import (
-    activate,
-    activate_and_grad,
-    bn_coefficients,
-    bn_row,
-    branch_factor,
     cast,
     channel_vector_width,
     check_counters,
     fast_math,
     fp32,
+    given,
     last_to_arrive,
     launcher,
-    load_vector,
     sized_jit,
 )
-from effkernels.kernels.norm import BatchNorm, BatchStatistics
+from effkernels.kernels.norm import BatchNorm, BatchStatistics, coefficients, load_rstd, load_vector, scale_and_shift
+
+BatchTerms = tuple[torch.Tensor, torch.Tensor]  # (k0, k1) fp32 [C]
 
 
 @sized_jit
 def statistics_kernel(
-    y, tile_count, tile_mean, tile_m2, rows, CV, rows_per_program,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Per-program (count, mean, M2) of y [rows, C]: sums shifted by the program's first row."""
+    y,
+    tile_count,
+    tile_mean,
+    tile_m2,
+    rows,
+    CV,
+    rows_per_program,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store each program's (count, mean, M2) of its rows of y [rows, C]. Sums are of differences from the program's
+    first row."""
     C = CV * CVEC
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
     p = tl.program_id(1)
     first = p.to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    r = tl.arange(0, BR)
+    r = tl.arange(0, BLOCK_ROWS)
     pivot = tl.load(y + first * C + c, mask=mc & (first < rows), other=0.0).to(tl.float32)[None, :]
-    s1 = tl.zeros([BR, BC], tl.float32)
-    s2 = tl.zeros([BR, BC], tl.float32)
-    for start in range(first, last, BR):
+    s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
         ok = (start + r < last)[:, None] & mc[None, :]
         v = tl.load(y + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
         d = tl.where(ok, v - pivot, 0.0)
@@ -63,22 +77,39 @@ def statistics_kernel(
 
 @triton.jit
 def finish_statistics(
-    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum, block_c,
-    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """Chan's merge of all tiles for channels block_c * BC ..., mean and rstd for the kernels that follow, the running statistics.
+    tile_count,
+    tile_mean,
+    tile_m2,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    num_batches,
+    tiles,
+    C,
+    eps,
+    momentum,
+    block_c,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Merge all tiles by Chan's formula for one block of channels: mean and rstd for the kernels that follow, the
+    running statistics.
 
-    One pass over the tiles, shifted by the first tile's mean. COUNT: "", "increment" num_batches, or "cumulative", the average
-    over num_batches (advanced before the launch).
+    One pass over the tiles, BLOCK_TILES at a time, as differences from the first tile's mean. ``running_mean`` and
+    ``running_var`` are updated in place, unless they are None. COUNT says what ``num_batches`` is for: "" nothing,
+    "increment" advances it, "cumulative" makes the running statistics the average over ``num_batches`` batches (which
+    the caller has advanced before the launch).
     """
-    c = block_c * BC + tl.arange(0, BC)
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    t = tl.arange(0, BP)
+    t = tl.arange(0, BLOCK_TILES)
     pivot = tl.load(tile_mean + c, mask=mc, other=0.0, cache_modifier=".cg")[None, :]
-    n_sum = tl.zeros([BP], tl.float32)
-    s1 = tl.zeros([BP, BC], tl.float32)
-    s2 = tl.zeros([BP, BC], tl.float32)
-    for start in range(0, tiles, BP):
+    n_sum = tl.zeros([BLOCK_TILES], tl.float32)
+    s1 = tl.zeros([BLOCK_TILES, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_TILES, BLOCK_C], tl.float32)
+    for start in range(0, tiles, BLOCK_TILES):
         ok = start + t < tiles
         mask = ok[:, None] & mc[None, :]
         offset = (start + t).to(tl.int64)[:, None] * C + c[None, :]
@@ -94,7 +125,7 @@ def finish_statistics(
     m2 = tl.maximum(tl.sum(s2, 0) - shift * shift * total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean + c, merged, mask=mc)
     tl.store(rstd + c, 1.0 / tl.sqrt(m2 / total + eps), mask=mc)
-    if UPDATE:
+    if running_mean is not None:
         factor = momentum
         if COUNT == "cumulative":
             factor = 1.0 / tl.load(num_batches).to(tl.float32)
@@ -109,121 +140,189 @@ def finish_statistics(
 
 @sized_jit
 def merge_kernel(
-    tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum,
-    BP: tl.constexpr, BC: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
+    tile_count,
+    tile_mean,
+    tile_m2,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    num_batches,
+    tiles,
+    C,
+    eps,
+    momentum,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     """``finish_statistics`` as a launch of its own."""
+    block_c = tl.program_id(0)
     finish_statistics(
-        tile_count, tile_mean, tile_m2, mean, rstd, running_mean, running_var, num_batches, tiles, C, eps, momentum, tl.program_id(0),
-        BP, BC, UPDATE, COUNT,
-    )  # fmt: skip
+        tile_count,
+        tile_mean,
+        tile_m2,
+        mean,
+        rstd,
+        running_mean,
+        running_var,
+        num_batches,
+        tiles,
+        C,
+        eps,
+        momentum,
+        block_c,
+        BLOCK_TILES,
+        BLOCK_C,
+        COUNT,
+    )
 
 
 @sized_jit
 def apply_kernel(
-    y, out, gamma, beta, mean, var, gate, mask, residual, eps, keep, rows, CV, image_blocks,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
-    GATED: tl.constexpr, MASKED: tl.constexpr, RESIDUAL: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """out = phi(BN(y)) * gate * mask + residual on one block of BR pixels of one image."""
+    y,
+    out,
+    norm,
+    gates,
+    branch_draws,
+    residual,
+    keep,
+    rows,
+    CV,
+    image_blocks,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """out = phi(BN(y)) * gates * branch scale + residual on one block of BLOCK_ROWS pixels of one image."""
     C = CV * CVEC
-    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    block = tl.program_id(0) // tl.cdiv(C, BC)
+    block = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     n = (block // image_blocks).to(tl.int64)
-    r = block % image_blocks * BR + tl.arange(0, BR)
+    r = block % image_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     ok = (r < rows)[:, None] & mc[None, :]
     offset = r[:, None] * C + c[None, :]
     v = tl.load(y + n * rows * C + offset, mask=ok, other=0.0).to(tl.float32)
-    if BN:
-        scale, shift = bn_row(gamma, beta, mean, var, eps, c, mc, VAR_IS_RSTD)
+    if given(norm):
+        scale, shift = scale_and_shift(norm, c, mc)
         v = activate(v * scale + shift, ACT, FAST)
-    if GATED:
-        v = v * load_vector(gate + n * C, c, mc)[None, :]
-    if MASKED:
-        v = v * branch_factor(tl.load(mask + n), keep)
-    if RESIDUAL:
+    if gates is not None:
+        v = v * load_vector(gates + n * C, c, mc)[None, :]
+    if branch_draws is not None:
+        v = v * branch_factor(tl.load(branch_draws + n), keep)
+    if residual is not None:
         v += tl.load(residual + n * rows * C + offset, mask=ok, other=0.0).to(tl.float32)
     tl.store(out + n * rows * C + offset, cast(v, out.dtype.element_ty), mask=ok)
 
 
 @sized_jit
 def gradient_sums_kernel(
-    dq, y, sums, gamma, beta, mean, rstd, mask, rows, CV, rows_per_program, parts,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
-    GATE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Per (n, part, c): sum dz and sum dz*yhat; with GATE also sum dq*phi(z), sum phi'(z), sum phi'(z)*yhat (sums [N, parts, 2|5, C])."""
+    dq,
+    y,
+    sums,
+    norm,
+    branch_scale,
+    rows,
+    CV,
+    rows_per_program,
+    parts,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    FOR_GATE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Store the sums of one part of one image's pixels, for each channel, in sums [N, parts, 2 or 5, C].
+
+    They are sum dz and sum dz * yhat; with FOR_GATE also sum dq * phi(z), sum phi'(z) and sum phi'(z) * yhat.
+    """
     C = CV * CVEC
-    NUM: tl.constexpr = 5 if GATE else 2
-    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    NUM: tl.constexpr = 5 if FOR_GATE else 2
+    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    group = tl.program_id(0) // tl.cdiv(C, BC)
+    group = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     n = (group // parts).to(tl.int64)
     first = group % parts * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    r = tl.arange(0, BR)
-    if BN:
-        mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
-        mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
-    s1 = tl.zeros([BR, BC], tl.float32)
-    s3 = tl.zeros([BR, BC], tl.float32)
-    if GATE:
-        s_gate = tl.zeros([BR, BC], tl.float32)
-        s2 = tl.zeros([BR, BC], tl.float32)
-        s4 = tl.zeros([BR, BC], tl.float32)
-    for start in range(first, last, BR):
+    r = tl.arange(0, BLOCK_ROWS)
+    if given(norm):
+        mean, rstd, scale, shift = coefficients(norm, c, mc)
+        mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
+    s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    s3 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    if FOR_GATE:
+        s_gate = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+        s2 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+        s4 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
         ok = (start + r < last)[:, None] & mc[None, :]
         offset = n * rows * C + (start + r)[:, None] * C + c[None, :]
         g = tl.load(dq + offset, mask=ok, other=0.0).to(tl.float32)
         v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
-        if BN:
+        if given(norm):
             phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
-            centred = v - mu
+            centred = v - mean
             s1 += g * dphi
             s3 += g * dphi * centred
-            if GATE:
+            if FOR_GATE:
                 dphi = tl.where(ok, dphi, 0.0)
                 s2 += dphi
                 s4 += dphi * centred
                 s_gate += g * phi
-        elif GATE:
+        elif FOR_GATE:
             s_gate += g * v
     factor = 1.0
-    if MASKED:
-        factor = tl.load(mask + n)
+    if branch_scale is not None:
+        factor = tl.load(branch_scale + n)
     out = sums + group.to(tl.int64) * NUM * C + c
-    if BN:
+    if given(norm):
         tl.store(out, tl.sum(s1, 0) * factor, mask=mc)
-        tl.store(out + C, tl.sum(s3, 0) * r_std * factor, mask=mc)
-    if GATE:
+        tl.store(out + C, tl.sum(s3, 0) * rstd * factor, mask=mc)
+    if FOR_GATE:
         tl.store(out + 2 * C, tl.sum(s_gate, 0), mask=mc)
-        if BN:
+        if given(norm):
             tl.store(out + 3 * C, tl.sum(s2, 0), mask=mc)
-            tl.store(out + 4 * C, tl.sum(s4, 0) * r_std, mask=mc)
+            tl.store(out + 4 * C, tl.sum(s4, 0) * rstd, mask=mc)
 
 
 @triton.jit
-def bn_terms(gamma, mean, rstd, dbeta, dgamma, count, c, mask):
-    """(k0, k1) of dy = scale * dz + k0 + k1 * y."""
-    r = load_vector(rstd, c, mask)
-    scale = load_vector(gamma, c, mask) * r
-    k1 = -scale * r * dgamma / count
-    return -scale * dbeta / count - k1 * load_vector(mean, c, mask), k1
+def batch_terms(norm, dbeta, dgamma, count, c, mask):
+    """(k0, k1) of channels c, with dy = scale * dz + k0 + k1 * y, for statistics of a batch of ``count`` values a
+    channel."""
+    rstd = load_rstd(norm, c, mask)
+    scale = load_vector(norm.weight, c, mask) * rstd
+    k1 = -scale * rstd * dgamma / count
+    return -scale * dbeta / count - k1 * load_vector(norm.mean, c, mask), k1
 
 
 @triton.jit
 def finish_gradients(
-    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count, block_c,
-    BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """dbeta and dgamma from rows (sum dz, sum dz*yhat) of ``parts`` partials, and the batch terms k0, k1, of one block of channels."""
-    c = block_c * BC + tl.arange(0, BC)
+    sums,
+    norm,
+    dgamma,
+    dbeta,
+    k0,
+    k1,
+    parts,
+    row_stride,
+    C,
+    count,
+    block_c,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store dbeta, dgamma and the batch terms k0, k1 of one block of channels, from ``parts`` partial rows (sum dz, sum
+    dz * yhat)."""
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    t = tl.arange(0, BP)
-    s1 = tl.zeros([BP, BC], tl.float32)
-    s3 = tl.zeros([BP, BC], tl.float32)
-    for start in range(0, parts, BP):
+    t = tl.arange(0, BLOCK_P)
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s3 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, parts, BLOCK_P):
         ok = (start + t < parts)[:, None] & mc[None, :]
         row = sums + (start + t).to(tl.int64)[:, None] * row_stride + c[None, :]
         s1 += tl.load(row, mask=ok, other=0.0, cache_modifier=".cg")
@@ -231,262 +330,461 @@ def finish_gradients(
     db, dg = tl.sum(s1, 0), tl.sum(s3, 0)
     tl.store(dbeta + c, cast(db, dbeta.dtype.element_ty), mask=mc)
     tl.store(dgamma + c, cast(dg, dgamma.dtype.element_ty), mask=mc)
-    b0, b1 = bn_terms(gamma, mean, rstd, db, dg, count, c, mc)
+    b0, b1 = batch_terms(norm, db, dg, count, c, mc)
     tl.store(k0 + c, b0, mask=mc)
     tl.store(k1 + c, b1, mask=mc)
 
 
 @sized_jit
 def gradient_merge_kernel(
-    sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count,
-    BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    sums,
+    norm,
+    dgamma,
+    dbeta,
+    k0,
+    k1,
+    parts,
+    row_stride,
+    C,
+    count,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """``finish_gradients`` as a launch of its own."""
-    finish_gradients(sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, parts, row_stride, C, count, tl.program_id(0), BP, BC)
+    finish_gradients(sums, norm, dgamma, dbeta, k0, k1, parts, row_stride, C, count, tl.program_id(0), BLOCK_P, BLOCK_C)
 
 
 @sized_jit
 def gradient_reduce_kernel(
-    dout, y, sums, gamma, beta, mean, rstd, mask, counters, dgamma, dbeta, k0, k1, images, rows, CV, rows_per_program, P, count, keep,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ACT: tl.constexpr, MASKED: tl.constexpr,
+    dout,
+    y,
+    sums,
+    norm,
+    branch_draws,
+    counters,
+    dgamma,
+    dbeta,
+    k0,
+    k1,
+    images,
+    rows,
+    CV,
+    rows_per_program,
+    P,
+    count,
+    keep,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACT: tl.constexpr,
     FAST: tl.constexpr,
-):  # fmt: skip
-    """sum dz and sum dz*yhat over ``rows_per_program`` consecutive pixels of the batch; the last of P programs finishes them."""
+):
+    """sum dz and sum dz * yhat over ``rows_per_program`` consecutive pixels of the batch; the last of P programs
+    finishes them."""
     C = CV * CVEC
-    block_c = tl.program_id(0) % tl.cdiv(C, BC)
-    c = block_c * BC + tl.arange(0, BC)
+    block_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C)
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    p = tl.program_id(0) // tl.cdiv(C, BC)
+    p = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     first = p.to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, images * tl.full([], 1, tl.int64) * rows)
-    r = tl.arange(0, BR)
-    mu, r_std, scale, shift = bn_coefficients(gamma, beta, mean, rstd, 0.0, c, mc, True)
-    mu, scale, shift = mu[None, :], scale[None, :], shift[None, :]
-    s1 = tl.zeros([BR, BC], tl.float32)
-    s3 = tl.zeros([BR, BC], tl.float32)
-    for start in range(first, last, BR):
+    r = tl.arange(0, BLOCK_ROWS)
+    mean, rstd, scale, shift = coefficients(norm, c, mc)
+    mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
+    s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    s3 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
         row_ok = start + r < last
         ok = row_ok[:, None] & mc[None, :]
         offset = start * C + r[:, None] * C + c[None, :]
         g = tl.load(dout + offset, mask=ok, other=0.0).to(tl.float32)
         v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
-        if MASKED:
+        if branch_draws is not None:
             n = start // rows
             n += ((start - n * rows).to(tl.int32) + r) // rows
-            g = g * branch_factor(tl.load(mask + n, mask=row_ok, other=0.0), keep)[:, None]
+            g = g * branch_factor(tl.load(branch_draws + n, mask=row_ok, other=0.0), keep)[:, None]
         if ACT != "identity":
             phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
             g = g * dphi
         s1 += g
-        s3 += g * (v - mu)
+        s3 += g * (v - mean)
     out = sums + p.to(tl.int64) * 2 * C + c
     tl.store(out, tl.sum(s1, 0), mask=mc)
-    tl.store(out + C, tl.sum(s3, 0) * r_std, mask=mc)
+    tl.store(out + C, tl.sum(s3, 0) * rstd, mask=mc)
     if last_to_arrive(counters + block_c, P):
-        finish_gradients(sums, gamma, mean, rstd, dgamma, dbeta, k0, k1, P, 2 * C, C, count, block_c, BP, BC)
+        finish_gradients(sums, norm, dgamma, dbeta, k0, k1, P, 2 * C, C, count, block_c, BLOCK_P, BLOCK_C)
 
 
 @sized_jit
 def apply_backward_kernel(
-    dz, y, dx, gamma, beta, mean, rstd, k0, k1, gate, dpool, mask, rows, CV, image_blocks,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr,
-    GATED: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """dx = scale * (dz * gate + dpool) * mask * phi'(BN(y)) + k0 + k1 * y, or dz * gate + dpool without BN."""
+    dz,
+    y,
+    dx,
+    norm,
+    terms,
+    gates,
+    dpool,
+    branch_scale,
+    rows,
+    CV,
+    image_blocks,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """dx = scale * (dz * gates + dpool) * branch scale * phi'(BN(y)) + k0 + k1 * y, or dz * gates + dpool without a
+    BatchNorm."""
     C = CV * CVEC
-    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    block = tl.program_id(0) // tl.cdiv(C, BC)
+    block = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     n = (block // image_blocks).to(tl.int64)
-    r = block % image_blocks * BR + tl.arange(0, BR)
+    r = block % image_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     ok = (r < rows)[:, None] & mc[None, :]
     offset = n * rows * C + r[:, None] * C + c[None, :]
     g = tl.load(dz + offset, mask=ok, other=0.0).to(tl.float32)
-    if GATED:
-        g = g * load_vector(gate + n * C, c, mc)[None, :] + load_vector(dpool + n * C, c, mc)[None, :]
-    if MASKED:
-        g = g * tl.load(mask + n)
-    if BN:
-        scale, shift = bn_row(gamma, beta, mean, rstd, 0.0, c, mc, True)
+    if gates is not None:
+        g = g * load_vector(gates + n * C, c, mc)[None, :] + load_vector(dpool + n * C, c, mc)[None, :]
+    if branch_scale is not None:
+        g = g * tl.load(branch_scale + n)
+    if given(norm):
+        scale, shift = scale_and_shift(norm, c, mc)
         v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
         if ACT != "identity":
             phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
             g = g * dphi
         g = g * scale
-        if BATCH:
-            g += load_vector(k0, c, mc)[None, :] + load_vector(k1, c, mc)[None, :] * v
+        if terms is not None:
+            g += load_vector(terms[0], c, mc)[None, :] + load_vector(terms[1], c, mc)[None, :] * v
     tl.store(dx + offset, cast(g, dx.dtype.element_ty), mask=ok)
 
 
 @sized_jit
-def sum_partials_kernel(partials, out, parts, row_stride, COLS, C, TAPS: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
+def sum_partials_kernel(
+    partials,
+    out,
+    parts,
+    row_stride,
+    COLS,
+    C,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
     """out[c, tap] = sum over partials [parts, row_stride] of element tap * C + c: the depthwise weight gradient."""
-    i = tl.program_id(0) * BL + tl.arange(0, BL)
-    t = tl.arange(0, BP)
-    acc = tl.zeros([BP, BL], tl.float32)
-    for start in range(0, parts, BP):
+    i = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    t = tl.arange(0, BLOCK_P)
+    acc = tl.zeros([BLOCK_P, BLOCK_COLS], tl.float32)
+    for start in range(0, parts, BLOCK_P):
         ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
         acc += tl.load(partials + (start + t).to(tl.int64)[:, None] * row_stride + i[None, :], mask=ok, other=0.0)
     tl.store(out + i % C * TAPS + i // C, cast(tl.sum(acc, 0), out.dtype.element_ty), mask=i < COLS)
 
 
 @launcher
-def statistics(y):
-    """(count [P], mean [P, C], m2 [P, C]) of y [..., C] over everything but C, in fp32 partials."""
+def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return fp32 partial statistics (count [P], mean [P, C], M2 [P, C]) of y [..., C] over everything but C."""
     C = y.shape[-1]
     rows = y.numel() // C
     cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     rows_per_program, P = cfg.split(rows, blocks_c, y.device)
-    tiles = fp32(y.device, P), fp32(y.device, P, C), fp32(y.device, P, C)
+    count, mean, m2 = fp32(y.device, P), fp32(y.device, P, C), fp32(y.device, P, C)
     statistics_kernel[(blocks_c, P)](
-        y, *tiles, rows, C // channel_vector_width(C), rows_per_program,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, num_warps=cfg.num_warps,
-    )  # fmt: skip
-    return tiles
+        y=y,
+        tile_count=count,
+        tile_mean=mean,
+        tile_m2=m2,
+        rows=rows,
+        CV=C // channel_vector_width(C),
+        rows_per_program=rows_per_program,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        num_warps=cfg.num_warps,
+    )
+    return count, mean, m2
 
 
-def unpacked(norm: BatchNorm | None, absent) -> tuple:
-    """(weight, bias, mean, rstd or var, eps, whether it is rstd), ``absent`` for each where there is none."""
-    if norm is None:
-        return (absent,) * 4 + (0.0, True)
-    weight, bias, mean, rstd, var, eps = norm
-    return weight, bias, mean, var if rstd is None else rstd, eps, rstd is not None
-
-
-def statistics_arguments(how: BatchStatistics | None, absent) -> dict:
-    """Those of ``finish_statistics``; ``absent`` stands for tensors that are not there."""
+def statistics_arguments(how: BatchStatistics | None) -> dict:
+    """Return the arguments by which ``finish_statistics`` is told ``how``; None where a launch finishes no
+    statistics."""
     how = how or BatchStatistics(0.0)
-    update = how.running_mean is not None
+    updates = how.running_mean is not None
     count = ""
-    if update and how.num_batches_tracked is not None:
+    if updates and how.num_batches_tracked is not None:
         count = "cumulative" if how.momentum is None else "increment"
     return {
-        "running_mean": how.running_mean if update else absent,
-        "running_var": how.running_var if update else absent,
-        "num_batches": how.num_batches_tracked if count else absent,
+        "running_mean": how.running_mean,
+        "running_var": how.running_var,
+        "num_batches": how.num_batches_tracked if count else None,
         "eps": how.eps,
         "momentum": 0.0 if how.momentum is None else how.momentum,
-        "UPDATE": update,
         "COUNT": count,
     }
 
 
-def merge(tiles, how: BatchStatistics):
-    """(mean [C], rstd [C]) of partial statistics (count [P], mean [P, C], m2 [P, C])."""
+def merge(tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor], how: BatchStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (mean, rstd) fp32 [C] of partial statistics (count [P], mean [P, C], M2 [P, C]), finished as ``how``
+    says."""
     count, tile_mean, tile_m2 = tiles
     P, C = tile_mean.shape
     mean, rstd = fp32(count.device, C), fp32(count.device, C)
     merge_kernel[(triton.cdiv(C, 32),)](
-        count, tile_mean, tile_m2, mean, rstd, tiles=P, C=C, **statistics_arguments(how, mean), BP=64, BC=32, num_warps=4,
-    )  # fmt: skip
+        tile_count=count,
+        tile_mean=tile_mean,
+        tile_m2=tile_m2,
+        mean=mean,
+        rstd=rstd,
+        tiles=P,
+        C=C,
+        **statistics_arguments(how),
+        BLOCK_TILES=64,
+        BLOCK_C=32,
+        num_warps=4,
+    )
     return mean, rstd
 
 
 @launcher
-def apply(y, norm: BatchNorm | None, *, act="identity", gates=None, branch_draws=None, keep=-1.0, residual=None, out_dtype=None):
-    """phi(BN(y)) [* gates] [* branch scale] [+ residual] for y [N, H, W, C].
+def apply(
+    y: torch.Tensor,
+    norm: BatchNorm | None,
+    *,
+    act: str = "identity",
+    gates: torch.Tensor | None = None,
+    branch_draws: torch.Tensor | None = None,
+    keep: float = -1.0,
+    residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return phi(BN(y)) [* gates] [* branch scale] [+ residual] for y [N, H, W, C], in ``out_dtype`` (default y's).
 
-    norm: None for y itself. gates: fp32 [N, C]. residual: like y.
-    branch_draws: fp32 [N], drop-path's: with ``keep`` above 0, draws from [0, 1) that stand for a scale of 1 / keep where they lie below
-        it, else of 0; with ``keep`` negative, the scales themselves.
+    Args:
+        norm: None for y itself, without activation.
+        gates: fp32 [N, C]. residual: like y, of any dtype.
+        branch_draws, keep: drop-path's, fp32 [N]. With ``keep`` above 0 they are draws from [0, 1): an image's branch
+            is scaled by 1 / keep where its draw lies below ``keep``, else by 0. With ``keep`` negative they are the
+            scales themselves.
     """
     N, H, W, C = y.shape
     cfg = elementwise_config(C, y.dtype)
     out = torch.empty_like(y, dtype=out_dtype or y.dtype)
-    image_blocks = triton.cdiv(H * W, cfg.BR)
-    g, b, m, v, eps, is_rstd = unpacked(norm, y)
-    apply_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        y, out, g, b, m, v, y if gates is None else gates, y if branch_draws is None else branch_draws,
-        y if residual is None else residual, eps, keep,
-        H * W, C // channel_vector_width(C), image_blocks,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, ACT=act, BN=norm is not None, GATED=gates is not None,
-        MASKED=branch_draws is not None, RESIDUAL=residual is not None, FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
-    )  # fmt: skip
+    image_blocks = triton.cdiv(H * W, cfg.BLOCK_ROWS)
+    apply_kernel[(triton.cdiv(C, cfg.BLOCK_C) * N * image_blocks,)](
+        y=y,
+        out=out,
+        norm=norm,
+        gates=gates,
+        branch_draws=branch_draws,
+        residual=residual,
+        keep=keep,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        image_blocks=image_blocks,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        ACT=act,
+        FAST=fast_math(y.dtype),
+        num_warps=cfg.num_warps,
+    )
     return out
 
 
 @launcher
-def gradient_sums(dq, y, norm: BatchNorm | None, *, act="identity", branch_scale=None, for_gate=False):
-    """Partial sums [N, parts, 2 or, for_gate, 5, C] of ``gradient_sums_kernel``; norm with rstd, or None (the gate's sum only)."""
+def gradient_sums(
+    dq: torch.Tensor,
+    y: torch.Tensor,
+    norm: BatchNorm | None,
+    *,
+    act: str = "identity",
+    branch_scale: torch.Tensor | None = None,
+    for_gate: bool = False,
+) -> torch.Tensor:
+    """Return the partial sums fp32 [N, parts, 2, C] that BatchNorm's backward is made of: rows sum dz and sum dz *
+    yhat.
+
+    Args:
+        dq, y: [N, H, W, C]. norm: with rstd; None only with ``for_gate``, whose one row without a BatchNorm is row 2.
+        branch_scale: fp32 [N], multiplies an image's gradient.
+        for_gate: return [N, parts, 5, C], with the rows sum dq * phi(z), sum phi'(z) and sum phi'(z) * yhat too.
+    """
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, 5 if for_gate else 2, C)
-    g, b, m, r, *_ = unpacked(norm, y)
     gradient_sums_kernel[(blocks_c * N * parts,)](
-        dq, y, sums, g, b, m, r, y if branch_scale is None else branch_scale, H * W, C // channel_vector_width(C), rows_per_program, parts,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=norm is not None, ACT=act, MASKED=branch_scale is not None, GATE=for_gate,
-        FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
-    )  # fmt: skip
+        dq=dq,
+        y=y,
+        sums=sums,
+        norm=norm,
+        branch_scale=branch_scale,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        rows_per_program=rows_per_program,
+        parts=parts,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        ACT=act,
+        FOR_GATE=for_gate,
+        FAST=fast_math(y.dtype),
+        num_warps=cfg.num_warps,
+    )
     return sums
 
 
 @launcher
-def gradient_reduce(dout, y, norm: BatchNorm, *, act="identity", branch_draws=None, keep=-1.0, counters):
-    """(dgamma, dbeta, k0, k1) of phi(BN(y)) * branch scale in one launch: ``gradient_sums`` and ``gradient_merge``.
+def gradient_reduce(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    norm: BatchNorm,
+    *,
+    act: str = "identity",
+    branch_draws: torch.Tensor | None = None,
+    keep: float = -1.0,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dgamma, dbeta, k0, k1) of phi(BN(y)) * branch scale in one launch: ``gradient_sums`` and
+    ``gradient_merge`` together.
 
     Args:
         dout, y: [N, H, W, C], of any dtypes. norm: with rstd. branch_draws, keep: as in ``apply``.
-        counters: int32, 0, at least ``ceil(C / 16)``.
+        counters: int32, all 0, at least ``ceil(C / 16)``; they are 0 again afterwards.
 
-    Returns: dgamma, dbeta in gamma's and beta's dtypes; k0, k1 fp32 [C].
+    Returns: dgamma and dbeta in their parameters' dtypes; k0, k1 fp32 [C].
     """
     N, H, W, C = y.shape
-    gamma, beta, mean, rstd, *_ = norm
     cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     rows_per_program, P = cfg.persistent(N * H * W, blocks_c, y.device)
     check_counters(counters, blocks_c)
     sums = fp32(y.device, P, 2, C)
-    outs = torch.empty_like(gamma), torch.empty_like(beta), fp32(y.device, C), fp32(y.device, C)
+    dgamma, dbeta = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    k0, k1 = fp32(y.device, C), fp32(y.device, C)
     gradient_reduce_kernel[(blocks_c * P,)](
-        dout, y, sums, gamma, beta, mean, rstd, y if branch_draws is None else branch_draws, counters, *outs,
-        N, H * W, C // channel_vector_width(C), rows_per_program, P, float(N * H * W), keep,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BP=cfg.BR, ACT=act, MASKED=branch_draws is not None, FAST=fast_math(y.dtype),
+        dout=dout,
+        y=y,
+        sums=sums,
+        norm=norm,
+        branch_draws=branch_draws,
+        counters=counters,
+        dgamma=dgamma,
+        dbeta=dbeta,
+        k0=k0,
+        k1=k1,
+        images=N,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        rows_per_program=rows_per_program,
+        P=P,
+        count=float(N * H * W),
+        keep=keep,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        BLOCK_P=cfg.BLOCK_ROWS,
+        ACT=act,
+        FAST=fast_math(y.dtype),
         num_warps=cfg.num_warps,
-    )  # fmt: skip
-    return outs
+    )
+    return dgamma, dbeta, k0, k1
 
 
-def gradient_merge(sums, norm: BatchNorm, count):
-    """(dgamma, dbeta, k0, k1), fp32 [C], from partials [..., row, C] whose first two rows are (sum dz, sum dz * yhat).
+def gradient_merge(sums: torch.Tensor, norm: BatchNorm, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dgamma, dbeta, k0, k1), fp32 [C], from partial sums [parts, rows, C] whose first two rows are sum dz and
+    sum dz * yhat.
 
-    ``sums`` may be a view of rows inside a larger buffer: its first dimension is reduced and rows are contiguous.
+    Args:
+        sums: may be a view of rows inside a larger buffer; its first dimension is summed, and its rows are contiguous.
+        norm: with rstd. count: values a channel.
     """
-    gamma, _, mean, rstd, *_ = norm
     C = sums.shape[-1]
-    outs = [fp32(sums.device, C) for _ in range(4)]
+    dgamma, dbeta, k0, k1 = (fp32(sums.device, C) for _ in range(4))
     gradient_merge_kernel[(triton.cdiv(C, 32),)](
-        sums, gamma, mean, rstd, *outs, sums.shape[0], sums.stride(0), C, float(count), BP=64, BC=32, num_warps=4,
-    )  # fmt: skip
-    return outs
+        sums=sums,
+        norm=norm,
+        dgamma=dgamma,
+        dbeta=dbeta,
+        k0=k0,
+        k1=k1,
+        parts=sums.shape[0],
+        row_stride=sums.stride(0),
+        C=C,
+        count=float(count),
+        BLOCK_P=64,
+        BLOCK_C=32,
+        num_warps=4,
+    )
+    return dgamma, dbeta, k0, k1
 
 
 @launcher
-def apply_backward(dz, y, norm: BatchNorm | None, *, terms=None, act="identity", gates=None, dpool=None, branch_scale=None, out_dtype=None):
-    """Gradient of ``apply``'s y; norm with rstd, or None; terms (k0, k1), or None for frozen statistics."""
+def apply_backward(
+    dz: torch.Tensor,
+    y: torch.Tensor | None,
+    norm: BatchNorm | None,
+    *,
+    terms: BatchTerms | None = None,
+    act: str = "identity",
+    gates: torch.Tensor | None = None,
+    dpool: torch.Tensor | None = None,
+    branch_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the gradient of ``apply``'s y, like dz [N, H, W, C], in ``out_dtype`` (default dz's).
+
+    Args:
+        y: [N, H, W, C], as ``apply`` took it; it is not read without ``norm``. norm: with rstd, or None.
+        terms: (k0, k1) fp32 [C] of the BatchNorm's backward, or None where its statistics are frozen.
+        gates, dpool: fp32 [N, C], both or neither. branch_scale: fp32 [N].
+    """
     N, H, W, C = dz.shape
     cfg = elementwise_config(C, dz.dtype)
-    image_blocks = triton.cdiv(H * W, cfg.BR)
+    image_blocks = triton.cdiv(H * W, cfg.BLOCK_ROWS)
     dx = torch.empty_like(dz, dtype=out_dtype or dz.dtype)
-    g, b, m, r, *_ = unpacked(norm, dz)
-    k0, k1 = terms or (dz, dz)
-    apply_backward_kernel[(triton.cdiv(C, cfg.BC) * N * image_blocks,)](
-        dz, dz if y is None else y, dx, g, b, m, r, k0, k1, dz if gates is None else gates, dz if dpool is None else dpool,
-        dz if branch_scale is None else branch_scale, H * W, C // channel_vector_width(C), image_blocks,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, BN=norm is not None, ACT=act, BATCH=terms is not None, GATED=gates is not None,
-        MASKED=branch_scale is not None, FAST=fast_math(dz.dtype), num_warps=cfg.num_warps,
-    )  # fmt: skip
+    apply_backward_kernel[(triton.cdiv(C, cfg.BLOCK_C) * N * image_blocks,)](
+        dz=dz,
+        y=y,
+        dx=dx,
+        norm=norm,
+        terms=terms,
+        gates=gates,
+        dpool=dpool,
+        branch_scale=branch_scale,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        image_blocks=image_blocks,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        ACT=act,
+        FAST=fast_math(dz.dtype),
+        num_warps=cfg.num_warps,
+    )
     return dx
 
 
-def sum_partials(partials, taps, like):
-    """Weight gradient [C, 1, k, k] in ``like``'s dtype from depthwise partials [P, rows, C]."""
+def sum_partials(partials: torch.Tensor, taps: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the weight gradient [C, 1, k, k], in the dtype of the weight ``like``, from depthwise partials fp32 [P,
+    rows, C]."""
     P, rows, C = partials.shape
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     sum_partials_kernel[(triton.cdiv(taps * C, 64),)](
-        partials, out, P, rows * C, taps * C, C, TAPS=taps, BP=64, BL=64, num_warps=4,
-    )  # fmt: skip
+        partials=partials,
+        out=out,
+        parts=P,
+        row_stride=rows * C,
+        COLS=taps * C,
+        C=C,
+        TAPS=taps,
+        BLOCK_P=64,
+        BLOCK_COLS=64,
+        num_warps=4,
+    )
     return out

@@ -1,7 +1,10 @@
-"""What every kernel shares: activations and their derivatives, BatchNorm coefficients, pointer and dtype helpers.
+"""What every kernel and every launcher shares: how kernels are compiled and started, casts, products, counters, scratch
+memory.
 
-Kernels index NHWC tensors. ``C = CV * CVEC`` with CVEC a compile-time power of two that divides C: Triton only sees divisibility
-by 16 in an integer argument, and this tells it about 8, so that loads stay 16 bytes wide for C = 24, 40, 72, ...
+Kernels index NHWC tensors. A kernel takes a number of channels C as two arguments, C = CV * CVEC, where CVEC is a
+compile-time power of two: Triton sees of an integer argument only whether 16 divides it, and so learns about 8 as well,
+which keeps loads 16 bytes wide for C = 24, 40, 72, ... An optional argument that is absent is None, also in a tuple.
+Sizes are arguments of their own, never in a tuple: there Triton would compile again for a size of 1.
 """
 
 import functools
@@ -23,7 +26,8 @@ _INTERPRETING = tl.constexpr(INTERPRET)
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-# Every size, stride and count a kernel takes. Triton would compile again for each of them that is 1 or divisible by 16.
+# Every size, stride and count that a kernel takes. Triton would compile again for each of them that is 1 or divisible
+# by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
     "image_blocks row_stride total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
@@ -32,23 +36,38 @@ SIZES = (
 
 
 def sized_jit(fn):
-    """``triton.jit`` of a kernel whose sizes never cause a recompilation."""
+    """Compile a kernel by ``triton.jit``, and never again for another size."""
     named = [name for name in inspect.signature(fn).parameters if name in SIZES]
     return triton.jit(fn, do_not_specialize=named)
 
 
+def given(argument):
+    """Whether a kernel was given this tuple, at compile time: ``argument is not None``.
+
+    Triton 3.6 cannot compile that comparison for a tuple that holds a None, as a ``BatchNorm`` does. A plain pointer is
+    compared with None as it is.
+    """
+    absent = argument is None or (isinstance(argument, tl.constexpr) and argument.value is None)
+    return tl.constexpr(not absent)
+
+
+given.__triton_builtin__ = True  # so that kernels may call it, with its argument as the compiler has it
+
+
 def _does_not_compile(error: Exception) -> bool:
-    """Whether a launch failed for its configuration's sake, before anything ran; a pass of the compiler that fails raises RuntimeError."""
+    """Whether a launch failed for its configuration's sake, before anything ran. (A pass of the compiler that fails
+    raises RuntimeError.)"""
     return isinstance(error, (CompilationError, OutOfResources, PTXASError)) or (
         isinstance(error, RuntimeError) and "PassManager" in str(error)
     )
 
 
 def launcher(fn):
-    """A function that asks rules of configs/rules.py for a configuration and starts one kernel with it.
+    """Wrap a function that asks the rules of configs/rules.py for a configuration and starts one kernel with it.
 
-    Where that does not compile, or needs more than the GPU has, the next of ``tables.FALLBACKS`` is tried, from now on at once, and
-    a RuntimeWarning says so; RuntimeError when none is left. A configuration under ``tables.override`` stands as it is.
+    Where the configuration does not compile, or needs more than the GPU has, the next of ``tables.FALLBACKS`` is tried,
+    and from then on used at once; a RuntimeWarning says so. RuntimeError is raised when none is left. A configuration
+    under ``tables.override`` stands as it is.
     """
 
     @functools.wraps(fn)
@@ -79,7 +98,7 @@ def launcher(fn):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x (fp32) rounded to nearest even; the interpreter's own cast to bf16 truncates."""
+    """fp32 x in ``dtype``, rounded to nearest even. (The interpreter's own cast to bf16 truncates.)"""
     if _INTERPRETING:
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
@@ -89,112 +108,11 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x, FAST: tl.constexpr):
-    """1 / (1 + exp(-x)); FAST is one special-function op, 0.5 + 0.5 tanh(x / 2), good to 2^-11 (bf16 only)."""
-    if FAST:
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1)
-        return 0.5 * t + 0.5
-    else:
-        return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """phi(x) in fp32."""
-    if ACT == "silu":
-        if FAST:
-            h = 0.5 * x
-            t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
-            return h * t + h
-        else:
-            return x / (1.0 + tl.exp(-x))
-    elif ACT == "relu":
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == "relu6":
-        return tl.clamp(x, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == "hard_swish":
-        return x * tl.clamp(x + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
-    elif ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        tl.static_assert(ACT == "identity")
-        return x
-
-
-@triton.jit
-def activate_and_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(phi(x), phi'(x)) in fp32, sharing the transcendental."""
-    if ACT == "silu":
-        s = sigmoid(x, FAST)
-        phi = x * s
-        return phi, s + phi * (1.0 - s)
-    elif ACT == "relu":
-        return activate(x, ACT, FAST), tl.where(x > 0.0, 1.0, 0.0)
-    elif ACT == "relu6":
-        return activate(x, ACT, FAST), tl.where((x > 0.0) & (x < 6.0), 1.0, 0.0)
-    elif ACT == "hard_swish":
-        inner = tl.where(x < 3.0, x * (1.0 / 3.0) + 0.5, 1.0)
-        return activate(x, ACT, FAST), tl.where(x > -3.0, inner, 0.0)
-    elif ACT == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    else:
-        tl.static_assert(ACT == "identity")
-        return x, tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def gate_function(x, GATE: tl.constexpr):
-    if GATE == "sigmoid":
-        return sigmoid(x, False)
-    else:
-        tl.static_assert(GATE == "hard_sigmoid")
-        return tl.clamp(x * (1.0 / 6.0) + 0.5, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def gate_derivative(g, GATE: tl.constexpr):
-    """d gate / d (its argument), from the gate's own value."""
-    if GATE == "sigmoid":
-        return g * (1.0 - g)
-    else:
-        return tl.where((g > 0.0) & (g < 1.0), 1.0 / 6.0, 0.0)
-
-
-@triton.jit
-def branch_factor(draw, keep):
-    """Stochastic depth's factor of an image's branch: 1 / keep where ``draw`` lies below it, else 0; the draw if keep is negative."""
-    return tl.where(keep > 0.0, tl.where(draw < keep, 1.0 / keep, 0.0), draw)
-
-
-@triton.jit
-def load_vector(p, c, mask):
-    return tl.load(p + c, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
-    """(mean, rstd, scale, shift) of channels c, with BN(y) = y * scale + shift, from live parameters and statistics."""
-    m = load_vector(mean, c, mask)
-    v = load_vector(var, c, mask)
-    if VAR_IS_RSTD:
-        rstd = v
-    else:
-        rstd = 1.0 / tl.sqrt(v + eps)
-    scale = load_vector(gamma, c, mask) * rstd
-    return m, rstd, scale, load_vector(beta, c, mask) - m * scale
-
-
-@triton.jit
-def bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr):
-    """(scale, shift) of channels c as [1, BC] rows."""
-    m, rstd, scale, shift = bn_coefficients(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
-    return scale[None, :], shift[None, :]
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b with fp32 sums; PRECISION of fp32 operands. The interpreter's product of bf16 blocks is garbage, of fp32 it is right."""
+    """acc + a b with fp32 sums. PRECISION is that of fp32 operands, "ieee" or "tf32".
+
+    The interpreter multiplies fp32 blocks only: its product of bf16 blocks is garbage.
+    """
     if _INTERPRETING:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -203,10 +121,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def last_to_arrive(counter, total):
-    """True in the one program that comes last of ``total`` to this line, when what all of them stored before it can be read.
+    """Whether this program is the last of ``total`` to come to this line. The last one can read what all of them stored
+    before it.
 
-    The counter (int32) must be 0 before the first arrives, and is 0 again after the last. What the others stored is to be
-    loaded with ``cache_modifier=".cg"``. Which program is last changes nothing as long as it sums in a fixed order.
+    The counter (int32) must be 0 before the first program arrives, and is 0 again after the last. What the others
+    stored must be loaded with ``cache_modifier=".cg"``, past the L1 cache. Which program is last changes no result as
+    long as it sums in a fixed order.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
@@ -216,23 +136,23 @@ def last_to_arrive(counter, total):
     return last
 
 
-def check_counters(counters, needed: int) -> None:
-    """ValueError unless there are as many int32 counters as a launch's ``last_to_arrive`` indexes."""
+def check_counters(counters: torch.Tensor | None, needed: int) -> None:
+    """Raise ValueError unless there are as many int32 counters as a launch's programs count in."""
     if counters is None or counters.dtype != torch.int32 or counters.numel() < needed:
         found = None if counters is None else f"{counters.dtype} and {counters.numel()}"
         raise ValueError(f"counters must be int32 and at least {needed}, got {found}")
 
 
-def fp32(device, *shape):
-    """Memory for statistics, sums and partial results."""
+def fp32(device: torch.device, *shape: int) -> torch.Tensor:
+    """Allocate fp32 memory for statistics, sums and partial results."""
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
 def channel_vector_width(channels: int, itemsize: int = 2) -> int:
-    """CVEC: the power of two, at most 16 bytes of elements, that divides the channel count."""
+    """CVEC: the largest power of two that divides the number of channels and is at most 16 bytes of elements."""
     return math.gcd(channels, 16 // itemsize)
 
 
 def fast_math(dtype: torch.dtype) -> bool:
-    """Whether tanh.approx is accurate enough for ``dtype``, and can run (the interpreter has no inline PTX)."""
+    """Whether tanh.approx is accurate enough for ``dtype``, and can run: the interpreter has no inline PTX."""
     return dtype is torch.bfloat16 and not INTERPRET

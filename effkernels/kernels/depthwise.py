@@ -4,20 +4,22 @@
     dgrad      da[n,ih,iw,c] = sum_{kh,kw} w[c,kh,kw] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
     wgrad      dw[c,kh,kw] = sum_{n,ih,iw} a[n,ih,iw,c] * dy[n, (ih + pad_top - kh)/s, (iw + pad_left - kw)/s, c]
 
-with a = x, or a = phi1(BN1(x)) evaluated on load (prologue; padding is zero after the activation), and dy given, or formed on load
-from the gradient dq of the gated activation: dy = scale2 * (dq * gate + dpool) * phi2'(BN2(y)) + k0 + k1 * y.
+with a = x, or a = phi1(BN1(x)) evaluated on load (prologue; padding is zero after the activation), and dy given, or
+formed on load from the gradient dq of the gated activation: dy = scale2 * (dq * gate + dpool) * phi2'(BN2(y)) + k0 + k1
+* y.
 
-How a program works: S column strips of one image times BC channels, one warp. A row of a strip is a tuple of [S, BC] blocks, one
-per column, so that a tap is another tuple entry and needs no lane shift. For k <= 3 a thread has the channels of a 16-byte load and
-each column is loaded by itself (WIDE); larger k leave registers for one channel a thread, and a row is one block whose columns are
-split apart. The program slides down TH rows. The forward scatters each activated element into M = ceil(k/s) running output rows, so
-an element is activated once per strip that sees it, 1 + (k-1)/(TW*s) times on average, never k^2. The backward keeps the last M rows
-of dy in registers and stands at the input pixel: one dy value serves dgrad and wgrad, and a and phi1' are evaluated once at the
-centre. Programs are persistent over (image, group of S strips), so partial results number as many as programs, not tiles.
+How a program works: S column strips of one image times BLOCK_C channels, one warp. A row of a strip is a tuple of [S,
+BLOCK_C] blocks, one per column, so that a tap is another tuple entry and needs no lane shift. For k <= 3 a thread has
+the channels of a 16-byte load and each column is loaded by itself (WIDE); larger k leave registers for one channel a
+thread, and a row is one block whose columns are split apart. The program slides down TH rows. The forward scatters each
+activated element into M = ceil(k/s) running output rows, so an element is activated once per strip that sees it, 1 +
+(k-1)/(TW*s) times on average, never k^2. The backward keeps the last M rows of dy in registers and stands at the input
+pixel: one dy value serves dgrad and wgrad, and a and phi1' are evaluated once at the centre. Programs are persistent
+over (image, group of S strips), so partial results number as many as programs, not tiles.
 
-Where all lanes of a warp are at the same pixel (S = 1), a condition on the row is a branch and one on the column a factor 0 or 1:
-what is masked was loaded as 0, so the product is 0. Statistics leave out outputs beyond the image the same way; such an output sees
-no pixel that a stored one does not, so a NaN in it is in the statistics anyway.
+Where all lanes of a warp are at the same pixel (S = 1), a condition on the row is a branch and one on the column a
+factor 0 or 1: what is masked was loaded as 0, so the product is 0. Statistics leave out outputs beyond the image the
+same way; such an output sees no pixel that a stored one does not, so a NaN in it is in the statistics anyway.
 """
 
 import torch
@@ -25,27 +27,25 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
-from effkernels.kernels.batchnorm import finish_gradients, finish_statistics, statistics_arguments, unpacked
+from effkernels.kernels.activation import activate, activate_and_grad, fast_tanh
+from effkernels.kernels.batchnorm import BatchTerms, finish_gradients, finish_statistics, statistics_arguments
 from effkernels.kernels.common import (
-    activate,
-    activate_and_grad,
-    bn_row,
     cast,
     channel_vector_width,
     check_counters,
     fast_math,
     fp32,
+    given,
     last_to_arrive,
     launcher,
-    load_vector,
     sized_jit,
 )
-from effkernels.kernels.norm import BatchNorm, BatchStatistics
+from effkernels.kernels.norm import BatchNorm, BatchStatistics, load_rstd, load_vector, scale_and_shift
 
 
 @triton.jit
 def split_columns(block, NUM: tl.constexpr):
-    """[NUM, S, BC] -> NUM blocks [S, BC]; NUM a power of two."""
+    """[NUM, S, BLOCK_C] -> NUM blocks [S, BLOCK_C]; NUM a power of two."""
     if NUM == 1:
         return (tl.reshape(block, [block.shape[1], block.shape[2]]),)
     else:
@@ -56,7 +56,7 @@ def split_columns(block, NUM: tl.constexpr):
 
 @triton.jit
 def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
-    """columns[FIRST], columns[FIRST + 1], ... (NUM blocks [S, BC]) -> [NUM, S, BC]; NUM a power of two."""
+    """columns[FIRST], columns[FIRST + 1], ... (NUM blocks [S, BLOCK_C]) -> [NUM, S, BLOCK_C]; NUM a power of two."""
     if NUM == 1:
         return columns[FIRST][None, :, :]
     else:
@@ -67,17 +67,17 @@ def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
 
 
 @triton.jit
-def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr):
     blocks = ()
     for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
-        blocks = blocks + (tl.zeros([S, BC], tl.float32),)
+        blocks = blocks + (tl.zeros([S, BLOCK_C], tl.float32),)
     return blocks
 
 
 @triton.jit
-def activation_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(scale, shift) [1, BC] for ``normalise_activate``."""
-    scale, shift = bn_row(gamma, beta, mean, var, eps, c, mask, VAR_IS_RSTD)
+def activation_row(norm, c, mask, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(scale, shift) [1, BLOCK_C] for ``normalise_activate``."""
+    scale, shift = scale_and_shift(norm, c, mask)
     if FAST and ACT == "silu":
         return 0.5 * scale, 0.5 * shift
     else:
@@ -89,22 +89,21 @@ def normalise_activate(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
     """phi(BN(x)); silu(2h) = h + h tanh(h) takes h from halved coefficients, one multiplication less."""
     if FAST and ACT == "silu":
         h = x * scale + shift
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
-        return h * t + h
+        return h * fast_tanh(h) + h
     else:
         return activate(x * scale + shift, ACT, FAST)
 
 
 @triton.jit
 def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled: callers halve a
-    factor that stays the same along the rows.
+    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled:
+    callers halve a factor that stays the same along the rows.
 
     With z = 2h and t = tanh(h): silu = h + h t and 2 silu' = (1 + t) (1 + h - h t).
     """
     if FAST and ACT == "silu":
         h = x * scale + shift
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], dtype=tl.float32, is_pure=True, pack=1)
+        t = fast_tanh(h)
         up = t + 1.0
         return h * t + h, up * (h - h * t) + up
     else:
@@ -118,21 +117,24 @@ def any_row(row_ok):
 
 @triton.jit
 def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
-    """Tuple of TAPS [1, BC] fp32 vectors of w [C, TAPS], rounded to the compute dtype as a cast of the weight would."""
+    """Tuple of TAPS [1, BLOCK_C] fp32 vectors of w [C, TAPS], rounded to the compute dtype as a cast of the weight
+    would."""
     taps = ()
     for t in tl.static_range(TAPS):
         taps = taps + (cast(tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(tl.float32), dtype).to(tl.float32)[None, :],)
     return taps
 
 
-# The last programs of GROUP programs merge their partials, and the last of those groups the groups': two short passes where one over
-# up to 2000 programs would have a single warp wait for memory 60 times in a row. 32 rows of 32 channels are 32 values a thread.
+# The last programs of GROUP programs merge their partials, and the last of those groups the groups': two short passes
+# where one over up to 2000 programs would have a single warp wait for memory 60 times in a row. 32 rows of 32 channels
+# are 32 values a thread.
 GROUP = tl.constexpr(32)
 
 
 @triton.jit
 def merge_group_statistics(tile_count, tile_mean, tile_m2, group, P, C, c, mc):
-    """(count, mean, M2) of programs group * GROUP ... by Chan's formula, stored in row P + group behind the programs' own."""
+    """(count, mean, M2) of programs group * GROUP ... by Chan's formula, stored in row P + group behind the programs'
+    own."""
     row = group * GROUP + tl.arange(0, GROUP)
     mask = (row < P)[:, None] & mc[None, :]
     offset = row.to(tl.int64)[:, None] * C + c[None, :]
@@ -152,14 +154,16 @@ def merge_group_statistics(tile_count, tile_mean, tile_m2, group, P, C, c, mc):
 
 @triton.jit
 def last_of_group(counters, p, P):
-    """Whether this program is the last of its GROUP of the P programs; ``counters`` [1 + ceil(P / GROUP)], the first for the groups."""
+    """Whether this program is the last of its GROUP of the P programs; ``counters`` [1 + ceil(P / GROUP)], the first
+    for the groups."""
     group = p // GROUP
     return last_to_arrive(counters + 1 + group, tl.minimum(P - group * GROUP, GROUP))
 
 
 @triton.jit
 def load_columns(p, offset, col_ok, row_ok, mc, C, NUM: tl.constexpr, POW2: tl.constexpr, WIDE: tl.constexpr):
-    """NUM neighbouring columns [S, BC] of a row; ``offset`` is that of the first (WIDE) or of all POW2 of them in one block."""
+    """NUM neighbouring columns [S, BLOCK_C] of a row; ``offset`` is that of the first (WIDE) or of all POW2 of them in
+    one block."""
     if WIDE:
         columns = ()
         for j in tl.static_range(NUM):
@@ -171,33 +175,69 @@ def load_columns(p, offset, col_ok, row_ok, mc, C, NUM: tl.constexpr, POW2: tl.c
 
 @sized_jit
 def depthwise_forward_kernel(
-    x, w, y, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, tile_count, tile_mean, tile_m2, pool, eps1, eps2,
-    counters, mean, rstd, running_mean, running_var, num_batches, eps, momentum,
-    N, H, W, CV, OH, OW, pad_top, pad_left, strips_w, strips, groups, P, TH,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
-    CW: tl.constexpr, TWP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
-    PROLOGUE: tl.constexpr, ACT1: tl.constexpr, BN1_VAR_IS_RSTD: tl.constexpr, BN2_VAR_IS_RSTD: tl.constexpr,
-    STATS: tl.constexpr, EPILOGUE: tl.constexpr, ACT2: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr,
-    MERGE: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    y,
+    norm1,
+    norm2,
+    tile_count,
+    tile_mean,
+    tile_m2,
+    pool,
+    counters,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    num_batches,
+    eps,
+    momentum,
+    N,
+    H,
+    W,
+    CV,
+    OH,
+    OW,
+    pad_top,
+    pad_left,
+    strips_w,
+    strips,
+    groups,
+    P,
+    TH,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CVEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S: tl.constexpr,
+    TW: tl.constexpr,
+    CW: tl.constexpr,
+    TWP: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT1: tl.constexpr,
+    ACT2: tl.constexpr,
+    FAST: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     C = CV * CVEC
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     NC: tl.constexpr = (TW - 1) * STRIDE + K
-    blocks_c = tl.cdiv(C, BC)
-    c = (tl.program_id(0) % blocks_c) * BC + tl.arange(0, BC)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.program_id(0) // blocks_c
     mc = c < C
     taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
-    if PROLOGUE:
-        scale1, shift1 = activation_row(gamma1, beta1, mean1, var1, eps1, c, mc, BN1_VAR_IS_RSTD, ACT1, FAST)
-    if EPILOGUE:
-        scale2, shift2 = activation_row(gamma2, beta2, mean2, var2, eps2, c, mc, BN2_VAR_IS_RSTD, ACT2, FAST)
-    if STATS:
+    if given(norm1):
+        scale1, shift1 = activation_row(norm1, c, mc, ACT1, FAST)
+    if given(norm2):
+        scale2, shift2 = activation_row(norm2, c, mc, ACT2, FAST)
+    if tile_mean is not None:
         # Sums of y - pivot, a pivot for each strip and channel: the first value of the program's first group.
-        pivot = tl.zeros([S, BC], tl.float32)
+        pivot = tl.zeros([S, BLOCK_C], tl.float32)
         count = tl.zeros([S], tl.float32)
-        s1 = tl.zeros([S, BC], tl.float32)
-        s2 = tl.zeros([S, BC], tl.float32)
+        s1 = tl.zeros([S, BLOCK_C], tl.float32)
+        s2 = tl.zeros([S, BLOCK_C], tl.float32)
     for g in range(p, N * groups, P):
         n = g // groups
         strip = (g % groups) * S + tl.arange(0, S)
@@ -213,7 +253,7 @@ def depthwise_forward_kernel(
         in_x = ()
         for j in tl.static_range(NC):
             in_x = in_x + ((iw0 + j >= 0) & (iw0 + j < W),)
-        if PROLOGUE and S == 1:
+        if given(norm1) and S == 1:
             shift_in = ()
             for j in tl.static_range(NC):
                 shift_in = shift_in + (tl.where(in_x[j][:, None], shift1, 0.0),)
@@ -233,9 +273,9 @@ def depthwise_forward_kernel(
             col_out = ow0[None, :] + j_out
             mask_out = ((col_out < OW) & (j_out < TW))[:, :, None] & mc[None, None, :]
             off_out = (((oh0 - (M - 1)) * OW)[None, :] + col_out)[:, :, None] * C + c[None, None, :]
-        acc = zero_blocks(M * TW, S, BC)
-        if POOL:
-            pooled = tl.zeros([S, BC], tl.float32)
+        acc = zero_blocks(M * TW, S, BLOCK_C)
+        if pool is not None:
+            pooled = tl.zeros([S, BLOCK_C], tl.float32)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             for r in tl.static_range(STRIDE):
                 row_ok = (ih >= 0) & (ih < H)
@@ -244,15 +284,16 @@ def depthwise_forward_kernel(
                 pixels = ()
                 for j in tl.static_range(NC):
                     pixels = pixels + (columns[j].to(tl.float32),)
-                if PROLOGUE:
+                if given(norm1):
                     if S == 1:
-                        # Padding is loaded as 0 and every phi(0) is 0, so without its shift a column stays 0; a row is one branch.
+                        # Padding is loaded as 0 and every phi(0) is 0, so without its shift a column stays 0; a row is
+                        # one branch.
                         if tl.sum(row_ok.to(tl.int32), 0) > 0:
                             activated = ()
                             for j in tl.static_range(NC):
                                 activated = activated + (normalise_activate(pixels[j], scale1, shift_in[j], ACT1, FAST),)
                         else:
-                            activated = zero_blocks(NC, S, BC)
+                            activated = zero_blocks(NC, S, BLOCK_C)
                     else:
                         activated = ()
                         row_in = row_ok.to(tl.float32)
@@ -276,7 +317,7 @@ def depthwise_forward_kernel(
             # Row oh0 + t - (M - 1) has met all its taps.
             done = (t >= M - 1) & (t - (M - 1) < rows)
             if any_row(done) if S == 1 else t >= M - 1:
-                if STATS:
+                if tile_mean is not None:
                     if (g == p) & (t == M - 1):
                         pivot = acc[(M - 1) * TW]
                 outputs = ()
@@ -284,7 +325,7 @@ def depthwise_forward_kernel(
                     if o < TW:
                         v = acc[(M - 1) * TW + o]
                         ok = (done & in_y[o])[:, None]
-                        if STATS:
+                        if tile_mean is not None:
                             d = v - pivot
                             if S == 1:
                                 d = d * in_y[o].to(tl.float32)[:, None]
@@ -292,28 +333,28 @@ def depthwise_forward_kernel(
                                 d = tl.where(ok, d, 0.0)
                             s1 += d
                             s2 += d * d
-                        if EPILOGUE:
+                        if given(norm2):
                             v = normalise_activate(v, scale2, shift2, ACT2, FAST)
-                        if POOL:
+                        if pool is not None:
                             pooled += tl.where(ok, v, 0.0)
                         v = cast(v, y.dtype.element_ty)
                         if WIDE:
                             tl.store(yn + (off_out + o * C), v, mask=ok & mc[None, :])
                         outputs = outputs + (v,)
                     else:
-                        outputs = outputs + (tl.zeros([S, BC], y.dtype.element_ty),)
+                        outputs = outputs + (tl.zeros([S, BLOCK_C], y.dtype.element_ty),)
                 if not WIDE:
                     tl.store(yn + off_out, join_columns(outputs, 0, TWP), mask=mask_out & done[None, :, None])
             off_out += OW * C
-            shifted = zero_blocks(TW, S, BC)
+            shifted = zero_blocks(TW, S, BLOCK_C)
             for i in tl.static_range((M - 1) * TW):
                 shifted = shifted + (acc[i],)
             acc = shifted
-        if STATS:
+        if tile_mean is not None:
             count += (rows * tl.where(valid, tl.minimum(OW - ow0, TW), 0)).to(tl.float32)
-        if POOL:
+        if pool is not None:
             tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
-    if STATS:
+    if tile_mean is not None:
         block_c = tl.program_id(0) % blocks_c
         # Chan's formula over the strips.
         total = tl.sum(count, 0)
@@ -323,7 +364,7 @@ def depthwise_forward_kernel(
         delta = centre - merged[None, :]
         tl.store(tile_mean + p.to(tl.int64) * C + c, merged, mask=mc)
         tl.store(tile_m2 + p.to(tl.int64) * C + c, tl.sum(s2 - s1 * shift + delta * delta * count[:, None], 0), mask=mc)
-        if MERGE:
+        if mean is not None:
             # Every channel block has its own copy of the counts: no block waits for another's.
             parts = tl.cdiv(P, GROUP)
             tile_count += block_c * (P + parts)
@@ -333,28 +374,83 @@ def depthwise_forward_kernel(
                 merge_group_statistics(tile_count, tile_mean, tile_m2, p // GROUP, P, C, c, mc)
                 if last_to_arrive(counters, parts):
                     finish_statistics(
-                        tile_count + P, tile_mean + P.to(tl.int64) * C, tile_m2 + P.to(tl.int64) * C, mean, rstd,
-                        running_mean, running_var, num_batches, parts, C, eps, momentum, block_c, GROUP, BC, UPDATE, COUNT,
-                    )  # fmt: skip
+                        tile_count + P,
+                        tile_mean + P.to(tl.int64) * C,
+                        tile_m2 + P.to(tl.int64) * C,
+                        mean,
+                        rstd,
+                        running_mean,
+                        running_var,
+                        num_batches,
+                        parts,
+                        C,
+                        eps,
+                        momentum,
+                        block_c,
+                        GROUP,
+                        BLOCK_C,
+                        COUNT,
+                    )
         else:
             tl.store(tile_count + p, total, mask=block_c == 0)
 
 
 @triton.jit
 def backward_part(
-    program, dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
-    counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
-    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
-    CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
-    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
-    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, FAST: tl.constexpr,
-    MERGE: tl.constexpr,
-):  # fmt: skip
+    program,
+    dq,
+    y,
+    x,
+    w,
+    dx,
+    partials,
+    norm2,
+    terms2,
+    gates,
+    dpool,
+    norm1,
+    counters,
+    group_sums,
+    dgamma1,
+    dbeta1,
+    k0_1,
+    k1_1,
+    count1,
+    N,
+    H,
+    W,
+    CV,
+    OH,
+    OW,
+    pad_top,
+    pad_left,
+    first_row,
+    first_col,
+    strips_w,
+    strips,
+    groups,
+    P,
+    TH,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CVEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S: tl.constexpr,
+    TW: tl.constexpr,
+    CW: tl.constexpr,
+    XWP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT2: tl.constexpr,
+    ACT1: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """Input gradient if NEED_DX, and the gradients of kernel rows W0 .. W1-1."""
     C = CV * CVEC
-    blocks_c = tl.cdiv(C, BC)
-    c = (program % blocks_c) * BC + tl.arange(0, BC)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = (program % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = program // blocks_c
     mc = c < C
     NEED_DW: tl.constexpr = W1 > W0
@@ -367,18 +463,18 @@ def backward_part(
     XW: tl.constexpr = TW * STRIDE  # columns of x it owns
     if NEED_DX:
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
-    if BN2:
-        scale2, shift2 = activation_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True, ACT2, FAST)
-        scale_dq = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)[0] * UNIT2
-        if BN2_BATCH:
-            offset2 = load_vector(k0, c, mc)[None, :]
-            slope2 = load_vector(k1, c, mc)[None, :]
-    if BN1:
-        scale1, shift1 = activation_row(gamma1, beta1, mean1, rstd1, 0.0, c, mc, True, ACT1, FAST)
-        mu1 = load_vector(mean1, c, mc)[None, :]
-        sum_dz = tl.zeros([S, BC], tl.float32)
-        sum_dzy = tl.zeros([S, BC], tl.float32)
-    dw = zero_blocks((W1 - W0) * K, S, BC)
+    if given(norm2):
+        scale2, shift2 = activation_row(norm2, c, mc, ACT2, FAST)
+        scale_dq = scale_and_shift(norm2, c, mc)[0] * UNIT2
+        if terms2 is not None:
+            offset2 = load_vector(terms2[0], c, mc)[None, :]
+            slope2 = load_vector(terms2[1], c, mc)[None, :]
+    if given(norm1):
+        scale1, shift1 = activation_row(norm1, c, mc, ACT1, FAST)
+        mean1 = load_vector(norm1.mean, c, mc)[None, :]
+        sum_dz = tl.zeros([S, BLOCK_C], tl.float32)
+        sum_dzy = tl.zeros([S, BLOCK_C], tl.float32)
+    dw = zero_blocks((W1 - W0) * K, S, BLOCK_C)
     j_dy = tl.arange(0, CW)[:, None]
     j_x = tl.arange(0, XWP)[:, None]
     for g in range(p, N * groups, P):
@@ -388,17 +484,19 @@ def backward_part(
         # Rows and columns of dy are counted by (ih + pad_top) // s, which starts at first_row.
         col0 = first_col + (strip % strips_w) * TW
         row0 = first_row + (strip // strips_w) * TH
-        if BN2:
+        if given(norm2):
             # dy = (dq * slope_dq + offset_dq) * phi2' + k0 + k1 * y
             slope_dq = scale_dq
-            if GATED:
-                slope_dq = scale_dq * load_vector(gate + n.to(tl.int64) * C, c, mc)[None, :]
-            if POOLED:
+            if gates is not None:
+                slope_dq = scale_dq * load_vector(gates + n.to(tl.int64) * C, c, mc)[None, :]
+            if dpool is not None:
                 offset_dq = scale_dq * load_vector(dpool + n.to(tl.int64) * C, c, mc)[None, :]
         dqn = dq + n.to(tl.int64) * OH * OW * C
-        yn = y + n.to(tl.int64) * OH * OW * C
+        if given(norm2):
+            yn = y + n.to(tl.int64) * OH * OW * C
         xn = x + n.to(tl.int64) * H * W * C
-        dxn = dx + n.to(tl.int64) * H * W * C
+        if NEED_DX:
+            dxn = dx + n.to(tl.int64) * H * W * C
         ow0 = col0 - (M - 1)
         col_dy = ow0[None, :] + j_dy
         mask_dy = ((col_dy >= 0) & (col_dy < OW) & (j_dy < ND) & valid[None, :])[:, :, None] & mc[None, None, :]
@@ -411,42 +509,42 @@ def backward_part(
         off_x = ((ih * W)[None, :] + col_x)[:, :, None] * C + c[None, None, :]
         if S == 1:
             # Invalid rows are skipped; in invalid columns of the others, loaded as 0, these factors make zeros.
-            if BN2:
+            if given(norm2):
                 dy_in = ()
                 for d in tl.static_range(ND):
                     dy_in = dy_in + (((ow0 + d >= 0) & (ow0 + d < OW)).to(tl.float32)[:, None],)
-            if BN1:
+            if given(norm1):
                 x_in = ()
                 for j in tl.static_range(XW):
                     x_in = x_in + (((iw0 + j >= 0) & (iw0 + j < W)).to(tl.float32)[:, None],)
-        ring = zero_blocks((D1 - D0) * ND, S, BC)
+        ring = zero_blocks((D1 - D0) * ND, S, BLOCK_C)
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             # All loads of the iteration come first, so that a warp waits for memory once.
             row_dy = (oh >= D0) & (oh < OH + D0)
             mask = mask_dy & row_dy[None, :, None]
             dq_block = tl.load(dqn + off_dy, mask=mask, other=0.0)
-            if BN2:
+            if given(norm2):
                 y_block = tl.load(yn + off_dy, mask=mask, other=0.0)
             off_dy += OW * C
             x_blocks = ()
-            for r in tl.static_range(STRIDE if NEED_DW or BN1 else 0):
+            for r in tl.static_range(STRIDE if NEED_DW or given(norm1) else 0):
                 mask = mask_x & ((t >= M - 1) & (ih + r >= 0) & (ih + r < H))[None, :, None]
                 x_blocks = x_blocks + (tl.load(xn + (off_x + r * W * C), mask=mask, other=0.0),)
             if any_row(row_dy):
                 newest = split_columns(dq_block, CW)
-                if BN2:
+                if given(norm2):
                     y_columns = split_columns(y_block, CW)
                 values = ()
                 for d in tl.static_range(ND):
                     v = newest[d].to(tl.float32)
-                    if BN2:
+                    if given(norm2):
                         y2 = y_columns[d].to(tl.float32)
                         phi, dphi = normalise_activate_and_grad(y2, scale2, shift2, ACT2, FAST)
                         v = v * slope_dq
-                        if POOLED:
+                        if dpool is not None:
                             v += offset_dq
                         v = v * dphi
-                        if BN2_BATCH:
+                        if terms2 is not None:
                             v += offset2 + slope2 * y2
                         if S == 1:
                             v = v * dy_in[d]
@@ -454,23 +552,23 @@ def backward_part(
                             v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
                     values = values + (v,)
             else:
-                values = zero_blocks(ND, S, BC)
+                values = zero_blocks(ND, S, BLOCK_C)
             for i in tl.static_range((D1 - D0 - 1) * ND):
                 values = values + (ring[i],)
             ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
                 if any_row(row_x):
-                    if NEED_DW or BN1:
+                    if NEED_DW or given(norm1):
                         x_columns = split_columns(x_blocks[r], XWP)
                     outputs = ()
                     for j in tl.static_range(XWP):
                         if j >= XW:
-                            outputs = outputs + (tl.zeros([S, BC], x.dtype.element_ty),)
+                            outputs = outputs + (tl.zeros([S, BLOCK_C], x.dtype.element_ty),)
                         else:
-                            if NEED_DW or BN1:
+                            if NEED_DW or given(norm1):
                                 x1 = x_columns[j].to(tl.float32)
-                            if BN1:
+                            if given(norm1):
                                 a, slope = normalise_activate_and_grad(x1, scale1, shift1, ACT1, FAST)
                                 if S == 1:
                                     inside = x_in[j]
@@ -482,7 +580,7 @@ def backward_part(
                                     slope = tl.where(inside, slope * UNIT1, 0.0)
                             elif NEED_DW:
                                 a = x1
-                            da = tl.zeros([S, BC], tl.float32)
+                            da = tl.zeros([S, BLOCK_C], tl.float32)
                             if NEED_DX:
                                 for i in tl.static_range(K * K):
                                     if i // K % STRIDE == r:
@@ -496,10 +594,10 @@ def backward_part(
                                         tap += ring[((W0 + i // K) // STRIDE - D0) * ND + j // STRIDE - i % K // STRIDE + M - 1] * a
                                 grads = grads + (tap,)
                             dw = grads
-                            if BN1 and NEED_DX:
+                            if given(norm1) and NEED_DX:
                                 da = da * slope
                                 sum_dz += da
-                                sum_dzy += da * (x1 - mu1)
+                                sum_dzy += da * (x1 - mean1)
                             outputs = outputs + (cast(da, x.dtype.element_ty),)
                     if NEED_DX:
                         tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask_x & row_x[None, :, None])
@@ -511,10 +609,10 @@ def backward_part(
     if NEED_DW:
         for i in tl.static_range((W1 - W0) * K):
             tl.store(out + (W0 * K + i) * C, tl.sum(dw[i], 0), mask=mc)
-    if BN1 and NEED_DX:
+    if given(norm1) and NEED_DX:
         tl.store(out + K * K * C, tl.sum(sum_dz, 0), mask=mc)
-        tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_vector(rstd1, c, mc), mask=mc)
-        if MERGE:
+        tl.store(out + (K * K + 1) * C, tl.sum(sum_dzy, 0) * load_rstd(norm1, c, mc), mask=mc)
+        if counters is not None:
             block_c = program % blocks_c
             group = p // GROUP
             parts = tl.cdiv(P, GROUP)
@@ -527,23 +625,62 @@ def backward_part(
                 tl.store(out, tl.sum(tl.load(rows, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
                 tl.store(out + C, tl.sum(tl.load(rows + C, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
                 if last_to_arrive(counters, parts):
-                    finish_gradients(
-                        group_sums, gamma1, mean1, rstd1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BC
-                    )
+                    finish_gradients(group_sums, norm1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BLOCK_C)
 
 
 @sized_jit
 def depthwise_backward_kernel(
-    dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
-    counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
-    N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
-    K: tl.constexpr, STRIDE: tl.constexpr, CVEC: tl.constexpr, BC: tl.constexpr, S: tl.constexpr, TW: tl.constexpr,
-    CW: tl.constexpr, XWP: tl.constexpr, STAGES: tl.constexpr,
-    BN2: tl.constexpr, BN2_BATCH: tl.constexpr, ACT2: tl.constexpr, GATED: tl.constexpr, POOLED: tl.constexpr,
-    BN1: tl.constexpr, ACT1: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr, FAST: tl.constexpr,
-    MERGE: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Each program does its tiles' whole backward, or with SPLIT one of the parts: dgrad, the upper or the lower half of wgrad."""
+    dq,
+    y,
+    x,
+    w,
+    dx,
+    partials,
+    norm2,
+    terms2,
+    gates,
+    dpool,
+    norm1,
+    counters,
+    group_sums,
+    dgamma1,
+    dbeta1,
+    k0_1,
+    k1_1,
+    count1,
+    N,
+    H,
+    W,
+    CV,
+    OH,
+    OW,
+    pad_top,
+    pad_left,
+    first_row,
+    first_col,
+    strips_w,
+    strips,
+    groups,
+    P,
+    TH,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CVEC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    S: tl.constexpr,
+    TW: tl.constexpr,
+    CW: tl.constexpr,
+    XWP: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT2: tl.constexpr,
+    ACT1: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    FAST: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Each program does its tiles' whole backward, or with SPLIT one of the parts: dgrad, the upper or the lower half
+    of wgrad."""
     HALF: tl.constexpr = (K + 1) // 2
     PARTS: tl.constexpr = (1 if NEED_DX else 0) + (2 if NEED_DW else 0) if SPLIT else 1
     part = tl.program_id(0) % PARTS
@@ -551,51 +688,94 @@ def depthwise_backward_kernel(
     for i in tl.static_range(PARTS):
         if part == i:
             backward_part(
-                program, dq, y, x, w, dx, partials, gamma2, beta2, mean2, rstd2, k0, k1, gate, dpool, gamma1, beta1, mean1, rstd1,
-                counters, group_sums, dgamma1, dbeta1, k0_1, k1_1, count1,
-                N, H, W, CV, OH, OW, pad_top, pad_left, first_row, first_col, strips_w, strips, groups, P, TH,
-                K, STRIDE, CVEC, BC, S, TW, CW, XWP, STAGES, BN2, BN2_BATCH, ACT2, GATED, POOLED, BN1, ACT1,
+                program,
+                dq,
+                y,
+                x,
+                w,
+                dx,
+                partials,
+                norm2,
+                terms2,
+                gates,
+                dpool,
+                norm1,
+                counters,
+                group_sums,
+                dgamma1,
+                dbeta1,
+                k0_1,
+                k1_1,
+                count1,
+                N,
+                H,
+                W,
+                CV,
+                OH,
+                OW,
+                pad_top,
+                pad_left,
+                first_row,
+                first_col,
+                strips_w,
+                strips,
+                groups,
+                P,
+                TH,
+                K,
+                STRIDE,
+                CVEC,
+                BLOCK_C,
+                S,
+                TW,
+                CW,
+                XWP,
+                STAGES,
+                ACT2,
+                ACT1,
                 NEED_DX and i == 0,
                 HALF if SPLIT and i == PARTS - 1 else 0,
                 K if NEED_DW and i == PARTS - 1 else HALF if SPLIT and NEED_DW and i == PARTS - 2 else 0,
-                FAST, MERGE,
-            )  # fmt: skip
+                FAST,
+            )
 
 
 def _strided(size: int, stride: int, pad: int) -> tuple[int, int]:
-    """First index, and how many, of the values (i + pad) // stride takes over i in [0, size)."""
+    """Return the first value, and the number of values, that (i + pad) // stride takes over i in [0, size)."""
     return pad // stride, (size - 1 + pad) // stride - pad // stride + 1
 
 
 @launcher
 def depthwise_forward(
-    x,
-    weight,
-    stride,
-    pads,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    pads: tuple[int, int, int, int],
     *,
     prologue: BatchNorm | None = None,
-    act1="identity",
+    act1: str = "identity",
     statistics: BatchStatistics | None = None,
-    partial_statistics=False,
-    counters=None,
+    partial_statistics: bool = False,
+    counters: torch.Tensor | None = None,
     epilogue: BatchNorm | None = None,
-    act2="identity",
-    pool=False,
-    out=None,
-):
-    """y = depthwise(x) on NHWC ``x`` [N, H, W, C], ``weight`` [C, 1, k, k]; see the module docstring.
+    act2: str = "identity",
+    pool: bool = False,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple | None, torch.Tensor | None]:
+    """Convolve NHWC x [N, H, W, C] with weight [C, 1, k, k], channel by channel; see the module docstring.
 
     Args:
         pads: (top, bottom, left, right) zeros.
         prologue: BatchNorm 1: a = act1(BN1(x)) is convolved instead of x.
-        partial_statistics: also return per-program partial statistics (count [P], mean [P, C], m2 [P, C]) of y, fp32.
-        statistics, counters: instead of them return y's (mean, rstd), fp32 [C], merged by the last program of each channel block,
-            and update the running statistics; counters is int32 [rules.depthwise_counters(C, device)], 0 before and after.
+        partial_statistics: return each program's statistics (count [P], mean [P, C], M2 [P, C]) of y, fp32.
+        statistics: instead of them finish y's statistics in the last program of each block of channels.
+        counters: needed for that: int32 [rules.depthwise_counters(C, device)], all 0; they are 0 again afterwards.
         epilogue: BatchNorm 2: act2(BN2(y)) is stored instead of y.
-        pool: also return fp32 sums of the stored values, [N, T, C], to be added over T.
+        pool: return fp32 sums of the stored values too, [N, T, C], to be added over T.
+        out: where to store y (default: new memory).
 
-    Returns: (y, statistics or (mean, rstd) or None, pool or None). y has x's dtype.
+    Returns: y [N, OH, OW, C] in x's dtype; the partial statistics, or (mean, rstd) fp32 [C] with ``statistics``, or
+        None; the sums or None.
     """
     N, H, W, C = x.shape
     K = weight.shape[-1]
@@ -606,67 +786,99 @@ def depthwise_forward(
     strips_w = triton.cdiv(OW, cfg.TW)
     strips = strips_w * triton.cdiv(OH, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     P = cfg.programs(N * groups, blocks_c, x.device)
-    tiles = found = None
+    found = tile_count = tile_mean = tile_m2 = mean = rstd = None
     if partial_statistics or statistics is not None:
+        # A launch that finishes them keeps the merged statistics of groups of programs behind the programs' own.
         rows = P if statistics is None else P + triton.cdiv(P, GROUP.value)
         counts = rows if statistics is None else rows * blocks_c
-        found = tiles = (fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C))
-    mean = rstd = weight
+        found = tile_count, tile_mean, tile_m2 = fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C)
     if statistics is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
         found = mean, rstd = fp32(x.device, C), fp32(x.device, C)
     sums = fp32(x.device, N, groups, C) if pool else None
-    g1, b1, m1, v1, eps1, is_rstd1 = unpacked(prologue, weight)
-    g2, b2, m2, v2, eps2, is_rstd2 = unpacked(epilogue, weight)
     depthwise_forward_kernel[(P * blocks_c,)](
-        x, weight, y, g1, b1, m1, v1, g2, b2, m2, v2, *(tiles or (weight,) * 3), weight if sums is None else sums, eps1, eps2,
-        weight if statistics is None else counters, mean, rstd, N=N, H=H, W=W, CV=C // channel_vector_width(C), OH=OH, OW=OW,
-        pad_top=top, pad_left=left, strips_w=strips_w, strips=strips, groups=groups, P=P, TH=cfg.TH,
-        K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
-        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K), TWP=cfg.TW if cfg.wide else triton.next_power_of_2(cfg.TW),
-        WIDE=cfg.wide, STAGES=cfg.stages,
-        PROLOGUE=prologue is not None, ACT1=act1, BN1_VAR_IS_RSTD=is_rstd1, BN2_VAR_IS_RSTD=is_rstd2, STATS=tiles is not None,
-        EPILOGUE=epilogue is not None, ACT2=act2, POOL=pool, FAST=fast_math(x.dtype), MERGE=statistics is not None,
-        **statistics_arguments(statistics, mean), **cfg.options,
-    )  # fmt: skip
+        x=x,
+        w=weight,
+        y=y,
+        norm1=prologue,
+        norm2=epilogue,
+        tile_count=tile_count,
+        tile_mean=tile_mean,
+        tile_m2=tile_m2,
+        pool=sums,
+        counters=None if statistics is None else counters,
+        mean=mean,
+        rstd=rstd,
+        **statistics_arguments(statistics),
+        N=N,
+        H=H,
+        W=W,
+        CV=C // channel_vector_width(C),
+        OH=OH,
+        OW=OW,
+        pad_top=top,
+        pad_left=left,
+        strips_w=strips_w,
+        strips=strips,
+        groups=groups,
+        P=P,
+        TH=cfg.TH,
+        K=K,
+        STRIDE=stride,
+        CVEC=channel_vector_width(C),
+        BLOCK_C=cfg.BLOCK_C,
+        S=cfg.S,
+        TW=cfg.TW,
+        CW=triton.next_power_of_2((cfg.TW - 1) * stride + K),
+        TWP=cfg.TW if cfg.wide else triton.next_power_of_2(cfg.TW),
+        WIDE=cfg.wide,
+        STAGES=cfg.stages,
+        ACT1=act1,
+        ACT2=act2,
+        FAST=fast_math(x.dtype),
+        **cfg.options,
+    )
     return y, found, sums
 
 
 @launcher
 def depthwise_backward(
-    dq,
-    x,
-    weight,
-    stride,
-    pads,
+    dq: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    pads: tuple[int, int, int, int],
     *,
     norm2: BatchNorm | None = None,
-    y2=None,
-    terms2=None,
-    act2="identity",
-    gates=None,
-    dpool=None,
+    y2: torch.Tensor | None = None,
+    terms2: BatchTerms | None = None,
+    act2: str = "identity",
+    gates: torch.Tensor | None = None,
+    dpool: torch.Tensor | None = None,
     norm1: BatchNorm | None = None,
-    act1="identity",
-    need_dx=True,
-    need_dw=True,
-    counters=None,
-):
-    """Gradients of ``depthwise_forward`` from ``dq``, in one launch; NHWC throughout.
+    act1: str = "identity",
+    need_dx: bool = True,
+    need_dw: bool = True,
+    counters: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, tuple | None]:
+    """Return the gradients of ``depthwise_forward``, in one launch; all activations are NHWC.
 
     Args:
-        dq: [N, OH, OW, C]; the gradient of y, or with ``norm2`` the gradient of the (gated) activation that follows y.
-        norm2: the BatchNorm after y, with rstd; then y2 is y [N, OH, OW, C], terms2 (k0, k1) fp32 [C] its batch terms (None when its
-            statistics are frozen), and gates and dpool are fp32 [N, C] or None.
-        norm1: the prologue, with rstd: dx is then the gradient of BN1's OUTPUT (dz1).
-        counters: int32 [rules.depthwise_counters(C, device)], 0 before and after: the last program of each channel block finishes
-            BN1's backward.
+        dq: [N, OH, OW, C]: the gradient of y, or with ``norm2`` the gradient of the (gated) activation that follows y.
+        x, weight, stride, pads: as the forward took them.
+        norm2: the BatchNorm after y, with rstd. With it: y2, the forward's y [N, OH, OW, C]; terms2, (k0, k1) fp32 [C]
+            of its backward, or None where its statistics are frozen; gates and dpool, fp32 [N, C] or None.
+        norm1: the forward's prologue, with rstd: dx is then the gradient of BatchNorm 1's output, dz1, not that of its
+            input.
+        counters: int32 [rules.depthwise_counters(C, device)], all 0, and 0 again afterwards. With them, ``norm1`` and
+            ``need_dx`` the last program of each block of channels finishes BatchNorm 1's backward.
 
-    Returns: (dx or None, partials fp32 [P, k*k + 2, C], finished or None); rows 0..k*k-1 sum to the weight gradient, the last two
-    to sum(dz1) and sum(dz1 * (x - mean) * rstd) when ``norm1`` is given (uninitialised otherwise). With ``norm1``, ``counters`` and
-    ``need_dx``, finished is (dgamma1, dbeta1, k0, k1): in the dtype of gamma and beta, and fp32 with dx = scale1 * dz1 + k0 + k1 * x.
+    Returns: dx or None; partials fp32 [P, k*k + 2, C]; and what was finished, or None. The partials' rows up to k*k sum
+        to the weight gradient, and the last two, with ``norm1``, to sum(dz1) and sum(dz1 * (x - mean) * rstd); they are
+        uninitialised without it. Finished are (dgamma1, dbeta1, k0, k1): the first two in gamma's and beta's dtypes,
+        the others fp32 [C], so that BatchNorm 1's input has the gradient scale1 * dz1 + k0 + k1 * x.
     """
     N, H, W, C = x.shape
     OH, OW = dq.shape[1:3]
@@ -678,32 +890,69 @@ def depthwise_backward(
     strips_w = triton.cdiv(cols, cfg.TW)
     strips = strips_w * triton.cdiv(rows, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     parts = need_dx + 2 * need_dw if cfg.split else 1
     P = cfg.programs(N * groups, blocks_c * max(parts, 1), x.device)
     dx = torch.empty_like(x) if need_dx else None
     partials = fp32(x.device, P, K * K + 2, C)
-    g2, b2, m2, r2, *_ = unpacked(norm2, None)
-    g1, b1, m1, r1, *_ = unpacked(norm1, None)
-    k0, k1 = terms2 or (None, None)
-    finished = None
+    finished = group_sums = None
     if norm1 is not None and counters is not None and need_dx:
-        finished = torch.empty_like(g1), torch.empty_like(b1), torch.empty_like(m1), torch.empty_like(m1)
-    finish = (weight,) * 6
-    if finished is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
-        finish = counters, fp32(x.device, triton.cdiv(P, GROUP.value), 2, C), *finished
-    pointers = [weight if t is None else t for t in (y2, x, weight, dx, partials, g2, b2, m2, r2, k0, k1, gates, dpool, g1, b1, m1, r1)]
+        group_sums = fp32(x.device, triton.cdiv(P, GROUP.value), 2, C)
+        finished = torch.empty_like(norm1.weight), torch.empty_like(norm1.bias), fp32(x.device, C), fp32(x.device, C)
+    dgamma1, dbeta1, k0_1, k1_1 = finished or (None,) * 4
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
-    x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BC * x.element_size()))
+    x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BLOCK_C * x.element_size()))
     if need_dx or need_dw:
         depthwise_backward_kernel[(P * blocks_c * parts,)](
-            dq, *pointers, *finish, float(N * H * W),
-            N, H, W, C // channel_vector_width(C), OH, OW, top, left, first_row, first_col, strips_w, strips, groups, P, cfg.TH,
-            K=K, STRIDE=stride, CVEC=channel_vector_width(C), BC=cfg.BC, S=cfg.S, TW=cfg.TW,
-            CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1), XWP=x_columns, STAGES=cfg.stages,
-            BN2=norm2 is not None, BN2_BATCH=terms2 is not None, ACT2=act2, GATED=gates is not None, POOLED=dpool is not None,
-            BN1=norm1 is not None, ACT1=act1, NEED_DX=need_dx, NEED_DW=need_dw, FAST=fast_math(x.dtype),
-            MERGE=finished is not None, SPLIT=cfg.split, **cfg.options,
-        )  # fmt: skip
+            dq=dq,
+            y=y2,
+            x=x,
+            w=weight,
+            dx=dx,
+            partials=partials,
+            norm2=norm2,
+            terms2=None if terms2 is None else tuple(terms2),
+            gates=gates,
+            dpool=dpool,
+            norm1=norm1,
+            counters=None if finished is None else counters,
+            group_sums=group_sums,
+            dgamma1=dgamma1,
+            dbeta1=dbeta1,
+            k0_1=k0_1,
+            k1_1=k1_1,
+            count1=float(N * H * W),
+            N=N,
+            H=H,
+            W=W,
+            CV=C // channel_vector_width(C),
+            OH=OH,
+            OW=OW,
+            pad_top=top,
+            pad_left=left,
+            first_row=first_row,
+            first_col=first_col,
+            strips_w=strips_w,
+            strips=strips,
+            groups=groups,
+            P=P,
+            TH=cfg.TH,
+            K=K,
+            STRIDE=stride,
+            CVEC=channel_vector_width(C),
+            BLOCK_C=cfg.BLOCK_C,
+            S=cfg.S,
+            TW=cfg.TW,
+            CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1),
+            XWP=x_columns,
+            STAGES=cfg.stages,
+            ACT2=act2,
+            ACT1=act1,
+            NEED_DX=need_dx,
+            NEED_DW=need_dw,
+            FAST=fast_math(x.dtype),
+            SPLIT=cfg.split,
+            **cfg.options,
+        )
     return dx, partials, finished

@@ -1,4 +1,5 @@
-"""BatchNorm as launchers take it and as kernels read it: the one type of its parameters and statistics, and its coefficients.
+"""BatchNorm as launchers take it and as kernels read it: the one type of its parameters and statistics, and its
+coefficients.
 
 z = (y - mean) * rstd * weight + bias = y * scale + shift,      scale = weight * rstd,  shift = bias - mean * scale
 """
@@ -11,11 +12,12 @@ import triton.language as tl
 
 
 class BatchNorm(NamedTuple):
-    """One BatchNorm over C channels: its parameters, and the statistics that normalise. A kernel takes it as one argument.
+    """One BatchNorm over C channels: its parameters, and the statistics that normalise. A kernel takes it as one
+    argument.
 
-    Give ``rstd`` = 1 / sqrt(var + eps) where it is known: statistics of a batch, or running ones already turned. Give ``var`` with
-    ``eps`` where the statistics are the running ones of a module as they are. Exactly one of ``rstd`` and ``var`` is read: ``rstd``
-    where it is not None.
+    Give ``rstd`` = 1 / sqrt(var + eps) where it is known: statistics of a batch, or running ones already turned. Give
+    ``var`` with ``eps`` where the statistics are the running ones of a module as they are. Exactly one of ``rstd`` and
+    ``var`` is read: ``rstd`` where it is not None.
 
     Attributes:
         weight, bias: gamma and beta [C], of any floating dtype.
@@ -33,11 +35,13 @@ class BatchNorm(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """How a launch that produces y finishes the statistics of this batch: eps, and the running statistics to update, if any.
+    """How a launch that produces y finishes the statistics of this batch: eps, and the running statistics to update, if
+    any.
 
-    A launch given one returns (mean, rstd) fp32 [C] of its output, with rstd = 1 / sqrt(var + eps). The running statistics are
-    updated in place, with the unbiased variance. ``momentum`` None is the cumulative average 1 / num_batches_tracked, which the caller
-    has already advanced; otherwise ``num_batches_tracked``, if given, is advanced by the launch.
+    A launch given one returns (mean, rstd) fp32 [C] of its output, with rstd = 1 / sqrt(var + eps). The running
+    statistics are updated in place, with the unbiased variance. ``momentum`` None is the cumulative average 1 /
+    num_batches_tracked, which the caller has already advanced; otherwise ``num_batches_tracked``, if given, is advanced
+    by the launch.
     """
 
     eps: float

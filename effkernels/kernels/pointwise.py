@@ -1,17 +1,20 @@
 """1x1 convolutions as products of NHWC rows: forward, and both backward passes of an MBConv block.
 
     forward           y[m,o]  = sum_k a[m,k] w[o,k]          a = x, phi(BN(x)), times gate[n,k] where there is one
-    project backward  dq[m,e] = sum_o dy[m,o] w[o,e]         dy = scale * mask[n] * dout + k0 + k1 * y      (BatchNorm 3's backward)
+    project backward  dq[m,e] = sum_o dy[m,o] w[o,e]         dy = scale * mask[n] * dout + k0 + k1 * y      (BatchNorm
+    3's backward)
                       dw[o,e] = sum_m dy[m,o] q[m,e]         q = phi(BN2(y2)) * gate[n,e]
     expand backward   dx[m,i] = sum_e dz[m,e] A[e] w[e,i] + sum_j x[m,j] G[j,i] + c[i]  [+ dout[m,i]]
                       D[e,i]  = sum_m dz[m,e] x[m,i],   gram[j,i] = sum_m x[m,j] x[m,i],   xsum[i] = sum_m x[m,i]
 
-The expand backward never reads y1: BatchNorm 1's backward is dy1 = A * dz + k0 + k1 * y1 with y1 = x w^T, so y1's term folds into x:
-G = w^T diag(k1) w, c = k0 w, and dw = A D + k1 (w gram) + k0 xsum (``reduce_weight_gradients``). Nothing activated or gated is stored.
+The expand backward never reads y1: BatchNorm 1's backward is dy1 = A * dz + k0 + k1 * y1 with y1 = x w^T, so y1's term
+folds into x: G = w^T diag(k1) w, c = k0 w, and dw = A D + k1 (w gram) + k0 xsum (``reduce_weight_gradients``). Nothing
+activated or gated is stored.
 
-Rows are counted per image where something depends on the image (a gate, sums per image), else over the whole batch, in tiles of BM.
-Programs are persistent over tiles; a backward launch holds two roles, data gradient and weight gradient, that move over the same
-rows at the same time, so that what both read comes from DRAM once. Weight gradients are fp32 partials, one per split of the rows.
+Rows are counted per image where something depends on the image (a gate, sums per image), else over the whole batch, in
+tiles of BM. Programs are persistent over tiles; a backward launch holds two roles, data gradient and weight gradient,
+that move over the same rows at the same time, so that what both read comes from DRAM once. Weight gradients are fp32
+partials, one per split of the rows.
 """
 
 import torch
@@ -19,24 +22,21 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
-from effkernels.kernels.batchnorm import finish_statistics, statistics_arguments, unpacked
+from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
+from effkernels.kernels.batchnorm import finish_statistics, statistics_arguments
 from effkernels.kernels.common import (
-    activate,
-    activate_and_grad,
-    bn_row,
-    branch_factor,
     cast,
     channel_vector_width,
     check_counters,
     dot,
     fast_math,
     fp32,
+    given,
     last_to_arrive,
     launcher,
-    load_vector,
     sized_jit,
 )
-from effkernels.kernels.norm import BatchNorm, BatchStatistics
+from effkernels.kernels.norm import BatchNorm, BatchStatistics, load_rstd, load_vector, scale_and_shift
 
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 
@@ -70,7 +70,8 @@ def activated_operand(
 
 @triton.jit
 def fold_rows(v):
-    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores' results."""
+    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores'
+    results."""
     return tl.sum(tl.reshape(v, [v.shape[0] // 16, 2, 8, v.shape[1]]), 1)
 
 
@@ -81,16 +82,49 @@ def sum_rows(folded):
 
 @sized_jit
 def pointwise_forward_kernel(
-    x, w, y, gamma1, beta1, mean1, rstd1, gate, gamma2, beta2, mean2, var2, residual, tile_count, tile_mean, tile_m2,
-    mean_out, rstd_out, running_mean, running_var, num_batches, counters, eps, momentum,
-    images, rows, KV, NV, tiles, per_program, P,
-    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SINGLE: tl.constexpr,
-    STAGES: tl.constexpr, X_DTYPE: tl.constexpr, BN1: tl.constexpr, ACT1: tl.constexpr, GATED: tl.constexpr, STATS: tl.constexpr,
-    MERGE: tl.constexpr, BP: tl.constexpr, UPDATE: tl.constexpr, COUNT: tl.constexpr, BN2: tl.constexpr, BN2_IS_RSTD: tl.constexpr,
+    x,
+    w,
+    y,
+    norm1,
+    gate,
+    norm2,
+    residual,
+    tile_count,
+    tile_mean,
+    tile_m2,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    num_batches,
+    counters,
+    eps,
+    momentum,
+    images,
+    rows,
+    KV,
+    NV,
+    tiles,
+    per_program,
+    P,
+    KVEC: tl.constexpr,
+    NVEC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SINGLE: tl.constexpr,
+    STAGES: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    ACT1: tl.constexpr,
+    BP: tl.constexpr,
+    COUNT: tl.constexpr,
     ACT2: tl.constexpr,
-    RESIDUAL: tl.constexpr, POOL: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BN columns of ``per_program`` row tiles. SINGLE: BK covers all K, so the weights stay. X_DTYPE: compute in x's dtype, else y's."""
+    POOL: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BN columns of ``per_program`` row tiles. SINGLE: BK covers all K, so the weights stay. X_DTYPE: compute in x's
+    dtype, else y's."""
     K = KV * KVEC
     N = NV * NVEC
     dtype: tl.constexpr = x.dtype.element_ty if X_DTYPE else y.dtype.element_ty
@@ -101,18 +135,18 @@ def pointwise_forward_kernel(
     mc = c < N
     k = tl.arange(0, BK)
     i = tl.arange(0, BM)
-    if not BN1:
+    if not given(norm1):
         scale1, shift1 = 0.0, 0.0
-    if not GATED:
+    if gate is None:
         gates = 0.0
     if SINGLE:
         mk = k < K
         weight = load_forward_weight(w, c, k, K, mk[:, None] & mc[None, :], dtype)
-        if BN1:
-            scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, k, mk, True)
-    if BN2:
-        scale2, shift2 = bn_row(gamma2, beta2, mean2, var2, eps, c, mc, BN2_IS_RSTD)
-    if STATS:
+        if given(norm1):
+            scale1, shift1 = scale_and_shift(norm1, k, mk)
+    if given(norm2):
+        scale2, shift2 = scale_and_shift(norm2, c, mc)
+    if tile_mean is not None:
         pivot = tl.zeros([BN], tl.float32)
         s1 = tl.zeros([BM // 16, 8, BN], tl.float32)
         s2 = tl.zeros([BM // 16, 8, BN], tl.float32)
@@ -128,22 +162,26 @@ def pointwise_forward_kernel(
         base = image * rows + row0
         acc = tl.zeros([BM, BN], tl.float32)
         if SINGLE:
-            if GATED:
+            if gate is not None:
                 gates = load_vector(gate + image * K, k, mk)[None, :]
-            a = activated_operand(load_tile(x + base * K, i, k, K, ok, mk), scale1, shift1, gates, dtype, BN1, ACT1, GATED, FAST)
+            a = activated_operand(
+                load_tile(x + base * K, i, k, K, ok, mk), scale1, shift1, gates, dtype, given(norm1), ACT1, gate is not None, FAST
+            )
             acc = dot(a, weight, acc, PRECISION)
         else:
             for start in tl.range(0, K, BK, num_stages=STAGES):
                 kk = start + k
                 mk = kk < K
                 weight = load_forward_weight(w, c, kk, K, mk[:, None] & mc[None, :], dtype)
-                if BN1:
-                    scale1, shift1 = bn_row(gamma1, beta1, mean1, rstd1, 0.0, kk, mk, True)
-                if GATED:
+                if given(norm1):
+                    scale1, shift1 = scale_and_shift(norm1, kk, mk)
+                if gate is not None:
                     gates = load_vector(gate + image * K, kk, mk)[None, :]
-                a = activated_operand(load_tile(x + base * K, i, kk, K, ok, mk), scale1, shift1, gates, dtype, BN1, ACT1, GATED, FAST)
+                a = activated_operand(
+                    load_tile(x + base * K, i, kk, K, ok, mk), scale1, shift1, gates, dtype, given(norm1), ACT1, gate is not None, FAST
+                )
                 acc = dot(a, weight, acc, PRECISION)
-        if STATS:
+        if tile_mean is not None:
             here = tl.minimum(rows - row0, BM).to(tl.float32)
             if t == first:
                 pivot = tl.sum(tl.where(ok[:, None], acc, 0.0), 0) / here
@@ -151,30 +189,44 @@ def pointwise_forward_kernel(
             s1 += fold_rows(d)
             s2 += fold_rows(d * d)
             count += here
-        if BN2:
+        if given(norm2):
             acc = activate(acc * scale2 + shift2, ACT2, FAST)
         if POOL:
             pooled += fold_rows(tl.where(ok[:, None], acc, 0.0))
         else:
             out_mask = ok[:, None] & mc[None, :]
             offset = i[:, None] * N + c[None, :]
-            if RESIDUAL:
+            if residual is not None:
                 acc += tl.load(residual + base * N + offset, mask=out_mask, other=0.0).to(tl.float32)
             tl.store(y + base * N + offset, cast(acc, y.dtype.element_ty), mask=out_mask)
     if POOL:
         tl.store(y + p.to(tl.int64) * N + c, cast(sum_rows(pooled) / rows, y.dtype.element_ty), mask=mc)
-    if STATS:
+    if tile_mean is not None:
         shift = sum_rows(s1) / count
         tl.store(tile_mean + p.to(tl.int64) * N + c, pivot + shift, mask=mc)
         tl.store(tile_m2 + p.to(tl.int64) * N + c, sum_rows(s2) - shift * shift * count, mask=mc)
         # Each block of columns keeps its own counts: its last program must not wait for another block's.
         tl.store(tile_count + block * P + p, count)
-        if MERGE:
+        if mean is not None:
             if last_to_arrive(counters + block, P):
                 finish_statistics(
-                    tile_count + block * P, tile_mean, tile_m2, mean_out, rstd_out, running_mean, running_var, num_batches,
-                    P, N, eps, momentum, block, BP, BN, UPDATE, COUNT,
-                )  # fmt: skip
+                    tile_count + block * P,
+                    tile_mean,
+                    tile_m2,
+                    mean,
+                    rstd,
+                    running_mean,
+                    running_var,
+                    num_batches,
+                    P,
+                    N,
+                    eps,
+                    momentum,
+                    block,
+                    BP,
+                    BN,
+                    COUNT,
+                )
 
 
 @triton.jit
@@ -188,14 +240,14 @@ def bn_backward_operand(dout, y, base, i, c, C, ok, mc, scale, offset, slope, fa
 
 
 @triton.jit
-def backward_rows(gamma, rstd, k0, k1, c, mc, BATCH: tl.constexpr):
+def backward_rows(norm, terms, c, mc):
     """(scale, offset, slope) of a BatchNorm's backward as [1, BC] rows."""
-    scale = load_vector(gamma, c, mc) * load_vector(rstd, c, mc)
+    scale = load_vector(norm.weight, c, mc) * load_rstd(norm, c, mc)
     offset = tl.zeros_like(scale)
     slope = tl.zeros_like(scale)
-    if BATCH:
-        offset = load_vector(k0, c, mc)
-        slope = load_vector(k1, c, mc)
+    if terms is not None:
+        offset = load_vector(terms[0], c, mc)
+        slope = load_vector(terms[1], c, mc)
     return scale[None, :], offset[None, :], slope[None, :]
 
 
@@ -208,10 +260,31 @@ def store_partial(partials, acc, row, col, ROWS, COLS, split):
 
 @triton.jit
 def project_weight_gradient(
-    pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, splits,
-    BM: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    pid,
+    dout,
+    y3,
+    y2,
+    partials,
+    norm3,
+    terms3,
+    mask,
+    keep,
+    norm2,
+    gate,
+    images,
+    rows,
+    O,
+    E,
+    tiles,
+    splits,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    BW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dw of BO x BW over every ``splits``-th row tile."""
     dtype: tl.constexpr = y2.dtype.element_ty
     blocks_e = tl.cdiv(E, BW)
@@ -222,30 +295,57 @@ def project_weight_gradient(
     mo = o < O
     split = pid // blocks_e // blocks_o
     i = tl.arange(0, BM)
-    scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, o, mo, BATCH)
-    scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
+    scale3, offset3, slope3 = backward_rows(norm3, terms3, o, mo)
+    scale2, shift2 = scale_and_shift(norm2, c, mc)
     dw = tl.zeros([BO, BW], tl.float32)
     for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
         image = (t // tiles).to(tl.int64)
         row0 = t % tiles * BM
         ok = row0 + i < rows
         base = image * rows + row0
-        factor = branch_factor(tl.load(mask + image), keep) if MASKED else 1.0
-        dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, BATCH)
-        gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
-        q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, GATED, FAST)
+        factor = branch_factor(tl.load(mask + image), keep) if mask is not None else 1.0
+        dy = bn_backward_operand(dout, y3, base, i, o, O, ok, mo, scale3, offset3, slope3, factor, dtype, terms3 is not None)
+        gates = load_vector(gate + image * E, c, mc)[None, :] if gate is not None else 0.0
+        q = activated_operand(load_tile(y2 + base * E, i, c, E, ok, mc), scale2, shift2, gates, dtype, True, ACT, gate is not None, FAST)
         dw = dot(tl.trans(dy), q, dw, PRECISION)
     store_partial(partials, dw, o, c, O, E, split)
 
 
 @triton.jit
 def project_data_gradient(
-    pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate,
-    images, rows, O, E, tiles, parts, tiles_per_part, programs,
-    BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, NEED_DQ: tl.constexpr, SHARED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq of BE channels and their sums, for every ``programs``-th part of an image; SHARED: dw of all O (BK covers it) too."""
+    pid,
+    dout,
+    y3,
+    y2,
+    w,
+    dq,
+    sums,
+    partials,
+    norm3,
+    terms3,
+    mask,
+    keep,
+    norm2,
+    gate,
+    images,
+    rows,
+    O,
+    E,
+    tiles,
+    parts,
+    tiles_per_part,
+    programs,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT: tl.constexpr,
+    SHARED: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of BE channels and their sums, for every ``programs``-th part of an image; SHARED: dw of all O (BK covers it)
+    too."""
     dtype: tl.constexpr = y2.dtype.element_ty
     blocks_e = tl.cdiv(E, BE)
     c = pid % blocks_e * BE + tl.arange(0, BE)
@@ -253,20 +353,20 @@ def project_data_gradient(
     p = pid // blocks_e
     i = tl.arange(0, BM)
     k = tl.arange(0, BK)
-    scale2, shift2 = bn_row(gamma2, beta2, mean2, rstd2, 0.0, c, mc, True)
-    mu2 = load_vector(mean2, c, mc)[None, :]
+    scale2, shift2 = scale_and_shift(norm2, c, mc)
+    mu2 = load_vector(norm2.mean, c, mc)[None, :]
     if SHARED:
         mk = k < O
-        scale3, offset3, slope3 = backward_rows(gamma3, rstd3, k0, k1, k, mk, BATCH)
+        scale3, offset3, slope3 = backward_rows(norm3, terms3, k, mk)
         weight = cast(tl.load(w + k[:, None] * E + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32), dtype)
         dw = tl.zeros([BK, BE], tl.float32)
     for g in range(p, images * parts, programs):
         image = (g // parts).to(tl.int64)
-        factor = branch_factor(tl.load(mask + image), keep) if MASKED else 1.0
-        gates = load_vector(gate + image * E, c, mc)[None, :] if GATED else 0.0
+        factor = branch_factor(tl.load(mask + image), keep) if mask is not None else 1.0
+        gates = load_vector(gate + image * E, c, mc)[None, :] if gate is not None else 0.0
         s1 = tl.zeros([BM // 16, 8, BE], tl.float32)
         s3 = tl.zeros([BM // 16, 8, BE], tl.float32)
-        if GATED:
+        if gate is not None:
             s_gate = tl.zeros([BM // 16, 8, BE], tl.float32)
             s2 = tl.zeros([BM // 16, 8, BE], tl.float32)
             s4 = tl.zeros([BM // 16, 8, BE], tl.float32)
@@ -277,39 +377,39 @@ def project_data_gradient(
             base = image * rows + row0
             acc = tl.zeros([BM, BE], tl.float32)
             if SHARED:
-                dy = bn_backward_operand(dout, y3, base, i, k, O, ok, mk, scale3, offset3, slope3, factor, dtype, BATCH)
+                dy = bn_backward_operand(dout, y3, base, i, k, O, ok, mk, scale3, offset3, slope3, factor, dtype, terms3 is not None)
                 acc = dot(dy, weight, acc, PRECISION)
             else:
                 for start in tl.range(0, O, BK, num_stages=STAGES):
                     kk = start + k
                     mkk = kk < O
-                    scale, offset, slope = backward_rows(gamma3, rstd3, k0, k1, kk, mkk, BATCH)
+                    scale, offset, slope = backward_rows(norm3, terms3, kk, mkk)
                     w_mask = mkk[:, None] & mc[None, :]
                     right = cast(tl.load(w + kk[:, None] * E + c[None, :], mask=w_mask, other=0.0).to(tl.float32), dtype)
-                    left = bn_backward_operand(dout, y3, base, i, kk, O, ok, mkk, scale, offset, slope, factor, dtype, BATCH)
+                    left = bn_backward_operand(dout, y3, base, i, kk, O, ok, mkk, scale, offset, slope, factor, dtype, terms3 is not None)
                     acc = dot(left, right, acc, PRECISION)
             v = load_tile(y2 + base * E, i, c, E, ok, mc).to(tl.float32)
             phi, dphi = activate_and_grad(v * scale2 + shift2, ACT, FAST)
             slope_sum = acc * dphi  # rows outside: dy, and so acc, is 0
             s1 += fold_rows(slope_sum)
             s3 += fold_rows(slope_sum * (v - mu2))
-            if GATED:
+            if gate is not None:
                 s_gate += fold_rows(acc * phi)
                 dphi = tl.where(ok[:, None], dphi, 0.0)
                 s2 += fold_rows(dphi)
                 s4 += fold_rows(dphi * (v - mu2))
-            if NEED_DQ:
+            if dq is not None:
                 tl.store(dq + base * E + i[:, None] * E + c[None, :], cast(acc, dtype), mask=ok[:, None] & mc[None, :])
             if SHARED:
-                if GATED:
+                if gate is not None:
                     phi = phi * gates
                 dw = dot(tl.trans(dy), cast(phi, dtype), dw, PRECISION)
-        NUM: tl.constexpr = 5 if GATED else 2
+        NUM: tl.constexpr = 5 if gate is not None else 2
         out = sums + (image * parts + g % parts) * NUM * E + c
-        r_std = load_vector(rstd2, c, mc)
+        r_std = load_rstd(norm2, c, mc)
         tl.store(out, sum_rows(s1), mask=mc)
         tl.store(out + E, sum_rows(s3) * r_std, mask=mc)
-        if GATED:
+        if gate is not None:
             tl.store(out + 2 * E, sum_rows(s_gate), mask=mc)
             tl.store(out + 3 * E, sum_rows(s2), mask=mc)
             tl.store(out + 4 * E, sum_rows(s4) * r_std, mask=mc)
@@ -319,13 +419,43 @@ def project_data_gradient(
 
 @sized_jit
 def project_backward_kernel(
-    dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, gamma2, beta2, mean2, rstd2, gate, keep,
-    images, rows, KV, NV, tiles, parts, tiles_per_part, programs, splits,
-    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr,
-    STAGES: tl.constexpr, BATCH: tl.constexpr, MASKED: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-    NEED_DQ: tl.constexpr, WGRAD: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """WGRAD "shared": the data-gradient programs keep dw too; "role": programs of its own, first in the grid; "": none."""
+    dout,
+    y3,
+    y2,
+    w,
+    dq,
+    sums,
+    partials,
+    norm3,
+    terms3,
+    mask,
+    norm2,
+    gate,
+    keep,
+    images,
+    rows,
+    KV,
+    NV,
+    tiles,
+    parts,
+    tiles_per_part,
+    programs,
+    splits,
+    KVEC: tl.constexpr,
+    NVEC: tl.constexpr,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+    BW: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT: tl.constexpr,
+    WGRAD: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """WGRAD "shared": the data-gradient programs keep dw too; "role": programs of its own, first in the grid; "":
+    none."""
     O = KV * KVEC
     E = NV * NVEC
     pid = tl.program_id(0)
@@ -333,27 +463,103 @@ def project_backward_kernel(
         wgrad_programs = splits * tl.cdiv(O, BO) * tl.cdiv(E, BW)
         if pid < wgrad_programs:
             project_weight_gradient(
-                pid, dout, y3, y2, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate, images, rows, O, E,
-                tiles, splits, BM, BO, BW, STAGES, BATCH, MASKED, ACT, GATED, FAST, PRECISION,
-            )  # fmt: skip
+                pid,
+                dout,
+                y3,
+                y2,
+                partials,
+                norm3,
+                terms3,
+                mask,
+                keep,
+                norm2,
+                gate,
+                images,
+                rows,
+                O,
+                E,
+                tiles,
+                splits,
+                BM,
+                BO,
+                BW,
+                STAGES,
+                ACT,
+                FAST,
+                PRECISION,
+            )
         else:
             project_data_gradient(
-                pid - wgrad_programs, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep,
-                gamma2, beta2, mean2, rstd2, gate, images, rows, O, E, tiles, parts, tiles_per_part, programs,
-                BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, False, FAST, PRECISION,
-            )  # fmt: skip
+                pid - wgrad_programs,
+                dout,
+                y3,
+                y2,
+                w,
+                dq,
+                sums,
+                partials,
+                norm3,
+                terms3,
+                mask,
+                keep,
+                norm2,
+                gate,
+                images,
+                rows,
+                O,
+                E,
+                tiles,
+                parts,
+                tiles_per_part,
+                programs,
+                BM,
+                BE,
+                BK,
+                STAGES,
+                ACT,
+                False,
+                FAST,
+                PRECISION,
+            )
     else:
         project_data_gradient(
-            pid, dout, y3, y2, w, dq, sums, partials, gamma3, rstd3, k0, k1, mask, keep, gamma2, beta2, mean2, rstd2, gate,
-            images, rows, O, E, tiles, parts, tiles_per_part, programs,
-            BM, BE, BK, STAGES, BATCH, MASKED, ACT, GATED, NEED_DQ, WGRAD == "shared", FAST, PRECISION,
-        )  # fmt: skip
+            pid,
+            dout,
+            y3,
+            y2,
+            w,
+            dq,
+            sums,
+            partials,
+            norm3,
+            terms3,
+            mask,
+            keep,
+            norm2,
+            gate,
+            images,
+            rows,
+            O,
+            E,
+            tiles,
+            parts,
+            tiles_per_part,
+            programs,
+            BM,
+            BE,
+            BK,
+            STAGES,
+            ACT,
+            WGRAD == "shared",
+            FAST,
+            PRECISION,
+        )
 
 
 @triton.jit
-def gram_matrix(pid, w, k0, k1, matrix, E, I, BG: tl.constexpr, dtype: tl.constexpr):
-    """BG x BG of matrix fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w as the forward
-    rounded it."""
+def gram_matrix(pid, w, terms1, matrix, E, I, BG: tl.constexpr, dtype: tl.constexpr):
+    """BG x BG of matrix fp32 [I + 1, I]: G[j,i] = sum_e w[e,j] k1[e] w[e,i] and, in row I, c[i] = sum_e k0[e] w[e,i]; w
+    as the forward rounded it."""
     blocks = tl.cdiv(I, BG)
     i = pid % blocks * BG + tl.arange(0, BG)
     j = pid // blocks * BG + tl.arange(0, BG)
@@ -366,8 +572,8 @@ def gram_matrix(pid, w, k0, k1, matrix, E, I, BG: tl.constexpr, dtype: tl.conste
         right = tl.load(w + e[:, None] * I + i[None, :], mask=me[:, None] & mi[None, :], other=0.0).to(tl.float32)
         left = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
         right, left = cast(right, dtype).to(tl.float32), cast(left, dtype).to(tl.float32)
-        acc = tl.dot(tl.trans(left * load_vector(k1, e, me)[:, None]), right, acc, input_precision="ieee")
-        row += tl.sum(right * load_vector(k0, e, me)[:, None], 0)
+        acc = tl.dot(tl.trans(left * load_vector(terms1[1], e, me)[:, None]), right, acc, input_precision="ieee")
+        row += tl.sum(right * load_vector(terms1[0], e, me)[:, None], 0)
     tl.store(matrix + j[:, None] * I + i[None, :], acc, mask=mj[:, None] & mi[None, :])
     tl.store(matrix + I * I + i, row, mask=mi & (pid < blocks))
 
@@ -381,10 +587,25 @@ def raw_operand(x, i, c, C, ok, mc, dtype: tl.constexpr):
 
 @triton.jit
 def expand_weight_gradient(
-    pid, dz, x, partials, grams, rows, E, I, tiles, splits,
-    BM: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """D of BE x BW, or beyond the last block of E a block of gram (and once xsum), over every ``splits``-th row tile."""
+    pid,
+    dz,
+    x,
+    partials,
+    grams,
+    rows,
+    E,
+    I,
+    tiles,
+    splits,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    BW: tl.constexpr,
+    STAGES: tl.constexpr,
+    BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """D of BE x BW, or beyond the last block of E a block of gram (and once xsum), over every ``splits``-th row
+    tile."""
     dtype: tl.constexpr = dz.dtype.element_ty
     blocks_i = tl.cdiv(I, BW)
     blocks_e = tl.cdiv(E, BE)
@@ -406,27 +627,46 @@ def expand_weight_gradient(
             acc = dot(tl.trans(left), raw_operand(x + base * I, m, c, I, ok, mc, dtype), acc, PRECISION)
         store_partial(partials, acc, e, c, E, I, split)
     else:
-        j = (block - blocks_e) * BE + tl.arange(0, BE)
-        mj = j < I
-        xsum = tl.zeros([BW], tl.float32)
-        for t in tl.range(split, tiles, splits, num_stages=STAGES):
-            base = t * wide
-            ok = base + m < rows
-            right = raw_operand(x + base * I, m, c, I, ok, mc, dtype)
-            acc = dot(tl.trans(raw_operand(x + base * I, m, j, I, ok, mj, dtype)), right, acc, PRECISION)
-            xsum += tl.sum(right.to(tl.float32), 0)
-        out = grams + split.to(tl.int64) * (I + 1) * I
-        tl.store(out + j[:, None] * I + c[None, :], acc, mask=mj[:, None] & mc[None, :])
-        tl.store(out + I * I + c, xsum, mask=mc & (block == blocks_e))
+        if grams is not None:
+            j = (block - blocks_e) * BE + tl.arange(0, BE)
+            mj = j < I
+            xsum = tl.zeros([BW], tl.float32)
+            for t in tl.range(split, tiles, splits, num_stages=STAGES):
+                base = t * wide
+                ok = base + m < rows
+                right = raw_operand(x + base * I, m, c, I, ok, mc, dtype)
+                acc = dot(tl.trans(raw_operand(x + base * I, m, j, I, ok, mj, dtype)), right, acc, PRECISION)
+                xsum += tl.sum(right.to(tl.float32), 0)
+            out = grams + split.to(tl.int64) * (I + 1) * I
+            tl.store(out + j[:, None] * I + c[None, :], acc, mask=mj[:, None] & mc[None, :])
+            tl.store(out + I * I + c, xsum, mask=mc & (block == blocks_e))
 
 
 @triton.jit
 def expand_data_gradient(
-    pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, ready, rows, E, I, tiles, programs,
-    BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BI channels of dx in every ``programs``-th row tile. ready: how many blocks of the matrix are there, and next to it its readers."""
+    pid,
+    dz,
+    x,
+    w,
+    dx,
+    norm1,
+    matrix,
+    dout,
+    ready,
+    rows,
+    E,
+    I,
+    tiles,
+    programs,
+    BM: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BG: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BI channels of dx in every ``programs``-th row tile. ready: how many blocks of the matrix are there, and next to
+    it its readers."""
     dtype: tl.constexpr = dz.dtype.element_ty
     blocks_i = tl.cdiv(I, BI)
     c = pid % blocks_i * BI + tl.arange(0, BI)
@@ -441,11 +681,11 @@ def expand_data_gradient(
         for start in tl.range(0, E, BK, num_stages=STAGES):
             e = start + k
             me = e < E
-            scale = load_vector(gamma1, e, me) * load_vector(rstd1, e, me)
+            scale = load_vector(norm1.weight, e, me) * load_rstd(norm1, e, me)
             weight = tl.load(w + e[:, None] * I + c[None, :], mask=me[:, None] & mc[None, :], other=0.0).to(tl.float32)
             weight = cast(cast(weight, dtype).to(tl.float32) * scale[:, None], dtype)
             acc = dot(load_tile(dz + base * E, m, e, E, ok, me), weight, acc, PRECISION)
-        if BATCH:
+        if matrix is not None:
             if t == pid // blocks_i:  # the first tile, whose product above took the time that the matrix takes
                 wait_for(ready, tl.cdiv(I, BG) * tl.cdiv(I, BG), programs * blocks_i)
             for start in tl.range(0, I, BK, num_stages=STAGES):
@@ -457,14 +697,15 @@ def expand_data_gradient(
             acc += tl.load(matrix + I * I + c, mask=mc, other=0.0, cache_modifier=".cg")[None, :]
         offset = m[:, None] * I + c[None, :]
         out_mask = ok[:, None] & mc[None, :]
-        if RESIDUAL:
+        if dout is not None:
             acc += tl.load(dout + base * I + offset, mask=out_mask, other=0.0).to(tl.float32)
         tl.store(dx + base * I + offset, cast(acc, dx.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
 def wait_for(ready, arrivals, readers):
-    """Until ``arrivals`` programs have added 1 to ``ready``; the last of ``readers`` that waited leaves it and the count after it at 0."""
+    """Until ``arrivals`` programs have added 1 to ``ready``; the last of ``readers`` that waited leaves it and the
+    count after it at 0."""
     while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") < arrivals:
         pass
     tl.debug_barrier()
@@ -475,47 +716,95 @@ def wait_for(ready, arrivals, readers):
 
 @sized_jit
 def expand_backward_kernel(
-    dz, x, w, dx, partials, grams, gamma1, rstd1, k0, k1, matrix, dout, counters,
-    rows, KV, NV, tiles, programs, splits, total,
-    KVEC: tl.constexpr, NVEC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr,
-    BG: tl.constexpr, STAGES: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr, NEED_DX: tl.constexpr, NEED_DW: tl.constexpr,
+    dz,
+    x,
+    w,
+    dx,
+    partials,
+    grams,
+    norm1,
+    terms1,
+    matrix,
+    dout,
+    counters,
+    rows,
+    KV,
+    NV,
+    tiles,
+    programs,
+    splits,
+    total,
+    KVEC: tl.constexpr,
+    NVEC: tl.constexpr,
+    BM: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BE: tl.constexpr,
+    BW: tl.constexpr,
+    BG: tl.constexpr,
+    STAGES: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
-    """First, with batch statistics, the Gram matrix of the weights, then the weight-gradient programs, then those of dx.
+):
+    """First, with batch statistics, the Gram matrix of the weights, then the weight-gradient programs, then those of
+    dx.
 
-    Those of dx wait for the matrix. Programs take their work by ticket in the order in which they start, so when one waits, those that
-    it waits for are running, and wait for nothing: it ends. Counters, all left at 0: tickets, blocks of the matrix, its readers.
+    Those of dx wait for the matrix. Programs take their work by ticket in the order in which they start, so when one
+    waits, those that it waits for are running, and wait for nothing: it ends. Counters, all left at 0: tickets, blocks
+    of the matrix, its readers.
     """
     E = KV * KVEC
     I = NV * NVEC
     pid = tl.program_id(0)
     grams_first = 0
-    if BATCH and NEED_DX:
+    if matrix is not None:
         pid = tl.atomic_add(counters, 1)
         if pid == total - 1:
             tl.store(counters, 0)
         grams_first = tl.cdiv(I, BG) * tl.cdiv(I, BG)
         if pid < grams_first:
-            gram_matrix(pid, w, k0, k1, matrix, E, I, BG, dz.dtype.element_ty)
+            gram_matrix(pid, w, terms1, matrix, E, I, BG, dz.dtype.element_ty)
             tl.debug_barrier()
             tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
     pid -= grams_first
     if NEED_DW:
-        blocks_l = tl.cdiv(E, BE) + tl.cdiv(I, BE) if BATCH else tl.cdiv(E, BE)
+        blocks_l = tl.cdiv(E, BE) + tl.cdiv(I, BE) if terms1 is not None else tl.cdiv(E, BE)
         wgrad_programs = splits * blocks_l * tl.cdiv(I, BW)
         if (pid >= 0) & (pid < wgrad_programs):
-            expand_weight_gradient(pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, BATCH, PRECISION)
+            expand_weight_gradient(
+                pid, dz, x, partials, grams, rows, E, I, tiles, splits, BM, BE, BW, STAGES, terms1 is not None, PRECISION
+            )
         pid -= wgrad_programs
     if NEED_DX:
         if pid >= 0:
             expand_data_gradient(
-                pid, dz, x, w, dx, gamma1, rstd1, matrix, dout, counters + 1, rows, E, I, tiles, programs,
-                BM, BI, BK, BG, STAGES, BATCH, RESIDUAL, PRECISION,
-            )  # fmt: skip
+                pid,
+                dz,
+                x,
+                w,
+                dx,
+                norm1,
+                matrix,
+                dout,
+                None if matrix is None else counters + 1,
+                rows,
+                E,
+                I,
+                tiles,
+                programs,
+                BM,
+                BI,
+                BK,
+                BG,
+                STAGES,
+                PRECISION,
+            )
 
 
 def matmul_precision() -> str:
-    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there too)."""
+    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there
+    too)."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -542,9 +831,9 @@ def pointwise_forward(
     Args:
         dtype: compute dtype (default x's); x is rounded to it on load.
         prologue: with rstd: a = act1(BN(x)). gates: fp32 [N, K], multiplies a.
-        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics: the last
-            program finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one per block of columns or
-            more.
+        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics:
+            the last program finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one
+            per block of columns or more.
         epilogue: act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
         pool: store only the mean over H, W, [N, O].
 
@@ -563,26 +852,52 @@ def pointwise_forward(
     want_stats = partial_statistics or statistics is not None
     if statistics is not None:
         check_counters(counters, blocks_n)
-    tiles_out = (fp32(x.device, blocks_n, P), fp32(x.device, P, O), fp32(x.device, P, O)) if want_stats else (weight,) * 3
-    merged = (fp32(x.device, O), fp32(x.device, O)) if statistics is not None else (weight, weight)
-    how = statistics_arguments(statistics, weight)
-    g1, b1, m1, r1, *_ = unpacked(prologue, weight)
-    g2, b2, m2, v2, eps, is_rstd = unpacked(epilogue, weight)
-    how["eps"] = how["eps"] if epilogue is None else eps
-    pointwise_forward_kernel[(P * blocks_n,)](
-        x, weight, y, g1, b1, m1, r1, weight if gates is None else gates, g2, b2, m2, v2, weight if residual is None else residual,
-        *tiles_out, *merged, counters=weight if counters is None else counters, **how,
-        images=images, rows=rows, KV=K // channel_vector_width(K), NV=O // channel_vector_width(O), tiles=tiles,
-        per_program=per_program, P=P,
-        KVEC=channel_vector_width(K), NVEC=channel_vector_width(O), BM=cfg.BM, BN=cfg.BN, BK=cfg.BK, SINGLE=K <= cfg.BK,
-        STAGES=cfg.stages, X_DTYPE=x.dtype == dtype, BN1=prologue is not None, ACT1=act1, GATED=gates is not None, STATS=want_stats,
-        MERGE=statistics is not None, BP=max(1, 4096 // cfg.BN), BN2=epilogue is not None, BN2_IS_RSTD=is_rstd, ACT2=act2,
-        RESIDUAL=residual is not None, POOL=pool,
-        FAST=fast_math(dtype), PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+    tile_count = tile_mean = tile_m2 = mean = rstd = None
+    if want_stats:
+        tile_count, tile_mean, tile_m2 = fp32(x.device, blocks_n, P), fp32(x.device, P, O), fp32(x.device, P, O)
     if statistics is not None:
-        return y, merged
-    return y, (tiles_out[0][0], *tiles_out[1:]) if partial_statistics else None
+        mean, rstd = fp32(x.device, O), fp32(x.device, O)
+    pointwise_forward_kernel[(P * blocks_n,)](
+        x=x,
+        w=weight,
+        y=y,
+        norm1=prologue,
+        gate=gates,
+        norm2=epilogue,
+        residual=residual,
+        tile_count=tile_count,
+        tile_mean=tile_mean,
+        tile_m2=tile_m2,
+        mean=mean,
+        rstd=rstd,
+        counters=None if statistics is None else counters,
+        **statistics_arguments(statistics),
+        images=images,
+        rows=rows,
+        KV=K // channel_vector_width(K),
+        NV=O // channel_vector_width(O),
+        tiles=tiles,
+        per_program=per_program,
+        P=P,
+        KVEC=channel_vector_width(K),
+        NVEC=channel_vector_width(O),
+        BM=cfg.BM,
+        BN=cfg.BN,
+        BK=cfg.BK,
+        SINGLE=K <= cfg.BK,
+        STAGES=cfg.stages,
+        X_DTYPE=x.dtype == dtype,
+        ACT1=act1,
+        BP=max(1, 4096 // cfg.BN),
+        ACT2=act2,
+        POOL=pool,
+        FAST=fast_math(dtype),
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
+    if statistics is not None:
+        return y, (mean, rstd)
+    return y, (tile_count[0], tile_mean, tile_m2) if partial_statistics else None
 
 
 @launcher
@@ -607,12 +922,13 @@ def project_backward(
 
     Args:
         dout: gradient of the block's output [N, h, w, O]; y3 [N, h, w, O] and y2 [N, h, w, E] before their BatchNorms.
-        weight: [O, E, 1, 1]. norm3: with rstd; terms3: (k0, k1) fp32 [O] of its backward, or None when its statistics are frozen.
+        weight: [O, E, 1, 1]. norm3: with rstd; terms3: (k0, k1) fp32 [O] of its backward, or None when its statistics
+            are frozen.
         norm2: with rstd. gates: fp32 [N, E] or None. branch_draws, keep: drop-path's, as in ``batchnorm.apply``.
         need_data: whether sums are wanted; need_dq: dq too.
 
-    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi, phi', phi'*yhat2, or
-        None; partials fp32 [S, O, E] of the weight gradient or None).
+    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gate), E]: dq*phi', dq*phi'*yhat2, dq*phi,
+        phi', phi'*yhat2, or None; partials fp32 [S, O, E] of the weight gradient or None).
     """
     N, H, W, E = y2.shape
     O = weight.shape[0]
@@ -626,17 +942,44 @@ def project_backward(
     sums = fp32(y2.device, N, parts, 2 if gates is None else 5, E) if need_data else None
     copies = programs if wgrad == "shared" else splits
     partials = fp32(y2.device, copies, O, E) if need_dw else None
-    k0, k1 = terms3 or (None, None)
-    pointers = [weight if t is None else t for t in (dq, sums, partials, norm3.weight, norm3.rstd, k0, k1, branch_draws, *norm2[:4], gates)]
-    pointers.append(keep)
     grid = programs * blocks_e + (splits * triton.cdiv(O, cfg.BL) * triton.cdiv(E, cfg.BR) if wgrad == "role" else 0)
     project_backward_kernel[(grid,)](
-        dout, y3, y2, weight, *pointers,
-        N, rows, O // channel_vector_width(O), E // channel_vector_width(E), tiles, parts, tiles_per_part, programs, splits,
-        KVEC=channel_vector_width(O), NVEC=channel_vector_width(E), BM=cfg.BM, BE=cfg.BN, BK=cfg.BK, BO=cfg.BL, BW=cfg.BR,
-        STAGES=cfg.stages, BATCH=terms3 is not None, MASKED=branch_draws is not None, ACT=act, GATED=gates is not None,
-        NEED_DQ=need_dq, WGRAD=wgrad, FAST=fast_math(y2.dtype), PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dout=dout,
+        y3=y3,
+        y2=y2,
+        w=weight,
+        dq=dq,
+        sums=sums,
+        partials=partials,
+        norm3=norm3,
+        terms3=None if terms3 is None else tuple(terms3),
+        mask=branch_draws,
+        norm2=norm2,
+        gate=gates,
+        keep=keep,
+        images=N,
+        rows=rows,
+        KV=O // channel_vector_width(O),
+        NV=E // channel_vector_width(E),
+        tiles=tiles,
+        parts=parts,
+        tiles_per_part=tiles_per_part,
+        programs=programs,
+        splits=splits,
+        KVEC=channel_vector_width(O),
+        NVEC=channel_vector_width(E),
+        BM=cfg.BM,
+        BE=cfg.BN,
+        BK=cfg.BK,
+        BO=cfg.BL,
+        BW=cfg.BR,
+        STAGES=cfg.stages,
+        ACT=act,
+        WGRAD=wgrad,
+        FAST=fast_math(y2.dtype),
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dq, sums, partials
 
 
@@ -648,7 +991,8 @@ def expand_backward(
 
     Args:
         dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], of any dtype.
-        weight: [E, I, 1, 1]. norm1: with rstd; terms1: (k0, k1) fp32 [E] of its backward, or None when its statistics are frozen.
+        weight: [E, I, 1, 1]. norm1: with rstd; terms1: (k0, k1) fp32 [E] of its backward, or None when its statistics
+            are frozen.
         counters: int32, 0, at least 3; needed for dx with terms1. residual: added to dx, [N, H, W, I].
 
     Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [S, I + 1, I] with xsum in the last row, or None).
@@ -668,17 +1012,39 @@ def expand_backward(
     dx = torch.empty_like(x, dtype=out_dtype or x.dtype) if need_dx else None
     partials = fp32(dz.device, splits, E, I) if need_dw else None
     grams = fp32(dz.device, splits, I + 1, I) if need_dw and terms1 is not None else None
-    pointers = [
-        weight if t is None else t
-        for t in (dx, partials, grams, norm1.weight, norm1.rstd, *(terms1 or (None, None)), matrix, residual, counters)
-    ]
     grid = (programs * blocks_i if need_dx else 0) + (splits * blocks_l * triton.cdiv(I, cfg.BR) if need_dw else 0)
     grid += 0 if matrix is None else triton.cdiv(I, GRAM_BLOCK) ** 2
     expand_backward_kernel[(grid,)](
-        dz, x, weight, *pointers,
-        rows, E // channel_vector_width(E), I // channel_vector_width(I), tiles, programs, splits, grid,
-        KVEC=channel_vector_width(E), NVEC=channel_vector_width(I), BM=cfg.BM, BI=cfg.BN, BK=cfg.BK, BE=cfg.BL, BW=cfg.BR, BG=GRAM_BLOCK,
-        STAGES=cfg.stages, BATCH=terms1 is not None, RESIDUAL=residual is not None, NEED_DX=need_dx, NEED_DW=need_dw,
-        PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dz=dz,
+        x=x,
+        w=weight,
+        dx=dx,
+        partials=partials,
+        grams=grams,
+        norm1=norm1,
+        terms1=None if terms1 is None else tuple(terms1),
+        matrix=matrix,
+        dout=residual,
+        counters=None if matrix is None else counters,
+        rows=rows,
+        KV=E // channel_vector_width(E),
+        NV=I // channel_vector_width(I),
+        tiles=tiles,
+        programs=programs,
+        splits=splits,
+        total=grid,
+        KVEC=channel_vector_width(E),
+        NVEC=channel_vector_width(I),
+        BM=cfg.BM,
+        BI=cfg.BN,
+        BK=cfg.BK,
+        BE=cfg.BL,
+        BW=cfg.BR,
+        BG=GRAM_BLOCK,
+        STAGES=cfg.stages,
+        NEED_DX=need_dx,
+        NEED_DW=need_dw,
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dx, partials, grams

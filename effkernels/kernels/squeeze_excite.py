@@ -2,11 +2,12 @@
 
     pooled[n,c] = mean_hw a[n,h,w,c],  u = pooled W_r^T + b_r,  v = phi(u),  gate = sigma(v W_e^T + b_e)
     backward, from dgate = sum_hw dq * a:
-    dt = dgate * sigma'(t),  dW_e = dt^T v,  db_e = sum dt,  du = (dt W_e) * phi'(u),  dW_r = du^T pooled,  db_r = sum du,
-    dpool = du W_r / HW    (added to every pixel's gradient)
+    dt = dgate * sigma'(t),  dW_e = dt^T v,  db_e = sum dt,  du = (dt W_e) * phi'(u),  dW_r = du^T pooled,  db_r = sum
+    du, dpool = du W_r / HW    (added to every pixel's gradient)
 
-The backward also finishes BatchNorm 2: since da = dq * gate + dpool is linear in gate and dpool, its two sums follow from the five
-per-(n, c) sums of ``gradient_sums`` with no further pass: dbeta = sum_n gate*S1 + dpool*S2, dgamma = sum_n gate*S3 + dpool*S4.
+The backward also finishes BatchNorm 2. Since da = dq * gate + dpool is linear in gate and dpool, its two sums follow
+from the five sums per image and channel of ``gradient_sums``, with no further pass: dbeta = sum_n gate*S1 + dpool*S2,
+dgamma = sum_n gate*S3 + dpool*S4.
 """
 
 import torch
@@ -14,48 +15,53 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
-from effkernels.kernels.batchnorm import bn_terms, finish_gradients, unpacked
+from effkernels.kernels.activation import activate, activate_and_grad, gate_derivative, gate_function
+from effkernels.kernels.batchnorm import batch_terms, finish_gradients
 from effkernels.kernels.common import (
-    activate,
-    activate_and_grad,
-    bn_row,
     cast,
     channel_vector_width,
     check_counters,
     fast_math,
     fp32,
-    gate_derivative,
-    gate_function,
+    given,
     last_to_arrive,
     launcher,
-    load_vector,
     sized_jit,
 )
-from effkernels.kernels.norm import BatchNorm
+from effkernels.kernels.norm import BatchNorm, load_vector, scale_and_shift
 
 
 @sized_jit
 def pool_kernel(
-    y, sums, gamma, beta, mean, var, eps, rows, CV, rows_per_program, parts,
-    CVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, VAR_IS_RSTD: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr,
+    y,
+    sums,
+    norm,
+    rows,
+    CV,
+    rows_per_program,
+    parts,
+    CVEC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
     FAST: tl.constexpr,
-):  # fmt: skip
+):
     """sums[n, part, c] = sum over the part's pixels of phi(BN(y)), or of y."""
     C = CV * CVEC
-    c = tl.program_id(0) % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    group = tl.program_id(0) // tl.cdiv(C, BC)
+    group = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     n = (group // parts).to(tl.int64)
     first = group % parts * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    r = tl.arange(0, BR)
-    if BN:
-        scale, shift = bn_row(gamma, beta, mean, var, eps, c, mc, VAR_IS_RSTD)
-    acc = tl.zeros([BR, BC], tl.float32)
-    for start in range(first, last, BR):
+    r = tl.arange(0, BLOCK_ROWS)
+    if given(norm):
+        scale, shift = scale_and_shift(norm, c, mc)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
         ok = (start + r < last)[:, None] & mc[None, :]
         v = tl.load(y + n * rows * C + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
-        if BN:
+        if given(norm):
             v = tl.where(ok, activate(v * scale + shift, ACT, FAST), 0.0)
         acc += v
     tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
@@ -63,31 +69,45 @@ def pool_kernel(
 
 @triton.jit
 def squeeze_excite_layers(
-    pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R,
-    RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """u and the gate of image n (int64), whose ``pooled`` this program has stored. Three blocks of weights are in flight beside the one
-    in use: a single program reads them all."""
-    i = tl.arange(0, RB)
-    j = tl.arange(0, CB)
+    pooled,
+    w_reduce,
+    b_reduce,
+    w_expand,
+    b_expand,
+    u_out,
+    gate,
+    n,
+    C,
+    R,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """Store u and the gates of image n (int64), whose ``pooled`` this program has stored.
+
+    A single program reads all weights: three blocks of them are in flight beside the one in use.
+    """
+    i = tl.arange(0, BLOCK_R)
+    j = tl.arange(0, BLOCK_C)
     tl.debug_barrier()  # what other threads of this program stored
-    for r0 in range(0, R, RB):
+    for r0 in range(0, R, BLOCK_R):
         r = r0 + i
         mr = r < R
-        acc = tl.zeros([RB, CB], tl.float32)
-        for start in tl.range(0, C, CB, num_stages=4):
+        acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for start in tl.range(0, C, BLOCK_C, num_stages=4):
             c = start + j
             mc = c < C
             w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
             acc += w * load_vector(pooled + n * C, c, mc)[None, :]
         tl.store(u_out + n * R + r, tl.sum(acc, 1) + load_vector(b_reduce, r, mr), mask=mr)
     tl.debug_barrier()
-    blocks_r = tl.cdiv(R, RB)
-    acc = tl.zeros([CB, RB], tl.float32)
-    for step in tl.range(0, tl.cdiv(C, CB) * blocks_r, num_stages=4):
-        c = step // blocks_r * CB + j
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    for step in tl.range(0, tl.cdiv(C, BLOCK_C) * blocks_r, num_stages=4):
+        c = step // blocks_r * BLOCK_C + j
         mc = c < C
-        r = step % blocks_r * RB + i
+        r = step % blocks_r * BLOCK_R + i
         mr = r < R
         v = tl.where(mr, activate(load_vector(u_out + n * R, r, mr), ACT, False), 0.0)
         w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
@@ -98,29 +118,45 @@ def squeeze_excite_layers(
 
 @sized_jit
 def squeeze_excite_kernel(
-    sums, w_reduce, b_reduce, w_expand, b_expand, pooled, u_out, gate, parts, CV, RV, inverse_count,
-    CVEC: tl.constexpr, RVEC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """One image a program: finish the pooling, both layers, the gate."""
+    sums,
+    w_reduce,
+    b_reduce,
+    w_expand,
+    b_expand,
+    pooled,
+    u_out,
+    gate,
+    parts,
+    CV,
+    RV,
+    inverse_count,
+    CVEC: tl.constexpr,
+    RVEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """A program does one image: it finishes the pooling, and runs both layers and the gate function."""
     C = CV * CVEC
     R = RV * RVEC
     n = tl.program_id(0).to(tl.int64)
-    for start in range(0, C, CB):
-        c = start + tl.arange(0, CB)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         mc = c < C
-        p = tl.zeros([CB], tl.float32)
+        p = tl.zeros([BLOCK_C], tl.float32)
         for t in range(0, parts):
             p += tl.load(sums + (n * parts + t) * C + c, mask=mc, other=0.0)
         tl.store(pooled + n * C + c, p * inverse_count, mask=mc)
-    squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, ACT, GATE)
+    squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, ACT, GATE)
 
 
 @triton.jit
-def sum_parts(sums, n, parts, c, mc, C, PB: tl.constexpr):
-    """Partials [N, parts, C] of image n, other programs' work, summed over the parts: [CB]."""
-    t = tl.arange(0, PB)
-    acc = tl.zeros([PB, c.shape[0]], tl.float32)
-    for start in range(0, parts, PB):
+def sum_parts(sums, n, parts, c, mc, C, BLOCK_P: tl.constexpr):
+    """Sums [N, parts, C] of image n, which other programs stored, added over the parts: [BLOCK_C]."""
+    t = tl.arange(0, BLOCK_P)
+    acc = tl.zeros([BLOCK_P, c.shape[0]], tl.float32)
+    for start in range(0, parts, BLOCK_P):
         ok = (start + t < parts)[:, None] & mc[None, :]
         at = sums + (n * parts + start) * C + t[:, None] * C + c[None, :]
         acc += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
@@ -129,40 +165,63 @@ def sum_parts(sums, n, parts, c, mc, C, PB: tl.constexpr):
 
 @sized_jit
 def pool_and_gate_kernel(
-    y, sums, gamma, beta, mean, rstd, w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u_out, gate,
-    rows, CV, RV, rows_per_program, parts,
-    CVEC: tl.constexpr, RVEC: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, PB: tl.constexpr,
-    ACT: tl.constexpr, SE_ACT: tl.constexpr, GATE: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """sums [N, parts, C] of phi(z); the last program of an image goes on to its gate."""
+    y,
+    sums,
+    norm2,
+    w_reduce,
+    b_reduce,
+    w_expand,
+    b_expand,
+    counters,
+    pooled,
+    u_out,
+    gate,
+    rows,
+    CV,
+    RV,
+    rows_per_program,
+    parts,
+    CVEC: tl.constexpr,
+    RVEC: tl.constexpr,
+    POOL_ROWS: tl.constexpr,
+    POOL_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACT: tl.constexpr,
+    SE_ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Store sums [N, parts, C] of phi(z) over pixels; the last program of an image goes on to its gates."""
     C = CV * CVEC
     R = RV * RVEC
-    blocks_c = tl.cdiv(C, BC)
-    c = tl.program_id(0) % blocks_c * BC + tl.arange(0, BC)
+    blocks_c = tl.cdiv(C, POOL_C)
+    c = tl.program_id(0) % blocks_c * POOL_C + tl.arange(0, POOL_C)
     mc = c < C
     group = tl.program_id(0) // blocks_c
     n = (group // parts).to(tl.int64)
     first = group % parts * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    r = tl.arange(0, BR)
-    scale, shift = bn_row(gamma, beta, mean, rstd, 0.0, c, mc, True)
-    acc = tl.zeros([BR, BC], tl.float32)
-    for start in range(first, last, BR):
+    r = tl.arange(0, POOL_ROWS)
+    scale, shift = scale_and_shift(norm2, c, mc)
+    acc = tl.zeros([POOL_ROWS, POOL_C], tl.float32)
+    for start in range(first, last, POOL_ROWS):
         ok = (start + r < last)[:, None] & mc[None, :]
         v = tl.load(y + n * rows * C + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
         acc += tl.where(ok, activate(v * scale + shift, ACT, FAST), 0.0)
     tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
     if last_to_arrive(counters + n, parts * blocks_c):
-        for start in range(0, C, CB):
-            cc = start + tl.arange(0, CB)
+        for start in range(0, C, BLOCK_C):
+            cc = start + tl.arange(0, BLOCK_C)
             mcc = cc < C
-            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, cc, mcc, C, PB) / rows, mask=mcc)
-        squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, RB, CB, SE_ACT, GATE)
+            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, cc, mcc, C, BLOCK_P) / rows, mask=mcc)
+        squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, SE_ACT, GATE)
 
 
 @triton.jit
 def sum_tile(sums, n, parts, row, c, mask, C):
-    """Row ``row`` of sums [N, parts, 5, C] at images n and channels c, over the parts: [NB, CB]."""
+    """Row ``row`` of sums [N, parts, 5, C] at images n and channels c, added over the parts: [BLOCK_N, BLOCK_C]."""
     acc = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
     at = sums + (n * parts * 5 + row)[:, None] * C + c[None, :]
     for t in tl.range(0, parts, num_stages=4):
@@ -172,24 +231,39 @@ def sum_tile(sums, n, parts, row, c, mask, C):
 
 @triton.jit
 def gate_backward_to_units(
-    b, j, sums, gates, w_expand, dt_out, dv_out, N, parts, C, R,
-    NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """dt of NB images times CB channels, and what these channels give to dv: dv_out [channel blocks, N, R]."""
-    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
+    b,
+    j,
+    sums,
+    gates,
+    w_expand,
+    dt_out,
+    dv_out,
+    N,
+    parts,
+    C,
+    R,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """dt of BLOCK_N images times BLOCK_C channels, and what these channels give to dv: dv_out [channel blocks, N,
+    R]."""
+    n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mn = (n < N)[:, None]
-    c = j * CB + tl.arange(0, CB)
+    c = j * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = mn & (c < C)[None, :]
     at = n[:, None] * C + c[None, :]
     dt = sum_tile(sums, n, parts, 2, c, mask, C) * gate_derivative(tl.load(gates + at, mask=mask, other=0.0), GATE)
     tl.store(dt_out + at, dt, mask=mask)
     tl.debug_barrier()
-    for r0 in range(0, R, RB):
-        r = r0 + tl.arange(0, RB)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
         mr = (r < R)[None, :]
-        acc = tl.zeros([NB, RB], tl.float32)
-        for start in tl.range(0, CB, KB, num_stages=3):
-            k = j * CB + start + tl.arange(0, KB)
+        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for start in tl.range(0, BLOCK_C, BLOCK_K, num_stages=3):
+            k = j * BLOCK_C + start + tl.arange(0, BLOCK_K)
             mk = k < C
             left = tl.load(dt_out + n[:, None] * C + k[None, :], mask=mn & mk[None, :], other=0.0)
             w = tl.load(w_expand + k[:, None] * R + r[None, :], mask=mk[:, None] & mr, other=0.0).to(tl.float32)
@@ -199,17 +273,27 @@ def gate_backward_to_units(
 
 @triton.jit
 def gate_backward_units(
-    b, blocks_c, dv, u_in, du_out, N, R, NB: tl.constexpr, RB: tl.constexpr, JB: tl.constexpr, ACT: tl.constexpr,
-):  # fmt: skip
-    """du of NB images."""
-    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
-    jj = tl.arange(0, JB)
-    for r0 in range(0, R, RB):
-        r = r0 + tl.arange(0, RB)
+    b,
+    blocks_c,
+    dv,
+    u_in,
+    du_out,
+    N,
+    R,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """du of BLOCK_N images."""
+    n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    jj = tl.arange(0, BLOCK_J)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
         mask = (n < N)[:, None] & (r < R)[None, :]
         at = n[:, None] * R + r[None, :]
-        acc = tl.zeros([JB, NB, RB], tl.float32)
-        for start in range(0, blocks_c, JB):
+        acc = tl.zeros([BLOCK_J, BLOCK_N, BLOCK_R], tl.float32)
+        for start in range(0, blocks_c, BLOCK_J):
             j = start + jj
             block = (j * N).to(tl.int64)[:, None, None] * R + at[None, :, :]
             acc += tl.load(dv + block, mask=(j < blocks_c)[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
@@ -219,18 +303,33 @@ def gate_backward_units(
 
 @triton.jit
 def gate_backward_to_pool(
-    b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels,
-    NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr,
-):  # fmt: skip
-    """dpool of NB images times CB channels, and BatchNorm 2's two sums over them: partials [image blocks, 2, C]."""
-    n = (b * NB + tl.arange(0, NB)).to(tl.int64)
+    b,
+    j,
+    sums,
+    gates,
+    w_reduce,
+    du,
+    dpool,
+    partials,
+    N,
+    parts,
+    C,
+    R,
+    inverse_pixels,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dpool of BLOCK_N images times BLOCK_C channels, and BatchNorm 2's two sums over them: partials [image blocks, 2,
+    C]."""
+    n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mn = (n < N)[:, None]
-    c = j * CB + tl.arange(0, CB)
+    c = j * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
     mask = mn & mc[None, :]
-    acc = tl.zeros([NB, CB], tl.float32)
-    for start in tl.range(0, R, KB, num_stages=3):
-        k = start + tl.arange(0, KB)
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in tl.range(0, R, BLOCK_K, num_stages=3):
+        k = start + tl.arange(0, BLOCK_K)
         mk = k < R
         left = tl.load(du + n[:, None] * R + k[None, :], mask=mn & mk[None, :], other=0.0, cache_modifier=".cg")
         w = tl.load(w_reduce + k[:, None] * C + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32)
@@ -248,21 +347,51 @@ def gate_backward_to_pool(
 
 @sized_jit
 def gate_backward_kernel(
-    sums, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, dgamma, dbeta, k0, k1,
-    N, parts, CV, RV, inverse_pixels, count,
-    CVEC: tl.constexpr, RVEC: tl.constexpr, NB: tl.constexpr, CB: tl.constexpr, KB: tl.constexpr, RB: tl.constexpr, JB: tl.constexpr,
-    BP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """From sums [N, parts, 5, C] to dpool, BatchNorm 2's gradients and batch terms; a program is NB images times CB channels.
+    sums,
+    gates,
+    u,
+    w_reduce,
+    w_expand,
+    norm2,
+    counters,
+    dt,
+    dv,
+    du,
+    dpool,
+    partials,
+    dgamma,
+    dbeta,
+    k0,
+    k1,
+    N,
+    parts,
+    CV,
+    RV,
+    inverse_pixels,
+    count,
+    CVEC: tl.constexpr,
+    RVEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """From sums [N, parts, 5, C] to dpool, BatchNorm 2's gradients and batch terms; a program is BLOCK_N images times
+    BLOCK_C channels.
 
-    Two stages of programs: the first ends with du, the second begins with it. Programs take their work by ticket in the order in
-    which they start, so when one of the second stage waits, all of the first are running, and wait for nothing: it ends. Counters:
-    tickets, arrivals and readers of each block of images, arrivals of each block of channels; all are left at 0.
+    Two stages of programs: the first ends with du, the second begins with it. Programs take their work by ticket in the
+    order in which they start, so when one of the second stage waits, all of the first are running, and wait for
+    nothing: it ends. Counters: tickets, arrivals and readers of each block of images, arrivals of each block of
+    channels; all are left at 0.
     """
     C = CV * CVEC
     R = RV * RVEC
-    blocks_n = tl.cdiv(N, NB)
-    blocks_c = tl.cdiv(C, CB)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_c = tl.cdiv(C, BLOCK_C)
     stage = blocks_n * blocks_c
     ticket = tl.atomic_add(counters, 1)
     if ticket == 2 * stage - 1:
@@ -271,36 +400,50 @@ def gate_backward_kernel(
     j = ticket % stage % blocks_c
     readers = counters + 1 + blocks_n + b
     if ticket < stage:
-        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, NB, CB, KB, RB, GATE)
+        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_R, GATE)
         if last_to_arrive(counters + 1 + b, blocks_c):
-            gate_backward_units(b, blocks_c, dv, u, du, N, R, NB, RB, JB, ACT)
+            gate_backward_units(b, blocks_c, dv, u, du, N, R, BLOCK_N, BLOCK_R, BLOCK_J, ACT)
             tl.debug_barrier()
             tl.atomic_add(readers, 1, sem="release", scope="gpu")
     else:
         while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
             pass
         tl.debug_barrier()
-        gate_backward_to_pool(b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, NB, CB, KB)
+        gate_backward_to_pool(b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, BLOCK_N, BLOCK_C, BLOCK_K)
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
         if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
-            finish_gradients(partials, gamma, mean, rstd, dgamma, dbeta, k0, k1, blocks_n, 2 * C, C, count, j, BP, CB)
+            finish_gradients(partials, norm2, dgamma, dbeta, k0, k1, blocks_n, 2 * C, C, count, j, BLOCK_P, BLOCK_C)
 
 
 @sized_jit
 def squeeze_excite_dgrad_kernel(
-    sums, gate, u_in, w_reduce, w_expand, dt_out, du_out, dpool, parts, C, R, inverse_count,
-    RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
+    sums,
+    gate,
+    u_in,
+    w_reduce,
+    w_expand,
+    dt_out,
+    du_out,
+    dpool,
+    parts,
+    C,
+    R,
+    inverse_count,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):
     """One image a program: from sum dq*phi (row 2 of ``sums`` [N, parts, 5, C]) back to dpool."""
     n = tl.program_id(0).to(tl.int64)
-    r = tl.arange(0, RB)
+    r = tl.arange(0, BLOCK_R)
     mr = r < R
-    dv = tl.zeros([RB], tl.float32)
-    for start in range(0, C, CB):
-        c = start + tl.arange(0, CB)
+    dv = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         mc = c < C
-        dgate = tl.zeros([CB], tl.float32)
+        dgate = tl.zeros([BLOCK_C], tl.float32)
         for t in range(0, parts):
             dgate += tl.load(sums + ((n * parts + t) * 5 + 2) * C + c, mask=mc, other=0.0)
         dt = dgate * gate_derivative(load_vector(gate + n * C, c, mc), GATE)
@@ -310,8 +453,8 @@ def squeeze_excite_dgrad_kernel(
     phi, dphi = activate_and_grad(load_vector(u_in + n * R, r, mr), ACT, False)
     du = tl.where(mr, dv * dphi, 0.0)
     tl.store(du_out + n * R + r, du, mask=mr)
-    for start in range(0, C, CB):
-        c = start + tl.arange(0, CB)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
         mc = c < C
         w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
         tl.store(dpool + n * C + c, tl.sum(w * du[:, None], 0) * inverse_count, mask=mc)
@@ -319,24 +462,47 @@ def squeeze_excite_dgrad_kernel(
 
 @sized_jit
 def squeeze_excite_wgrad_kernel(
-    sums, gate, dpool, dt, du, u_in, pooled, gamma, mean, rstd, dw_reduce, db_reduce, dw_expand, db_expand,
-    dgamma, dbeta, k0, k1, N, parts, C, R, count,
-    NB: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """CB channels times RB of the bottleneck a program, all images in order: weight gradients; BN2's sums and batch terms once."""
-    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    sums,
+    gate,
+    dpool,
+    dt,
+    du,
+    u_in,
+    pooled,
+    norm,
+    dw_reduce,
+    db_reduce,
+    dw_expand,
+    db_expand,
+    dgamma,
+    dbeta,
+    k0,
+    k1,
+    N,
+    parts,
+    C,
+    R,
+    count,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """BLOCK_C channels times BLOCK_R of the bottleneck a program, all images in order: weight gradients; BN2's sums and
+    batch terms once."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    r = tl.program_id(1) * RB + tl.arange(0, RB)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mr = r < R
     first = tl.program_id(1) == 0
-    i = tl.arange(0, NB)
-    dwe = tl.zeros([CB, RB], tl.float32)
-    dwr = tl.zeros([CB, RB], tl.float32)
-    dbe = tl.zeros([CB], tl.float32)
-    dbr = tl.zeros([RB], tl.float32)
-    s1 = tl.zeros([CB], tl.float32)
-    s3 = tl.zeros([CB], tl.float32)
-    for start in range(0, N, NB):
+    i = tl.arange(0, BLOCK_N)
+    dwe = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    dwr = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    dbe = tl.zeros([BLOCK_C], tl.float32)
+    dbr = tl.zeros([BLOCK_R], tl.float32)
+    s1 = tl.zeros([BLOCK_C], tl.float32)
+    s3 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, N, BLOCK_N):
         n = (start + i).to(tl.int64)
         mn = n < N
         mask_c = mn[:, None] & mc[None, :]
@@ -350,7 +516,7 @@ def squeeze_excite_wgrad_kernel(
         dwr = tl.dot(tl.trans(tl.load(pooled + at_c, mask=mask_c, other=0.0)), du_n, dwr, input_precision="ieee")
         dbe += tl.sum(dt_n, 0)
         dbr += tl.sum(du_n, 0)
-        if BN:
+        if given(norm):
             g = tl.load(gate + at_c, mask=mask_c, other=0.0)
             dp = tl.load(dpool + at_c, mask=mask_c, other=0.0)
             for t in range(0, parts):
@@ -362,38 +528,60 @@ def squeeze_excite_wgrad_kernel(
     tl.store(dw_reduce + r[None, :] * C + c[:, None], cast(dwr, dw_reduce.dtype.element_ty), mask=mask)
     tl.store(db_expand + c, cast(dbe, db_expand.dtype.element_ty), mask=mc & first)
     tl.store(db_reduce + r, cast(dbr, db_reduce.dtype.element_ty), mask=mr & (tl.program_id(0) == 0))
-    if BN:
+    if given(norm):
         tl.store(dbeta + c, s1, mask=mc & first)
         tl.store(dgamma + c, s3, mask=mc & first)
-        b0, b1 = bn_terms(gamma, mean, rstd, s1, s3, count, c, mc)
+        b0, b1 = batch_terms(norm, s1, s3, count, c, mc)
         tl.store(k0 + c, b0, mask=mc & first)
         tl.store(k1 + c, b1, mask=mc & first)
 
 
 @launcher
-def pool(y, norm: BatchNorm | None = None, *, act="identity"):
-    """fp32 sums [N, parts, C] over pixels of phi(BN(y)), or of y without ``norm``, for y [N, H, W, C]."""
+def pool(y: torch.Tensor, norm: BatchNorm | None = None, *, act: str = "identity") -> torch.Tensor:
+    """Return fp32 sums [N, parts, C] over pixels of phi(BN(y)), or of y itself without ``norm``, for y [N, H, W, C]."""
     N, H, W, C = y.shape
     cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, C)
-    g, b, m, v, eps, is_rstd = unpacked(norm, y)
     pool_kernel[(blocks_c * N * parts,)](
-        y, sums, g, b, m, v, eps, H * W, C // channel_vector_width(C), rows_per_program, parts,
-        CVEC=channel_vector_width(C), BR=cfg.BR, BC=cfg.BC, VAR_IS_RSTD=is_rstd, BN=norm is not None, ACT=act,
-        FAST=fast_math(y.dtype), num_warps=cfg.num_warps,
-    )  # fmt: skip
+        y=y,
+        sums=sums,
+        norm=norm,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        rows_per_program=rows_per_program,
+        parts=parts,
+        CVEC=channel_vector_width(C),
+        BLOCK_ROWS=cfg.BLOCK_ROWS,
+        BLOCK_C=cfg.BLOCK_C,
+        ACT=act,
+        FAST=fast_math(y.dtype),
+        num_warps=cfg.num_warps,
+    )
     return sums
 
 
 @launcher
-def pool_and_gate(y, norm2: BatchNorm, w_reduce, b_reduce, w_expand, b_expand, *, act, se_act, gate, counters):
-    """Pooling of phi(BN2(y)) and squeeze-excite in one launch, for training.
+def pool_and_gate(
+    y: torch.Tensor,
+    norm2: BatchNorm,
+    w_reduce: torch.Tensor,
+    b_reduce: torch.Tensor,
+    w_expand: torch.Tensor,
+    b_expand: torch.Tensor,
+    *,
+    act: str,
+    se_act: str,
+    gate: str,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pool phi(BN2(y)) over each image and run squeeze-excite's two layers, in one launch, for training.
 
     Args:
-        y: [N, h, w, C]. norm2: with rstd. w_reduce: [R, C, 1, 1]; w_expand: [C, R, 1, 1].
-        counters: int32, 0, at least N.
+        y: [N, h, w, C]. norm2: with rstd. w_reduce: [R, C, 1, 1]. w_expand: [C, R, 1, 1].
+        act: the activation after BatchNorm 2. se_act: that of the bottleneck. gate: the gate function.
+        counters: int32, all 0, at least N; they are 0 again afterwards.
 
     Returns: fp32 (gates [N, C], pooled [N, C], u [N, R]).
     """
@@ -401,99 +589,242 @@ def pool_and_gate(y, norm2: BatchNorm, w_reduce, b_reduce, w_expand, b_expand, *
     check_counters(counters, N)
     R = w_reduce.shape[0]
     cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BC)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
+    layers = squeeze_excite_config(R)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, C)
     gates, pooled, u = (fp32(y.device, N, size) for size in (C, C, R))
     pool_and_gate_kernel[(blocks_c * N * parts,)](
-        y, sums, *norm2[:4], w_reduce, b_reduce, w_expand, b_expand, counters, pooled, u, gates,
-        H * W, C // channel_vector_width(C), R // channel_vector_width(R), rows_per_program, parts,
-        BR=cfg.BR, BC=cfg.BC, **_layers(C, R), PB=squeeze_excite_config(R).PB, ACT=act, SE_ACT=se_act, GATE=gate,
-        FAST=fast_math(y.dtype), **squeeze_excite_config(R).options,
-    )  # fmt: skip
+        y=y,
+        sums=sums,
+        norm2=norm2,
+        w_reduce=w_reduce,
+        b_reduce=b_reduce,
+        w_expand=w_expand,
+        b_expand=b_expand,
+        counters=counters,
+        pooled=pooled,
+        u_out=u,
+        gate=gates,
+        rows=H * W,
+        CV=C // channel_vector_width(C),
+        RV=R // channel_vector_width(R),
+        rows_per_program=rows_per_program,
+        parts=parts,
+        POOL_ROWS=cfg.BLOCK_ROWS,
+        POOL_C=cfg.BLOCK_C,
+        CVEC=channel_vector_width(C),
+        RVEC=channel_vector_width(R),
+        BLOCK_R=layers.BLOCK_R,
+        BLOCK_C=layers.BLOCK_C,
+        BLOCK_P=layers.BLOCK_P,
+        ACT=act,
+        SE_ACT=se_act,
+        GATE=gate,
+        FAST=fast_math(y.dtype),
+        **layers.options,
+    )
     return gates, pooled, u
-
-
-def _layers(C, R):
-    """Compile-time arguments of ``squeeze_excite_layers``."""
-    cfg = squeeze_excite_config(R)
-    return {"RB": cfg.RB, "CB": cfg.CB, "CVEC": channel_vector_width(C), "RVEC": channel_vector_width(R)}
 
 
 def _blocks(R):
-    """RB covers the bottleneck; CB keeps a weight block near 4096 elements."""
-    RB = max(16, triton.next_power_of_2(R))
-    return {"RB": RB, "CB": max(16, min(128, 4096 // RB)), "num_warps": 4 if RB <= 256 else 8}
+    """Return the blocks of a launch that holds the whole bottleneck at once: BLOCK_R covers it, and a block of weights
+    has about 4096 elements."""
+    BLOCK_R = max(16, triton.next_power_of_2(R))
+    return {"BLOCK_R": BLOCK_R, "BLOCK_C": max(16, min(128, 4096 // BLOCK_R)), "num_warps": 4 if BLOCK_R <= 256 else 8}
 
 
 @launcher
-def squeeze_excite_forward(sums, pixels, w_reduce, b_reduce, w_expand, b_expand, *, act="silu", gate="sigmoid"):
-    """(gate [N, C], pooled [N, C], u [N, R]), fp32, from pool sums [N, parts, C] over ``pixels`` pixels."""
+def squeeze_excite_forward(
+    sums: torch.Tensor,
+    pixels: int,
+    w_reduce: torch.Tensor,
+    b_reduce: torch.Tensor,
+    w_expand: torch.Tensor,
+    b_expand: torch.Tensor,
+    *,
+    act: str = "silu",
+    gate: str = "sigmoid",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return fp32 (gates [N, C], pooled [N, C], u [N, R]) from the sums fp32 [N, parts, C] of ``pool`` over ``pixels``
+    pixels."""
     N, parts, C = sums.shape
     R = w_reduce.shape[0]
-    outs = fp32(sums.device, N, C), fp32(sums.device, N, R), fp32(sums.device, N, C)
+    cfg = squeeze_excite_config(R)
+    pooled, u, gates = fp32(sums.device, N, C), fp32(sums.device, N, R), fp32(sums.device, N, C)
     squeeze_excite_kernel[(N,)](
-        sums, w_reduce, b_reduce, w_expand, b_expand, *outs,
-        parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels,
-        **_layers(C, R), ACT=act, GATE=gate, **squeeze_excite_config(R).options,
-    )  # fmt: skip
-    pooled, u, gates = outs
+        sums=sums,
+        w_reduce=w_reduce,
+        b_reduce=b_reduce,
+        w_expand=w_expand,
+        b_expand=b_expand,
+        pooled=pooled,
+        u_out=u,
+        gate=gates,
+        parts=parts,
+        CV=C // channel_vector_width(C),
+        RV=R // channel_vector_width(R),
+        inverse_count=1.0 / pixels,
+        CVEC=channel_vector_width(C),
+        RVEC=channel_vector_width(R),
+        BLOCK_R=cfg.BLOCK_R,
+        BLOCK_C=cfg.BLOCK_C,
+        ACT=act,
+        GATE=gate,
+        **cfg.options,
+    )
     return gates, pooled, u
 
 
 @launcher
-def gate_backward(sums, gates, u, weights, norm2: BatchNorm, pixels, *, act, gate, counters):
-    """Backward of ``pool_and_gate`` in one launch, but for the weights' gradients; with BatchNorm 2's.
+def gate_backward(
+    sums: torch.Tensor,
+    gates: torch.Tensor,
+    u: torch.Tensor,
+    weights: tuple,
+    norm2: BatchNorm,
+    pixels: int,
+    *,
+    act: str,
+    gate: str,
+    counters: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple]:
+    """Run the backward of ``pool_and_gate`` in one launch, with BatchNorm 2's gradients and without those of the
+    weights.
 
     Args:
-        sums: fp32 [N, parts, 5, C], over pixels, of dq phi', dq phi' yhat, dq phi, phi' and phi' yhat, at z. gates, u: its results.
-        weights: (w_reduce, b_reduce, w_expand, b_expand). norm2: with rstd. pixels: h * w.
-        act: of the bottleneck. counters: int32, 0, at least ``gate_backward_config().counters(N, C)``.
+        sums: fp32 [N, parts, 5, C], over the pixels of each image, of dq phi', dq phi' yhat, dq phi, phi' and phi' yhat
+            at z.
+        gates, u: results of ``pool_and_gate``. weights: (w_reduce, b_reduce, w_expand, b_expand). norm2: with rstd.
+            pixels: h * w.
+        act: of the bottleneck. gate: the gate function.
+        counters: int32, all 0, at least ``gate_backward_config().counters(N, C)``; they are 0 again afterwards.
 
-    Returns: fp32 dt [N, C], du [N, R] (gradients before the gate function and before ``act``), dpool [N, C], which is added to every
-        pixel's gradient, and (dgamma, dbeta in the parameters' dtypes, k0, k1 fp32 [C]) of BatchNorm 2.
+    Returns: fp32 dt [N, C] and du [N, R], the gradients before the gate function and before ``act``; dpool fp32 [N, C],
+        which is added to the gradient of every pixel; and BatchNorm 2's dgamma and dbeta, in their parameters' dtypes,
+        k0 and k1, fp32 [C].
     """
     w_reduce, _, w_expand, _ = weights
-    gamma, beta, mean, rstd, *_ = norm2
     N, parts, _, C = sums.shape
     R = u.shape[1]
     cfg = gate_backward_config()
-    blocks_n, blocks_c = triton.cdiv(N, cfg.NB), triton.cdiv(C, cfg.CB)
+    blocks_n, blocks_c = triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(C, cfg.BLOCK_C)
     check_counters(counters, cfg.counters(N, C))
     dt, dv, du, dpool = (fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
     partials = fp32(u.device, blocks_n, 2, C)
-    norm = torch.empty_like(gamma), torch.empty_like(beta), fp32(u.device, C), fp32(u.device, C)
+    dgamma, dbeta = torch.empty_like(norm2.weight), torch.empty_like(norm2.bias)
+    k0, k1 = fp32(u.device, C), fp32(u.device, C)
     gate_backward_kernel[(2 * blocks_n * blocks_c,)](
-        sums, gates, u, w_reduce, w_expand, gamma, mean, rstd, counters, dt, dv, du, dpool, partials, *norm,
-        N, parts, C // channel_vector_width(C), R // channel_vector_width(R), 1.0 / pixels, float(N * pixels),
-        CVEC=channel_vector_width(C), RVEC=channel_vector_width(R), NB=cfg.NB, CB=cfg.CB, KB=cfg.KB, RB=cfg.RB, JB=cfg.JB, BP=cfg.BP,
-        ACT=act, GATE=gate, num_warps=cfg.num_warps,
-    )  # fmt: skip
-    return dt, du, dpool, norm
+        sums=sums,
+        gates=gates,
+        u=u,
+        w_reduce=w_reduce,
+        w_expand=w_expand,
+        norm2=norm2,
+        counters=counters,
+        dt=dt,
+        dv=dv,
+        du=du,
+        dpool=dpool,
+        partials=partials,
+        dgamma=dgamma,
+        dbeta=dbeta,
+        k0=k0,
+        k1=k1,
+        N=N,
+        parts=parts,
+        CV=C // channel_vector_width(C),
+        RV=R // channel_vector_width(R),
+        inverse_pixels=1.0 / pixels,
+        count=float(N * pixels),
+        CVEC=channel_vector_width(C),
+        RVEC=channel_vector_width(R),
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_C=cfg.BLOCK_C,
+        BLOCK_K=cfg.BLOCK_K,
+        BLOCK_R=cfg.BLOCK_R,
+        BLOCK_J=cfg.BLOCK_J,
+        BLOCK_P=cfg.BLOCK_P,
+        ACT=act,
+        GATE=gate,
+        num_warps=cfg.num_warps,
+    )
+    return dt, du, dpool, (dgamma, dbeta, k0, k1)
 
 
-def squeeze_excite_backward(sums, pixels, gates, pooled, u, weights, *, norm: BatchNorm | None = None, act="silu", gate="sigmoid"):
-    """Gradients from ``gradient_sums(..., for_gate=True)`` [N, parts, 5, C].
+def squeeze_excite_backward(
+    sums: torch.Tensor,
+    pixels: int,
+    gates: torch.Tensor,
+    pooled: torch.Tensor,
+    u: torch.Tensor,
+    weights: tuple,
+    *,
+    norm: BatchNorm | None = None,
+    act: str = "silu",
+    gate: str = "sigmoid",
+) -> tuple[torch.Tensor, list, list | None]:
+    """Return the gradients of squeeze-excite, and of a BatchNorm before it, from the sums of a pass over its pixels.
 
     Args:
-        weights: (w_reduce, b_reduce, w_expand, b_expand); norm: the BatchNorm before the gate, with rstd, or None.
+        sums: fp32 [N, parts, 5, C] of ``gradient_sums(..., for_gate=True)``. pixels: H * W.
+        gates, pooled, u: results of ``squeeze_excite_forward``. weights: (w_reduce, b_reduce, w_expand, b_expand).
+        norm: the BatchNorm before the gate, with rstd, or None.
 
-    Returns: (dpool fp32 [N, C], [dw_reduce, db_reduce, dw_expand, db_expand], [dgamma, dbeta, k0, k1] or None).
+    Returns: dpool fp32 [N, C], which is added to the gradient of every pixel; [dw_reduce, db_reduce, dw_expand,
+        db_expand]; and [dgamma, dbeta, k0, k1] fp32 [C], or None without ``norm``.
     """
     w_reduce, b_reduce, w_expand, b_expand = weights
     N, parts, _, C = sums.shape
     R = u.shape[1]
     dt, du, dpool = fp32(u.device, N, C), fp32(u.device, N, R), fp32(u.device, N, C)
     squeeze_excite_dgrad_kernel[(N,)](
-        sums, gates, u, w_reduce, w_expand, dt, du, dpool, parts, C, R, 1.0 / pixels,
-        **_blocks(R), ACT=act, GATE=gate,
-    )  # fmt: skip
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights]
-    norms = [fp32(u.device, C) for _ in range(4)] if norm else [u] * 4
-    gamma, _, mean, rstd, *_ = norm or (u,) * 4
-    RB = min(64, _blocks(R)["RB"])
-    squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16), triton.cdiv(R, RB))](
-        sums, gates, dpool, dt, du, u, pooled, gamma, mean, rstd, *grads, *norms, N, parts, C, R, float(N * pixels),
-        NB=32, RB=RB, CB=16, ACT=act, BN=norm is not None, num_warps=4,
-    )  # fmt: skip
-    return dpool, grads, norms if norm else None
+        sums=sums,
+        gate=gates,
+        u_in=u,
+        w_reduce=w_reduce,
+        w_expand=w_expand,
+        dt_out=dt,
+        du_out=du,
+        dpool=dpool,
+        parts=parts,
+        C=C,
+        R=R,
+        inverse_count=1.0 / pixels,
+        **_blocks(R),
+        ACT=act,
+        GATE=gate,
+    )
+    dw_reduce, db_reduce, dw_expand, db_expand = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights)
+    finished = [fp32(u.device, C) for _ in range(4)] if norm is not None else None
+    dgamma, dbeta, k0, k1 = finished or [None] * 4
+    block_r = min(64, _blocks(R)["BLOCK_R"])
+    squeeze_excite_wgrad_kernel[(triton.cdiv(C, 16), triton.cdiv(R, block_r))](
+        sums=sums,
+        gate=gates,
+        dpool=dpool,
+        dt=dt,
+        du=du,
+        u_in=u,
+        pooled=pooled,
+        norm=norm,
+        dw_reduce=dw_reduce,
+        db_reduce=db_reduce,
+        dw_expand=dw_expand,
+        db_expand=db_expand,
+        dgamma=dgamma,
+        dbeta=dbeta,
+        k0=k0,
+        k1=k1,
+        N=N,
+        parts=parts,
+        C=C,
+        R=R,
+        count=float(N * pixels),
+        BLOCK_N=32,
+        BLOCK_R=block_r,
+        BLOCK_C=16,
+        ACT=act,
+        num_warps=4,
+    )
+    return dpool, [dw_reduce, db_reduce, dw_expand, db_expand], finished

@@ -1,8 +1,8 @@
 """What every shipped launch costs, known without a GPU, as a table in git.
 
 The table is effkernels/configs/static_sm90.json, one row a line, each with a digest of what it depends on.
-``python -m effkernels.inspect`` prints it, with the time an element costs at least on a named GPU; ``--update`` compiles the rows whose
-digest is not there, and drops those that no longer ship.
+``python -m effkernels.inspect`` prints it, with the time an element costs at least on a named GPU; ``--update``
+compiles the rows whose digest is not there, and drops those that no longer ship.
 """
 
 import argparse
@@ -23,19 +23,21 @@ TABLES = Path(effkernels.configs.__file__).parent
 
 
 def per_pass(launch: Launch) -> tuple[float, str] | None:
-    """(elements a thread finishes in one pass of the hottest loop or of a kernel without one, the argument they belong to), or None.
+    """(elements a thread finishes in one pass of the hottest loop or of a kernel without one, the argument they belong
+    to), or None.
 
-    None for kernels on vectors and tiles of statistics, and for those whose hottest loop is not all of an element's work.
+    None for kernels on vectors and tiles of statistics, and for those whose hottest loop is not all of an element's
+    work.
     """
     k = launch.constants
     if launch.name == "depthwise_forward_kernel":
-        return k["S"] * k["BC"] * k["TW"] / launch.threads, "y"
+        return k["S"] * k["BLOCK_C"] * k["TW"] / launch.threads, "y"
     if launch.name == "depthwise_backward_kernel":
-        return k["S"] * k["BC"] * k["TW"] * k["STRIDE"] ** 2 / launch.threads, "x"
+        return k["S"] * k["BLOCK_C"] * k["TW"] * k["STRIDE"] ** 2 / launch.threads, "x"
     if launch.name in ("statistics_kernel", "apply_kernel", "gradient_sums_kernel", "pool_kernel"):
-        return k["BR"] * k["BC"] / launch.threads, "y"
+        return k["BLOCK_ROWS"] * k["BLOCK_C"] / launch.threads, "y"
     if launch.name == "apply_backward_kernel":
-        return k["BR"] * k["BC"] / launch.threads, "dz"
+        return k["BLOCK_ROWS"] * k["BLOCK_C"] / launch.threads, "dz"
     return None
 
 
@@ -52,7 +54,9 @@ def row_of(launch: Launch, arch: int = 90) -> dict:
         "digest": launch.digest(arch),
         "kernel": launch.name,
         "dtype": launch.dtype,
-        "constants": {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in launch.constants.items()},
+        "constants": {
+            name: value if value is None or isinstance(value, (int, float, str)) else str(value) for name, value in launch.constants.items()
+        },
         "options": dict(sorted(launch.options.items())),
         "registers": cost.registers,
         "spills": cost.spill_bytes,
@@ -68,7 +72,8 @@ def row_of(launch: Launch, arch: int = 90) -> dict:
     }
 
 
-# Most instructions an output of the depthwise forward's inner loop may cost on sm_90, without and with BN + activation on load.
+# Most instructions an output of the depthwise forward's inner loop may cost on sm_90, without and with BN + activation
+# on load.
 DEPTHWISE_GOALS = {3: (24, 32), 5: (45, 56)}
 
 
@@ -83,18 +88,21 @@ def goal_of(row: dict) -> tuple[int, str] | None:
     reasons = []
     if c["STRIDE"] == 2:
         reasons.append("four inputs an output are loaded, and activated, not one")
-    if c["EPILOGUE"] and c["PROLOGUE"]:
+    prologue, epilogue = (norm not in c for norm in ("norm1", "norm2"))  # absent arguments are constants
+    if epilogue and prologue:
         reasons.append("the output is activated too")
     if row["dtype"] != "bfloat16" and "silu" in (c["ACT1"], c["ACT2"]):
         reasons.append("SiLU is exp and a division: tanh.approx is good to bf16 only")
-    return DEPTHWISE_GOALS[c["K"]][bool(c["PROLOGUE"])], "; ".join(reasons)
+    return DEPTHWISE_GOALS[c["K"]][prologue], "; ".join(reasons)
 
 
 def described(row: dict) -> str:
     """What tells a row from others of its kernel."""
-    shown = ("K", "STRIDE", "TW", "S", "BC", "BR", "BM", "BN", "BK", "RB", "PROLOGUE", "EPILOGUE", "BN1", "WGRAD")
-    settings = " ".join(f"{name}={row['constants'][name]}" for name in shown if name in row["constants"])
-    return f"{row['kernel']} {row['dtype']} {settings}"
+    shown = ("K", "STRIDE", "TW", "S", "BLOCK_M", "BLOCK_ROWS", "BLOCK_C", "BLOCK_N", "BLOCK_K", "BLOCK_R", "BM", "BN", "BK", "WGRAD")
+    constants = row["constants"]
+    settings = " ".join(f"{name}={constants[name]}" for name in shown if name in constants)
+    absent = " ".join(name for name, value in constants.items() if value is None)
+    return f"{row['kernel']} {row['dtype']} {settings}" + (f" without {absent}" if absent else "")
 
 
 _JOBS: list[Launch] = []
@@ -140,7 +148,8 @@ def table_path(arch: int) -> Path:
 
 
 def read_table(path: Path) -> dict:
-    """{"triton", "arch", "rows"} of ``path``; no rows where there is no file. ValueError, naming the file, if it is not such a table."""
+    """{"triton", "arch", "rows"} of ``path``; no rows where there is no file. ValueError, naming the file, if it is not
+    such a table."""
     if not path.exists():
         return {"triton": None, "arch": None, "rows": []}
     try:
@@ -179,7 +188,8 @@ def update(path: Path, launches, arch: int, processes: int | None = None) -> tup
 
 
 def sample(rows, one_in: int = 60) -> list[dict]:
-    """The rows to check by compiling: the shortest of each kernel, and one in ``one_in``, others whenever a kernel changes."""
+    """The rows to check by compiling: the shortest of each kernel, and one in ``one_in``, others whenever a kernel
+    changes."""
     shortest = {}
     for row in sorted(rows, key=lambda row: (row["instructions"], row["digest"])):
         shortest.setdefault(row["kernel"], row)
@@ -188,7 +198,8 @@ def sample(rows, one_in: int = 60) -> list[dict]:
 
 
 def table_lines(launches, rows, gpu: Gpu, arch: int) -> list[str]:
-    """The table for people: machine code, then each resource's floor in picoseconds an element and the one that binds."""
+    """The table for people: machine code, then each resource's floor in picoseconds an element and the one that
+    binds."""
     by_digest = {row["digest"]: row for row in rows}
     floors = ("bytes", "issue", "FMA", "SFU")
     lines = [
@@ -243,8 +254,11 @@ def main(argv=None):
     known = {} if args.fresh else {row["digest"]: row for row in table["rows"]}
     digests = [launch.digest(args.arch) for launch in launches]
     if args.check:
-        missing = [described({"kernel": launch.name, "dtype": launch.dtype, "constants": launch.constants})
-                   for launch, digest in zip(launches, digests, strict=True) if digest not in known]  # fmt: skip
+        missing = [
+            described({"kernel": launch.name, "dtype": launch.dtype, "constants": launch.constants})
+            for launch, digest in zip(launches, digests, strict=True)
+            if digest not in known
+        ]
         stale = [described(row) for row in table["rows"] if row["digest"] not in set(digests)]
         print(json.dumps({"table": table["triton"], "installed": triton.__version__, "missing": missing, "stale": stale}))
         return

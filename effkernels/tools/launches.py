@@ -1,7 +1,8 @@
 """Kernel launches as data: recorded instead of started, so that a launch can be looked at without a GPU.
 
-``record_launches`` runs any launcher on tensors of the ``meta`` device and keeps the kernels it would have started, with their
-arguments. A ``Launch`` knows its configuration, how Triton would specialise it, and a digest of all that its machine code depends on.
+``record_launches`` runs any launcher on tensors of the ``meta`` device and keeps the kernels it would have started,
+with their arguments. A ``Launch`` knows its configuration, how Triton would specialise it, and a digest of all that its
+machine code depends on.
 """
 
 import contextlib
@@ -17,13 +18,18 @@ import triton
 from effkernels.configs import tables
 
 POINTER_TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 
 
 def members(name: str, value) -> dict:
-    """{path: value} of a kernel argument: itself under its name, or what a tuple holds, as "norm.weight" or "terms.0"."""
+    """{path: value} of a kernel argument: itself under its name, or what a tuple holds, as "norm.weight" or
+    "terms.0"."""
     if not isinstance(value, tuple):
         return {name: value}
     fields = getattr(value, "_fields", range(len(value)))
@@ -48,7 +54,8 @@ class Launch:
 
     @property
     def constants(self) -> dict:
-        return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr}
+        """Compile-time arguments by name, and with them, as None, the optional arguments that are absent."""
+        return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr or self.arguments[p.name] is None}
 
     @property
     def tensors(self) -> dict:
@@ -70,7 +77,8 @@ class Launch:
         return self.name, tuple(self.constants.items()), pointers, tuple(sorted(self.options.items()))
 
     def specialization(self) -> tuple[dict, dict, dict]:
-        """Triton's (signature, constants, attributes) of this launch; the latter two by position: (argument, member) in a tuple."""
+        """Triton's (signature, constants, attributes) of this launch; the latter two by position: (argument, member) in
+        a tuple."""
         signature, constants, attributes = {}, {}, {}
 
         def specialized(value, path, hints: bool):
@@ -95,7 +103,8 @@ class Launch:
         return signature, constants, attributes
 
     def digest(self, arch: int = 90) -> str:
-        """Of all that the machine code depends on: sources of the kernel and of what it calls, types, constants, options, compiler."""
+        """Of all that the machine code depends on: sources of the kernel and of what it calls, types, constants,
+        options, compiler."""
         signature, constants, attributes = self.specialization()
         parts = (
             ROW_FORMAT,
@@ -136,7 +145,8 @@ def _names(code) -> set[str]:
 
 @functools.cache
 def source_digest(fn) -> str:
-    """Of a jitted function's source, comments and place in the file aside, with the jitted functions and constants it reaches.
+    """Of a jitted function's source, comments and place in the file aside, with the jitted functions and constants it
+    reaches.
 
     (``JITFunction.cache_key`` changes with the line a function stands on.)
     """
@@ -169,7 +179,8 @@ def _type_of(value) -> str:
 
 
 def _hint(value) -> bool:
-    """Whether Triton would tell the compiler that 16 divides the value (pointers from the allocator are 512-byte aligned)."""
+    """Whether Triton would tell the compiler that 16 divides the value (pointers from the allocator are 512-byte
+    aligned)."""
     return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 

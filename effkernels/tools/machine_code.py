@@ -1,4 +1,5 @@
-"""The machine code of a launch: compiled for a named architecture with the compiler, ptxas and nvdisasm that Triton ships, and read.
+"""The machine code of a launch: compiled for a named architecture with the compiler, ptxas and nvdisasm that Triton
+ships, and read.
 
 ``Cost`` is what it says: registers, spills, shared memory, vector widths and the instructions of the hottest loop.
 """
@@ -40,7 +41,8 @@ class Cost:
         return sum(self.loop.values())
 
     def widths(self, op: str, opcodes=None) -> set[int]:
-        """Bytes per thread of the global loads (``LDG``, and ``LDGSTS`` into shared memory) or stores (``STG``), e.g. {16}."""
+        """Bytes per thread of the global loads (``LDG``, and ``LDGSTS`` into shared memory) or stores (``STG``), e.g.
+        {16}."""
         found = set()
         for code in self.opcodes if opcodes is None else opcodes:
             if code.split(".")[0] in (("LDG", "LDGSTS") if op == "LDG" else (op,)):
@@ -81,8 +83,8 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code]
-    # A loop is a backward branch; the hottest is the largest that holds no other, of those that load 16 bytes a thread if any does
-    # (a program's last steps may loop over partial sums, with narrow loads).
+    # A loop is a backward branch; the hottest is the largest that holds no other, of those that load 16 bytes a thread
+    # if any does (a program's last steps may loop over partial sums, with narrow loads).
     loops = []
     for i, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?\(?(\.L_\w+)\)?", text)
@@ -92,9 +94,17 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
     wide = [(a, b) for a, b in inner if any(re.match(r"LDG.*\.128", op) for op in opcodes[a : b + 1])]
     a, b = max(wide or inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
     return Cost(
-        launch.name, launch.constants, launch.dtype, arch, registers, stack, kernel.metadata.shared, len(code),
-        dict(collections.Counter(opcodes[a : b + 1])), dict(collections.Counter(opcodes)),
-    )  # fmt: skip
+        launch.name,
+        launch.constants,
+        launch.dtype,
+        arch,
+        registers,
+        stack,
+        kernel.metadata.shared,
+        len(code),
+        dict(collections.Counter(opcodes[a : b + 1])),
+        dict(collections.Counter(opcodes)),
+    )
 
 
 @functools.cache

@@ -73,8 +73,8 @@ def norm_launches(dtype, *, channels=40, size=28, images=64, training=True) -> l
 
 @functools.cache
 def family_blocks(width: float) -> list[tuple]:
-    """(in, out channels, kernel size, stride, expand ratio, image size) of the different blocks of an EfficientNet (Tan & Le, 2019,
-    table 1) of a width coefficient: 1 is B0 and B1, 1.4 B4, 2 B7, 4.3 L2."""
+    """(in, out channels, kernel size, stride, expand ratio, image size) of the different blocks of an EfficientNet (Tan
+    & Le, 2019, table 1) of a width coefficient: 1 is B0 and B1, 1.4 B4, 2 B7, 4.3 L2."""
 
     def rounded(channels):
         multiple = max(8, int(channels * width + 4) // 8 * 8)
@@ -106,8 +106,8 @@ def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training,
 
 
 def stem_and_head_launches(dtype, channels, inputs, features, *, training, images=64) -> list[Launch]:
-    """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its first block's, and
-    of its last."""
+    """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its
+    first block's, and of its last."""
     from effkernels import FusedMBConv, functional
 
     def norm(channels):
@@ -124,11 +124,12 @@ def stem_and_head_launches(dtype, channels, inputs, features, *, training, image
 
 
 def shipped_launches(full: bool = False) -> list[Launch]:
-    """One launch for every configuration the package uses with SiLU on channel counts divisible by 8: blocks of EfficientNet's family
-    in every dtype, with and without residual, drop-path and squeeze-excite, and single layers with k up to 9.
+    """One launch for every configuration the package uses with SiLU on channel counts divisible by 8: blocks of
+    EfficientNet's family in every dtype, with and without residual, drop-path and squeeze-excite, and single layers
+    with k up to 9.
 
-    Without ``full`` a part that compiles in minutes: blocks of B0 in bf16, layers that do not expand in bf16 only, k = 7 and 9 in
-    training only, in bf16 and fp32 only (fp16 shares bf16's launch configuration).
+    Without ``full`` a part that compiles in minutes: blocks of B0 in bf16, layers that do not expand in bf16 only, k =
+    7 and 9 in training only, in bf16 and fp32 only (fp16 shares bf16's launch configuration).
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     launches = []

@@ -1,4 +1,5 @@
-"""What launches read and write, counted without a GPU: every address Triton's interpreter touches, each byte once a launch.
+"""What launches read and write, counted without a GPU: every address Triton's interpreter touches, each byte once a
+launch.
 
 The distinct bytes of a launch are what DRAM must serve, so a schedule's byte budget can be tested:
 
@@ -6,9 +7,9 @@ The distinct bytes of a launch are what DRAM must serve, so a schedule's byte bu
         kernel[grid](...)
     launches[0].arguments  ->  {"x": (bytes read, bytes written), ...}
 
-Each tensor argument, and each tensor in a tuple ("norm.weight"), gets a range of addresses of its own while the kernel runs, so that
-accesses are told apart although arguments may share memory, and one outside its tensor's storage raises IndexError. PyTorch's own
-operators in between are recorded too, as "aten::name": each is a launch on a GPU.
+Each tensor argument, and each tensor in a tuple ("norm.weight"), gets a range of addresses of its own while the kernel
+runs, so that accesses are told apart although arguments may share memory, and one outside its tensor's storage raises
+IndexError. PyTorch's own operators in between are recorded too, as "aten::name": each is a launch on a GPU.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ _SLOT_BITS = 44  # 16 TB of addresses an argument, its tensor in the middle: mas
 
 @dataclass
 class LaunchTraffic:
-    """One launch: distinct bytes (read, written) by argument, for those it touches, and the sizes of these tensors in bytes.
+    """One launch: distinct bytes (read, written) by argument, for those it touches, and the sizes of these tensors in
+    bytes.
 
     ``requested``: the bytes of every access, so often as it is made. ``read`` and ``written`` count a byte of memory once although
     several arguments see it.
@@ -117,7 +119,8 @@ class _Recorder:
         return argument.virtual + tensor.data_ptr() - argument.address
 
     def real(self, pointers: np.ndarray, active, width: int, kinds) -> np.ndarray:
-        """The memory that ``pointers`` stand for; lanes of ``active`` are recorded. Inactive lanes may come out as anything."""
+        """The memory that ``pointers`` stand for; lanes of ``active`` are recorded. Inactive lanes may come out as
+        anything."""
         if self.names is None:
             return pointers
         active = np.broadcast_to(np.asarray(active, bool), pointers.shape)  # some masks are integers inside the interpreter
@@ -139,8 +142,8 @@ class _Recorder:
 
 
 class Operators(TorchDispatchMode):
-    """Calls ``record(name, bytes read, bytes written)`` for every operator of PyTorch that would start a kernel: not for views, nor for
-    those with a part of ``free`` in their names."""
+    """Calls ``record(name, bytes read, bytes written)`` for every operator of PyTorch that would start a kernel: not
+    for views, nor for those with a part of ``free`` in their names."""
 
     def __init__(self, record, free=("empty",)):
         super().__init__()
@@ -165,10 +168,11 @@ def _width(pointers) -> int:
 
 @contextlib.contextmanager
 def count_traffic():
-    """Within: every launch and every PyTorch operator is recorded, in order, in the list of ``LaunchTraffic`` this yields.
+    """Within: every launch and every PyTorch operator is recorded, in order, in the list of ``LaunchTraffic`` this
+    yields.
 
-    Kernels must run in the interpreter (TRITON_INTERPRET=1 before Triton is imported), or RuntimeError is raised. Bytes that a launch
-    reads after it has written them itself count on both sides.
+    Kernels must run in the interpreter (TRITON_INTERPRET=1 before Triton is imported), or RuntimeError is raised. Bytes
+    that a launch reads after it has written them itself count on both sides.
     """
     from effkernels.kernels import common
     from effkernels.tools.launches import members
@@ -228,7 +232,8 @@ def count_traffic():
 
 
 def count_steps(module, x) -> dict[str, list[LaunchTraffic]]:
-    """The launches of a training step's "forward" and "backward" and of the "inference" of a module on x, which requires a gradient."""
+    """The launches of a training step's "forward" and "backward" and of the "inference" of a module on x, which
+    requires a gradient."""
     with count_traffic() as forward:
         out = module(x)
     gradient = torch.randn_like(out)
@@ -240,7 +245,8 @@ def count_steps(module, x) -> dict[str, list[LaunchTraffic]]:
 
 
 def passes(launches, e1_bytes: int, e2_bytes: int) -> tuple[float, float]:
-    """How often ``launches`` pass over the expanded tensors before and after the depthwise: reads and writes, a whole tensor is 1.
+    """How often ``launches`` pass over the expanded tensors before and after the depthwise: reads and writes, a whole
+    tensor is 1.
 
     Tensors are told by their size in bytes; where both have the same (stride 1) all passes are in the first number.
     """

@@ -1,9 +1,11 @@
-"""Measures launch configurations on the present GPU and writes the table that overrides the rules of configs/rules.py there.
+"""Measures launch configurations on the present GPU and writes the table that overrides the rules of configs/rules.py
+there.
 
-``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's configuration
-and moves to the fastest neighbour until none is faster. A configuration whose results differ from the rule's, or that does not
-compile, is passed over. The table is saved after each shape, and what it already holds is not measured again, so a run that was
-interrupted goes on. Nothing else in the package measures; see effkernels/configs for how a table is found.
+``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's
+configuration and moves to the fastest neighbour until none is faster. A configuration whose results differ from the
+rule's, or that does not compile, is passed over. The table is saved after each shape, and what it already holds is not
+measured again, so a run that was interrupted goes on. Nothing else in the package measures; see effkernels/configs for
+how a table is found.
 """
 
 import argparse
@@ -20,26 +22,39 @@ from effkernels.configs import tables
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
 FIELDS = {
     "depthwise_forward": {
-        "S": (1, 2, 4, 8, 16), "TW": (1, 2, 3, 4, 6, 8), "TH": (4, 8, 16, 32), "stages": (1, 2, 3, 4), "warps_per_sm": (4, 8, 12, 16),
+        "S": (1, 2, 4, 8, 16),
+        "TW": (1, 2, 3, 4, 6, 8),
+        "TH": (4, 8, 16, 32),
+        "stages": (1, 2, 3, 4),
+        "warps_per_sm": (4, 8, 12, 16),
     },
     "depthwise_backward": {
-        "S": (1, 2, 4), "TW": (1, 2, 3, 4, 6, 8), "TH": (4, 8, 16, 32), "stages": (1, 2), "warps_per_sm": (4, 8, 12, 16),
+        "S": (1, 2, 4),
+        "TW": (1, 2, 3, 4, 6, 8),
+        "TH": (4, 8, 16, 32),
+        "stages": (1, 2),
+        "warps_per_sm": (4, 8, 12, 16),
     },
-    "elementwise": {"BR": (16, 32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
-    "reduction": {"BR": (8, 16, 32, 64, 128, 256), "num_warps": (2, 4, 8)},
+    "elementwise": {"BLOCK_ROWS": (16, 32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
+    "reduction": {"BLOCK_ROWS": (8, 16, 32, 64, 128, 256), "num_warps": (2, 4, 8)},
     "pointwise_forward": {
-        "BM": (16, 32, 64, 128), "BN": (16, 32, 64, 128, 256), "num_warps": (4, 8), "stages": (2, 3, 4), "waves": (1, 2, 3, 4),
+        "BM": (16, 32, 64, 128),
+        "BN": (16, 32, 64, 128, 256),
+        "num_warps": (4, 8),
+        "stages": (2, 3, 4),
+        "waves": (1, 2, 3, 4),
     },
     "project_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
     "expand_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
-}  # fmt: skip
+}
 GAIN = 0.98  # a configuration is faster if it takes at most this share of the time: less is noise
 MOST = 60  # configurations measured for one shape
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One launcher at one shape: ``build(device)`` allocates its arguments and returns the call, which returns what to compare."""
+    """One launcher at one shape: ``build(device)`` allocates its arguments and returns the call, which returns what to
+    compare."""
 
     name: str
     family: str
@@ -95,7 +110,8 @@ def changed(config, start) -> dict:
 def tune(workloads, table: dict, path: Path, device, timer: Callable, report: Callable = lambda line: None) -> int:
     """Add a row to ``table``, and save it in ``path``, for each workload whose bucket it lacks; how many were added.
 
-    timer(call) returns microseconds. Rows: {"family", "key", "config" (fields that differ from the rule's), "us", "rule_us", "workload"}.
+    timer(call) returns microseconds. Rows: {"family", "key", "config" (fields that differ from the rule's), "us",
+    "rule_us", "workload"}.
     """
     known = {(row["family"], row["key"]) for row in table["rows"]}
     added = 0

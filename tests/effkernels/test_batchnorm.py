@@ -1,4 +1,5 @@
-"""BatchNorm's kernels against float64: statistics and their merge, the elementwise forward, the sums and the elementwise backward."""
+"""BatchNorm's kernels against float64: statistics and their merge, the elementwise forward, the sums and the
+elementwise backward."""
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from effkernels.reference import ACTIVATIONS
 from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
-# Rows (pixels) below, at and above one block of 32 to 128, C a multiple of 8 or not and above one block of channels; each dtype twice.
+# Rows (pixels) below, at and above one block of 32 to 128, C a multiple of 8 or not and above one block of channels;
+# each dtype twice.
 SHAPES = [
     # N  C   H   W   dtype
     (2, 24, 9, 7, torch.float32),
@@ -38,7 +40,8 @@ def double(vectors):
     return [v.double() for v in vectors]
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------------------
+# ---- statistics
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def check_statistics(x, momentum, batches=3):
@@ -84,7 +87,8 @@ def test_statistics_real_shapes(N, C, H, W, dtype, device, scratch):
 
 
 def test_statistics_of_a_large_mean(device, scratch):
-    """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares 2^-24 * 1000^2."""
+    """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares
+    2^-24 * 1000^2."""
     from effkernels.kernels.batchnorm import merge, statistics
     from effkernels.kernels.norm import BatchStatistics
 
@@ -114,7 +118,8 @@ def test_merge_of_many_uneven_tiles(device, scratch):
 
 
 def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scratch):
-    """bf16 buffers (a network cast as a whole) are rounded to nearest; a NaN in the batch shows in every statistic of its channel."""
+    """bf16 buffers (a network cast as a whole) are rounded to nearest; a NaN in the batch shows in every statistic of
+    its channel."""
     from effkernels.kernels.batchnorm import merge, statistics
     from effkernels.kernels.norm import BatchStatistics
 
@@ -130,7 +135,8 @@ def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scr
         torch.testing.assert_close(value, wanted, rtol=2**-7, atol=0, equal_nan=True)  # one rounding of bf16, of x and of the result
 
 
-# ---- forward ---------------------------------------------------------------------------------------------------------------------
+# ---- forward
+# ---------------------------------------------------------------------------------------------------------------------
 
 # Pairwise: each option with each other once, each activation once. rstd: the vector is 1 / sqrt(var + eps) already.
 FORWARD = [
@@ -199,7 +205,8 @@ def test_apply_real_shapes(i, device, scratch):
     check_apply((*REAL_SHAPES[i % len(REAL_SHAPES)], device), *FORWARD[i])
 
 
-# ---- backward --------------------------------------------------------------------------------------------------------------------
+# ---- backward
+# --------------------------------------------------------------------------------------------------------------------
 
 BACKWARD = [
     # act        batch  masked
@@ -260,8 +267,8 @@ def test_backward_in_one_launch(i, device, scratch):
 
 
 def test_gradient_reduce_of_many_small_images_and_another_dtype(device, scratch, monkeypatch):
-    """Under autocast the gradient may be fp32. Five programs for each of three blocks of channels; their steps span images, kept and
-    dropped ones."""
+    """Under autocast the gradient may be fp32. Five programs for each of three blocks of channels; their steps span
+    images, kept and dropped ones."""
     from effkernels.configs import rules
 
     if device == "cpu":
@@ -301,7 +308,8 @@ def test_backward_real_shapes(i, device, scratch):
 
 @pytest.mark.parametrize("act", ["silu", "hard_swish", None])
 def test_gradient_sums_for_a_gate(act, device, scratch):
-    """The five sums per image and channel that serve squeeze-excite and BN2, by their definition; without BN only the gate's."""
+    """The five sums per image and channel that serve squeeze-excite and BN2, by their definition; without BN only the
+    gate's."""
     from effkernels.kernels.batchnorm import gradient_sums
 
     x = data(2, 20, 13, 9, torch.float32, device)

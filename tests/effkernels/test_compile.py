@@ -1,7 +1,9 @@
-"""Machine code without a GPU: the table in git covers every shipped configuration, and compiling again gives what it says.
+"""Machine code without a GPU: the table in git covers every shipped configuration, and compiling again gives what it
+says.
 
-Triton's own compiler runs in processes without the interpreter. A digest of sources, types, constants and compiler tells whether a row
-is current, so only a sample is compiled; with another Triton than the table's, a part of the configurations is compiled instead.
+Triton's own compiler runs in processes without the interpreter. A digest of sources, types, constants and compiler
+tells whether a row is current, so only a sample is compiled; with another Triton than the table's, a part of the
+configurations is compiled instead.
 """
 
 import importlib
@@ -19,7 +21,8 @@ from filelock import FileLock
 from support.interpreter import HAS_TRITON
 
 TABLE = Path(__file__).parents[2] / "effkernels/configs/static_sm90.json"
-# Kernels that pass over activation tensors once, in a loop or as a whole: nothing else in the loop is loaded from memory.
+# Kernels that pass over activation tensors once, in a loop or as a whole: nothing else in the loop is loaded from
+# memory.
 STREAMING = {
     "depthwise_forward_kernel",
     "depthwise_backward_kernel",
@@ -45,8 +48,9 @@ def inspect(*args):
 
 
 def described(row):
-    names = ("K", "STRIDE", "TW", "S", "BC", "BR", "BM", "BN", "BK", "RB", "PROLOGUE", "EPILOGUE", "BN1", "WGRAD")
-    return f"{row['digest']} {row['kernel']} {row['dtype']} { ({k: row['constants'][k] for k in names if k in row['constants']}) }"
+    from effkernels.tools import cost_table
+
+    return f"{row['digest']} {cost_table.described(row)}"
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +118,8 @@ def test_no_configuration_spills_on_sm90(sm90):
 
 
 def test_activation_loads_are_16_bytes_wide_on_sm90(sm90):
-    """For C % 8 == 0. Loads inside the loop are the activations; kernels without a loop also load narrow parameter vectors."""
+    """For C % 8 == 0. Loads inside the loop are the activations; kernels without a loop also load narrow parameter
+    vectors."""
     narrow = []
     for row in sm90:
         loads = row["loads"]
@@ -126,12 +131,13 @@ def test_activation_loads_are_16_bytes_wide_on_sm90(sm90):
 
 
 def test_depthwise_forward_keeps_to_its_goal_or_says_why_not(sm90):
-    """Instructions an output: at stride 1 in bf16, as training runs it, within the goal; elsewhere a reason is printed."""
+    """Instructions an output: at stride 1 in bf16, as training runs it, within the goal; elsewhere a reason is
+    printed."""
     from effkernels.tools.cost_table import goal_of
 
     goals = [(row, goal_of(row)) for row in sm90 if goal_of(row) is not None]
     kept = [row for row, (most, why) in goals if not why]
-    assert {(row["constants"]["K"], row["constants"]["PROLOGUE"]) for row in kept} == {(3, False), (3, True), (5, False), (5, True)}
+    assert {(row["constants"]["K"], "norm1" not in row["constants"]) for row in kept} == {(3, False), (3, True), (5, False), (5, True)}
     assert [(described(row), row["per_element"]) for row, (most, why) in goals if row["per_element"] > most and not why] == []
 
 
@@ -141,7 +147,7 @@ def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
         if row["dtype"] != "bfloat16":
             assert not fast, described(row)
         elif row["kernel"] == "depthwise_forward_kernel":
-            silu = (c["PROLOGUE"] and c["ACT1"] == "silu") or (c["EPILOGUE"] and c["ACT2"] == "silu")
+            silu = ("norm1" not in c and c["ACT1"] == "silu") or ("norm2" not in c and c["ACT2"] == "silu")
             assert fast == silu, described(row)
 
 
@@ -152,7 +158,8 @@ def test_one_configuration_per_kernel_on_other_architectures(arch, sm90):
     assert [(described(row), row["spills"]) for row in rows if row["spills"]] == []
 
 
-# ---- digests and the floors ------------------------------------------------------------------------------------------------------
+# ---- digests and the floors
+# ------------------------------------------------------------------------------------------------------
 
 DIGESTS = """
 import dataclasses, json, sys, types
@@ -202,7 +209,8 @@ print(json.dumps([same, other]))
 
 
 def test_digests_change_with_the_machine_code_only(tmp_path):
-    """Not with comments, docstrings, lines or sizes; but with a helper's code or a constant, types, options and the compiler."""
+    """Not with comments, docstrings, lines or sizes; but with a helper's code or a constant, types, options and the
+    compiler."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", DIGESTS, str(tmp_path)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -214,7 +222,8 @@ def test_digests_change_with_the_machine_code_only(tmp_path):
 def test_floors_by_hand():
     from effkernels.tools.cost_table import GPUS
 
-    # bf16 read and written once at 4.3 TB/s; 27 instructions at 132 * 4 schedulers and 1.755 GHz take as long (design of the kernels).
+    # bf16 read and written once at 4.3 TB/s; 27 instructions at 132 * 4 schedulers and 1.755 GHz take as long (design
+    # of the kernels).
     floors = GPUS["h200"].floors({"per_element": 27.0, "fma": 9.0, "mufu": 1.0}, 4)
     assert floors == pytest.approx({"bytes": 0.930, "issue": 0.911, "FMA": 0.304, "SFU": 0.270}, abs=1e-3)
     assert GPUS["a100"].floors({"per_element": 0.0, "fma": 64.0, "mufu": 0.0}, 0)["FMA"] == pytest.approx(1e12 / (108 * 1.41e9))

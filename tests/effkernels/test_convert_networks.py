@@ -37,7 +37,7 @@ def large_blocks(monkeypatch):
         monkeypatch.setattr(module, name, lambda *args: replace(config(*args), **sizes(*args)))
 
     def strips(K, stride, N, height, width, C, *_):
-        return {"S": _block(height * width, 512), "TW": 1, "TH": 1, "BC": _block(C)}
+        return {"S": _block(height * width, 512), "TW": 1, "TH": 1, "BLOCK_C": _block(C)}
 
     enlarge(depthwise, "depthwise_forward_config", strips)
     enlarge(depthwise, "depthwise_backward_config", strips)
@@ -53,11 +53,11 @@ def large_blocks(monkeypatch):
             },
         )  # fmt: skip
     monkeypatch.setattr(pointwise, "GRAM_BLOCK", 256)
-    enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BC": _block(C)})
-    enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"CB": 1024})
-    enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"KB": 128, "RB": 64})
-    finish = {"TP": 16, "TL": 8192, "BP": 16, "BL": 16384, "BE": 256, "BI": 256, "BS": 1, "CB": 256}
-    enlarge(weight_gradients, "weight_gradient_config", lambda *_: finish)
+    enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
+    enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
+    enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})
+    blocks = {"DEPTHWISE_PARTS": 16, "DEPTHWISE_COLS": 8192, "BLOCK_P": 16, "BLOCK_COLS": 16384, "BLOCK_E": 256, "BLOCK_I": 256}
+    enlarge(weight_gradients, "weight_gradient_config", lambda *_: blocks | {"BLOCK_S": 1, "BLOCK_C": 256})
 
 
 slow = pytest.mark.slow

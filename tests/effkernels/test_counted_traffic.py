@@ -1,4 +1,5 @@
-"""The interpreter's byte counter against bytes known by hand; each launch against what its formula must read and write."""
+"""The interpreter's byte counter against bytes known by hand; each launch against what its formula must read and
+write."""
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def tensor(*shape, dtype=torch.bfloat16):
     return torch.randn(shape).to(dtype)
 
 
-# ---- the counter itself ----------------------------------------------------------------------------------------------------------
+# ---- the counter itself
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_byte_once_and_active_lanes_only(toy):
@@ -142,7 +144,8 @@ def test_passes():
     assert passes([], 100, 25) == (0.0, 0.0)
 
 
-# ---- the kernels -----------------------------------------------------------------------------------------------------------------
+# ---- the kernels
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_apply(device):
@@ -152,15 +155,15 @@ def test_apply(device):
     vectors = norm_vectors(C, "cpu")
     norm = norm_of(vectors, vectors[3])
     size = y.numel() * 2
-    vectors = {name: (VECTOR, 0) for name in ("gamma", "beta", "mean", "var")}
+    read = {f"norm.{name}": (VECTOR, 0) for name in ("weight", "bias", "mean", "rstd")}
     with count_traffic() as launches:
         batchnorm.apply(y, norm, act="silu")
         batchnorm.apply(y, norm, act="silu", gates=torch.rand(N, C), branch_draws=torch.rand(N), residual=y.clone())
         batchnorm.apply(y, norm, residual=y)
     plain, whole, doubled = (launch for launch in launches if launch.name == "apply_kernel")
-    assert plain.arguments == {"y": (size, 0), "out": (0, size)} | vectors
-    more = {"gate": (N * VECTOR, 0), "mask": (4 * N, 0), "residual": (size, 0)}
-    assert whole.arguments == {"y": (size, 0), "out": (0, size)} | vectors | more
+    assert plain.arguments == {"y": (size, 0), "out": (0, size)} | read
+    more = {"gates": (N * VECTOR, 0), "branch_draws": (4 * N, 0), "residual": (size, 0)}
+    assert whole.arguments == {"y": (size, 0), "out": (0, size)} | read | more
     assert doubled.read == size + 4 * VECTOR, "one tensor given twice"
 
 
@@ -170,7 +173,7 @@ def test_pool(device):
     y = tensor(N, H, W, C)
     with count_traffic() as launches:
         sums = squeeze_excite.pool(y, norm_of(norm_vectors(C, "cpu"), torch.rand(C)), act="silu")
-    vectors = {name: (VECTOR, 0) for name in ("gamma", "beta", "mean", "var")}
+    vectors = {f"norm.{name}": (VECTOR, 0) for name in ("weight", "bias", "mean", "rstd")}
     assert launches[-1].arguments == {"y": (y.numel() * 2, 0), "sums": (0, sums.numel() * 4)} | vectors
 
 
@@ -180,7 +183,8 @@ def others(launch, *names):
 
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 2)])
 def test_depthwise(k, stride, device, small_tiles):
-    """One pass over each activation in both directions, whatever the overlap of tiles; the rest are vectors and partials."""
+    """One pass over each activation in both directions, whatever the overlap of tiles; the rest are vectors and
+    partials."""
     from effkernels.kernels import depthwise
 
     x, weight = tensor(N, H, W, C), torch.randn(C, 1, k, k)
@@ -191,7 +195,7 @@ def test_depthwise(k, stride, device, small_tiles):
     forward = next(launch for launch in launches if launch.name == "depthwise_forward_kernel")
     e1, e2 = x.numel() * 2, y.numel() * 2
     expected = {"x": (e1, 0), "y": (0, e2), "w": (C * k * k * 4, 0)}
-    expected |= {name: (VECTOR, 0) for name in ("gamma1", "beta1", "mean1", "var1")}
+    expected |= {name: (VECTOR, 0) for name in ("norm1.weight", "norm1.bias", "norm1.mean", "norm1.rstd")}
     assert expected.items() <= forward.arguments.items()
     programs = forward.arguments["tile_count"][1] // 4
     assert others(forward, *expected) == programs * (4 + 2 * VECTOR)
@@ -216,21 +220,24 @@ def test_depthwise(k, stride, device, small_tiles):
         )
     backward = next(launch for launch in launches if launch.name == "depthwise_backward_kernel")
     expected = {"dq": (e2, 0), "y": (e2, 0), "x": (e1, 0), "dx": (0, e1), "w": (C * k * k * 4, 0)}
-    expected |= {"gate": (N * VECTOR, 0), "dpool": (N * VECTOR, 0), "partials": (0, partials.numel() * 4)}
+    expected |= {"gates": (N * VECTOR, 0), "dpool": (N * VECTOR, 0), "partials": (0, partials.numel() * 4)}
     assert expected.items() <= backward.arguments.items()
     assert others(backward, *expected) == 10 * VECTOR
     assert passes(launches, e1, e2) == ((2, 2) if stride == 2 else (4, 0))
 
 
-# ---- a whole block ---------------------------------------------------------------------------------------------------------------
+# ---- a whole block
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k, stride, outputs", [(3, 2, 24), (3, 1, 16)])
 def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
-    """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's included.
+    """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's
+    included.
 
-    Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, backward 3 e1 + 4 e2 in 6, inference 2 e1 + 2 e2 in 4. Each byte counts
-    once a launch, so overlapping tiles are no excuse: one pass too many over the smaller tensor is 6 % or more.
+    Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, backward 3 e1 + 4 e2 in 6, inference 2 e1 + 2 e2 in 4.
+    Each byte counts once a launch, so overlapping tiles are no excuse: one pass too many over the smaller tensor is 6 %
+    or more.
     """
     from effkernels import FusedMBConv
 
@@ -248,8 +255,9 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, device, small_tiles):
         assert len(launches) <= most_launches, f"{name}\n{summary(launches)}"
 
 
-# expand_ratio, se_ratio, k, stride; passes over e1 and e2 and launches of forward, backward, inference. Without squeeze-excite no pass
-# pools y2. Without expand e1 is the block's input: read forward; read, and its gradient written, backward.
+# expand_ratio, se_ratio, k, stride; passes over e1 and e2 and launches of forward, backward, inference. Without
+# squeeze-excite no pass pools y2. Without expand e1 is the block's input: read forward; read, and its gradient written,
+# backward.
 KINDS = [
     pytest.param(6, 0.25, 5, 2, {"forward": (2, 3, 5), "backward": (3, 4, 6), "inference": (2, 2, 4)}, id="5x5"),
     pytest.param(6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 6), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"),

@@ -1,4 +1,5 @@
-"""The depthwise kernels against float64: every option of the forward and of the backward, on small and awkward shapes."""
+"""The depthwise kernels against float64: every option of the forward and of the backward, on small and awkward
+shapes."""
 
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ from effkernels.reference import ACTIVATIONS, depthwise_conv
 from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
 
 EPS = 1e-3
-# Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block of 32) are spread
-# over them, since a tile's masks do not depend on the padding rule and its loads not on k. Two images show an offset between images.
-# k = 1 and k = 9 come once each: they share every line with the others but k = 9's backward, whose programs do a part each.
+# Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block
+# of 32) are spread over them, since a tile's masks do not depend on the padding rule and its loads not on k. Two images
+# show an offset between images. k = 1 and k = 9 come once each: they share every line with the others but k = 9's
+# backward, whose programs do a part each.
 SHAPES = [
     # k s  padding     N  H  W  C   dtype
     (3, 1, "symmetric", 2, 7, 5, 24, torch.float32),
@@ -146,7 +148,8 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
     act1, act2 = ACTS[i % 6], ACTS[(i + 1) % 6]
 
     def network(x, weight):
-        """By autograd: gradients of the input (with BN1: of BN1's output), of the weight, and of BN2's output; and y."""
+        """By autograd: gradients of the input (with BN1: of BN1's output), of the weight, and of BN2's output; and
+        y."""
         z1 = (batch_norm(x, *bn1, EPS) if has_bn1 else x).detach().requires_grad_()
         weight = weight.detach().requires_grad_()
         y = depthwise_conv(ACTIVATIONS[act1](z1) if has_bn1 else z1, weight, stride, padding)
@@ -243,8 +246,8 @@ def test_several_tiles_per_program(check, programs, device, scratch, monkeypatch
     check(1, 3, 1, "symmetric", 2, 3, 9, 4, torch.float32, device)
 
 
-# One program, a part of a group, and more than one group of 32: 37 images of one tile. C fills one block of 32 channels and part of
-# another. k = 1 is the quickest to interpret; the end of a program does not depend on k.
+# One program, a part of a group, and more than one group of 32: 37 images of one tile. C fills one block of 32 channels
+# and part of another. k = 1 is the quickest to interpret; the end of a program does not depend on k.
 PROGRAMS = [(2, 3, 1), (2, 3, 3), (37, 1, 37)]
 
 
@@ -351,9 +354,11 @@ def test_nan_reaches_its_receptive_field_alone(k, stride, device, scratch):
 
 
 def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
-    """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares 2^-24 * 1000^2.
+    """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares
+    2^-24 * 1000^2.
 
-    k = 1 with weight 1 leaves the values exact. One of the four programs begins with a group of fewer strips than its second has.
+    k = 1 with weight 1 leaves the values exact. One of the four programs begins with a group of fewer strips than its
+    second has.
     """
     from effkernels.kernels.depthwise import depthwise_forward
 

@@ -17,8 +17,8 @@ from support.truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc
 
 EPS = 1e-3
 ACTS = ["silu", "relu6", "hard_swish", "gelu"]
-# Every k x stride x padding; dtypes, channels (multiples of 8, not, below and above one block of E), sizes from 1 to several row chunks,
-# and batch are spread over them.
+# Every k x stride x padding; dtypes, channels (multiples of 8, not, below and above one block of E), sizes from 1 to
+# several row chunks, and batch are spread over them.
 SHAPES = [
     # k s  padding     N  H  W   I   E   dtype
     (3, 2, "symmetric", 2, 9, 13, 16, 40, torch.bfloat16),
@@ -116,7 +116,8 @@ def test_few_images_are_cut_into_more_programs():
 
 
 def test_cost_model():
-    """Used where its instructions take less than the bytes they save: 3x3 stride 2, few inputs, bf16 (tanh in one operation)."""
+    """Used where its instructions take less than the bytes they save: 3x3 stride 2, few inputs, bf16 (tanh in one
+    operation)."""
     where = {
         (k, s, I, dtype)
         for k in (3, 5, 7)
@@ -154,7 +155,8 @@ print(json.dumps(rows))
 
 @pytest.mark.slow  # the static table has these configurations too
 def test_compiles_for_sm90_without_spills():
-    """What the cost model picks, and the configurations nearest to 255 registers; the instructions the cost model counts with."""
+    """What the cost model picks, and the configurations nearest to 255 registers; the instructions the cost model
+    counts with."""
     pytest.importorskip("triton")
     cases = [
         ("bfloat16", 3, 2, 16), ("bfloat16", 3, 2, 24), ("bfloat16", 3, 1, 24), ("bfloat16", 5, 2, 64), ("float16", 3, 2, 24),

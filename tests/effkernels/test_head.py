@@ -1,4 +1,5 @@
-"""The head in training: a 1x1 convolution, BatchNorm, activation and the mean over the image, against autograd in float64."""
+"""The head in training: a 1x1 convolution, BatchNorm, activation and the mean over the image, against autograd in
+float64."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ REAL = [(32, 7, 7, 320, 1280, "silu", torch.bfloat16, True), (16, 10, 10, 448, 1
 
 
 def run(implementation, x, weight, norm, momentum, batch, act, needs=("x", "weight", "gamma", "beta")):
-    """Output, the gradients of ``needs`` (None: not wanted) and the running statistics after one step; and num_batches_tracked."""
+    """Output, the gradients of ``needs`` (None: not wanted) and the running statistics after one step; and
+    num_batches_tracked."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     leaves = dict(zip(("x", "weight", "gamma", "beta"), (x, weight, *norm[:2]), strict=True))
     leaves = {name: t.detach().to(dtype).clone().requires_grad_(name in needs) for name, t in leaves.items()}

@@ -30,7 +30,8 @@ def test_even_rows(rows, most):
 
 @given(rows=sizes, strips_w=st.integers(1, 300), S=st.sampled_from([1, 2, 4, 8]), halo=st.integers(0, 8))
 def test_strip_rows(rows, strips_w, S, halo):
-    """Never more steps for an image than with as few chunks as 16 rows allow; one strip at a time gains nothing from shorter ones."""
+    """Never more steps for an image than with as few chunks as 16 rows allow; one strip at a time gains nothing from
+    shorter ones."""
 
     def steps(each):
         return -(-strips_w * -(-rows // each) // S) * (each + halo)
@@ -43,7 +44,8 @@ def test_strip_rows(rows, strips_w, S, halo):
 
 
 def test_strips_of_small_images():
-    """7 x 7: 4 strips of 7 rows would leave half of 8 lanes idle; 14 x 14: two groups of shorter strips would take longer than one."""
+    """7 x 7: 4 strips of 7 rows would leave half of 8 lanes idle; 14 x 14: two groups of shorter strips would take
+    longer than one."""
     assert rules.strip_rows(7, 4, 8, 2) == 4
     assert rules.strip_rows(14, 7, 8, 2) == 14
     assert rules.strip_rows(112, 56, 8, 2) == 16
@@ -54,12 +56,12 @@ def test_strips_of_small_images():
 def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
     make = getattr(rules, f"depthwise_{family}_config")
     config = make(k, stride, n, h, w, c, dtype, CPU)
-    assert is_power_of_two(config.BC) and is_power_of_two(config.S) and config.TW >= 1
+    assert is_power_of_two(config.BLOCK_C) and is_power_of_two(config.S) and config.TW >= 1
     assert 1 <= config.TH <= 16
     assert config == make(k, stride, n, h, w, c, dtype, CPU), "the same shape, the same kernel"
     # Partials are few, and no program is without a tile.
     tiles = n * -(-h // config.TH) * -(-w // config.TW)
-    assert 1 <= config.programs(tiles, -(-c // config.BC), CPU) <= tiles
+    assert 1 <= config.programs(tiles, -(-c // config.BLOCK_C), CPU) <= tiles
 
 
 @given(k=st.sampled_from([1, 3, 5, 7, 9]), c=st.integers(1, 9000), tiles=st.integers(1, 10**6), dtype=dtypes)
@@ -67,7 +69,7 @@ def test_depthwise_counters_suffice(k, c, tiles, dtype):
     for device in (CPU, torch.device("meta")):
         for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
             config = make(k, 1, 64, 56, 56, c, dtype, device)
-            blocks = -(-c // config.BC)
+            blocks = -(-c // config.BLOCK_C)
             assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= rules.depthwise_counters(c, device)
 
 
@@ -75,9 +77,9 @@ def test_depthwise_counters_suffice(k, c, tiles, dtype):
 @given(c=st.integers(1, 4000), rows=st.integers(1, 10**6), others=st.integers(1, 5000), dtype=dtypes)
 def test_rows_config(family, c, rows, others, dtype):
     config = getattr(rules, f"{family}_config")(c, dtype)
-    assert is_power_of_two(config.BR) and is_power_of_two(config.BC)
+    assert is_power_of_two(config.BLOCK_ROWS) and is_power_of_two(config.BLOCK_C)
     # No smaller block of channels of those that still load 16 bytes a thread would waste fewer lanes.
-    padded = -(-c // config.BC) * config.BC
+    padded = -(-c // config.BLOCK_C) * config.BLOCK_C
     assert padded == min(-(-c // size) * size for size in (16, 32, 64))
     for divide in (config.split, config.persistent):
         for device in (CPU, torch.device("meta")):
@@ -97,4 +99,4 @@ def test_configurations_do_not_depend_on_batch_or_size():
     for k, stride, dtype in itertools.product((3, 5, 7, 9), (1, 2), (torch.float32, torch.bfloat16)):
         for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
             configs = [make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))]
-            assert len({(c.BC, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1
+            assert len({(c.BLOCK_C, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1

@@ -1,4 +1,5 @@
-"""Memory: no launch reads or writes beyond its tensors, unwritten scratch is never read, offsets pass 2^31, nothing leaks or piles up."""
+"""Memory: no launch reads or writes beyond its tensors, unwritten scratch is never read, offsets pass 2^31, nothing
+leaks or piles up."""
 
 import gc
 import importlib
@@ -42,7 +43,8 @@ def step(module, x):
 
 
 class Apart(torch.nn.Module):
-    """What no module uses: a BatchNorm before the depthwise convolution, BatchNorm + residual, the stem and the head."""
+    """What no module uses: a BatchNorm before the depthwise convolution, BatchNorm + residual, the stem and the
+    head."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +81,8 @@ def run_all(device):
 
 @pytest.fixture(scope="module")
 def counted():
-    """(results, launches) of all workloads, every address checked by the interpreter: one outside of its tensor raises IndexError."""
+    """(results, launches) of all workloads, every address checked by the interpreter: one outside of its tensor raises
+    IndexError."""
     if not INTERPRET:
         pytest.skip("needs the interpreter")
     from dataclasses import replace
@@ -108,14 +111,16 @@ def test_no_launch_leaves_its_tensors(counted):
 
 
 def test_poisoned_scratch_changes_nothing(counted, device, scratch):
-    """NaN in all that launchers allocate, and margins around it that stay as they were: the same bits as from fresh memory."""
+    """NaN in all that launchers allocate, and margins around it that stay as they were: the same bits as from fresh
+    memory."""
     results, _, _ = counted
     for i, (fresh, poisoned) in enumerate(zip(results, run_all(device), strict=True)):
         assert torch.equal(fresh, poisoned), i
         assert poisoned.isfinite().all(), i
 
 
-# ---- offsets past 2^31 -----------------------------------------------------------------------------------------------------------
+# ---- offsets past 2^31
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -130,7 +135,8 @@ class Recorded:
         self.launches = []
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(dispatch, "why_not_fused", lambda *args, **kwargs: None)
-        # A program for each tile: then the last one is at the end of memory after a few steps. (More than there are counters for.)
+        # A program for each tile: then the last one is at the end of memory after a few steps. (More than there are
+        # counters for.)
         monkeypatch.setattr(rules, "processor_count", lambda device: 10**7)
         for module in kernel_modules():
             if hasattr(module, "check_counters"):
@@ -257,7 +263,8 @@ class Ends(torch.nn.Module):
 
 
 LARGE = [
-    # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins; kernels that meet them
+    # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins; kernels that meet
+    # them
     ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (11000, 16, 112, 112),
      "depthwise_backward depthwise_forward expand_backward expand_depthwise pointwise_forward pool_and_gate project_backward"),
     ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1800, 16, 112, 112),
@@ -288,7 +295,8 @@ def test_every_kernel_over_pixels_meets_large_tensors():
 
 @pytest.mark.parametrize("make, shape, names", [pytest.param(*row[1:], id=row[0]) for row in LARGE])
 def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
-    """The last program of each launch on tensors of more elements than an int32 counts works at their end, inside of them."""
+    """The last program of each launch on tensors of more elements than an int32 counts works at their end, inside of
+    them."""
     if not INTERPRET:
         pytest.skip("needs the interpreter")
     recorded = Recorded(monkeypatch)
@@ -309,7 +317,8 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
     assert seen == kernels(names)
 
 
-# ---- nothing piles up ------------------------------------------------------------------------------------------------------------
+# ---- nothing piles up
+# ------------------------------------------------------------------------------------------------------------
 
 # In a process without the interpreter: kernels as the compiler would be asked for them.
 LAUNCHES = f"""
@@ -342,7 +351,8 @@ def keys(batch, size):
 print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (8000, 56), (256, 57), (33, 224))]))
 """
 
-# The types of offsets that are added to a pointer to 2^31 elements or more, in the code that the compiler makes of each kernel.
+# The types of offsets that are added to a pointer to 2^31 elements or more, in the code that the compiler makes of each
+# kernel.
 OFFSET_TYPES = """
 WORKLOADS = [
     (FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), 11000, 16, 112, 112),
@@ -391,7 +401,8 @@ def test_a_new_batch_or_size_compiles_nothing():
 
 
 def test_nothing_leaks_over_a_thousand_steps(monkeypatch):
-    """Launchers, autograd and saved tensors of training steps on tensors without memory: freed without the garbage collector."""
+    """Launchers, autograd and saved tensors of training steps on tensors without memory: freed without the garbage
+    collector."""
     if not INTERPRET:
         pytest.skip("needs the interpreter")
     recorded = Recorded(monkeypatch)

@@ -1,4 +1,5 @@
-"""Squeeze-excite's kernels against float64: pooling, both layers, their gradients, and the two sums they finish for BatchNorm 2."""
+"""Squeeze-excite's kernels against float64: pooling, both layers, their gradients, and the two sums they finish for
+BatchNorm 2."""
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from effkernels.reference import ACTIVATIONS, GATES, squeeze_excite
 from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nhwc, norm_of, norm_vectors, on_gpu
 
 EPS = 1e-3
-# R below, at and above the 16 a block has at least, no powers of two but 16; C above the 128 a step of the layers takes; N above the 32
-# a step of the weight gradient takes; one and several parts of pooling. Each activation and gate is in, BN before the gate or not.
+# R below, at and above the 16 a block has at least, no powers of two but 16; C above the 128 a step of the layers
+# takes; N above the 32 a step of the weight gradient takes; one and several parts of pooling. Each activation and gate
+# is in, BN before the gate or not.
 CASES = [
     # N  C   R   H   W   dtype           act           gate            bn
     (2, 24, 6, 5, 7, torch.float32, "silu", "sigmoid", True),
@@ -41,7 +43,8 @@ def weights_of(C, R, device):
 
 
 def check(N, C, R, H, W, dtype, act, gate, has_bn, device):
-    """BN2 -> silu -> squeeze-excite, forward and backward, from y to the gradients of all but y (test_modules.py has the whole)."""
+    """BN2 -> silu -> squeeze-excite, forward and backward, from y to the gradients of all but y (test_modules.py has
+    the whole)."""
     from effkernels.kernels import batchnorm
     from effkernels.kernels import squeeze_excite as kernels
 
@@ -102,9 +105,11 @@ def test_squeeze_excite_real_shapes(N, C, R, H, W, dtype, act, gate, has_bn, dev
     check(N, C, R, H, W, dtype, act, gate, has_bn, device)
 
 
-# ---- training's launches: pooling with both layers, and their backward with BatchNorm 2's ------------------------------------------
+# ---- training's launches: pooling with both layers, and their backward with BatchNorm 2's
+# ------------------------------------------
 
-# As above, and with several parts of pooling and several blocks of images, channels and bottleneck; N no multiple of 16.
+# As above, and with several parts of pooling and several blocks of images, channels and bottleneck; N no multiple of
+# 16.
 TRAINING_CASES = [
     # N  C    R   H   W   dtype           act           se_act        gate
     (1, 24, 6, 17, 19, torch.float32, "silu", "silu", "sigmoid"),

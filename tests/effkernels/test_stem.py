@@ -32,8 +32,9 @@ def sliced(x):
     return view
 
 
-# Both strides and paddings, every channel count from one to more than one block of taps, output channels below and above one block,
-# not multiples of 8; each memory layout of the image and both of the weight; image dtype and compute dtype the same or not.
+# Both strides and paddings, every channel count from one to more than one block of taps, output channels below and
+# above one block, not multiples of 8; each memory layout of the image and both of the weight; image dtype and compute
+# dtype the same or not.
 CASES = [
     # stride padding   N  H  W   I   S   layout         image           compute
     (2, "symmetric", 2, 9, 13, 3, 32, guarded, torch.float32, torch.bfloat16),
@@ -157,13 +158,14 @@ def test_several_tiles_and_programs(device, scratch, monkeypatch):
 
     for name in ("stem_forward_config", "stem_backward_config"):
         config = getattr(stem, name)
-        monkeypatch.setattr(stem, name, lambda *args, config=config: replace(config(*args), BM=16, BN=16, BK=16, waves=9))
+        monkeypatch.setattr(stem, name, lambda *args, config=config: replace(config(*args), BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, waves=9))
     case = (2, "symmetric", 2, 13, 15, 3, 20, guarded, torch.float32, torch.float32)
     check_forward(0, *case, device)
     check_backward(0, *case, device)
 
 
-# ---- the functional form and its operators ---------------------------------------------------------------------------------------
+# ---- the functional form and its operators
+# ---------------------------------------------------------------------------------------
 
 
 def run(implementation, x, params, weight, norm, dtype, need_x, **settings):
@@ -252,7 +254,8 @@ def test_compiled(device):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
-# ---- machine code ----------------------------------------------------------------------------------------------------------------
+# ---- machine code
+# ----------------------------------------------------------------------------------------------------------------
 
 COMPILE = """
 import json, torch
@@ -276,7 +279,7 @@ for dtype, S, I in ((torch.bfloat16, 32, 3), (torch.float16, 40, 3), (torch.floa
     for launch in launches:
         if launch.name.startswith("stem"):
             cost = cost_of(launch)
-            pixels = launch.constants["BM"] / (32 * launch.options["num_warps"])
+            pixels = launch.constants["BLOCK_M"] / (32 * launch.options["num_warps"])
             name_and_shape = f"{launch.name} {dtype} {S} {I}"
             rows.append((name_and_shape, cost.spill_bytes, cost.loop_instructions / pixels, sorted(cost.opcodes)))
 print(json.dumps(rows))

@@ -1,4 +1,5 @@
-"""Tables of measured launch configurations: looked up, refused, and written by a search whose clock is a formula here."""
+"""Tables of measured launch configurations: looked up, refused, and written by a search whose clock is a formula
+here."""
 
 import dataclasses
 import json
@@ -48,12 +49,13 @@ def use(tmp_path, monkeypatch):
     return write
 
 
-# ---- lookup ----------------------------------------------------------------------------------------------------------------------
+# ---- lookup
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_overrides_the_rule_in_its_bucket(use):
     rule = rules.depthwise_forward_config(*ARGS, CPU)
-    use(table(row({"TW": 7, "warps_per_sm": 12}), row({"BR": 9}, "C=96 dtype=bfloat16", "elementwise")))
+    use(table(row({"TW": 7, "warps_per_sm": 12}), row({"BLOCK_ROWS": 9}, "C=96 dtype=bfloat16", "elementwise")))
     assert rules.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=7, warps_per_sm=12)
     assert rules.depthwise_forward_config(*ARGS, device=GPU).TW == 7
     assert rules.depthwise_forward_config(3, 1, 33, 33, 64, 65, torch.bfloat16, GPU).TW == 7, "the bucket's other end"
@@ -137,7 +139,8 @@ def test_tables_in_git_can_be_read():
         tables.read(path, capability if len(capability) == 2 else None)
 
 
-# ---- the search ------------------------------------------------------------------------------------------------------------------
+# ---- the search
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Toy:
 
 @pytest.fixture
 def toy(monkeypatch):
-    """A family "toy" whose launcher takes a while that a formula of its configuration tells; ``measured`` lists those timed."""
+    """A family "toy" whose launcher takes a while that a formula of its configuration tells; ``measured`` lists those
+    timed."""
     monkeypatch.setitem(tune.FIELDS, "toy", {"BM": (16, 32, 64, 128), "warps": (2, 4, 8)})
 
     def toy_config(C, dtype):

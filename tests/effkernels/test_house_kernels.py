@@ -1,0 +1,66 @@
+"""How kernels are called, read from the source: every argument by its name, and an absent one as None."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.interpreter import HAS_TRITON
+
+PACKAGE = Path(__file__).parents[2] / "effkernels"
+KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
+
+
+def launches(tree):
+    """The calls ``name_kernel[grid](...)``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+            if node.func.value.id.endswith("_kernel"):
+                yield node
+
+
+def stands_in(value) -> bool:
+    """Whether it is ``other if x is None else x``, or ``x or other``, with another than None for what is absent."""
+    if isinstance(value, ast.BoolOp):
+        return True
+    if not isinstance(value, ast.IfExp) or not isinstance(value.test, ast.Compare):
+        return False
+    sides = [value.test.left, *value.test.comparators, value.body, value.orelse]
+    tested, chosen = sides[:2], sides[2:]
+    nothing = [isinstance(side, ast.Constant) and side.value is None for side in chosen]
+    return any(isinstance(side, ast.Constant) and side.value is None for side in tested) and not any(nothing)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_launches_name_their_arguments_and_pass_no_stand_in(path):
+    for call in launches(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{path.name}:{call.lineno}"
+        assert not call.args, f"{where}: arguments by position"
+        assert not [k.arg for k in call.keywords if stands_in(k.value)], f"{where}: stand-ins for what is absent"
+
+
+def test_the_check_sees_a_stand_in_and_a_position():
+    (call,) = launches(ast.parse("f_kernel[(1,)](x, y=w if y is None else y, z=z or w, a=None if b is None else c, d=1 if e else 2)"))
+    assert len(call.args) == 1 and [k.arg for k in call.keywords if stands_in(k.value)] == ["y", "z"]
+
+
+def test_the_formatter_is_never_switched_off():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 30
+    assert [str(path.relative_to(PACKAGE)) for path in files if "fmt: " + "skip" in path.read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_every_activation_maps_zero_to_zero(device, scratch):
+    """What the kernels rely on for padding: it is loaded as 0, and stays 0 through any activation, in every dtype."""
+    from effkernels.kernels.batchnorm import apply
+    from effkernels.kernels.norm import BatchNorm
+    from effkernels.reference import ACTIVATIONS
+
+    zero, one = torch.zeros(16, device=device), torch.ones(16, device=device)
+    norm = BatchNorm(weight=one, bias=zero, mean=zero, rstd=one)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.zeros(1, 2, 2, 16, device=device, dtype=dtype)
+        for act in ACTIVATIONS:
+            assert not apply(x, norm, act=act).any(), (act, dtype)
