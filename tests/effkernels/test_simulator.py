@@ -11,7 +11,7 @@ if not HAS_TRITON:
 
 from effkernels import FusedMBConv
 from effkernels.tools import simulate
-from effkernels.tools.simulator import emulate, encoding, flow, sm, trace
+from effkernels.tools.simulator import emulate, encoding, flow, sm, trace, translate
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
 from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of
 from effkernels.tools.simulator.network import held_by_l2, predict_step
@@ -85,7 +85,7 @@ def test_only_what_a_branch_needs_is_carried_out():
         "@P0 BRA `(.L_a)",
         "EXIT",
     )
-    program = emulate.Program(made, full=False)
+    program = translate.Program(made, full=False)
     assert program.needed == {0, 2, 3}
 
 

@@ -13,8 +13,8 @@ Figures marked "assumed" have no source; the measurements of a GPU are to replac
 import re
 from dataclasses import dataclass, replace
 
-from effkernels.tools.simulator.emulate import expects
 from effkernels.tools.simulator.encoding import Instruction
+from effkernels.tools.simulator.translate import expects
 
 # Kinds of operations, for the event loop of ``sm``.
 (
