@@ -19,7 +19,7 @@ THRESHOLD = 0.1  # of a time: the medians of one version differ by less on a qui
 # Growth that a static figure may have: launches and spills none, bytes half a percent, registers and instructions what
 # a new compiler may cost.
 TOLERANCES = {"launches": 0.0, "spills": 0.0, "bytes_per_image": 0.005, "read": 0.005, "written": 0.005}
-TOLERANCES |= {"registers": 0.1, "instructions": 0.1}
+TOLERANCES |= {"registers": 0.1, "instructions": 0.1, "predicted_ms": 0.03, "predicted_us": 0.03}
 
 
 class Change(NamedTuple):
@@ -40,7 +40,7 @@ def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
     better.
     """
     changes, alone = [], []
-    for section in ("networks", "blocks", "kept", "counted", "machine code"):
+    for section in ("networks", "blocks", "kept", "counted", "machine code", "predicted"):
         before, after = old.get(section, {}), new.get(section, {})
         alone += [f"{section}: {key} {'is gone' if key in before else 'is new'}" for key in sorted(set(before) ^ set(after))]
         for key in before:
@@ -105,18 +105,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="growth of a median that fails (default: %(default)s)")
     parser.add_argument("--static", action="store_true", help="compare the present tree with benchmarks/static.json")
     parser.add_argument("--update", action="store_true", help="with --static: accept the present tree")
+    parser.add_argument(
+        "--predict",
+        choices=("none", "changed", "all"),
+        help="with --static: steps whose time to predict again, minutes each (default: those that changed)",
+    )
     parser.add_argument("--baseline", type=Path, default=static.BASELINE, help="with --static: another file than benchmarks/static.json")
     args = parser.parse_args(argv)
     if args.static == bool(args.files) or (args.files and len(args.files) != 2):
         parser.error("give OLD.json and NEW.json, or --static")
-    if args.update and not args.static:
-        parser.error("--update goes with --static")
+    for name in ("update", "predict"):
+        if getattr(args, name) and not args.static:
+            parser.error(f"--{name} goes with --static")
     if args.threshold < 0:
         parser.error(f"--threshold must be at least 0, got {args.threshold}")
     try:
         if args.static:
-            new = static.measure()
             old = static.read(args.baseline) if args.baseline.exists() or not args.update else {"kind": "static"}
+            new = static.measure(old, args.predict or "changed")
         else:
             old, new = (_read(path) for path in args.files)
         changes, alone = compare(old, new, args.threshold)

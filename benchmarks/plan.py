@@ -4,7 +4,8 @@
 least time by resource: bytes (against the copy bandwidth), matrix products, fp32 multiply-adds, special functions, and
 issued instructions. The last are known where effkernels/configs/static_sm90.json counts them for an element: for
 depthwise, pool and apply. The largest of these times is the floor of the kernel, its resource is what binds, and
-kernels follow one another. ``--results`` adds measured times; ``--plot`` draws a roofline.
+kernels follow one another. ``--results`` adds measured times; ``--predict`` adds what the simulator says that today's
+kernels take (docs/performance.md); ``--plot`` draws a roofline.
 """
 
 import argparse
@@ -169,6 +170,17 @@ def table(lines: list[Line], batch: int, itemsize: int) -> str:
     return "\n".join(out)
 
 
+def prediction(model: str, mode: str, batch: int, gpu: str, floor: float) -> str:
+    """The simulator's table of today's kernels, and how near they are to the step's floor in seconds."""
+    from effkernels.tools import simulate  # needs Triton, which floors do without
+    from effkernels.tools.simulator.network import predict_step
+
+    step = predict_step(model, mode, batch, gpu)
+    lines = [simulate.table(simulate.rows(step.predictions))]
+    lines.append(f"predicted, not measured: {1e3 * step.time:.3f} ms, {step.time / floor:.1f} times the floor")
+    return "\n".join(lines)
+
+
 def plot(path: Path, lines: list[Line], gpu: Gpu, batch: int, itemsize: int, title: str) -> None:
     """Draw the roofline: the FLOP/s that the floor (hollow) and the measured time (filled) of each kernel allow, over
     FLOP a byte.
@@ -215,11 +227,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, help="images (default: 256 for B0 to 32 for B7)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--results", type=Path, help="folder of results whose measured times are shown beside")
+    parser.add_argument("--predict", action="store_true", help="predict the time of today's kernels, in bf16 (minutes)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the roofline of the first model and mode")
     args = parser.parse_args(argv)
     for name in ("bandwidth", "matrix", "clock", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    if args.predict and args.dtype != "bfloat16":
+        parser.error(f"--predict knows bfloat16 only, got --dtype {args.dtype}")
     gpu = named = GPUS[args.gpu]
     units = {"bandwidth": 1e9, "matrix": 1e12, "clock": 1e9}
     gpu = replace(gpu, **{name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None})
@@ -231,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         lines = plan(model, mode == "train", gpu, batch, args.dtype, rows)
         title = f"{shapes.model(model)} {'training' if mode == 'train' else 'inference'}, batch {batch}, {args.dtype}, {gpu.name}"
         print(f"\n### {title}\n\n{table(lines, batch, itemsize)}\n\nat most {batch / lines[-1].floor:,.0f} images/s")
+        if args.predict:
+            print("\n" + prediction(model, mode, batch, args.gpu, lines[-1].floor))
         if i == 0 and args.plot:
             plot(args.plot, lines, gpu, batch, itemsize, title)
     return 0

@@ -12,23 +12,21 @@ compares the present tree with it; ``--update`` accepts the present tree (half a
 - ``counted``: the distinct bytes that each launch of small blocks reads and writes, counted in Triton's interpreter.
 - ``machine code``: the most registers, spilled bytes and instructions of each kernel, from
   effkernels/configs/static_sm90.json.
+- ``predicted``: the time of steps and of their kernels, by the simulator (docs/performance.md): no measurement.
 
 In training the blocks' weights are fp32, as under autocast; those of the head and classifier are bf16, as autocast
 hands them over.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from benchmarks.shapes import Block
@@ -39,63 +37,21 @@ TABLE = ROOT / "effkernels" / "configs" / "static_sm90.json"
 NETWORKS = tuple(f"b{i}" for i in range(8))
 BATCH = 64
 KEPT = ((64, "keep"), (64, "recompute"), (224, "keep"))
+# Steps that are predicted: of each model, few and many images, training and inference, on each of three GPUs.
+PREDICTED = tuple(
+    (model, mode, batch, gpu)
+    for gpu in ("h200", "a100", "rtx4090")
+    for model, many in (("b0", 256), ("b4", 64), ("b7", 16))
+    for mode in ("train", "infer")
+    for batch in (1, many)
+)
 COUNTED = {"8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is slow
-
-
-# Of PyTorch's operators those that start no kernel on a GPU: allocations, gradients handed over.
-FREE = ("empty", "detach", "copy_")
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[tuple[list, list]]:
-    """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel."""
-    from effkernels import dispatch
-    from effkernels.tools.launches import record_launches
-    from effkernels.tools.traffic import Operators
-
-    original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
-    operators: list[tuple[str, int]] = []
-    try:
-        with record_launches() as launches, Operators(lambda name, *moved: operators.append((name, sum(moved))), FREE):
-            yield launches, operators
-    finally:
-        dispatch.why_not_fused = original
-
-
-def step_launches(module: torch.nn.Module, x: torch.Tensor, training: bool) -> tuple[list, list]:
-    """(kernel launches, operators) of a step.
-
-    It is a forward and, in training, the backward of a cross entropy, or of a given gradient.
-    """
-    module.train(training)
-    gradient = None
-    with recorded() as (launches, operators), torch.set_grad_enabled(training):
-        out = module(x)
-        if training and out.dim() == 2:
-            F.cross_entropy(out, torch.empty(len(x), dtype=torch.long, device=x.device)).backward()
-        elif training:
-            gradient = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
-            out.backward(gradient)
-    return launches, operators
 
 
 def _summary(launches, operators, images: int) -> dict:
     moved = sum(launch.activation_bytes() for launch in launches) + sum(size for _, size in operators)
     names = Counter(launch.name for launch in launches) + Counter(f"aten::{name.split('::')[-1]}" for name, _ in operators)
     return {"launches": len(launches) + len(operators), "bytes_per_image": round(moved / images), "of": dict(sorted(names.items()))}
-
-
-def network(name: str, training: bool) -> tuple[torch.nn.Module, torch.Tensor]:
-    """(model, images) of a network on the ``meta`` device, in bf16."""
-    from efficientnet import create_model
-
-    bf16 = torch.bfloat16
-    model = create_model(name, device="meta", dtype=None if training else bf16)
-    if training:
-        for layer in (model.conv_head, model.bn2, model.classifier):
-            layer.to(bf16)
-    size = model.config.resolution
-    return model, torch.empty(BATCH, 3, size, size, device="meta", dtype=bf16).to(memory_format=torch.channels_last)
 
 
 def block_summary(block: "Block", training: bool) -> dict:
@@ -106,6 +62,8 @@ def block_summary(block: "Block", training: bool) -> dict:
     module = FusedMBConv(*args, device="meta", dtype=None if training else torch.bfloat16)
     x = torch.empty(BATCH, block.in_channels, block.size, block.size, device="meta", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last).requires_grad_(training)
+    from effkernels.tools.simulator.network import step_launches
+
     return _summary(*step_launches(module, x, training), BATCH)
 
 
@@ -138,6 +96,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 def kept(size: int, memory: str) -> dict:
     """The bytes that a training step of B0 on images of ``size`` pixels keeps."""
     from efficientnet import create_model
+    from effkernels.tools.simulator.network import recorded
 
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
     found = {}
@@ -186,12 +145,47 @@ def _counted_in_the_interpreter() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure() -> dict:
-    """All sections, for the present tree. Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to
-    record.
+def predicted(accepted: dict, which: str) -> dict:
+    """The predicted time of steps, and of each of their kernels: {"b0 train 256 h200": {"predicted_ms", "bytes_ms",
+    "digest"}, "b0 train 256 h200: kernel": {"predicted_us"}}.
+
+    Steps whose launches are as they were in ``accepted`` keep what is there; others take minutes. which: "none" keeps
+    ``accepted`` as it is, "changed" predicts what changed of it, "all" also the steps that it lacks.
+    """
+    if which == "none":
+        return accepted
+    from effkernels.tools.simulate import rows
+    from effkernels.tools.simulator import network
+
+    found = {}
+    for model, mode, batch, gpu in PREDICTED:
+        key = f"{model} {mode} {batch} {gpu}"
+        if key not in accepted and which != "all":
+            continue
+        module, x = network.network(model, mode == "train", batch)
+        digest = network.digest(network.step_launches(module, x, mode == "train")[0], gpu)
+        if accepted.get(key, {}).get("digest") == digest:
+            found |= {name: entry for name, entry in accepted.items() if name == key or name.startswith(f"{key}: ")}
+            continue
+        print(f"predicting {key}", file=sys.stderr, flush=True)
+        step = network.predict_step(model, mode, batch, gpu)
+        times = {"predicted_ms": round(1e3 * step.time, 4), "bytes_ms": round(1e3 * step.bytes_time, 4)}
+        found[key] = times | {"digest": digest}
+        found |= {f"{key}: {row['kernel']}": {"predicted_us": round(row["us"], 2)} for row in rows(step.predictions)}
+    return found
+
+
+def measure(accepted: dict | None = None, predict: str = "changed") -> dict:
+    """All sections, for the present tree.
+
+    accepted is the table that was accepted last, and predict says which of its steps to predict again, see
+    ``predicted``.
+
+    Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to record.
     """
     from benchmarks.shapes import blocks
     from effkernels.dispatch import interpreting
+    from effkernels.tools.simulator.network import network, step_launches
 
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: launches are recorded where Triton compiles; unset it")
@@ -199,7 +193,7 @@ def measure() -> dict:
     for training in (False, True):
         step = "training" if training else "inference"
         for name in NETWORKS:
-            model, x = network(name, training)
+            model, x = network(name, training, BATCH)
             networks[f"{name} {step}"] = _summary(*step_launches(model, x, training), BATCH)
         for name in ("b0", "b4"):
             for block in blocks(name):
@@ -212,6 +206,7 @@ def measure() -> dict:
         "kept": {f"b0, {size} pixels, {memory}": kept(size, memory) for size, memory in KEPT},
         "counted": _counted_in_the_interpreter(),
         "machine code": machine_code(),
+        "predicted": predicted((accepted or {}).get("predicted", {}), predict),
     }
 
 

@@ -24,7 +24,6 @@ ROOMS = {
     "effkernels/adapters": "other libraries' layers, run by the functional forms",
     "effkernels/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "effkernels/tools": "looks at launches, tunes and predicts them; nothing that runs a model needs it",
-    "effkernels/inspect.py": "a command of the tools",
     "effkernels/tune.py": "a command of the tools",
     "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
     "efficientnet/choices.py": "values that settings and commands accept, without torch",
@@ -42,6 +41,7 @@ ROOMS = {
     "efficientnet/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "effkernels/tools/simulator": "predicts a step of the networks on a GPU, so it stands on both packages",
     "effkernels/tools/simulate.py": "a command of the simulator",
+    "effkernels/inspect.py": "a command of the tools, which asks the simulator too",
     "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
 }
 

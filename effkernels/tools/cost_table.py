@@ -197,25 +197,32 @@ def sample(rows, one_in: int = 60) -> list[dict]:
     return list({row["digest"]: row for row in (*shortest.values(), *drawn)}.values())
 
 
-def table_lines(launches, rows, gpu: Gpu, arch: int) -> list[str]:
-    """The table for people: machine code, then each resource's floor in picoseconds an element and the one that
-    binds."""
+def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[str]:
+    """The table for people: machine code, then each resource's floor in picoseconds an element and the one that binds.
+
+    With ``predictions``, one for each launch, also the microseconds that the launch is predicted to take.
+    """
     by_digest = {row["digest"]: row for row in rows}
     floors = ("bytes", "issue", "FMA", "SFU")
     lines = [
         f"{'kernel':28} {'dtype':9} {'k':>1} {'s':>1} {'regs':>4} {'spill':>5} {'smem':>6} {'instr/elem':>10} {'loads':8} {'stores':6} "
         + " ".join(f"{name + ' ps':>8}" for name in floors)
+        + (f" {'predicted us':>12}" if predictions else "")
         + f" {'binds':5} goal for instr/elem"
     ]
-    for launch in launches:
+    for launch, prediction in zip(launches, predictions or [None] * len(launches), strict=True):
         row = by_digest[launch.digest(arch)]
         k, s = (row["constants"].get(name, "") for name in ("K", "STRIDE"))
         loads, stores = (",".join(map(str, row[name])) for name in ("loads", "stores"))
-        per, times = "", ""
+        per, times = "", " " * (9 * len(floors) - 1) if predictions else ""
         if row["per_element"] is not None:
             per = f"{row['per_element']:.1f}"
             bound = gpu.floors(row, launch.activation_bytes() / launch.arguments[per_pass(launch)[1]].numel())
-            times = " ".join(f"{bound[name]:8.2f}" for name in floors) + f" {max(bound, key=bound.get):5}"
+            times = " ".join(f"{bound[name]:8.2f}" for name in floors)
+        if prediction is not None:
+            times += f" {1e6 * prediction.time:12.1f}"
+        if row["per_element"] is not None:
+            times += f" {max(bound, key=bound.get):5}"
         if (goal := goal_of(row)) is not None:
             over = row["per_element"] - goal[0]
             times += f" {goal[0]}" + (f", {over:.1f} over: {goal[1]}" if over > 0 else "")
@@ -226,7 +233,8 @@ def table_lines(launches, rows, gpu: Gpu, arch: int) -> list[str]:
     return lines
 
 
-def main(argv=None):
+def main(argv=None, predict=None):
+    """predict(launches, gpu) gives a prediction for each launch; None: ``--predict`` is not offered."""
     parser = argparse.ArgumentParser(prog="python -m effkernels.inspect", description="Static cost of every shipped configuration.")
     parser.add_argument("--arch", type=int, default=90, choices=(80, 86, 89, 90, 100), help="compute capability to compile for")
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="whose rates the floors are computed with (default: h200)")
@@ -239,6 +247,8 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     parser.add_argument("--table", type=Path, help="the table's file (default: effkernels/configs/static_sm<arch>.json)")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+    if predict is not None:
+        parser.add_argument("--predict", action="store_true", help="also the time of each launch on --gpu, predicted (seconds each)")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
@@ -269,7 +279,8 @@ def main(argv=None):
     todo = [launch for launch in launches if launch.digest(args.arch) not in known]
     known |= {row["digest"]: row for row in compiled_rows(todo, args.arch, args.processes)}
     rows = [known[launch.digest(args.arch)] for launch in launches]
-    print(json.dumps(rows) if args.json else "\n".join(table_lines(launches, rows, GPUS[args.gpu], args.arch)))
+    predictions = predict(launches, args.gpu) if predict is not None and args.predict else None
+    print(json.dumps(rows) if args.json else "\n".join(table_lines(launches, rows, GPUS[args.gpu], args.arch, predictions)))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ TABLE = {
     "blocks": {},
     "counted": {"a block, forward": {"launches": 6, "read": 1000, "written": 500}},
     "machine code": {"a_kernel bfloat16": {"registers": 128, "spills": 0, "instructions": 1000}},
+    "predicted": {"b0 train 256 h200: a_kernel": {"predicted_us": 100.0}},
 }
 
 
@@ -94,6 +95,8 @@ TABLE = {
         ("machine code", "a_kernel bfloat16", "spills", 8, True),
         ("machine code", "a_kernel bfloat16", "registers", 130, False),
         ("machine code", "a_kernel bfloat16", "registers", 168, True),
+        ("predicted", "b0 train 256 h200: a_kernel", "predicted_us", 102.9, False),
+        ("predicted", "b0 train 256 h200: a_kernel", "predicted_us", 103.1, True),
     ],
 )
 def test_static_costs(section, entry, field, value, worse, tmp_path):
@@ -162,14 +165,43 @@ def test_a_pass_and_a_launch_more_in_a_block_are_seen():
 
 def test_the_present_tree_is_not_worse_than_its_baseline():
     pytest.importorskip("triton")
-    done = _present()
+    done = _present("--predict", "none")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
+    """The time of a step is kept with a digest of its launches; what was accepted stays, and what was not is left out."""
+    pytest.importorskip("triton")
+    from effkernels.tools.simulator import network
+
+    asked = []
+
+    def predict_step(model, mode, batch, gpu):
+        asked.append((model, mode, batch, gpu))
+        return network.Step(model, mode, batch, gpu, [], [])
+
+    monkeypatch.setattr(network, "step_launches", lambda module, x, training: ([], []))
+    monkeypatch.setattr(network, "digest", lambda launches, gpu: f"new {gpu}")
+    monkeypatch.setattr(network, "predict_step", predict_step)
+    monkeypatch.setattr(network, "network", lambda *args: (None, None))
+    accepted = {
+        "b0 train 256 h200": {"predicted_ms": 9.0, "digest": "old"},
+        "b4 infer 1 a100": {"predicted_ms": 5.0, "digest": "new a100"},
+        "b4 infer 1 a100: a_kernel": {"predicted_us": 5000.0},
+    }
+    found = static.predicted(accepted, "changed")
+    assert asked == [("b0", "train", 256, "h200")]
+    assert set(found) == set(accepted) and found["b4 infer 1 a100: a_kernel"] == {"predicted_us": 5000.0}
+    assert found["b0 train 256 h200"] == {"predicted_ms": 0.0, "bytes_ms": 0.0, "digest": "new h200"}
+    assert static.predicted(accepted, "none") == accepted and len(asked) == 1
+    static.predicted(accepted, "all")
+    assert len(asked) == 1 + 36 - 1  # all but the one that did not change
 
 
 @pytest.mark.slow
 def test_one_pass_and_launch_more_is_seen():
     pytest.importorskip("triton")
-    done = _present(before=LAUNCH)
+    done = _present("--predict", "none", before=LAUNCH)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "worse   networks: b0 inference: launches: 65 -> 81" in done.stdout
     assert "worse   blocks: b0 16to24-e6-112px-k3-s2 training: bytes_per_image" in done.stdout

@@ -27,6 +27,7 @@ from effkernels.tools.simulator.machine import (
     machine_of,
 )
 
+VERSION = 1  # raised when the same code and figures are given another time
 BUDGET = 60_000  # instructions of the programs on an SM that are run one by one; the rest is extrapolated
 PROBES = 24  # programs whose path alone is emulated, to find the roles
 _MARK = sm.Operation(MARK, 0, 0, 0, 0, encoding.NO_SCOREBOARD, encoding.NO_SCOREBOARD, ()).packed()

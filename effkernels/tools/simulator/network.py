@@ -3,6 +3,7 @@ they are the same."""
 
 import concurrent.futures
 import contextlib
+import hashlib
 import multiprocessing
 import os
 from collections import OrderedDict
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from effkernels.tools.simulator import project
-from effkernels.tools.simulator.launch import Prediction, predict
+from effkernels.tools.simulator.launch import VERSION, Prediction, predict
 from effkernels.tools.simulator.machine import machine_of
 from effkernels.tools.traffic import Operators
 
@@ -121,6 +122,13 @@ def identity(launch: project.Launch, arch: int, cached: dict[int, float]) -> tup
             values.append((name, value))
     slots = tuple(tensor.slot for tensor in project.tensors(launch))
     return launch.digest(arch), launch.grid, tuple(values), slots
+
+
+def digest(launches, gpu: str) -> str:
+    """Of all that the predictions of a step depend on: two steps with the same digest take the same time."""
+    machine = machine_of(gpu)
+    keys = [identity(*pair) for pair in zip(launches, [machine.arch] * len(launches), held_by_l2(launches, machine.l2_kept), strict=True)]
+    return hashlib.sha256(repr((VERSION, gpu, project.GPUS[gpu], machine, keys)).encode()).hexdigest()[:16]
 
 
 _JOBS: list = []
