@@ -1,6 +1,8 @@
 """The simulator of kernel times: its parts on code written by hand, kernels of known speed, and its counts against the
 interpreter's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,9 +13,9 @@ if not HAS_TRITON:
 
 from effkernels import FusedMBConv
 from effkernels.tools import simulate
-from effkernels.tools.simulator import emulate, encoding, flow, sm, trace, translate
+from effkernels.tools.simulator import emulate, encoding, fit, flow, sm, trace, translate
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
-from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of
+from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of, with_constants
 from effkernels.tools.simulator.network import held_by_l2, predict_step
 from effkernels.tools.traffic import count_steps
 from support import simulated
@@ -425,3 +427,35 @@ def test_what_l2_holds_from_launches_before():
             {7: 10},
             {},
         ]
+
+
+# ---- measured beside predicted --------------------------------------------------------------------------------------------------------
+
+
+class _Launch:
+    def __init__(self, name, grid=(1,)):
+        self.name, self.grid = name, grid
+
+    def digest(self, arch):
+        return self.name
+
+
+def test_measured_times_find_their_launches():
+    a, b = _Launch("a"), _Launch("b")
+    assert fit.paired([a, b, a], {"a": [1.0, 3.0], "b": [2.0]}) == [(a, 1.0), (b, 2.0), (a, 3.0)]
+    with pytest.raises(ValueError, match="a ran 1 times, 2 launches were recorded"):
+        fit.paired([a, b, a], {"a": [1.0], "b": [2.0]})
+
+
+def test_a_fit_finds_the_constant_that_was_off(monkeypatch):
+    """Launches whose time is their barriers' and their latency's, measured on a machine with slower barriers."""
+
+    def predict(launch, gpu, machine):
+        barriers, loads = {"a": (100, 1), "b": (10, 20), "c": (1, 1)}[launch.name]
+        return SimpleNamespace(time=1e-9 * (barriers * machine.barrier + loads * machine.memory_latency))
+
+    monkeypatch.setattr(fit, "predict", predict)
+    truth = with_constants(H100, barrier=2 * H100.barrier)
+    pairs = [(launch, predict(launch, "h100", truth).time) for launch in (_Launch("a"), _Launch("b"), _Launch("c"))]
+    found = fit.fit(pairs, "h100")
+    assert found["constants"]["barrier"] == 2 * H100.barrier and found["after"] < 0.5 * found["before"]

@@ -40,33 +40,44 @@ def recorded():
         dispatch.why_not_fused = original
 
 
-def step_launches(module, x, training: bool):
-    """(kernel launches, operators) of a forward, and in training of a cross entropy or a given gradient and of the
-    backward."""
+def step_of(module, x, training: bool):
+    """A function that runs one step: a forward, and in training a cross entropy or a given gradient, and the backward."""
     module.train(training)
-    with recorded() as (launches, operators), torch.set_grad_enabled(training):
-        out = module(x)
-        if training and out.dim() == 2:
-            F.cross_entropy(out, torch.empty(len(x), dtype=torch.long, device=x.device)).backward()
-        elif training:
-            out.backward(torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = module(x)
+            if training and out.dim() == 2:
+                labels = torch.empty(len(x), dtype=torch.long, device=x.device)
+                F.cross_entropy(out, labels if x.is_meta else labels.zero_()).backward()
+            elif training:
+                out.backward(torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device))
+
+    return step
+
+
+def step_launches(module, x, training: bool):
+    """(kernel launches, operators) of a step."""
+    step = step_of(module, x, training)
+    with recorded() as (launches, operators):
+        step()
     return launches, operators
 
 
-def network(name: str, training: bool, images: int):
-    """(model, images) of a network on the ``meta`` device, bf16. In training its blocks keep fp32 weights, as under
+def network(name: str, training: bool, images: int, device: str = "meta"):
+    """(model, images) of a network on ``device``, bf16. In training its blocks keep fp32 weights, as under
     autocast; those of the head and classifier are bf16, as autocast hands them over."""
     try:
         from efficientnet import create_model
     except ImportError as error:
         raise RuntimeError("predicting a network needs the package efficientnet") from error
     bf16 = torch.bfloat16
-    model = create_model(name, device="meta", dtype=None if training else bf16)
+    model = create_model(name, device=device, dtype=None if training else bf16)
     if training:
         for layer in (model.conv_head, model.bn2, model.classifier):
             layer.to(bf16)
     size = model.config.resolution
-    return model, torch.empty(images, 3, size, size, device="meta", dtype=bf16).to(memory_format=torch.channels_last)
+    return model, torch.empty(images, 3, size, size, device=device, dtype=bf16).to(memory_format=torch.channels_last)
 
 
 @dataclass
