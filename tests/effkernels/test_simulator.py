@@ -359,18 +359,28 @@ def counted_in_the_interpreter(monkeypatch, count):
 
 
 def check_recount(monkeypatch, count):
-    """Each launch reads and writes the same bytes of each argument, and stores as often. (Loads may be more: where
-    threads need the same value, each loads it.)"""
+    """Each launch reads and writes the same bytes of each argument; stores, and loads of activations, are as many.
+
+    What the compiler may change is left open: threads that need the same parameter load it each, or once for all; a
+    load whose value nobody uses is left out; and an addition of 0 to a counter, by which a program waits, is a load.
+    """
     interpreted = counted_in_the_interpreter(monkeypatch, count)
     machine = simulated.ask(f"simulated.recounted({count})")
-    assert [(step, launch.name) for step, launch in interpreted] == [(step, name) for step, name, _ in machine]
-    for (step, launch), (_, name, arguments) in zip(interpreted, machine, strict=True):
-        where = f"{step} {name}"
-        distinct = {argument: tuple(counts) for argument, (counts, _) in arguments.items()}
-        assert distinct == launch.arguments, where
-        for argument, (_, (loaded, stored)) in arguments.items():
-            assert stored == launch.requested[argument][1], f"{where} {argument}"
-            assert loaded >= launch.requested[argument][0], f"{where} {argument}"
+    assert [(step, launch.name) for step, launch in interpreted] == [(step, name) for step, name, *_ in machine]
+    compared = 0
+    for (step, launch), (_, name, arguments, activations) in zip(interpreted, machine, strict=True):
+        for argument, counts in launch.arguments.items():
+            where, requested = f"{step} {name} {argument}", launch.requested[argument]
+            if argument not in arguments:
+                assert argument not in activations and counts[1] == 0, where
+                continue
+            distinct, (loaded, stored) = arguments[argument]
+            assert tuple(distinct) == counts, where
+            assert stored == requested[1] or argument == "counters" and 0 < stored <= requested[1], where
+            assert loaded == requested[0] or argument not in activations, where
+            compared += loaded == requested[0] > 0
+        assert set(arguments) <= set(launch.arguments), f"{step} {name}"
+    assert compared > 50 * count
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter is off (TRITON_INTERPRET)")

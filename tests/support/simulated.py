@@ -79,11 +79,14 @@ def block_launches(inputs, outputs, k, stride, ratio, size, images=1) -> dict[st
 
 
 def recounted(count: int) -> list:
-    """[step, kernel, {argument: counts}] of every launch of the first ``count`` blocks, from the machine code."""
+    """[step, kernel, {argument: counts}, names of its activations] of every launch of the first ``count`` blocks, from
+    the machine code."""
     found = []
     for block in BLOCKS[:count]:
         for step, made in block_launches(*block).items():
-            found += [[step, launch.name, recount(launch)] for launch in made]
+            for launch in made:
+                activations = [name for name, tensor in launch.tensors.items() if tensor.dtype == torch.bfloat16]
+                found.append([step, launch.name, recount(launch), activations])
     return found
 
 

@@ -259,6 +259,20 @@ class Emulator:
             return self.compared[k]
         return AWAITED
 
+    def observe(self, address):
+        """What a load finds that may be of a count that other programs raise: one for which nobody waits any longer."""
+        if self.counters is None:
+            return AWAITED
+        if type(address) is int:
+            return self.counters.get(address, 0)
+        return np.array([self.counters.get(int(place), 0) for place in address], np.int64)
+
+    def reduce(self, address, value, guard):
+        """An atomic addition whose result nobody asks for."""
+        active = self._active(guard)
+        if self.counters is not None and active is not False:
+            self._added(address, value, active)
+
     def _added(self, address, value, active):
         """The same where the programs run one after the other: the counters' true values."""
         threads = np.flatnonzero(np.broadcast_to(active, self.threads))

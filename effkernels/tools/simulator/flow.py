@@ -169,7 +169,7 @@ def read(i: Instruction) -> list[int]:
                     count = 2
             found += [number(kind, index + k) for k in range(count)]
     if i.base == "P2R":
-        found += [PREDICATE + k for k in range(7)]
+        found += [PREDICATE + bit for bit in range(7) if int(i.operands[-1], 16) >> bit & 1]
     return found
 
 
@@ -233,6 +233,8 @@ def is_constant(i: Instruction) -> bool:
 def is_floating(i: Instruction) -> bool:
     if i.base == "MUFU":
         return "RCP" not in i.modifiers
+    if i.base == "LDG" and "STRONG" in i.modifiers and i.width == 4:  # it may be a count that a program waits for
+        return False
     return bool(FLOATING.match(i.base)) and not is_constant(i)
 
 

@@ -339,6 +339,8 @@ def _memory(k: int, i: Instruction, full: bool, wanted: bool) -> list[str]:
             lines.append(f"t = E.atomic({k}, {at}, {_source(value) if full else '0'}, {guard})")
         elif not full:
             lines.append("E.accesses += 1")
+        if i.base in ("RED", "REDG") and full:
+            lines.append(f"E.reduce({_address(where)}, {_source(operands[-1])}, {guard})")
         return lines
     if i.base in SHARED and full:
         lines.append(f"E.touch_shared({k}, {_address(where)}, {guard})")
@@ -399,7 +401,7 @@ class Program:
                 return reads
             if i.base in ("STS", "STL") and passed_on and not data & tainted[k]:
                 return reads
-            if i.base in ("ATOMG", "ATOM") and full and not data & tainted[k]:
+            if i.base in ("ATOMG", "ATOM", "RED", "REDG") and full and not data & tainted[k]:
                 return reads
             if expects(i) or i.base in ("UTMASTG", "UTMAREDG"):
                 return reads if full else 0
@@ -475,6 +477,9 @@ class Program:
             target = i.operands[1] if flow.is_predicate(i.operands[0]) else i.operands[0]
             if target != "RZ":
                 lines += _assignments(i, (["True"] if flow.is_predicate(i.operands[0]) else []) + ["t"], masked)
+        elif i.base == "LDG" and not flow.is_floating(i):
+            lines.append(f"t = E.observe({_address(i.operands[-1]) if self.full else '0'})")
+            lines += _assignments(i, ["t"], masked)
         elif flow.is_floating(i):
             places = i.operands[: flow.destinations(i)]
             values = ["False"] * len(places) if flow.is_predicate(places[0]) else ["0"] * flow.registers_written(i)
