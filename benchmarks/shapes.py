@@ -137,13 +137,15 @@ class FusedPointwise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused and self.why_not_fused(x) is None:
-            from effkernels.kernels import pointwise
             from effkernels.kernels.norm import BatchNorm
+            from effkernels.kernels.pointwise_forward import pointwise_forward
+            from effkernels.kernels.weight_copies import forward_weights
 
             bn = self.bn
-            out, _ = pointwise.pointwise_forward(
+            (weight,) = forward_weights([(self.conv.weight, x[:, 0].numel(), self.gate is not None)], x.dtype)
+            out, _ = pointwise_forward(
                 x.permute(0, 2, 3, 1),
-                self.conv.weight,
+                weight,
                 gates=self._gate_of(len(x)),
                 act2=self.act,
                 epilogue=BatchNorm(bn.weight, bn.bias, bn.running_mean, var=bn.running_var, eps=bn.eps),

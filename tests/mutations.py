@@ -23,6 +23,11 @@ TESTS = "tests/effkernels/"
 DEPTHWISE = "test_modules.py::test_depthwise_conv_bn_act[cpu-args0-kwargs0-autocast0-True]"
 BATCHNORM = "test_reference.py::test_bn_act_add"
 SUMS = "test_batchnorm.py::test_backward_in_one_launch"
+FORWARD = "kernels/pointwise_forward.py"
+PRODUCT = "test_pointwise_forward.py::test_product[cpu-2-9-10-24-40-bfloat16-copy]"
+STATISTICS = "test_pointwise_forward.py::test_statistics[cpu-3-5-7-12-10-bfloat16-live]"
+SLICES = "test_pointwise_forward.py::test_several_slices_of_columns[cpu-fragments]"
+GATES = "test_pointwise_forward.py::test_inference_epilogue[cpu-17-2-2-70-33-bfloat16-copy]"
 BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
 HARD_SWISH = "test_activations.py::test_derivative"
 
@@ -98,7 +103,43 @@ FAULTS = [
         "g = g * 1.0",
         SUMS,
     ),
-    Fault("gate before the activation", "kernels/pointwise.py", "v = v * gate", "v = activate(v * gate, ACT, FAST)", BLOCK),
+    Fault(
+        "gate added",
+        "kernels/pointwise_forward.py",
+        "a = a.to(tl.float32) * load(gates",
+        "a = a.to(tl.float32) + load(gates",
+        GATES,
+    ),
+    # ---- forward of 1x1 convolutions
+    Fault("rows of the fragments in the order of memory", FORWARD, "return i // (16 * WARPS) * (16 * WARPS) +", "return i + 0 *", PRODUCT),
+    Fault("columns of a fragment in another order", FORWARD, "(0, 2, 1, 3, 5, 6, 4, 7)", "(0, 2, 1, 3, 5, 4, 6, 7)", PRODUCT),
+    Fault("columns of the copy in the order of memory", "kernels/weight_copies.py", "k // 2 % 4 * 8", "k // 8 % 4 * 8", PRODUCT),
+    Fault("columns of weights that stay in the order of memory", FORWARD, "(0, 2, 3, 1, 4)", "(0, 1, 2, 3, 4)", SLICES),
+    Fault("rows beyond the end counted", FORWARD, "d = tl.where(valid, d, 0.0)", "d += 0.0", STATISTICS),
+    Fault("threads' sums without Chan's term", FORWARD, "- s * shift + delta * delta * held", "- s * shift", STATISTICS),
+    Fault("a batch counted by each slice of columns", FORWARD, "start == 0", "start >= 0", SLICES),
+    Fault(
+        "sums without a pivot",
+        FORWARD,
+        "PIVOT=dtype == torch.float32",
+        "PIVOT=False",
+        "test_pointwise_forward.py::test_statistics_of_a_large_mean[cpu-float32-live]",
+    ),
+    Fault("the gate of the tile's first image", FORWARD, "((base + row) // rows * K)", "((base + row * 0) // rows * K)", GATES),
+    Fault(
+        "rows beyond an image pooled",
+        FORWARD,
+        "acc = tl.where(ok, acc, 0.0)",
+        "acc += 0.0",
+        "test_pointwise_forward.py::test_pooled_head[cpu-3-5-7-12-10-bfloat16-live]",
+    ),
+    Fault(
+        "the next tile's rows for this one's",
+        FORWARD,
+        "load_step(next_xs,",
+        "load_step(xs,",
+        SLICES,
+    ),
     Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, BLOCK_P) / rows", "cc, mcc, C, BLOCK_P) / parts", BLOCK),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
     Fault("sigmoid's derivative", "kernels/activation.py", "return g * (1.0 - g)", "return g", BLOCK),
@@ -156,7 +197,7 @@ FAULTS = [
         "tl.store(counter, 1)",
         "test_squeeze_excite.py::test_pool_and_gate",
     ),
-    Fault("bf16 truncated", "kernels/common.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", "test_pointwise.py::test_product"),
+    Fault("bf16 truncated", "kernels/common.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", PRODUCT),
     # ---- around the kernels
     Fault(
         "sm_80 refused", "dispatch.py", "capability < MIN_CAPABILITY", "capability <= MIN_CAPABILITY", "test_dispatch.py::test_platforms"

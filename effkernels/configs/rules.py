@@ -254,20 +254,88 @@ def _warps(*blocks: int) -> int:
     return 4 if max(blocks) <= 4096 else 8
 
 
+@dataclass(frozen=True)
+class PointwiseForwardConfig:
+    """Row tiles of BM; a program's BN columns, BK values of k a step.
+
+    resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages`` steps ahead.
+    ahead: steps of x that are on their way while one is multiplied. one_block: columns in one power of two, not in several that sum to
+    them. per_image: no tile holds rows of two images, so that it has one gate a channel. fragments: x goes from registers into the
+    products, in half precision in steps of 32. waves: programs an SM holds at once.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int = 4
+    resident: bool = False
+    ahead: int = 1
+    one_block: bool = False
+    per_image: bool = False
+    fragments: bool = False
+    stages: int = 1
+    waves: int = 4
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
+
+    def programs(self, work: int, slices: int, device: torch.device) -> int:
+        """Programs for each slice of columns that fill the device once, or fewer if the longest still does as many pieces of work."""
+        resident = max(1, self.waves * processor_count(device) // slices)
+        return -(-work // -(-work // resident))
+
+    @property
+    def merged(self) -> int:
+        """Columns whose statistics are merged at a time: all of a slice up to 128, as one after another they would wait for memory."""
+        return _power_of_two(self.BN, 16, 128)
+
+
+def pointwise_weights_stay(K: int, transforms: bool) -> bool:
+    """Whether all weights of a slice of columns stay in shared memory: unrolled over more steps, with BatchNorm and gates on load, ptxas
+    spills."""
+    return K <= (256 if transforms else 384)
+
+
+def _fills_the_device(rows: int, dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2 and rows >= 12544  # 98 tiles of 128 rows, or a batch of 256 at 7 x 7
+
+
+def takes_permuted_weight(K: int, rows: int, transforms: bool, dtype: torch.dtype) -> bool:
+    """Whether the forward of a 1x1 convolution is to have a copy of its weight: where tiles that fill the device all load it again."""
+    return _fills_the_device(rows, dtype) and not pointwise_weights_stay(K, transforms)
+
+
+def _even_slice(columns: int, most: int) -> int:
+    """Columns of a slice: the largest multiple of 16 up to ``most`` that divides them, or ``most`` where that is not half as much."""
+    padded = -(-columns // 16) * 16
+    if padded <= most:
+        return padded
+    best = max(size for size in range(16, most + 1, 16) if padded % size == 0)
+    return best if 2 * best > most else most
+
+
 @tuned
-def pointwise_forward_config(K, N, rows, dtype, prologue) -> PointwiseConfig:
-    """All columns in one block up to 128, or 256 where the operand is transformed on load (so that it is transformed
-    once)."""
-    narrow = dtype.itemsize == 2
-    BN = _power_of_two(N, 16, 256 if prologue and narrow else 128 if narrow else 64)
-    BM = _power_of_two(rows, 16, 64 if narrow and BN <= 128 else 32)
-    BK = _power_of_two(K, 16, 64 if narrow and BN <= 128 else 32)
-    if BK == 16:  # a row is 32 bytes: taller tiles, so that every thread still loads 16
-        BM, BN = _power_of_two(rows, 16, 128 if narrow else 64), min(BN, 64)
-    warps = _warps(BM * BN, BM * BK, BN * BK)
-    if (prologue and dtype == torch.float16) or not narrow:  # exp and division on load, or products without tensor cores
-        warps = 8
-    return PointwiseConfig(BM=BM, BN=BN, BK=BK, num_warps=warps, stages=3 if BN <= 128 else 2, maxnreg=255)
+def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, pool, copied) -> PointwiseForwardConfig:
+    narrow, transforms = dtype.itemsize == 2, prologue or gated
+    if copied:
+        BN = _even_slice(N, 128)
+        return PointwiseForwardConfig(BM=64, BN=BN, BK=32, one_block=True, fragments=True, stages=3, waves=2)
+    if _fills_the_device(rows, dtype) and pointwise_weights_stay(K, transforms):
+        if not transforms:
+            BN = _even_slice(N, 48 if K <= 32 else 96 if K <= 128 else 128)
+            return PointwiseForwardConfig(BM=64, BN=BN, BK=32, resident=True, fragments=True)
+        BN, per_image = _even_slice(N, 64), image_rows >= 512
+        return PointwiseForwardConfig(BM=64, BN=BN, BK=32, resident=True, ahead=2, per_image=per_image, fragments=True)
+    if narrow and rows <= 1024:
+        # A few images: what counts is how soon the longest program ends, so many small ones, each with long steps of k.
+        BK = _power_of_two(K, 16, 128)
+        return PointwiseForwardConfig(BM=16, BN=16 if K > 512 else 32, BK=BK, resident=K <= BK, stages=3, num_warps=2, waves=8)
+    BN = _power_of_two(N, 16, 64)
+    BM = _power_of_two(rows, 16, 64 if narrow else 32)
+    BK = _power_of_two(K, 16, 64 if narrow else 32)
+    return PointwiseForwardConfig(BM=BM, BN=BN, BK=BK, resident=K <= BK, stages=3, num_warps=4 if narrow else 8)
 
 
 @tuned

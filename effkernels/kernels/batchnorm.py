@@ -76,7 +76,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def finish_statistics(
+def finish_channels(
     tile_count,
     tile_mean,
     tile_m2,
@@ -89,21 +89,21 @@ def finish_statistics(
     C,
     eps,
     momentum,
-    block_c,
+    c,
+    mc,
+    first,
     BLOCK_TILES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Merge all tiles by Chan's formula for one block of channels: mean and rstd for the kernels that follow, the
+    """Merge all tiles by Chan's formula for channels c [BLOCK_C] where mc: mean and rstd for the kernels that follow, the
     running statistics.
 
     One pass over the tiles, BLOCK_TILES at a time, as differences from the first tile's mean. ``running_mean`` and
     ``running_var`` are updated in place, unless they are None. COUNT says what ``num_batches`` is for: "" nothing,
     "increment" advances it, "cumulative" makes the running statistics the average over ``num_batches`` batches (which
-    the caller has advanced before the launch).
+    the caller has advanced before the launch); ``first`` says whether this call, of those for all channels, does so.
     """
-    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mc = c < C
     t = tl.arange(0, BLOCK_TILES)
     pivot = tl.load(tile_mean + c, mask=mc, other=0.0, cache_modifier=".cg")[None, :]
     n_sum = tl.zeros([BLOCK_TILES], tl.float32)
@@ -130,12 +130,55 @@ def finish_statistics(
         if COUNT == "cumulative":
             factor = 1.0 / tl.load(num_batches).to(tl.float32)
         elif COUNT == "increment":
-            tl.store(num_batches, tl.load(num_batches) + 1, mask=block_c == 0)
+            tl.store(num_batches, tl.load(num_batches) + 1, mask=first)
         old_mean = load_vector(running_mean, c, mc)
         old_var = load_vector(running_var, c, mc)
         unbiased = m2 / (total - 1.0)
         tl.store(running_mean + c, cast(old_mean + factor * (merged - old_mean), running_mean.dtype.element_ty), mask=mc)
         tl.store(running_var + c, cast(old_var + factor * (unbiased - old_var), running_var.dtype.element_ty), mask=mc)
+
+
+@triton.jit
+def finish_statistics(
+    tile_count,
+    tile_mean,
+    tile_m2,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    num_batches,
+    tiles,
+    C,
+    eps,
+    momentum,
+    block_c,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """``finish_channels`` for block ``block_c`` of BLOCK_C channels."""
+    c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    finish_channels(
+        tile_count,
+        tile_mean,
+        tile_m2,
+        mean,
+        rstd,
+        running_mean,
+        running_var,
+        num_batches,
+        tiles,
+        C,
+        eps,
+        momentum,
+        c,
+        c < C,
+        block_c == 0,
+        BLOCK_TILES,
+        BLOCK_C,
+        COUNT,
+    )
 
 
 @sized_jit

@@ -156,3 +156,8 @@ def channel_vector_width(channels: int, itemsize: int = 2) -> int:
 def fast_math(dtype: torch.dtype) -> bool:
     """Whether tanh.approx is accurate enough for ``dtype``, and can run: the interpreter has no inline PTX."""
     return dtype is torch.bfloat16 and not INTERPRET
+
+
+def matmul_precision() -> str:
+    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there too)."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -20,7 +20,12 @@ from effkernels.kernels.activation import activate
 from effkernels.kernels.common import cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.depthwise import load_weights, zero_blocks
 from effkernels.kernels.norm import BatchNorm, scale_and_shift
-from effkernels.kernels.pointwise import load_forward_weight
+
+
+@triton.jit
+def load_forward_weight(w, n, k, K, mask, dtype: tl.constexpr):
+    """w [N, K] as the right operand [k, n], rounded to the compute dtype."""
+    return cast(tl.load(w + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32), dtype)
 
 
 @triton.jit

@@ -1,6 +1,5 @@
-"""1x1 convolutions as products of NHWC rows: forward, and both backward passes of an MBConv block.
+"""1x1 convolutions as products of NHWC rows: both backward passes of an MBConv block (``pointwise_forward`` has the forward).
 
-    forward           y[m,o]  = sum_k a[m,k] w[o,k]          a = x, phi(BN(x)), times gate[n,k] where there is one
     project backward  dq[m,e] = sum_o dy[m,o] w[o,e]         dy = scale * mask[n] * dout + k0 + k1 * y      (BatchNorm
     3's backward)
                       dw[o,e] = sum_m dy[m,o] q[m,e]         q = phi(BN2(y2)) * gate[n,e]
@@ -21,9 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import expand_backward_config, pointwise_forward_config, project_backward_config
+from effkernels.configs.rules import expand_backward_config, project_backward_config
 from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
-from effkernels.kernels.batchnorm import finish_statistics, statistics_arguments
 from effkernels.kernels.common import (
     cast,
     channel_vector_width,
@@ -31,12 +29,11 @@ from effkernels.kernels.common import (
     dot,
     fast_math,
     fp32,
-    given,
-    last_to_arrive,
     launcher,
+    matmul_precision,
     sized_jit,
 )
-from effkernels.kernels.norm import BatchNorm, BatchStatistics, load_rstd, load_vector, scale_and_shift
+from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector, scale_and_shift
 
 GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 
@@ -45,12 +42,6 @@ GRAM_BLOCK = 32  # rows and columns of a program's part of the Gram matrix
 def load_tile(x, i, c, C, ok, mc):
     """Rows i of x [BM, C] at channels c; 0 outside."""
     return tl.load(x + i[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
-
-
-@triton.jit
-def load_forward_weight(w, n, k, K, mask, dtype: tl.constexpr):
-    """w [N, K] as the right operand [k, n], rounded to the compute dtype."""
-    return cast(tl.load(w + n[None, :] * K + k[:, None], mask=mask, other=0.0).to(tl.float32), dtype)
 
 
 @triton.jit
@@ -78,155 +69,6 @@ def fold_rows(v):
 @triton.jit
 def sum_rows(folded):
     return tl.sum(tl.sum(folded, 0), 0)
-
-
-@sized_jit
-def pointwise_forward_kernel(
-    x,
-    w,
-    y,
-    norm1,
-    gate,
-    norm2,
-    residual,
-    tile_count,
-    tile_mean,
-    tile_m2,
-    mean,
-    rstd,
-    running_mean,
-    running_var,
-    num_batches,
-    counters,
-    eps,
-    momentum,
-    images,
-    rows,
-    KV,
-    NV,
-    tiles,
-    per_program,
-    P,
-    KVEC: tl.constexpr,
-    NVEC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SINGLE: tl.constexpr,
-    STAGES: tl.constexpr,
-    X_DTYPE: tl.constexpr,
-    ACT1: tl.constexpr,
-    BP: tl.constexpr,
-    COUNT: tl.constexpr,
-    ACT2: tl.constexpr,
-    POOL: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """BN columns of ``per_program`` row tiles. SINGLE: BK covers all K, so the weights stay. X_DTYPE: compute in x's
-    dtype, else y's."""
-    K = KV * KVEC
-    N = NV * NVEC
-    dtype: tl.constexpr = x.dtype.element_ty if X_DTYPE else y.dtype.element_ty
-    blocks_n = tl.cdiv(N, BN)
-    block = tl.program_id(0) % blocks_n
-    p = tl.program_id(0) // blocks_n
-    c = block * BN + tl.arange(0, BN)
-    mc = c < N
-    k = tl.arange(0, BK)
-    i = tl.arange(0, BM)
-    if not given(norm1):
-        scale1, shift1 = 0.0, 0.0
-    if gate is None:
-        gates = 0.0
-    if SINGLE:
-        mk = k < K
-        weight = load_forward_weight(w, c, k, K, mk[:, None] & mc[None, :], dtype)
-        if given(norm1):
-            scale1, shift1 = scale_and_shift(norm1, k, mk)
-    if given(norm2):
-        scale2, shift2 = scale_and_shift(norm2, c, mc)
-    if tile_mean is not None:
-        pivot = tl.zeros([BN], tl.float32)
-        s1 = tl.zeros([BM // 16, 8, BN], tl.float32)
-        s2 = tl.zeros([BM // 16, 8, BN], tl.float32)
-        count = 0.0
-    if POOL:
-        pooled = tl.zeros([BM // 16, 8, BN], tl.float32)
-    first = p * per_program
-    last = tl.minimum(first + per_program, images * tiles)
-    for t in tl.range(first, last, num_stages=STAGES if SINGLE else 1):
-        image = (t // tiles).to(tl.int64)
-        row0 = (t % tiles).to(tl.int64) * BM
-        ok = row0 + i < rows
-        base = image * rows + row0
-        acc = tl.zeros([BM, BN], tl.float32)
-        if SINGLE:
-            if gate is not None:
-                gates = load_vector(gate + image * K, k, mk)[None, :]
-            a = activated_operand(
-                load_tile(x + base * K, i, k, K, ok, mk), scale1, shift1, gates, dtype, given(norm1), ACT1, gate is not None, FAST
-            )
-            acc = dot(a, weight, acc, PRECISION)
-        else:
-            for start in tl.range(0, K, BK, num_stages=STAGES):
-                kk = start + k
-                mk = kk < K
-                weight = load_forward_weight(w, c, kk, K, mk[:, None] & mc[None, :], dtype)
-                if given(norm1):
-                    scale1, shift1 = scale_and_shift(norm1, kk, mk)
-                if gate is not None:
-                    gates = load_vector(gate + image * K, kk, mk)[None, :]
-                a = activated_operand(
-                    load_tile(x + base * K, i, kk, K, ok, mk), scale1, shift1, gates, dtype, given(norm1), ACT1, gate is not None, FAST
-                )
-                acc = dot(a, weight, acc, PRECISION)
-        if tile_mean is not None:
-            here = tl.minimum(rows - row0, BM).to(tl.float32)
-            if t == first:
-                pivot = tl.sum(tl.where(ok[:, None], acc, 0.0), 0) / here
-            d = tl.where(ok[:, None], acc - pivot[None, :], 0.0)
-            s1 += fold_rows(d)
-            s2 += fold_rows(d * d)
-            count += here
-        if given(norm2):
-            acc = activate(acc * scale2 + shift2, ACT2, FAST)
-        if POOL:
-            pooled += fold_rows(tl.where(ok[:, None], acc, 0.0))
-        else:
-            out_mask = ok[:, None] & mc[None, :]
-            offset = i[:, None] * N + c[None, :]
-            if residual is not None:
-                acc += tl.load(residual + base * N + offset, mask=out_mask, other=0.0).to(tl.float32)
-            tl.store(y + base * N + offset, cast(acc, y.dtype.element_ty), mask=out_mask)
-    if POOL:
-        tl.store(y + p.to(tl.int64) * N + c, cast(sum_rows(pooled) / rows, y.dtype.element_ty), mask=mc)
-    if tile_mean is not None:
-        shift = sum_rows(s1) / count
-        tl.store(tile_mean + p.to(tl.int64) * N + c, pivot + shift, mask=mc)
-        tl.store(tile_m2 + p.to(tl.int64) * N + c, sum_rows(s2) - shift * shift * count, mask=mc)
-        # Each block of columns keeps its own counts: its last program must not wait for another block's.
-        tl.store(tile_count + block * P + p, count)
-        if mean is not None:
-            if last_to_arrive(counters + block, P):
-                finish_statistics(
-                    tile_count + block * P,
-                    tile_mean,
-                    tile_m2,
-                    mean,
-                    rstd,
-                    running_mean,
-                    running_var,
-                    num_batches,
-                    P,
-                    N,
-                    eps,
-                    momentum,
-                    block,
-                    BP,
-                    BN,
-                    COUNT,
-                )
 
 
 @triton.jit
@@ -800,104 +642,6 @@ def expand_backward_kernel(
                 STAGES,
                 PRECISION,
             )
-
-
-def matmul_precision() -> str:
-    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there
-    too)."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-@launcher
-def pointwise_forward(
-    x,
-    weight,
-    *,
-    dtype=None,
-    prologue: BatchNorm | None = None,
-    act1="identity",
-    gates=None,
-    statistics: BatchStatistics | None = None,
-    partial_statistics=False,
-    counters=None,
-    epilogue: BatchNorm | None = None,
-    act2="identity",
-    residual=None,
-    pool=False,
-    out_dtype=None,
-):
-    """y = a w^T for x [N, H, W, K], weight [O, K, 1, 1]; see the module docstring.
-
-    Args:
-        dtype: compute dtype (default x's); x is rounded to it on load.
-        prologue: with rstd: a = act1(BN(x)). gates: fp32 [N, K], multiplies a.
-        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics:
-            the last program finishes them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one
-            per block of columns or more.
-        epilogue: act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
-        pool: store only the mean over H, W, [N, O].
-
-    Returns: (y, statistics or None).
-    """
-    N, H, W, K = x.shape
-    O = weight.shape[0]
-    dtype = dtype or x.dtype
-    per_image = gates is not None or pool
-    images, rows = (N, H * W) if per_image else (1, N * H * W)
-    cfg = pointwise_forward_config(K, O, rows, dtype, prologue is not None or gates is not None)
-    tiles = triton.cdiv(rows, cfg.BM)
-    blocks_n = triton.cdiv(O, cfg.BN)
-    per_program, P = (tiles, images) if pool else cfg.spread(images * tiles, blocks_n, x.device)
-    y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
-    want_stats = partial_statistics or statistics is not None
-    if statistics is not None:
-        check_counters(counters, blocks_n)
-    tile_count = tile_mean = tile_m2 = mean = rstd = None
-    if want_stats:
-        tile_count, tile_mean, tile_m2 = fp32(x.device, blocks_n, P), fp32(x.device, P, O), fp32(x.device, P, O)
-    if statistics is not None:
-        mean, rstd = fp32(x.device, O), fp32(x.device, O)
-    pointwise_forward_kernel[(P * blocks_n,)](
-        x=x,
-        w=weight,
-        y=y,
-        norm1=prologue,
-        gate=gates,
-        norm2=epilogue,
-        residual=residual,
-        tile_count=tile_count,
-        tile_mean=tile_mean,
-        tile_m2=tile_m2,
-        mean=mean,
-        rstd=rstd,
-        counters=None if statistics is None else counters,
-        **statistics_arguments(statistics),
-        images=images,
-        rows=rows,
-        KV=K // channel_vector_width(K),
-        NV=O // channel_vector_width(O),
-        tiles=tiles,
-        per_program=per_program,
-        P=P,
-        KVEC=channel_vector_width(K),
-        NVEC=channel_vector_width(O),
-        BM=cfg.BM,
-        BN=cfg.BN,
-        BK=cfg.BK,
-        SINGLE=K <= cfg.BK,
-        STAGES=cfg.stages,
-        X_DTYPE=x.dtype == dtype,
-        ACT1=act1,
-        BP=max(1, 4096 // cfg.BN),
-        ACT2=act2,
-        POOL=pool,
-        FAST=fast_math(dtype),
-        PRECISION=matmul_precision(),
-        **cfg.options,
-    )
-    if statistics is not None:
-        return y, (mean, rstd)
-    return y, (tile_count[0], tile_mean, tile_m2) if partial_statistics else None
 
 
 @launcher

@@ -36,12 +36,14 @@ class HeadResults(NamedTuple):
 
 
 def _forward(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: HeadSettings) -> HeadResults:
-    from effkernels.kernels.pointwise import pointwise_forward
+    from effkernels.kernels.pointwise_forward import pointwise_forward
     from effkernels.kernels.pooled_norm import pooled_norm
+    from effkernels.kernels.weight_copies import forward_weights
 
     wanted = batch_statistics(norm, conv_weight.shape[0], x.device)
-    counters = zeroed_counters(x, conv_weight.shape[0])
-    y, found = pointwise_forward(x, conv_weight, dtype=settings.dtype, statistics=wanted, counters=counters)
+    counters = zeroed_counters(x, 128 + conv_weight.shape[0])
+    (weight,) = forward_weights([(conv_weight, x[..., 0].numel(), False)], settings.dtype)
+    y, found = pointwise_forward(x, weight, dtype=settings.dtype, statistics=wanted, counters=counters)
     bn = normalisation(norm, wanted, found, y)
     out, sum_dphi, sum_dphi_yhat = pooled_norm(y, bn, act=settings.act)
     return HeadResults(out, y, bn.mean, bn.rstd, sum_dphi, sum_dphi_yhat)
@@ -78,10 +80,12 @@ def _backward(dout, *, x, conv_weight, norm, settings, saved: HeadResults, needs
 
 def _inference(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: HeadSettings) -> Tensor:
     """x [N, H, W, K] -> [N, O] in the compute dtype."""
-    from effkernels.kernels.pointwise import pointwise_forward
+    from effkernels.kernels.pointwise_forward import pointwise_forward
+    from effkernels.kernels.weight_copies import forward_weights
 
     epilogue = frozen_normalisation(norm)
-    out, _ = pointwise_forward(x, conv_weight, dtype=settings.dtype, epilogue=epilogue, act2=settings.act, pool=True)
+    (weight,) = forward_weights([(conv_weight, x[..., 0].numel(), False)], settings.dtype)
+    out, _ = pointwise_forward(x, weight, dtype=settings.dtype, epilogue=epilogue, act2=settings.act, pool=True)
     return out
 
 

@@ -77,12 +77,30 @@ def _counters(x, E, O):
 
 
 def _first_convolution(x, weight, settings, **how):
-    """(y1, (mean, rstd) or None) of the expand convolution of x [N, H, W, I], or of the stem of images x [N, I, H, W]."""
+    """(y1, (mean, rstd) or None) of the expand convolution of x [N, H, W, I], or of the stem of images x [N, I, H, W].
+
+    weight: of the stem, or what ``_forward_weights`` gives.
+    """
     if settings.stem_stride:
         return stem_convolution(x, weight, settings.stem_stride, settings.padding, settings.dtype, **how)
-    from effkernels.kernels.pointwise import pointwise_forward
+    from effkernels.kernels.pointwise_forward import pointwise_forward
 
     return pointwise_forward(x, weight, dtype=settings.dtype, **how)
+
+
+def _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings):
+    """Both 1x1 weights as the forward's kernels take them: the live ones, or their copies. The stem's stays as it is."""
+    from effkernels.kernels.weight_copies import forward_weights
+
+    if settings.stem_stride:
+        N, size = x.shape[0], conv_out_sizes(*x.shape[2:], 3, settings.stem_stride, settings.padding)
+    else:
+        N, size = x.shape[0], x.shape[1:3]
+    out_size = conv_out_sizes(*size, depthwise_weight.shape[-1], settings.stride, settings.padding)
+    expand = None if settings.stem_stride else expand_weight
+    wanted = [(expand, N * size[0] * size[1], False), (project_weight, N * out_size[0] * out_size[1], True)]
+    expand, project = forward_weights(wanted, settings.dtype)
+    return expand_weight if expand is None else expand, project
 
 
 def _depthwise_pads(a, weight, settings):
@@ -105,10 +123,12 @@ def _forward(
     branch_draws: Constant,
     settings: BlockSettings,
 ) -> BlockResults:
-    from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
+    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels.pointwise_forward import pointwise_forward
 
     E, O, act = depthwise_weight.shape[0], project_weight.shape[0], settings.act
     counters = _counters(x, E, O)
+    expand_weight, project_weight = _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings)
 
     y1 = bn1 = None
     if expand_weight is None:
@@ -148,7 +168,7 @@ def _forward(
         )
 
     wanted = batch_statistics(norm3, O, x.device)
-    y3, found = pointwise.pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gates=gates, statistics=wanted, counters=counters)
+    y3, found = pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gates=gates, statistics=wanted, counters=counters)
     bn3 = normalisation(norm3, wanted, found, y3)
 
     out = batchnorm.apply(
@@ -293,7 +313,8 @@ def _backward(
         if expand_weight is None:
             a = x.to(settings.dtype)
         elif a is None:
-            a, _ = _first_convolution(x, expand_weight, settings)
+            weight, _ = _forward_weights(x, expand_weight, depthwise_weight, None, settings)
+            a, _ = _first_convolution(x, weight, settings)
         dz1, partials, sums1 = depthwise.depthwise_backward(
             dq,
             a,
@@ -378,13 +399,17 @@ def _inference(
 ) -> Tensor:
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
     from effkernels.configs.rules import expand_inside
-    from effkernels.kernels import depthwise, expand_depthwise, pointwise, squeeze_excite
+    from effkernels.kernels import depthwise, expand_depthwise, squeeze_excite
+    from effkernels.kernels.common import matmul_precision
+    from effkernels.kernels.pointwise_forward import pointwise_forward
 
     act, dtype = settings.act, settings.dtype
     pads = _depthwise_pads(x, depthwise_weight, settings)
     bn2 = frozen_normalisation(norm2)
     E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
-    if expand_weight is not None and expand_inside(k, settings.stride, x.shape[-1], E, dtype, act):
+    inside = expand_weight is not None and expand_inside(k, settings.stride, x.shape[-1], E, dtype, act)
+    copied, project_weight = _forward_weights(x, None if inside else expand_weight, depthwise_weight, project_weight, settings)
+    if inside:
         a, sums = expand_depthwise.expand_depthwise(
             x.to(dtype),
             expand_weight,
@@ -395,14 +420,14 @@ def _inference(
             pads,
             act=act,
             pool=se is not None,
-            precision=pointwise.matmul_precision(),
+            precision=matmul_precision(),
         )
     else:
         if expand_weight is None:
             a = x.to(dtype)
         else:
             epilogue = frozen_normalisation(norm1)
-            a, _ = pointwise.pointwise_forward(x, expand_weight, dtype=dtype, epilogue=epilogue, act2=act)
+            a, _ = pointwise_forward(x, copied, dtype=dtype, epilogue=epilogue, act2=act)
         a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, settings.stride, pads, epilogue=bn2, act2=act, pool=se is not None)
     gates = None
     if se is not None:
@@ -416,7 +441,7 @@ def _inference(
             act=se.act,
             gate=se.gate,
         )
-    out, _ = pointwise.pointwise_forward(
+    out, _ = pointwise_forward(
         a,
         project_weight,
         gates=gates,

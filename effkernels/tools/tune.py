@@ -38,11 +38,11 @@ FIELDS = {
     "elementwise": {"BLOCK_ROWS": (16, 32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
     "reduction": {"BLOCK_ROWS": (8, 16, 32, 64, 128, 256), "num_warps": (2, 4, 8)},
     "pointwise_forward": {
-        "BM": (16, 32, 64, 128),
-        "BN": (16, 32, 64, 128, 256),
+        "BM": (64, 128, 256),
+        "ahead": (1, 2, 3),
         "num_warps": (4, 8),
         "stages": (2, 3, 4),
-        "waves": (1, 2, 3, 4),
+        "waves": (1, 2, 3, 4, 5, 6),
     },
     "project_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
     "expand_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
@@ -186,17 +186,21 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         return call
 
     def expand(device):
-        from effkernels.kernels import pointwise
+        from effkernels.kernels.pointwise_forward import pointwise_forward
+        from effkernels.kernels.weight_copies import forward_weights
 
-        x, w = _random(device, batch, size, size, inputs, dtype=dtype), _random(device, E, inputs, 1, 1)
-        return lambda: (pointwise.pointwise_forward(x, w, partial_statistics=True)[0],)
+        x = _random(device, batch, size, size, inputs, dtype=dtype)
+        (w,) = forward_weights([(_random(device, E, inputs, 1, 1), batch * size * size, False)], dtype)
+        return lambda: (pointwise_forward(x, w, partial_statistics=True)[0],)
 
     def project(device):
-        from effkernels.kernels import pointwise
+        from effkernels.kernels.pointwise_forward import pointwise_forward
+        from effkernels.kernels.weight_copies import forward_weights
 
-        x, w, gates = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
+        x, gates = _random(device, *e2, dtype=dtype), torch.rand(batch, E, device=device)
+        (w,) = forward_weights([(_random(device, outputs, E, 1, 1), x[..., 0].numel(), True)], dtype)
         how = {"prologue": batch_norm(device, E), "act1": "silu", "gates": gates}
-        return lambda: (pointwise.pointwise_forward(x, w, partial_statistics=True, **how)[0],)
+        return lambda: (pointwise_forward(x, w, partial_statistics=True, **how)[0],)
 
     def project_backward(device):
         from effkernels.kernels import pointwise

@@ -30,7 +30,7 @@ def large_blocks(monkeypatch):
     a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
     if not (HAS_TRITON and INTERPRET):
         return
-    from effkernels.kernels import depthwise, pointwise, squeeze_excite, weight_gradients
+    from effkernels.kernels import depthwise, pointwise, pointwise_forward, squeeze_excite, weight_gradients
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
@@ -41,7 +41,9 @@ def large_blocks(monkeypatch):
 
     enlarge(depthwise, "depthwise_forward_config", strips)
     enlarge(depthwise, "depthwise_backward_config", strips)
-    enlarge(pointwise, "pointwise_forward_config", lambda K, N, rows, *_: {"BM": _block(rows), "BN": _block(N), "BK": _block(K)})
+    whole = {"one_block": True, "resident": True, "fragments": False}
+    sizes = lambda K, N, rows, *_: {"BM": _block(rows), "BN": _block(N), "BK": _block(K), **whole}  # noqa: E731
+    enlarge(pointwise_forward, "pointwise_forward_config", sizes)
     for name in ("project_backward_config", "expand_backward_config"):
         # (expanded, outputs, ...) and (expanded, inputs, ...): columns of the product and its inner dimension change places
         columns, inner = ("BN", "BK") if name.startswith("project") else ("BK", "BN")

@@ -90,7 +90,7 @@ def test_same_as_the_launches_it_replaces(device):
     """Bit for bit in fp32: the expanded values are the same products, rounded where the stored tensor would be."""
     from effkernels.kernels.depthwise import depthwise_forward
     from effkernels.kernels.expand_depthwise import expand_depthwise
-    from effkernels.kernels.pointwise import pointwise_forward
+    from effkernels.kernels.pointwise_forward import pointwise_forward
 
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):

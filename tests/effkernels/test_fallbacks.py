@@ -173,9 +173,10 @@ def test_a_table_that_asks_too_much_of_an_sm86():
         from effkernels.configs import rules, tables
         from effkernels.tools.launches import Launch
         from effkernels.tools.machine_code import compile_launch
-        from effkernels.kernels import pointwise
+        from effkernels.kernels.pointwise_forward import pointwise_forward
 
-        family, key = "pointwise_forward", "K=128 N=64 rows=1024 dtype=bfloat16 prologue=False"
+        family = "pointwise_forward"
+        key = "K=128 N=64 rows=1024 image_rows=256 dtype=bfloat16 prologue=False gated=False pool=False copied=False"
         path = tempfile.mktemp(suffix=".json")
         with open(path, "w") as file:
             rows = [{"family": family, "key": key, "config": {"BM": 128, "BK": 64, "stages": 10}}]
@@ -196,7 +197,7 @@ def test_a_table_that_asks_too_much_of_an_sm86():
         x = torch.empty(4, 16, 16, 128, device="meta", dtype=torch.bfloat16)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            pointwise.pointwise_forward(x, torch.empty(64, 128, 1, 1, device="meta", dtype=torch.bfloat16))
+            pointwise_forward(x, torch.empty(64, 128, 1, 1, device="meta", dtype=torch.bfloat16))
         print(json.dumps([shared, [str(w.message) for w in warned]]))
         """
     )

@@ -113,7 +113,7 @@ def test_weights_in_any_memory_format(device):
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_precision_through_the_newer_setting(precision, device):
     """torch.backends.cuda.matmul.fp32_precision: reading the older allow_tf32 after it raises."""
-    from effkernels.kernels.pointwise import matmul_precision
+    from effkernels.kernels.common import matmul_precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     try:

@@ -46,10 +46,10 @@ def test_real_blocks_in_training(model, I, O, k, s, expand, H, W, padding, dtype
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 def test_expand_inside_the_depthwise_kernel(I, padding, device, monkeypatch):
     """Inference of the first blocks: the same numbers with e1 stored and without."""
-    from effkernels.kernels import expand_depthwise, pointwise
+    from effkernels.kernels import expand_depthwise, pointwise_forward
 
     runs = []
-    for module, name in ((expand_depthwise, "expand_depthwise"), (pointwise, "pointwise_forward")):
+    for module, name in ((expand_depthwise, "expand_depthwise"), (pointwise_forward, "pointwise_forward")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, n=name, f=original, **kw: (runs.append(n), f(*args, **kw))[1])
     modules = twins(FusedMBConv, I, 24, 3, 2, 6, 0.25, padding=padding, device=device)
@@ -132,14 +132,15 @@ def test_launches_of_b0(on_meta):
     model = create_model("efficientnet_b0", device="meta", dtype=x.dtype)
     with Operators() as operators, torch.no_grad():
         model.eval()(x)
-    assert len(on_meta) + len(operators.names) <= 65  # the goal is 70
+    assert on_meta.count("weight_copies_kernel") == 10  # where all tiles load weights that do not fit beside them
+    assert len(on_meta) + len(operators.names) <= 75
     on_meta.clear()
     model.train()
     with Operators() as operators:
         labels = torch.empty(256, dtype=torch.long, device="meta")
         nn.functional.cross_entropy(model(x), labels).backward()
     assert on_meta.count("project_backward_kernel") == 16 and on_meta.count("expand_backward_kernel") == 15
-    assert len(on_meta) + len(operators.names) <= 196, (len(on_meta), operators.names)  # the goal is 200
+    assert len(on_meta) + len(operators.names) <= 206, (len(on_meta), operators.names)
 
 
 @pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.19), (224, "keep", 0.341)])

@@ -280,7 +280,7 @@ LARGE = [
 # Kernels over what has no pixels: vectors of a channel, of an image's channels, and partial sums.
 WITHOUT_PIXELS = (
     "gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad squeeze_excite_wgrad sum_partials "
-    "weight_gradients"
+    "weight_copies weight_gradients"
 )
 
 
