@@ -293,6 +293,82 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     )
 
 
+@dataclass(frozen=True)
+class ProjectBackwardConfig:
+    """Tiles of BM rows, BE channels of E; BO output channels, ``pieces`` of which stay in a program (0: none does).
+
+    stages: tiles in flight or in use. programs_per_sm: resident at once, by their registers (sm_90).
+    """
+
+    BM: int
+    BE: int
+    BO: int
+    pieces: int = 1
+    num_warps: int = 4
+    stages: int = 3
+    programs_per_sm: int = 4
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
+
+    def programs(self, work: int, blocks: int, device: torch.device) -> int:
+        """Programs for each of ``blocks``, at most one a piece of work, that together fill the device once."""
+        return max(1, min(work, self.programs_per_sm * processor_count(device) // blocks))
+
+    def parts(self, images: int, tiles: int, blocks: int, device: torch.device) -> tuple[int, int, int]:
+        """(parts an image, tiles a part, programs for each of ``blocks``): images are divided where they are fewer than programs."""
+        parts = min(tiles, -(-self.programs(images * tiles, blocks, device) // images))
+        tiles_per_part = -(-tiles // parts)
+        parts = -(-tiles // tiles_per_part)
+        return parts, tiles_per_part, self.programs(images * parts, blocks, device)
+
+
+def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
+    """Whether one kernel makes both gradients of the project convolution: where their accumulators fit a thread's registers beside five
+    sums. fp32 products without tensor cores do not, nor does GELU (300 bytes spilled)."""
+    return dtype.itemsize == 2 and O <= 24 and act != "gelu"
+
+
+@tuned
+def project_dy_config(O, dtype) -> RowsConfig:
+    """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread of each operand in flight."""
+    BC = _channel_block(O, 128)
+    return RowsConfig(BR=4096 // BC, BC=BC)
+
+
+@tuned
+def project_both_config(E, O, rows, dtype) -> ProjectBackwardConfig:
+    """One warp: 4 channels a lane, 32 values of dq and as many of dw a thread. 246 to 255 registers, 8 programs an SM."""
+    return ProjectBackwardConfig(BM=32, BE=32, BO=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=8)
+
+
+@tuned
+def project_data_config(E, O, rows, dtype, act) -> ProjectBackwardConfig:
+    """All outputs of 64 channels stay in shared memory; with them up to 128 outputs leave room for four programs an SM, if 120 registers
+    suffice: SiLU by tanh, 16 rows. 32 rows take 176 registers for 12 % fewer instructions. fp32 products run without tensor cores: the
+    weight is loaded tile by tile.
+    """
+    if dtype.itemsize == 4:
+        return ProjectBackwardConfig(BM=16, BE=64, BO=32, pieces=0, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+    BO = _power_of_two(O, 16, 128) if O <= 128 else 64
+    short = dtype == torch.bfloat16 and act == "silu" and O <= 128
+    return ProjectBackwardConfig(
+        BM=16, BE=64, BO=BO, pieces=-(-O // BO), stages=2, programs_per_sm=4 if short else 2, maxnreg=120 if short else None
+    )
+
+
+@tuned
+def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
+    """As many outputs a program as its registers hold, so that few blocks of outputs activate y2 again."""
+    if dtype.itemsize == 4:
+        return ProjectBackwardConfig(BM=16, BE=64, BO=_power_of_two(O, 16, 64), num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+    wide = 128 < O <= 256
+    BO = 256 if wide else _power_of_two(O, 16, 128)
+    return ProjectBackwardConfig(BM=32, BE=64, BO=BO, stages=3, programs_per_sm=2 if wide else 3)
+
+
 @tuned
 def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
     narrow = dtype.itemsize == 2

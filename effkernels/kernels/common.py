@@ -30,7 +30,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
-    "image_blocks row_stride total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
+    "image_blocks row_stride total images E I O KV NV IV RV OV EV step per_program programs splits tiles_per_part "
     "stride_n stride_c stride_h stride_w depthwise_parts project_parts"
 ).split()
 
