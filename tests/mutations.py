@@ -24,6 +24,7 @@ DEPTHWISE = "test_modules.py::test_depthwise_conv_bn_act[cpu-args0-kwargs0-autoc
 BATCHNORM = "test_reference.py::test_bn_act_add"
 SUMS = "test_batchnorm.py::test_backward_in_one_launch"
 BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
+PROJECT = "test_project_backward.py::"
 HARD_SWISH = "test_activations.py::test_derivative"
 
 
@@ -99,6 +100,48 @@ FAULTS = [
         SUMS,
     ),
     Fault("gate before the activation", "kernels/pointwise.py", "v = v * gate", "v = activate(v * gate, ACT, FAST)", BLOCK),
+    Fault(
+        "rows past an image counted in the sums of slopes",
+        "kernels/project_backward.py",
+        "dphi = tl.where(ok[None, :], dphi, 0.0)",
+        "dphi *= 1.0",
+        PROJECT + "test_gradients_and_sums[cpu-split-bf16]",
+    ),
+    Fault(
+        "rows past an image left in the sums of slopes",
+        "kernels/project_backward.py",
+        "tl.sum(s2, 1) - outside,",
+        "tl.sum(s2, 1),",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "the gate of the image before",
+        "kernels/project_backward.py",
+        "gates + next_image * E",
+        "gates + image * E",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "the weight in memory's order of channels",
+        "kernels/project_backward.py",
+        "c0 + index % 8 * V + index // 16 * 2 + index // 8 % 2",
+        "c0 + index",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "sums of y2 that is not centred",
+        "kernels/project_backward.py",
+        "v = v * rstd[:, None] + offset[:, None]\n            phi",
+        "v = v * rstd[:, None]\n            phi",
+        PROJECT + "test_a_mean_far_from_zero[cpu-14.0-split]",
+    ),
+    Fault(
+        "drop-path forgotten in dy",
+        "kernels/project_backward.py",
+        "scale *= branch_factor(tl.load(branch_draws + image), keep)",
+        "scale *= 1.0",
+        PROJECT + "test_draws_stand_for_factors",
+    ),
     Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, BLOCK_P) / rows", "cc, mcc, C, BLOCK_P) / parts", BLOCK),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
     Fault("sigmoid's derivative", "kernels/activation.py", "return g * (1.0 - g)", "return g", BLOCK),

@@ -6,10 +6,10 @@
     for each image n and channel e, over its rows m, the sums of       dq phi',  dq phi' yhat2,  and where there is a
                                                                        gate  dq phi,  phi',  phi' yhat2
 
-Rows m are the pixels of an image n, in tiles of BM. Both products are computed transposed, dq^T = w^T dy^T [E, BM] and
+Rows m are the pixels of an image n, in tiles of BLOCK_M. Both products are computed transposed, dq^T = w^T dy^T [E, BLOCK_M] and
 dw^T = q^T dy [E, O], because a thread of the tensor cores then holds few channels and many rows:
 
-    accumulator [16 channels, BM rows] of a warp; lane 4 l + q holds  channels l and l + 8
+    accumulator [16 channels, BLOCK_M rows] of a warp; lane 4 l + q holds  channels l and l + 8
                                                                       rows 8 j + 2 q and 8 j + 2 q + 1 of each
 
                rows  0 1    2 3    4 5    6 7    8 9    ..
@@ -41,35 +41,37 @@ from effkernels.configs.rules import (
     project_dy_config,
     project_weight_config,
 )
-from effkernels.kernels.common import (
-    activate,
-    activate_and_grad,
-    branch_factor,
-    cast,
-    channel_vector_width,
-    dot,
-    fast_math,
-    fp32,
-    launcher,
-    sized_jit,
-)
+from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
+from effkernels.kernels.common import cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
 from effkernels.kernels.norm import load_rstd, load_vector
 from effkernels.kernels.pointwise import load_tile, matmul_precision
 
 
 @sized_jit
 def project_dy_kernel(
-    dout, y3, dy, norm3, k0, k1, branch_draws, keep, rows, OV, image_blocks,
-    OVEC: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
-):  # fmt: skip
-    """dy of BM rows of an image and BO channels; k0 None: no terms of batch statistics."""
+    dout,
+    y3,
+    dy,
+    norm3,
+    k0,
+    k1,
+    branch_draws,
+    keep,
+    rows,
+    OV,
+    image_blocks,
+    OVEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """dy of BLOCK_M rows of an image and BLOCK_O channels; k0 None: no terms of batch statistics."""
     O = OV * OVEC
-    c = tl.program_id(0) % tl.cdiv(O, BO) * BO + tl.arange(0, BO)
+    c = tl.program_id(0) % tl.cdiv(O, BLOCK_O) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask = c < O
-    block = tl.program_id(0) // tl.cdiv(O, BO)
+    block = tl.program_id(0) // tl.cdiv(O, BLOCK_O)
     image = (block // image_blocks).to(tl.int64)
-    row0 = block % image_blocks * BM
-    i = tl.arange(0, BM)
+    row0 = block % image_blocks * BLOCK_M
+    i = tl.arange(0, BLOCK_M)
     ok = row0 + i < rows
     base = (image * rows + row0) * O
     scale = load_vector(norm3.weight, c, mask) * load_rstd(norm3, c, mask)
@@ -132,7 +134,7 @@ def store_sums(out, e, E, mask, s1, s3, s5, s2, s4, HALVED: tl.constexpr, GATED:
 
 @triton.jit
 def add_rows(total, x, ones, dtype: tl.constexpr):
-    """total [BE, 8] plus the sum of x [BE, BM] over its rows, in every column.
+    """total [BLOCK_E, 8] plus the sum of x [BLOCK_E, BLOCK_M] over its rows, in every column.
 
     In bf16 a product with a matrix of ones, for which x lies right as it is: half an instruction a value, where adding takes one and half
     of another to pass sums between lanes. Rounding each value of many leaves less error than rounding their sum. fp16 would overflow.
@@ -145,61 +147,84 @@ def add_rows(total, x, ones, dtype: tl.constexpr):
 
 @triton.jit
 def one_column(total):
-    """[BE] of total [BE, 8], whose columns are equal."""
+    """[BLOCK_E] of total [BLOCK_E, 8], whose columns are equal."""
     return tl.sum(total, 1) * 0.125
 
 
 @triton.jit
 def load_weight(w, e, o, O, E, me, dtype: tl.constexpr):
-    """w [O, E] as the left operand [BE, BK], rounded to the compute dtype."""
+    """w [O, E] as the left operand [BLOCK_E, BLOCK_K], rounded to the compute dtype."""
     v = tl.load(w + o[None, :] * E + e[:, None], mask=me[:, None] & (o < O)[None, :], other=0.0)
     return v if v.dtype == dtype else cast(v.to(tl.float32), dtype)
 
 
 @sized_jit
 def project_data_kernel(
-    dy, w, y2, dq, sums, norm2, images, rows, OV, EV, tiles, parts, tiles_per_part, programs,
-    OVEC: tl.constexpr, EVEC: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq of BE channels, and the sums, in every ``programs``-th part of an image.
+    dy,
+    w,
+    y2,
+    dq,
+    sums,
+    norm2,
+    images,
+    rows,
+    OV,
+    EV,
+    tiles,
+    parts,
+    tiles_per_part,
+    programs,
+    OVEC: tl.constexpr,
+    EVEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    HALVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of BLOCK_E channels, and the sums, in every ``programs``-th part of an image.
 
-    PIECES of BK output channels stay in shared memory (or registers) all along; 0: the weight is loaded tile by tile.
+    PIECES of BLOCK_K output channels stay in shared memory (or registers) all along; 0: the weight is loaded tile by tile.
     """
     O = OV * OVEC
     E = EV * EVEC
     dtype: tl.constexpr = y2.dtype.element_ty
-    blocks_e = tl.cdiv(E, BE)
-    e = tl.program_id(0) % blocks_e * BE + tl.arange(0, BE)
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
     me = e < E
-    i = tl.arange(0, BM)
-    k = tl.arange(0, BK)
+    i = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
     rstd, offset, gamma, beta = activation_coefficients(norm2, e, me, HALVED)
-    ones = tl.full([BM, 8], 1.0, tl.float32).to(dtype)
+    ones = tl.full([BLOCK_M, 8], 1.0, tl.float32).to(dtype)
     weight = ()
     for j in tl.static_range(PIECES):
-        weight = weight + (load_weight(w, e, j * BK + k, O, E, me, dtype),)
+        weight = weight + (load_weight(w, e, j * BLOCK_K + k, O, E, me, dtype),)
     for g in range(tl.program_id(0) // blocks_e, images * parts, programs):
         image = (g // parts).to(tl.int64)
-        s1 = tl.zeros([BE, 8], tl.float32)
-        s3 = tl.zeros([BE, 8], tl.float32)
-        s5 = tl.zeros([BE, 8], tl.float32)
-        s2 = tl.zeros([BE, 8], tl.float32)
-        s4 = tl.zeros([BE, 8], tl.float32)
+        s1 = tl.zeros([BLOCK_E, 8], tl.float32)
+        s3 = tl.zeros([BLOCK_E, 8], tl.float32)
+        s5 = tl.zeros([BLOCK_E, 8], tl.float32)
+        s2 = tl.zeros([BLOCK_E, 8], tl.float32)
+        s4 = tl.zeros([BLOCK_E, 8], tl.float32)
         first = g % parts * tiles_per_part
         last = tl.minimum(first + tiles_per_part, tiles)
         for t in tl.range(first, last, num_stages=STAGES if PIECES > 0 else 1):
-            row0 = t * BM
+            row0 = t * BLOCK_M
             ok = row0 + i < rows
             base = image * rows + row0
             v = tl.trans(load_tile(y2 + base * E, i, e, E, ok, me)).to(tl.float32)
-            acc = tl.zeros([BE, BM], tl.float32)
+            acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
             if PIECES > 0:
                 for j in tl.static_range(PIECES):
-                    o = j * BK + k
+                    o = j * BLOCK_K + k
                     acc = dot(weight[j], tl.trans(load_tile(dy + base * O, i, o, O, ok, o < O)), acc, PRECISION)
             else:
-                for start in tl.range(0, O, BK, num_stages=STAGES):
+                for start in tl.range(0, O, BLOCK_K, num_stages=STAGES):
                     o = start + k
                     left = load_weight(w, e, o, O, E, me, dtype)
                     acc = dot(left, tl.trans(load_tile(dy + base * O, i, o, O, ok, o < O)), acc, PRECISION)
@@ -217,33 +242,49 @@ def project_data_kernel(
             s1 = add_rows(s1, slope, ones, dtype)
             s3 = add_rows(s3, slope * v, ones, dtype)
         row = sums + (image * parts + g % parts) * (5 if GATED else 2) * E
-        store_sums(
-            row, e, E, me, one_column(s1), one_column(s3), one_column(s5), one_column(s2), one_column(s4), HALVED, GATED
-        )  # fmt: skip
+        store_sums(row, e, E, me, one_column(s1), one_column(s3), one_column(s5), one_column(s2), one_column(s4), HALVED, GATED)
 
 
 @sized_jit
 def project_weight_kernel(
-    dy, y2, partials, norm2, gates, images, rows, OV, EV, tiles, splits,
-    OVEC: tl.constexpr, EVEC: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr,
-    ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """partials[split] of BE x BO, over every ``splits``-th tile of all images."""
+    dy,
+    y2,
+    partials,
+    norm2,
+    gates,
+    images,
+    rows,
+    OV,
+    EV,
+    tiles,
+    splits,
+    OVEC: tl.constexpr,
+    EVEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    HALVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """partials[split] of BLOCK_E x BLOCK_O, over every ``splits``-th tile of all images."""
     O = OV * OVEC
     E = EV * EVEC
     dtype: tl.constexpr = y2.dtype.element_ty
-    blocks_e = tl.cdiv(E, BE)
-    blocks_o = tl.cdiv(O, BO)
-    e = tl.program_id(0) % blocks_e * BE + tl.arange(0, BE)
-    o = tl.program_id(0) // blocks_e % blocks_o * BO + tl.arange(0, BO)
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    blocks_o = tl.cdiv(O, BLOCK_O)
+    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    o = tl.program_id(0) // blocks_e % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
     split = tl.program_id(0) // blocks_e // blocks_o
     me, mo = e < E, o < O
-    i = tl.arange(0, BM)
+    i = tl.arange(0, BLOCK_M)
     rstd, offset, gamma, beta = activation_coefficients(norm2, e, me, HALVED)
-    dw = tl.zeros([BE, BO], tl.float32)
+    dw = tl.zeros([BLOCK_E, BLOCK_O], tl.float32)
     for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
         image = (t // tiles).to(tl.int64)
-        row0 = t % tiles * BM
+        row0 = t % tiles * BLOCK_M
         ok = row0 + i < rows
         base = image * rows + row0
         v = tl.trans(load_tile(y2 + base * E, i, e, E, ok, me)).to(tl.float32)
@@ -259,30 +300,54 @@ def project_weight_kernel(
 
 @triton.jit
 def by_lane(acc, PAIRS: tl.constexpr):
-    """acc [16 PAIRS, BM], as one warp's tensor cores leave it, seen as [rows j and pairs, lanes l 8, lanes q 4, channels of a lane 2 PAIRS]."""
+    """acc [16 PAIRS, BLOCK_M], as one warp's tensor cores leave it, seen as [BLOCK_M / 4, l 8, q 4, 2 PAIRS].
+
+    The outer dimensions are the rows and the channels of one lane, so nothing moves.
+    """
     split = tl.reshape(acc, [PAIRS, 2, 8, acc.shape[1] // 8, 4, 2])
     return tl.reshape(tl.permute(split, (3, 5, 2, 4, 0, 1)), [acc.shape[1] // 4, 8, 4, 2 * PAIRS])
 
 
 @triton.jit
 def by_channel(x, PAIRS: tl.constexpr):
-    """The inverse of ``by_lane``: [16 PAIRS, BM]."""
+    """The inverse of ``by_lane``: [16 PAIRS, BLOCK_M]."""
     split = tl.reshape(x, [x.shape[0] // 2, 2, 8, 4, PAIRS, 2])
     return tl.reshape(tl.permute(split, (4, 5, 2, 0, 3, 1)), [16 * PAIRS, 4 * x.shape[0]])
 
 
 @sized_jit
 def project_both_kernel(
-    dy, w, y2, dq, sums, partials, norm2, gates,
-    images, rows, OV, EV, tiles_per_part, parts, step,
-    OVEC: tl.constexpr, EVEC: tl.constexpr, BM: tl.constexpr, PAIRS: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr,
-    ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, sums and partials of 16 PAIRS channels in one part of every ``step``-th image; BO covers O. One warp, so no barrier.
+    dy,
+    w,
+    y2,
+    dq,
+    sums,
+    partials,
+    norm2,
+    gates,
+    images,
+    rows,
+    OV,
+    EV,
+    tiles_per_part,
+    parts,
+    step,
+    OVEC: tl.constexpr,
+    EVEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    HALVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, sums and partials of 16 PAIRS channels in one part of every ``step``-th image; BLOCK_O covers O. One warp: no barrier.
 
-    y2 goes from memory to the lane that needs it, and dq back, without shared memory: lane 4 l + q works on the 2 PAIRS channels that
-    follow one another from 2 PAIRS l on, so that it loads and stores 4 PAIRS bytes a row. The tensor cores' rows are these channels in another
-    order (``channel``), which nobody sees: w is loaded, and dw stored, in it.
+    y2 goes from memory to the lane that needs it, and dq back, without shared memory: lane 4 l + q works on the 2 PAIRS
+    channels that follow one another from 2 PAIRS l on, 4 PAIRS bytes of a row. To the tensor cores these channels come in
+    another order (``channel``), which nobody sees: w is loaded, and dw stored, in it.
     """
     O = OV * OVEC
     E = EV * EVEC
@@ -292,8 +357,8 @@ def project_both_kernel(
     c0 = tl.program_id(0) % blocks_e * 16 * PAIRS
     p = tl.program_id(0) // blocks_e
     part = p % parts
-    i = tl.arange(0, BM)
-    o = tl.arange(0, BO)
+    i = tl.arange(0, BLOCK_M)
+    o = tl.arange(0, BLOCK_O)
     mo = o < O
     index = tl.arange(0, 16 * PAIRS)
     channel = c0 + index % 8 * V + index // 16 * 2 + index // 8 % 2
@@ -302,21 +367,21 @@ def project_both_kernel(
     lanes = c0 + tl.arange(0, 8)[:, None, None] * V
     e = tl.max_contiguous(tl.multiple_of(lanes + tl.arange(0, V)[None, None, :], [1, 1, V]), [1, 1, V])  # [8, 1, V]
     me = e < E
-    pairs = tl.arange(0, BM // 4)[:, None, None, None]
-    m = pairs // 2 * 8 + tl.arange(0, 4)[None, None, :, None] * 2 + pairs % 2  # rows of the tile [BM / 4, 1, 4, 1]
+    pairs = tl.arange(0, BLOCK_M // 4)[:, None, None, None]
+    m = pairs // 2 * 8 + tl.arange(0, 4)[None, None, :, None] * 2 + pairs % 2  # rows of the tile [BLOCK_M / 4, 1, 4, 1]
     offset = m * E + e[None]
     rstd, centre, gamma, beta = activation_coefficients(norm2, e, me, HALVED)
     # Rows past an image are loaded as y2 = 0: what they add to sums without dq is taken off again.
     _, slope_outside = phi_and_slope(centre * gamma + beta, beta, ACT, FAST, HALVED)
 
     image = (p // parts).to(tl.int64)
-    first = part * tiles_per_part * BM
-    last = first + (tiles_per_part - 1) * BM
+    first = part * tiles_per_part * BLOCK_M
+    last = first + (tiles_per_part - 1) * BLOCK_M
     row0 = first
     image_gates = 1.0
     if gates is not None:
         image_gates = load_vector(gates + image * E, e, me)[None]
-    dw = tl.zeros([16 * PAIRS, BO], tl.float32)
+    dw = tl.zeros([16 * PAIRS, BLOCK_O], tl.float32)
     s1 = tl.zeros([8, 4, V], tl.float32)
     s3 = tl.zeros([8, 4, V], tl.float32)
     s5 = tl.zeros([8, 4, V], tl.float32)
@@ -331,11 +396,11 @@ def project_both_kernel(
         v = y.to(tl.float32) * rstd[None] + centre[None]
         # The next tile's values are on their way while this one is worked on.
         done = row0 == last
-        next_row0 = tl.where(done, first, row0 + BM)
+        next_row0 = tl.where(done, first, row0 + BLOCK_M)
         next_image = tl.where(done, image + step, image)
         end = tl.where(next_image < images, rows, 0)
         y = tl.load(y2 + (next_image * rows + next_row0) * E + offset, mask=(next_row0 + m < end) & me[None], other=0.0)
-        acc = dot(weight, tl.trans(d), tl.zeros([16 * PAIRS, BM], tl.float32), PRECISION)
+        acc = dot(weight, tl.trans(d), tl.zeros([16 * PAIRS, BLOCK_M], tl.float32), PRECISION)
         g = by_lane(acc, PAIRS)
         if dq is not None:
             tl.store(dq + base * E + offset, cast(g, dtype), mask=(row0 + m < rows) & me[None])
@@ -352,11 +417,20 @@ def project_both_kernel(
             dw = dot(by_channel(cast(phi, dtype), PAIRS), d, dw, PRECISION)
         if done:
             row = sums + (image * parts + part) * (2 if gates is None else 5) * E
-            outside = tl.maximum(last + BM - rows, 0).to(tl.float32) * tl.reshape(slope_outside, [8, V])
+            outside = tl.maximum(last + BLOCK_M - rows, 0).to(tl.float32) * tl.reshape(slope_outside, [8, V])
             store_sums(
-                row, tl.reshape(e, [8, V]), E, tl.reshape(me, [8, V]), tl.sum(s1, 1), tl.sum(s3, 1), tl.sum(s5, 1),
-                tl.sum(s2, 1) - outside, tl.sum(s4, 1) - outside * tl.reshape(centre, [8, V]), HALVED, gates is not None,
-            )  # fmt: skip
+                row,
+                tl.reshape(e, [8, V]),
+                E,
+                tl.reshape(me, [8, V]),
+                tl.sum(s1, 1),
+                tl.sum(s3, 1),
+                tl.sum(s5, 1),
+                tl.sum(s2, 1) - outside,
+                tl.sum(s4, 1) - outside * tl.reshape(centre, [8, V]),
+                HALVED,
+                gates is not None,
+            )
             s1 = tl.zeros([8, 4, V], tl.float32)
             s3 = tl.zeros([8, 4, V], tl.float32)
             s5 = tl.zeros([8, 4, V], tl.float32)
@@ -376,67 +450,120 @@ def halved(act: str, fast: bool) -> bool:
 
 
 @launcher
-def output_gradient(dout, y3, norm3, terms3, *, branch_draws=None, keep=-1.0, dtype):
+def project_dy(dout, y3, norm3, terms3, *, branch_draws=None, keep=-1.0, dtype):
     """dy [N, h, w, O] in ``dtype``: the gradient of BatchNorm 3's input."""
     N, H, W, O = dout.shape
     cfg = project_dy_config(O, dtype)
     dy = torch.empty_like(dout, dtype=dtype)
     k0, k1 = terms3 or (None, None)
-    image_blocks = triton.cdiv(H * W, cfg.BR)
-    project_dy_kernel[(triton.cdiv(O, cfg.BC) * N * image_blocks,)](
-        dout, None if terms3 is None else y3, dy, norm3, k0, k1, branch_draws, keep, H * W, O // channel_vector_width(O), image_blocks,
-        OVEC=channel_vector_width(O), BM=cfg.BR, BO=cfg.BC, num_warps=cfg.num_warps,
-    )  # fmt: skip
+    image_blocks = triton.cdiv(H * W, cfg.BLOCK_ROWS)
+    project_dy_kernel[(triton.cdiv(O, cfg.BLOCK_C) * N * image_blocks,)](
+        dout=dout,
+        y3=None if terms3 is None else y3,
+        dy=dy,
+        norm3=norm3,
+        k0=k0,
+        k1=k1,
+        branch_draws=branch_draws,
+        keep=keep,
+        rows=H * W,
+        OV=O // channel_vector_width(O),
+        image_blocks=image_blocks,
+        OVEC=channel_vector_width(O),
+        BLOCK_M=cfg.BLOCK_ROWS,
+        BLOCK_O=cfg.BLOCK_C,
+        num_warps=cfg.num_warps,
+    )
     return dy
 
 
 @launcher
-def data_gradient(dy, y2, weight, norm2, *, act, gated, need_dq):
+def project_data(dy, y2, weight, norm2, *, act, gated, need_dq):
     """(dq or None, sums) of ``project_backward`` from dy [N, h, w, O]."""
     N, H, W, E = y2.shape
     O, rows = dy.shape[-1], H * W
     cfg = project_data_config(E, O, rows, y2.dtype, act)
-    tiles, blocks_e = triton.cdiv(rows, cfg.BM), triton.cdiv(E, cfg.BE)
+    tiles, blocks_e = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E)
     parts, tiles_per_part, programs = cfg.parts(N, tiles, blocks_e, y2.device)
     dq = torch.empty_like(y2) if need_dq else None
     sums = fp32(y2.device, N, parts, 5 if gated else 2, E)
     fast = fast_math(y2.dtype)
     project_data_kernel[(programs * blocks_e,)](
-        dy, weight, y2, dq, sums, norm2,
-        images=N, rows=rows, OV=O // channel_vector_width(O), EV=E // channel_vector_width(E), tiles=tiles, parts=parts,
-        tiles_per_part=tiles_per_part, programs=programs,
-        OVEC=channel_vector_width(O), EVEC=channel_vector_width(E), BM=cfg.BM, BE=cfg.BE, BK=cfg.BO, PIECES=cfg.pieces,
-        STAGES=cfg.stages, GATED=gated, ACT=act, FAST=fast, HALVED=halved(act, fast), PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dy=dy,
+        w=weight,
+        y2=y2,
+        dq=dq,
+        sums=sums,
+        norm2=norm2,
+        images=N,
+        rows=rows,
+        OV=O // channel_vector_width(O),
+        EV=E // channel_vector_width(E),
+        tiles=tiles,
+        parts=parts,
+        tiles_per_part=tiles_per_part,
+        programs=programs,
+        OVEC=channel_vector_width(O),
+        EVEC=channel_vector_width(E),
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_E=cfg.BLOCK_E,
+        BLOCK_K=cfg.BLOCK_O,
+        PIECES=cfg.pieces,
+        STAGES=cfg.stages,
+        GATED=gated,
+        ACT=act,
+        FAST=fast,
+        HALVED=halved(act, fast),
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dq, sums
 
 
 @launcher
-def weight_gradient(dy, y2, norm2, *, act, gates):
+def project_weight(dy, y2, norm2, *, act, gates):
     """partials of ``project_backward`` from dy [N, h, w, O]."""
     N, H, W, E = y2.shape
     O, rows = dy.shape[-1], H * W
     cfg = project_weight_config(E, O, rows, y2.dtype)
-    tiles, blocks = triton.cdiv(rows, cfg.BM), triton.cdiv(E, cfg.BE) * triton.cdiv(O, cfg.BO)
+    tiles, blocks = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E) * triton.cdiv(O, cfg.BLOCK_O)
     splits = cfg.programs(N * tiles, blocks, y2.device)
     partials = fp32(y2.device, splits, O, E)
     fast = fast_math(y2.dtype)
     project_weight_kernel[(splits * blocks,)](
-        dy, y2, partials, norm2, gates,
-        images=N, rows=rows, OV=O // channel_vector_width(O), EV=E // channel_vector_width(E), tiles=tiles, splits=splits,
-        OVEC=channel_vector_width(O), EVEC=channel_vector_width(E), BM=cfg.BM, BE=cfg.BE, BO=cfg.BO, STAGES=cfg.stages,
-        ACT=act, FAST=fast, HALVED=halved(act, fast), PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dy=dy,
+        y2=y2,
+        partials=partials,
+        norm2=norm2,
+        gates=gates,
+        images=N,
+        rows=rows,
+        OV=O // channel_vector_width(O),
+        EV=E // channel_vector_width(E),
+        tiles=tiles,
+        splits=splits,
+        OVEC=channel_vector_width(O),
+        EVEC=channel_vector_width(E),
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_E=cfg.BLOCK_E,
+        BLOCK_O=cfg.BLOCK_O,
+        STAGES=cfg.stages,
+        ACT=act,
+        FAST=fast,
+        HALVED=halved(act, fast),
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return partials
 
 
 @launcher
-def both_gradients(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
+def project_both(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
     """(dq or None, sums, partials or None) of ``project_backward`` in one launch, from dy [N, h, w, O]."""
     N, H, W, E = y2.shape
     O, rows = dy.shape[-1], H * W
     cfg = project_both_config(E, O, rows, y2.dtype)
-    tiles, blocks_e = triton.cdiv(rows, cfg.BM), triton.cdiv(E, cfg.BE)
+    tiles, blocks_e = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E)
     parts, tiles_per_part, programs = cfg.parts(N, tiles, blocks_e, y2.device)
     step = max(1, programs // parts)
     dq = torch.empty_like(y2) if need_dq else None
@@ -444,19 +571,53 @@ def both_gradients(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
     partials = fp32(y2.device, step * parts, O, E) if need_dw else None
     fast = fast_math(y2.dtype)
     project_both_kernel[(step * parts * blocks_e,)](
-        dy, weight, y2, dq, sums, partials, norm2, gates,
-        images=N, rows=rows, OV=O // channel_vector_width(O), EV=E // channel_vector_width(E), tiles_per_part=tiles_per_part,
-        parts=parts, step=step,
-        OVEC=channel_vector_width(O), EVEC=channel_vector_width(E), BM=cfg.BM, PAIRS=cfg.BE // 16, BO=cfg.BO, STAGES=cfg.stages,
-        ACT=act, FAST=fast, HALVED=halved(act, fast), PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dy=dy,
+        w=weight,
+        y2=y2,
+        dq=dq,
+        sums=sums,
+        partials=partials,
+        norm2=norm2,
+        gates=gates,
+        images=N,
+        rows=rows,
+        OV=O // channel_vector_width(O),
+        EV=E // channel_vector_width(E),
+        tiles_per_part=tiles_per_part,
+        parts=parts,
+        step=step,
+        OVEC=channel_vector_width(O),
+        EVEC=channel_vector_width(E),
+        BLOCK_M=cfg.BLOCK_M,
+        PAIRS=cfg.BLOCK_E // 16,
+        BLOCK_O=cfg.BLOCK_O,
+        STAGES=cfg.stages,
+        ACT=act,
+        FAST=fast,
+        HALVED=halved(act, fast),
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dq, sums, partials
 
 
 def project_backward(
-    dout, y3, y2, weight, *, norm3, terms3, norm2, act, gates=None, branch_draws=None, keep=-1.0,
-    need_data=True, need_dq=True, need_dw=True,
-):  # fmt: skip
+    dout,
+    y3,
+    y2,
+    weight,
+    *,
+    norm3,
+    terms3,
+    norm2,
+    act,
+    gates=None,
+    branch_draws=None,
+    keep=-1.0,
+    need_data=True,
+    need_dq=True,
+    need_dw=True,
+):
     """Data and weight gradient of the project convolution, and the sums of BatchNorm 2's and the gate's gradients.
 
     Args:
@@ -470,12 +631,12 @@ def project_backward(
     Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gates), E]: dq*phi', dq*phi'*yhat2, dq*phi, phi', phi'*yhat2, or
         None; partials fp32 [S, O, E] of the weight gradient or None).
     """
-    dy = output_gradient(dout, y3, norm3, terms3, branch_draws=branch_draws, keep=keep, dtype=y2.dtype)
+    dy = project_dy(dout, y3, norm3, terms3, branch_draws=branch_draws, keep=keep, dtype=y2.dtype)
     if need_data and project_backward_is_fused(dy.shape[-1], y2.dtype, act):
-        return both_gradients(dy, y2, weight, norm2, act=act, gates=gates, need_dq=need_dq, need_dw=need_dw)
+        return project_both(dy, y2, weight, norm2, act=act, gates=gates, need_dq=need_dq, need_dw=need_dw)
     dq = sums = partials = None
     if need_data:
-        dq, sums = data_gradient(dy, y2, weight, norm2, act=act, gated=gates is not None, need_dq=need_dq)
+        dq, sums = project_data(dy, y2, weight, norm2, act=act, gated=gates is not None, need_dq=need_dq)
     if need_dw:
-        partials = weight_gradient(dy, y2, norm2, act=act, gates=gates)
+        partials = project_weight(dy, y2, norm2, act=act, gates=gates)
     return dq, sums, partials
