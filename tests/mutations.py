@@ -29,6 +29,7 @@ STATISTICS = "test_pointwise_forward.py::test_statistics[cpu-3-5-7-12-10-bfloat1
 SLICES = "test_pointwise_forward.py::test_several_slices_of_columns[cpu-fragments]"
 GATES = "test_pointwise_forward.py::test_inference_epilogue[cpu-17-2-2-70-33-bfloat16-copy]"
 BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
+PROJECT = "test_project_backward.py::"
 HARD_SWISH = "test_activations.py::test_derivative"
 
 
@@ -139,6 +140,48 @@ FAULTS = [
         "load_step(next_xs,",
         "load_step(xs,",
         SLICES,
+    ),
+    Fault(
+        "rows past an image counted in the sums of slopes",
+        "kernels/project_backward.py",
+        "dphi = tl.where(ok[None, :], dphi, 0.0)",
+        "dphi *= 1.0",
+        PROJECT + "test_gradients_and_sums[cpu-split-bf16]",
+    ),
+    Fault(
+        "rows past an image left in the sums of slopes",
+        "kernels/project_backward.py",
+        "tl.sum(s2, 1) - outside,",
+        "tl.sum(s2, 1),",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "the gate of the image before",
+        "kernels/project_backward.py",
+        "gates + next_image * E",
+        "gates + image * E",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "the weight in memory's order of channels",
+        "kernels/project_backward.py",
+        "c0 + index % 8 * V + index // 16 * 2 + index // 8 % 2",
+        "c0 + index",
+        PROJECT + "test_gradients_and_sums[cpu-fused-bf16]",
+    ),
+    Fault(
+        "sums of y2 that is not centred",
+        "kernels/project_backward.py",
+        "v = v * rstd[:, None] + offset[:, None]\n            phi",
+        "v = v * rstd[:, None]\n            phi",
+        PROJECT + "test_a_mean_far_from_zero[cpu-14.0-split]",
+    ),
+    Fault(
+        "drop-path forgotten in dy",
+        "kernels/project_backward.py",
+        "scale *= branch_factor(tl.load(branch_draws + image), keep)",
+        "scale *= 1.0",
+        PROJECT + "test_draws_stand_for_factors",
     ),
     Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, BLOCK_P) / rows", "cc, mcc, C, BLOCK_P) / parts", BLOCK),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),

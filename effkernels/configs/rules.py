@@ -202,8 +202,7 @@ def _power_of_two(n: int, least: int, most: int) -> int:
 class PointwiseConfig:
     """Row tiles of BM; BN columns of the product, BK of its inner dimension a step; BL x BR of a weight gradient.
 
-    stages: row tiles or steps in flight. shared: data and weight gradient from the same loads. waves: programs an SM
-    holds at once.
+    stages: row tiles or steps in flight. waves: programs an SM holds at once.
     """
 
     BM: int
@@ -213,7 +212,6 @@ class PointwiseConfig:
     BR: int = 64
     num_warps: int = 4
     stages: int = 3
-    shared: bool = False
     waves: int = 4
     maxnreg: int | None = None
 
@@ -230,17 +228,6 @@ class PointwiseConfig:
         """(tiles a program, programs): consecutive tiles, none without work."""
         per_program = -(-tiles // self._programs(tiles, blocks, device))
         return per_program, -(-tiles // per_program)
-
-    def plan(self, images: int, tiles: int, E: int, O: int, wgrad: str, need_data: bool, device) -> tuple[int, int, int, int]:
-        """(parts an image, tiles a part, data programs, splits of the weight gradient) of the project backward."""
-        share = 0.5 if wgrad == "role" and need_data else 1.0
-        blocks = -(-E // self.BN)
-        parts = min(tiles, -(-self._programs(images * tiles, blocks, device, share) // images))
-        tiles_per_part = -(-tiles // parts)
-        parts = -(-tiles // tiles_per_part)
-        programs = self._programs(images * parts, blocks, device, share) if need_data else 0
-        splits = self._programs(images * tiles, -(-O // self.BL) * -(-E // self.BR), device, share) if wgrad == "role" else 1
-        return parts, tiles_per_part, programs, splits
 
 
 def _warps(*blocks: int) -> int:
@@ -333,27 +320,91 @@ def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, poo
     return PointwiseForwardConfig(BM=BM, BN=BN, BK=BK, resident=K <= BK, stages=3, num_warps=4 if narrow else 8)
 
 
+@dataclass(frozen=True)
+class ProjectBackwardConfig:
+    """Tiles of BLOCK_M rows, BLOCK_E channels of E, BLOCK_O output channels.
+
+    pieces: blocks of the weight, BLOCK_E x BLOCK_O each, that a program keeps all along (0: none).
+
+    stages: tiles in flight or in use. programs_per_sm: resident at once, by their registers (sm_90).
+    """
+
+    BLOCK_M: int
+    BLOCK_E: int
+    BLOCK_O: int
+    pieces: int = 1
+    num_warps: int = 4
+    stages: int = 3
+    programs_per_sm: int = 4
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
+
+    def programs(self, work: int, blocks: int, device: torch.device) -> int:
+        """Programs for each of ``blocks``, at most one a piece of work, that together fill the device once."""
+        return max(1, min(work, self.programs_per_sm * processor_count(device) // blocks))
+
+    def parts(self, images: int, tiles: int, blocks: int, device: torch.device) -> tuple[int, int, int]:
+        """(parts an image, tiles a part, programs for each of ``blocks``).
+
+        Images are divided where they are fewer than programs.
+        """
+        parts = min(tiles, -(-self.programs(images * tiles, blocks, device) // images))
+        tiles_per_part = -(-tiles // parts)
+        parts = -(-tiles // tiles_per_part)
+        return parts, tiles_per_part, self.programs(images * parts, blocks, device)
+
+
+def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
+    """Whether one kernel makes both gradients of the project convolution.
+
+    It does where their accumulators fit a thread's registers beside five sums. fp32 products without tensor cores do
+    not, nor does GELU (300 bytes spilled).
+    """
+    return dtype.itemsize == 2 and O <= 24 and act != "gelu"
+
+
 @tuned
-def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
-    """Up to 64 outputs the weight gradient stays in the data programs' registers (64 x 64 fp32: 16 a thread)."""
-    narrow = dtype.itemsize == 2
-    BK = _power_of_two(O, 16, 64 if narrow else 32)
-    BE = _power_of_two(E, 16, 64)
-    warps = 8 if BE == 64 else 4 if narrow or BE == 32 else 2
-    elements = 16 // dtype.itemsize  # a thread's share of a tile: 16 bytes, as much as its registers hold beside five sums
-    return PointwiseConfig(
-        BM=_power_of_two(rows, 16, elements * 32 * warps // BE),
-        BN=BE,
-        BK=BK,
-        BL=_power_of_two(O, 16, 64),
-        BR=BE,
-        # 32 x 32 on two warps would spill, and so would fp16, whose SiLU takes exp and a division.
-        shared=O <= BK and (BK == 16 or (BE == 64 and dtype != torch.float16)),
-        num_warps=warps,
-        stages=3 if narrow and BE == 64 else 2,
-        waves=8 // warps,  # 255 registers
-        maxnreg=255,
-    )
+def project_dy_config(O, dtype) -> RowsConfig:
+    """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread of each operand in flight."""
+    block = _channel_block(O, 128)
+    return RowsConfig(BLOCK_ROWS=4096 // block, BLOCK_C=block)
+
+
+@tuned
+def project_both_config(E, O, rows, dtype) -> ProjectBackwardConfig:
+    """One warp: 4 channels a lane, 32 values of dq and as many of dw a thread; 246 to 255 registers."""
+    return ProjectBackwardConfig(BLOCK_M=32, BLOCK_E=32, BLOCK_O=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=8)
+
+
+@tuned
+def project_data_config(E, O, rows, dtype, act) -> ProjectBackwardConfig:
+    """The weight of 64 channels stays in shared memory.
+
+    Up to 128 outputs that leaves room for four programs an SM, if 120 registers suffice: SiLU by tanh, 16 rows. (32
+    rows take 176 registers for 12 % fewer instructions.) fp32 products run without tensor cores; its weight is loaded
+    tile by tile.
+    """
+    if dtype.itemsize == 4:
+        return ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=32, pieces=0, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+    outputs = _power_of_two(O, 16, 128) if O <= 128 else 64
+    cfg = ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, pieces=-(-O // outputs), stages=2, programs_per_sm=2)
+    if dtype == torch.bfloat16 and act == "silu" and O <= 128:
+        return replace(cfg, programs_per_sm=4, maxnreg=120)
+    return cfg
+
+
+@tuned
+def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
+    """As many outputs a program as its registers hold, so that few blocks of outputs activate y2 again."""
+    if dtype.itemsize == 4:
+        outputs = _power_of_two(O, 16, 64)
+        return ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+    wide = 128 < O <= 256
+    outputs = 256 if wide else _power_of_two(O, 16, 128)
+    return ProjectBackwardConfig(BLOCK_M=32, BLOCK_E=64, BLOCK_O=outputs, programs_per_sm=2 if wide else 3)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # by 16.
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
-    "image_blocks row_stride total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
-    "stride_n stride_c stride_h stride_w depthwise_parts project_parts EV E_rows I_rows gram_splits"
+    "image_blocks row_stride total images E I O KV NV IV RV OV EV step per_program programs splits "
+    "stride_n stride_c stride_h stride_w depthwise_parts project_parts E_rows I_rows gram_splits"
 ).split()
 
 
@@ -118,6 +118,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(x, i, c, C, ok, mc):
+    """Rows i of x [BM, C] at channels c; 0 outside."""
+    return tl.load(x + i[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
+
+
+@triton.jit
+def fold_rows(v):
+    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores' results."""
+    return tl.sum(tl.reshape(v, [v.shape[0] // 16, 2, 8, v.shape[1]]), 1)
+
+
+@triton.jit
+def sum_rows(folded):
+    """The sum of all rows of what ``fold_rows`` returned."""
+    return tl.sum(tl.sum(folded, 0), 0)
 
 
 @triton.jit

@@ -51,9 +51,16 @@ from effkernels.configs.rules import (
     expand_pass_config,
     expand_weight_config,
 )
-from effkernels.kernels.common import cast, channel_vector_width, dot, fp32, launcher, sized_jit
+from effkernels.kernels.common import (
+    cast,
+    channel_vector_width,
+    dot,
+    fp32,
+    launcher,
+    matmul_precision,
+    sized_jit,
+)
 from effkernels.kernels.norm import load_rstd, load_vector
-from effkernels.kernels.pointwise import matmul_precision
 
 
 @triton.jit

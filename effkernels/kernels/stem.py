@@ -23,14 +23,17 @@ from effkernels.kernels.common import (
     check_counters,
     dot,
     fast_math,
+    fold_rows,
     fp32,
     given,
     last_to_arrive,
     launcher,
+    load_tile,
+    matmul_precision,
     sized_jit,
+    sum_rows,
 )
 from effkernels.kernels.norm import BatchNorm, BatchStatistics, load_vector, scale_and_shift
-from effkernels.kernels.pointwise import fold_rows, load_tile, matmul_precision, sum_rows
 
 
 @triton.jit

@@ -238,8 +238,9 @@ def _backward(
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
     """What no wanted gradient depends on is not computed: a step runs where one of ``needs`` lies before it in the block."""
-    from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
+    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
     from effkernels.kernels.expand_backward import expand_backward
+    from effkernels.kernels.project_backward import project_backward
     from effkernels.kernels.weight_gradients import (
         ExpandPartials,
         LayerPartials,
@@ -268,7 +269,7 @@ def _backward(
 
     project = se_partials = terms2 = dpool = dq = None
     if need_sums or "project_weight" in needs:
-        dq, sums, partials = pointwise.project_backward(
+        dq, sums, partials = project_backward(
             dout,
             saved.y3,
             saved.y2,

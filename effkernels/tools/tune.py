@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from effkernels.configs import tables
-from effkernels.configs.rules import expand_backward_form
+from effkernels.configs.rules import expand_backward_form, project_backward_is_fused
 
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
 FIELDS = {
@@ -45,7 +45,9 @@ FIELDS = {
         "stages": (2, 3, 4),
         "waves": (1, 2, 3, 4, 5, 6),
     },
-    "project_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
+    "project_both": {"BLOCK_M": (16, 32, 64), "BLOCK_E": (16, 32, 64), "stages": (1, 2, 3), "programs_per_sm": (4, 8, 12, 16)},
+    "project_data": {"BLOCK_M": (16, 32, 64), "num_warps": (4, 8), "stages": (1, 2, 3), "programs_per_sm": (1, 2, 3, 4, 6)},
+    "project_weight": {"BLOCK_M": (16, 32, 64), "num_warps": (4, 8), "stages": (2, 3, 4), "programs_per_sm": (1, 2, 3, 4)},
     "expand_pass": {"BM": (32, 64, 128), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4, 5)},
     "expand_data": {"BM": (64, 128), "BI": (32, 64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4)},
     "expand_weight": {"BM": (32, 64, 128), "BE": (64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3)},
@@ -206,7 +208,7 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         return lambda: (pointwise_forward(x, w, partial_statistics=True, **how)[0],)
 
     def project_backward(device):
-        from effkernels.kernels import pointwise
+        from effkernels.kernels import project_backward
 
         dout, y3 = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
         y2, w, gates = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
@@ -214,7 +216,7 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         how = {"norm3": batch_norm(device, outputs), "terms3": terms, "norm2": batch_norm(device, E), "act": "silu", "gates": gates}
 
         def call():
-            dq, sums, partials = pointwise.project_backward(dout, y3, y2, w, **how)
+            dq, sums, partials = project_backward.project_backward(dout, y3, y2, w, **how)
             return dq, sums.sum(1), partials.sum(0)
 
         return call
@@ -252,7 +254,9 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         return lambda: (batchnorm.gradient_sums(dout, y, norm).sum((0, 1)),)
 
     made = [("depthwise_forward", depthwise_forward), ("pointwise_forward", project), ("elementwise", elementwise)]
-    made += [("reduction", reduction), ("project_backward", project_backward), ("depthwise_backward", depthwise_backward)]
+    made += [("reduction", reduction), ("depthwise_backward", depthwise_backward)]
+    fused = project_backward_is_fused(outputs, dtype, "silu")
+    made += [(f, project_backward) for f in (("project_both",) if fused else ("project_data", "project_weight"))]
     if ratio > 1:
         made.append(("pointwise_forward", expand))
         forms = {"pass": [expand_pass], "split": [expand_data, expand_weight], "library": []}
@@ -270,7 +274,7 @@ def workloads(widths, dtypes, batches) -> list[Workload]:
         for block in family_blocks(width):
             for dtype in dtypes:
                 for batch in batches:
-                    found |= {w.name: w for w in block_workloads(dtype, batch, *block)}
+                    found |= {(w.family, w.name): w for w in block_workloads(dtype, batch, *block)}
     return list(found.values())
 
 

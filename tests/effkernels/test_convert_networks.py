@@ -30,7 +30,7 @@ def large_blocks(monkeypatch):
     a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
     if not (HAS_TRITON and INTERPRET):
         return
-    from effkernels.kernels import depthwise, expand_backward, pointwise, pointwise_forward, squeeze_excite, weight_gradients
+    from effkernels.kernels import depthwise, expand_backward, pointwise_forward, project_backward, squeeze_excite, weight_gradients
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
@@ -44,10 +44,8 @@ def large_blocks(monkeypatch):
     whole = {"one_block": True, "resident": True, "fragments": False}
     sizes = lambda K, N, rows, *_: {"BM": _block(rows), "BN": _block(N), "BK": _block(K), **whole}  # noqa: E731
     enlarge(pointwise_forward, "pointwise_forward_config", sizes)
-    enlarge(
-        pointwise, "project_backward_config",
-        lambda E, O, rows, *_: {"BM": _block(rows), "BN": _block(E), "BR": _block(E), "BK": _block(O), "BL": _block(O)},
-    )  # fmt: skip
+    for name in ("project_both_config", "project_data_config", "project_weight_config"):
+        enlarge(project_backward, name, lambda E, O, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)})
     enlarge(expand_backward, "expand_matrix_config", lambda E, I, *_: {"BM": _block(E), "BI": _block(I), "BK": _block(E)})
     enlarge(expand_backward, "expand_pass_config", lambda E, I, rows, *_: {"BM": _block(rows)})
     enlarge(expand_backward, "expand_data_config", lambda E, I, rows, *_: {"BM": _block(rows), "BK": _block(E)})

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -267,13 +268,15 @@ LARGE = [
     # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins; kernels that meet
     # them
     ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (11000, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate project_backward"),
+     "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate "
+     "project_both"),
     ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1800, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_backward"),
+     "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_both"),
     ("expanded, more channels", lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"), (600, 48, 112, 112),
-     "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_backward"),
+     "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data "
+     "project_weight"),
     ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3600, 48, 112, 112),
-     "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_backward"),
+     "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data project_dy project_weight"),
     ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
      (3600, 48, 112, 112), "apply apply_backward depthwise_backward depthwise_forward gradient_sums pool"),
     ("stem and head", lambda: Ends("meta"), (3600, 3, 224, 224),
@@ -302,6 +305,11 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
     them."""
     if not INTERPRET:
         pytest.skip("needs the interpreter")
+    from effkernels.kernels import project_backward
+
+    for name in ("project_both_config", "project_data_config"):  # whole images at once, so that a program ends soon
+        config = getattr(project_backward, name)
+        monkeypatch.setattr(project_backward, name, lambda *args, config=config: replace(config(*args), BLOCK_M=4096))
     recorded = Recorded(monkeypatch)
     module = make().to(torch.bfloat16)
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
