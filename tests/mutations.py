@@ -111,10 +111,31 @@ FAULTS = [
     ),
     Fault(
         "dx without the mean's term",
-        "kernels/pointwise.py",
-        "acc += tl.load(matrix + I * I + c, mask=mc, other=0.0",
-        "acc += 0.0 * tl.load(matrix + I * I + c, mask=mc, other=0.0",
-        BLOCK,
+        "kernels/expand_backward.py",
+        "constant = load_vector(c, i, mi)",
+        "constant = 0.0 * load_vector(c, i, mi)",
+        "test_expand_backward.py::test_input_far_from_zero",
+    ),
+    Fault(
+        "G of the divided slopes",
+        "kernels/expand_backward.py",
+        "cast(acc * peak, dtype)",
+        "cast(acc, dtype)",
+        "test_expand_backward.py::test_right_operand",
+    ),
+    Fault(
+        "the residual left out of the split form",
+        "kernels/expand_backward.py",
+        "inside = tl.where(before, inside, X_END + I - start)",
+        "inside = tl.where(before, inside, E_ROWS + I - start)",
+        "test_expand_backward.py::test_input_far_from_zero",
+    ),
+    Fault(
+        "gram of D's tiles",
+        "kernels/expand_backward.py",
+        "tl.range(pid // blocks_j, tiles, gram_splits",
+        "tl.range(pid // blocks_j, tiles, splits",
+        "test_expand_backward.py::test_several_blocks_and_splits",
     ),
     # ---- stem, head, and the expansion inside the depthwise kernel
     Fault(

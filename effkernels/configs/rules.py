@@ -242,11 +242,6 @@ class PointwiseConfig:
         splits = self._programs(images * tiles, -(-O // self.BL) * -(-E // self.BR), device, share) if wgrad == "role" else 1
         return parts, tiles_per_part, programs, splits
 
-    def roles(self, tiles: int, data_blocks: int, weight_blocks: int, need_dx: bool, need_dw: bool, device) -> tuple[int, int]:
-        """(data programs, splits of the weight gradient) that share the device half and half, or alone."""
-        share = 0.5 if need_dx and need_dw else 1.0
-        return self._programs(tiles, data_blocks, device, share), self._programs(tiles, weight_blocks, device, share)
-
 
 def _warps(*blocks: int) -> int:
     """4 or 8, so that no block takes more than 32 values a thread where possible: beyond that ptxas ran out of
@@ -293,14 +288,95 @@ def project_backward_config(E, O, rows, dtype) -> PointwiseConfig:
     )
 
 
+@dataclass(frozen=True)
+class ExpandBackwardConfig:
+    """Row tiles of BM; pieces or blocks of BE expanded channels, BI input channels; BK of a product's inner dimension a step.
+
+    stages: tiles or steps in flight or in use. per_sm: programs that an SM holds at once.
+    """
+
+    BM: int
+    BI: int
+    BE: int = 64
+    BK: int = 64
+    num_warps: int = 4
+    stages: int = 3
+    per_sm: int = 2
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict:
+        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
+
+    def programs(self, tiles: int, blocks: int, device: torch.device) -> int:
+        """Persistent programs for each of ``blocks``, resident at once; fewer if the longest still does as many tiles."""
+        resident = max(1, self.per_sm * processor_count(device) // blocks)
+        return -(-tiles // -(-tiles // resident))
+
+    @property
+    def BJ(self) -> int:
+        """Rows of a block of gram."""
+        return min(self.BI, 128)
+
+    @property
+    def BR(self) -> int:
+        """Rows of x that all threads together load at once, 8 channels each: as many are summed apart."""
+        return min(self.BM, 256 * self.num_warps // self.BI)
+
+    def splits(self, tiles: int, blocks_e: int, blocks_j: int, blocks_i: int, device: torch.device) -> tuple[int, int]:
+        """Splits of the rows for (D, in ``blocks_e`` x ``blocks_i`` blocks; gram, ``blocks_j`` x ``blocks_i``). A tile of gram takes
+        BJ / BE of the time of one of D."""
+        share = min(1.0, self.BJ / self.BE)
+        splits = int(self.per_sm * processor_count(device) / ((blocks_e + share * blocks_j) * blocks_i))
+        splits = -(-tiles // -(-tiles // max(1, splits)))
+        return splits, min(tiles, max(1, int(share * splits))) if blocks_j else 0
+
+
+def expand_backward_form(E, I, dtype, device) -> str:
+    """The form "pass", "split" or "library" (kernels/expand_backward.py says what they are), by predicted time.
+
+    bf16 on an H200, 200704 rows: I = 40, E = 240 takes 35 us in one pass, 65 in two. I = 48, E = 288 spills in one; so does I = 40 where
+    tensor cores do not read both operands from shared memory. fp32: PyTorch's two products and the two with x alone move 1.4 times the
+    bytes of eager's two, and multiply 1.2 times as often.
+    """
+    if dtype == torch.float32:
+        return "library"
+    return "pass" if E <= 256 and I <= (64 if _reads_shared_memory(device) else 32) else "split"
+
+
+def _reads_shared_memory(device: torch.device) -> bool:
+    """Whether tensor cores take both operands from shared memory: NVIDIA's since Hopper, which is assumed where there is no GPU."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
 @tuned
-def expand_backward_config(E, I, rows, dtype) -> PointwiseConfig:
-    narrow = dtype.itemsize == 2
-    BM = _power_of_two(rows, 16, 64 if narrow else 32)
-    BI = _power_of_two(I, 16, 128 if narrow else 64)
-    BK = _power_of_two(E, 16, 64 if narrow else 32)
-    BR = _power_of_two(I, 16, 64)
-    return PointwiseConfig(BM=BM, BN=BI, BK=BK, BL=64, BR=BR, num_warps=_warps(BM * BI, BK * BI), stages=2, maxnreg=255)
+def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+    """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a tile is only 32 high,
+    so that two programs of three stages fit the shared memory, and the 120 registers of D^T the 255."""
+    BI = _power_of_two(I, 16, 64)
+    if BI <= 32:
+        return ExpandBackwardConfig(BM=64, BI=BI, BE=64, stages=2, per_sm=5 if BI == 16 else 2)
+    return ExpandBackwardConfig(BM=32, BI=BI, BE=128, stages=3, per_sm=2, maxnreg=255)
+
+
+@tuned
+def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (42 us for 33 at I = 112)."""
+    BI = _power_of_two(I, 16, 128)
+    return ExpandBackwardConfig(BM=128, BI=BI, num_warps=8, stages=3, per_sm=2, maxnreg=128)
+
+
+@tuned
+def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+    """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on sm_80)."""
+    BI = _power_of_two(I, 16, 256)
+    return ExpandBackwardConfig(BM=64, BI=BI, BE=128, num_warps=8, per_sm=2 if BI <= 128 else 1, maxnreg=255)
+
+
+@tuned
+def expand_matrix_config(E, I, dtype) -> ExpandBackwardConfig:
+    """Blocks of 32 x 32 of G: many programs, whose loop over E is short."""
+    return ExpandBackwardConfig(BM=64, BI=_power_of_two(I, 16, 32), BK=64 if dtype.itemsize == 2 else 32)
 
 
 @dataclass(frozen=True)

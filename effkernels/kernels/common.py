@@ -31,13 +31,14 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
     "image_blocks row_stride total images E I O KV NV IV RV OV per_program programs splits tiles_per_part "
-    "stride_n stride_c stride_h stride_w depthwise_parts project_parts"
+    "stride_n stride_c stride_h stride_w depthwise_parts project_parts EV E_rows I_rows gram_splits"
 ).split()
 
 
 def sized_jit(fn):
     """Compile a kernel by ``triton.jit``, and never again for another size."""
-    named = [name for name in inspect.signature(fn).parameters if name in SIZES]
+    parameters = inspect.signature(fn).parameters.values()
+    named = [p.name for p in parameters if p.name in SIZES and p.annotation is not tl.constexpr]
     return triton.jit(fn, do_not_specialize=named)
 
 

@@ -58,6 +58,7 @@ def expand_gradient(
     terms,
     out,
     splits,
+    gram_splits,
     E,
     I,
     BLOCK_E: tl.constexpr,
@@ -78,16 +79,16 @@ def expand_gradient(
     if terms is not None:
         size = (I + 1) * I
         xsum = tl.zeros([BLOCK_I], tl.float32)
-        for start in range(0, splits, 16):
-            s = start + tl.arange(0, 16)
-            sum_mask = (s < splits)[:, None] & mi[None, :]
+        for start in range(0, gram_splits, 128):
+            s = start + tl.arange(0, 128)
+            sum_mask = (s < gram_splits)[:, None] & mi[None, :]
             xsum += tl.sum(tl.load(grams + s.to(tl.int64)[:, None] * size + I * I + i[None, :], mask=sum_mask, other=0.0), 0)
         acc += load_vector(terms[0], e, me)[:, None] * xsum[None, :]
         slope = load_vector(terms[1], e, me)
         for start in range(0, I, BLOCK_I):
             j = start + tl.arange(0, BLOCK_I)
             mj = j < I
-            gram = sum_splits(grams, splits, size, j, i, mj[:, None] & mi[None, :], I, BLOCK_S)
+            gram = sum_splits(grams, gram_splits, size, j, i, mj[:, None] & mi[None, :], I, BLOCK_S)
             weight = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
             weight = cast(weight, DTYPE).to(tl.float32) * slope[:, None]  # as the forward rounded it
             acc = tl.dot(weight, gram, acc, input_precision="ieee")
@@ -168,6 +169,7 @@ def weight_gradients_kernel(
     project_parts,
     OV,
     splits,
+    gram_splits,
     E,
     IV,
     N,
@@ -196,7 +198,23 @@ def weight_gradients_kernel(
     if expand_weight is not None:
         programs = tl.cdiv(E, BLOCK_E) * tl.cdiv(I, BLOCK_I)
         if pid < programs:
-            expand_gradient(pid, D, grams, expand_weight, norm1, terms1, first_out, splits, E, I, BLOCK_E, BLOCK_I, BLOCK_S, DTYPE)
+            expand_gradient(
+                pid,
+                D,
+                grams,
+                expand_weight,
+                norm1,
+                terms1,
+                first_out,
+                splits,
+                gram_splits,
+                E,
+                I,
+                BLOCK_E,
+                BLOCK_I,
+                BLOCK_S,
+                DTYPE,
+            )
         pid -= programs
     elif D is not None:  # the stem
         stem_programs = tl.cdiv(E * I, BLOCK_COLS)
@@ -241,7 +259,7 @@ class ExpandPartials(NamedTuple):
     """What ``expand_backward`` leaves of the expand layer's weight gradient.
 
     Attributes:
-        partials: D fp32 [S, E, I]. grams: fp32 [S, I + 1, I], or None where BatchNorm 1 is frozen.
+        partials: D fp32 [S, E, I]. grams: fp32 [T, I + 1, I], or None where BatchNorm 1 is frozen.
         weight: [E, I, 1, 1]. norm: BatchNorm 1, with rstd. terms: its (k0, k1) fp32 [E], or None where it is frozen.
         dtype: the compute dtype, to which the forward rounded the weight.
     """
@@ -299,12 +317,13 @@ def reduce_weight_gradients(
     if all(part is None for part in (depthwise, project, expand, stem, se)):
         return (None,) * 4
     programs, C, R, N, act = 0, 1, 1, 1, "identity"
-    taps, depthwise_parts, project_parts, COLS, splits, E, I = 0, 0, 0, 1, 0, 1, 1
+    taps, depthwise_parts, project_parts, COLS, splits, gram_splits, E, I = 0, 0, 0, 1, 0, 0, 1, 1
     dtype = torch.float32
     if squeeze_excite is not None:
         (N, C), R, act = squeeze_excite.dt.shape, squeeze_excite.u.shape[1], squeeze_excite.act
     if expand is not None:
         (splits, E, I), dtype = expand.partials.shape, expand.dtype
+        gram_splits = 0 if expand.grams is None else len(expand.grams)
     if stem is not None:
         splits, (E, I) = len(stem.partials), (len(stem.weight), stem.weight[0].numel())
     cfg = weight_gradient_config(splits, R)
@@ -348,6 +367,7 @@ def reduce_weight_gradients(
         project_parts=project_parts,
         OV=COLS // channel_vector_width(COLS),
         splits=splits,
+        gram_splits=gram_splits,
         E=E,
         IV=I // channel_vector_width(I),
         N=N,

@@ -219,6 +219,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """What no wanted gradient depends on is not computed: a step runs where one of ``needs`` lies before it in the block."""
     from effkernels.kernels import batchnorm, depthwise, pointwise, squeeze_excite
+    from effkernels.kernels.expand_backward import expand_backward
     from effkernels.kernels.weight_gradients import (
         ExpandPartials,
         LayerPartials,
@@ -336,13 +337,12 @@ def _backward(
             )
             stem = None if partials is None else LayerPartials(partials, expand_weight)
         elif needs & {"x", "expand_weight"}:
-            gradients["x"], partials, grams = pointwise.expand_backward(
+            gradients["x"], partials, grams = expand_backward(
                 dz1,
                 x,
-                expand_weight,
+                expand_weight.flatten(1).to(settings.dtype),
                 norm1=bn1,
                 terms1=terms1,
-                counters=counters,
                 residual=dout if settings.residual else None,
                 need_dx="x" in needs,
                 need_dw="expand_weight" in needs,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from effkernels.configs import tables
+from effkernels.configs.rules import expand_backward_form
 
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
 FIELDS = {
@@ -45,7 +46,9 @@ FIELDS = {
         "waves": (1, 2, 3, 4),
     },
     "project_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
-    "expand_backward": {"BM": (16, 32, 64, 128), "num_warps": (4, 8), "stages": (1, 2, 3), "waves": (1, 2, 3, 4)},
+    "expand_pass": {"BM": (32, 64, 128), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4, 5)},
+    "expand_data": {"BM": (64, 128), "BI": (32, 64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4)},
+    "expand_weight": {"BM": (32, 64, 128), "BE": (64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3)},
 }
 GAIN = 0.98  # a configuration is faster if it takes at most this share of the time: less is noise
 MOST = 60  # configurations measured for one shape
@@ -212,18 +215,23 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
 
         return call
 
-    def expand_backward(device):
-        from effkernels.kernels import pointwise
+    def expand_pass(device, **needs):
+        from effkernels.kernels.expand_backward import expand_backward
 
-        dz, x, w = _random(device, *e1, dtype=dtype), _random(device, *e1[:3], inputs, dtype=dtype), _random(device, E, inputs, 1, 1)
+        dz, x, w = (_random(device, *shape, dtype=dtype) for shape in (e1, (*e1[:3], inputs), (E, inputs)))
         how = {"norm1": batch_norm(device, E), "terms1": (_random(device, E), _random(device, E))}
-        how["counters"] = torch.zeros(3, dtype=torch.int32, device=device)
 
         def call():
-            dx, partials, grams = pointwise.expand_backward(dz, x, w, **how)
-            return dx, partials.sum(0), grams.sum(0)
+            dx, *partials = expand_backward(dz, x, w, **how, **needs)
+            return (*(() if dx is None else (dx,)), *(t.sum(0) for t in partials if t is not None))
 
         return call
+
+    def expand_data(device):
+        return expand_pass(device, need_dw=False)
+
+    def expand_weight(device):
+        return expand_pass(device, need_dx=False)
 
     def elementwise(device):
         from effkernels.kernels import batchnorm
@@ -242,7 +250,10 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
     made = [("depthwise_forward", depthwise_forward), ("pointwise_forward", project), ("elementwise", elementwise)]
     made += [("reduction", reduction), ("project_backward", project_backward), ("depthwise_backward", depthwise_backward)]
     if ratio > 1:
-        made += [("pointwise_forward", expand), ("expand_backward", expand_backward)]
+        made.append(("pointwise_forward", expand))
+        forms = {"pass": [expand_pass], "split": [expand_data, expand_weight], "library": []}
+        device = torch.device("cuda" if torch.cuda.is_available() else "meta")
+        made += [(build.__name__, build) for build in forms[expand_backward_form(E, inputs, dtype, device)]]
     return [Workload(f"{build.__name__} {name}", family, build) for family, build in made]
 
 

@@ -35,7 +35,7 @@ STREAMING = {
 # Their loops also load drop-path's mask, or the largest of them is over weights.
 WITH_OTHERS = {"gradient_reduce_kernel", "pool_and_gate_kernel"}
 # Matrix products of activations with weights, which are fp32 and may be narrow.
-MIXED = {"pointwise_forward_kernel", "project_backward_kernel", "expand_backward_kernel"}
+MIXED = {"pointwise_forward_kernel", "project_backward_kernel", "expand_pass_kernel", "expand_data_kernel", "expand_weight_kernel"}
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 

@@ -30,7 +30,7 @@ def large_blocks(monkeypatch):
     a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
     if not (HAS_TRITON and INTERPRET):
         return
-    from effkernels.kernels import depthwise, pointwise, squeeze_excite, weight_gradients
+    from effkernels.kernels import depthwise, expand_backward, pointwise, squeeze_excite, weight_gradients
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
@@ -42,17 +42,14 @@ def large_blocks(monkeypatch):
     enlarge(depthwise, "depthwise_forward_config", strips)
     enlarge(depthwise, "depthwise_backward_config", strips)
     enlarge(pointwise, "pointwise_forward_config", lambda K, N, rows, *_: {"BM": _block(rows), "BN": _block(N), "BK": _block(K)})
-    for name in ("project_backward_config", "expand_backward_config"):
-        # (expanded, outputs, ...) and (expanded, inputs, ...): columns of the product and its inner dimension change places
-        columns, inner = ("BN", "BK") if name.startswith("project") else ("BK", "BN")
-        left, right = ("BR", "BL") if name.startswith("project") else ("BL", "BR")
-        enlarge(
-            pointwise, name,
-            lambda E, other, rows, *_, wide=(columns, left), narrow=(inner, right): {
-                "BM": _block(rows), **dict.fromkeys(wide, _block(E)), **dict.fromkeys(narrow, _block(other))
-            },
-        )  # fmt: skip
-    monkeypatch.setattr(pointwise, "GRAM_BLOCK", 256)
+    enlarge(
+        pointwise, "project_backward_config",
+        lambda E, O, rows, *_: {"BM": _block(rows), "BN": _block(E), "BR": _block(E), "BK": _block(O), "BL": _block(O)},
+    )  # fmt: skip
+    enlarge(expand_backward, "expand_matrix_config", lambda E, I, *_: {"BM": _block(E), "BI": _block(I), "BK": _block(E)})
+    enlarge(expand_backward, "expand_pass_config", lambda E, I, rows, *_: {"BM": _block(rows)})
+    enlarge(expand_backward, "expand_data_config", lambda E, I, rows, *_: {"BM": _block(rows), "BK": _block(E)})
+    enlarge(expand_backward, "expand_weight_config", lambda E, I, rows, *_: {"BM": _block(rows), "BE": _block(E)})
     enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})

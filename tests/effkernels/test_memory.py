@@ -69,6 +69,7 @@ def workloads(device):
     yield FusedSqueezeExcite(35, 9), images(2, 35, 3, 3, device=device)
     yield Apart(), images(2, 3, 7, 5, device=device)
     yield FusedMBConv(9, 13, 3, 2, 2).to(torch.bfloat16), images(2, 9, 5, 3, device=device).bfloat16()
+    yield FusedMBConv(66, 9, 3, 2, 2, 0).to(torch.bfloat16), images(2, 66, 3, 2, device=device).bfloat16()
 
 
 def run_all(device):
@@ -266,9 +267,11 @@ LARGE = [
     # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins; kernels that meet
     # them
     ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (11000, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_backward expand_depthwise pointwise_forward pool_and_gate project_backward"),
+     "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate project_backward"),
     ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1800, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_backward pointwise_forward pool_and_gate project_backward"),
+     "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_backward"),
+    ("expanded, more channels", lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"), (600, 48, 112, 112),
+     "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_backward"),
     ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3600, 48, 112, 112),
      "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_backward"),
     ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
@@ -279,8 +282,8 @@ LARGE = [
 ]  # fmt: skip
 # Kernels over what has no pixels: vectors of a channel, of an image's channels, and partial sums.
 WITHOUT_PIXELS = (
-    "gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad squeeze_excite_wgrad sum_partials "
-    "weight_gradients"
+    "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad squeeze_excite_wgrad "
+    "sum_partials weight_gradients"
 )
 
 
@@ -340,7 +343,8 @@ def launches(module, *shape):
 CACHE_KEYS = """
 with torch.device("meta"):
     MODULES = [
-        FusedMBConv(16, 16, 3, 1, 6, 0.25), FusedMBConv(16, 24, 3, 2, 6, 0.25), FusedMBConv(16, 24, 5, 2, 1, 0, padding="same"),
+        FusedMBConv(16, 16, 3, 1, 6, 0.25), FusedMBConv(16, 16, 3, 1, 17, 0.25), FusedMBConv(16, 24, 3, 2, 6, 0.25),
+        FusedMBConv(16, 24, 5, 2, 1, 0, padding="same"),
         FusedDepthwiseConvBNAct(16), FusedSqueezeExcite(16, 8), Ends(None),
     ]
 
@@ -356,6 +360,7 @@ print(json.dumps([keys(*case) for case in ((64, 56), (65, 56), (63, 56), (8000, 
 OFFSET_TYPES = """
 WORKLOADS = [
     (FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), 11000, 16, 112, 112),
+    (FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"), 600, 48, 112, 112),
     (FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), 3600, 48, 112, 112),
     (torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")), 3600, 48, 112, 112),
     (Ends("meta"), 3600, 3, 224, 224),

@@ -239,66 +239,6 @@ def test_project_backward(N, H, W, E, O, dtype, frozen, gated, device, scratch):
     check(partials.sum(0)[..., None, None], {k: v["dw"] for k, v in results.items()})
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("residual", [True, False])
-@every_dtype
-@pytest.mark.parametrize(("N", "H", "W", "I", "E"), [(3, 5, 7, 10, 30), (2, 9, 10, 24, 72), (2, 3, 5, 70, 140), (5, 4, 4, 16, 40)])
-def test_expand_backward_does_not_need_y1(N, H, W, I, E, dtype, residual, frozen, device, scratch):
-    from effkernels.kernels.pointwise import expand_backward
-
-    dz, x = tensor(N, E, H, W, device=device, dtype=dtype), tensor(N, I, H, W, device=device, dtype=dtype)
-    weight = tensor(E, I, 1, 1, device=device, scale=I**-0.5)
-    dout = tensor(N, I, H, W, device=device, dtype=dtype) if residual else None
-    gamma, beta, *_ = norm_vectors(E, device)
-    y1 = conv(x.double(), weight.double())
-    mean, var = y1.mean((0, 2, 3)), y1.var((0, 2, 3), unbiased=False)
-    *_, k0, k1 = batch_terms(dz.double(), y1, gamma.double(), mean, var.rsqrt())
-    rstd, k0, k1 = var.rsqrt().float(), *((None, None) if frozen else (k0.float(), k1.float()))
-
-    def backward(dz, x, weight, gamma, rstd, k0, k1, dout):
-        wide = torch.float64 if dz.dtype == torch.float64 else torch.float32
-        dy = dz.to(wide) * (gamma * rstd)[:, None, None]
-        if k0 is not None:
-            dy = dy + k0[:, None, None] + k1[:, None, None] * conv(x, weight).to(wide)
-        dy = dy.to(dz.dtype)
-        dx = torch.nn.grad.conv2d_input(x.shape, weight.to(dy.dtype), dy)
-        return {"dx": dx if dout is None else dx + dout, "dw": torch.nn.grad.conv2d_weight(x, weight.shape, dy)}
-
-    results = three(backward, dz, x, weight, gamma, rstd, k0, k1, dout)
-    ticket = counters(device)
-
-    def run(**needs):
-        results = expand_backward(
-            nhwc(dz),
-            nhwc(x),
-            weight,
-            norm1=norm_of((gamma, beta, mean, var), rstd),
-            terms1=None if frozen else (k0, k1),
-            counters=ticket,
-            residual=None if dout is None else nhwc(dout),
-            **needs,
-        )
-        assert not ticket.any()
-        return results
-
-    def weight_gradient(D, gram):
-        dw = (gamma * rstd)[:, None] * D.sum(0)
-        if gram is not None:
-            rounded, gram = weight.flatten(1).to(dtype).float(), gram.sum(0)
-            dw = dw + k1[:, None] * (rounded @ gram[:-1]) + k0[:, None] * gram[-1]
-        return dw[..., None, None]
-
-    dx, D, gram = run()
-    assert (gram is None) == frozen
-    check({"dx": nchw(dx), "dw": weight_gradient(D, gram)}, results)
-    dx, D, gram = run(need_dw=False)
-    assert D is None and gram is None
-    check(nchw(dx), {k: v["dx"] for k, v in results.items()})
-    dx, D, gram = run(need_dx=False)
-    assert dx is None
-    check(weight_gradient(D, gram), {k: v["dw"] for k, v in results.items()})
-
-
 def test_results_do_not_depend_on_the_run(device, scratch):
     """No atomics: bit for bit the same, and an image's product does not depend on the others in the batch."""
     from effkernels.kernels.pointwise import pointwise_forward, project_backward

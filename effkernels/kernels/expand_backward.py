@@ -1,0 +1,438 @@
+"""Backward of an MBConv block's expand (1x1) convolution, which never reads the convolution's output y1.
+
+    dx[m,i] = sum_e dz[m,e] A[e] w[e,i] + sum_j x[m,j] G[j,i] + c[i]  [+ dout[m,i]]        A = gamma rstd
+    D[e,i]  = sum_m dz[m,e] x[m,i],   gram[j,i] = sum_m x[m,j] x[m,i],   xsum[i] = sum_m x[m,i]
+
+BatchNorm 1's backward is dy1 = A dz + k0 + k1 y1 with y1 = x w^T, so y1's term folds into x: G = w^T diag(k1) w and c = k0 w in the data
+gradient, and dw = A D + k1 (w gram) + k0 xsum (``weight_gradients.finish``). w is the weight as the forward rounded it. With running
+statistics k0 = k1 = 0: no G, c, gram and xsum.
+
+A small launch first makes the right operand, ``matrix`` = [A w ; G ; 1] (1: the identity, through which dout is added), and c. Then, by
+shape and dtype (``expand_backward_form`` in effkernels/configs/rules.py), one of three forms:
+
+"pass", few channels. One pass over the rows; a tile of dz and x in shared memory serves all products, and a program keeps D and gram in
+registers to the end. Up to 32 inputs, channels of dz are the rows of D, in pieces of 64. Beyond, x's channels are the rows of all of it:
+dx^T, D^T and gram have I <= 64 rows, one instruction high, and E is cut into powers of two that sum up to it, so nothing is wasted on E.
+As dx^T needs no height of a tile, a tile is 32 rows, and shared memory holds three for each of two programs:
+
+            dz tile, 240 channels   x tile                       x^T       [ dz | x ]
+          +-------+----+--+-+   +-----+                        +----+   +-----------------+
+    rows m|  128  | 64 |32|16|  |  40 |     D^T | gram [i] +=  |    | m |                 |
+          +-------+----+--+-+   +-----+                        +----+   +-----------------+
+                                                           [A w ; G]^T      [ dz | x ]^T
+                                                dx^T   [i]  =  [ i, k ]  k  [           ]
+
+"split", many channels: two launches, since an SM's registers do not hold D. The data gradient is one product over k,
+dx = [dz | x | dout] [A w ; G ; 1], whose loop only moves a pointer from one tensor to the next. A program of the weight gradient holds
+128 rows of D, or of gram, and all of their columns up to 256, and walks over every ``splits``-th tile.
+
+"library", fp32: PyTorch's own products, whose tiles keep the plain multiply-adds (or TF32) busier than Triton's; x G needs one more.
+
+Weight gradients are fp32 partials, one a program or split of the rows; nothing is added atomically.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from effkernels.configs.rules import (
+    expand_backward_form,
+    expand_data_config,
+    expand_matrix_config,
+    expand_pass_config,
+    expand_weight_config,
+)
+from effkernels.kernels.common import cast, channel_vector_width, dot, fp32, launcher, sized_jit
+from effkernels.kernels.norm import load_rstd, load_vector
+from effkernels.kernels.pointwise import matmul_precision
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.zeros([ROWS, COLS], tl.float32)
+
+
+@triton.jit
+def load_rows(x, m, c, C, ok, mc):
+    """Rows m of x [.., C] at channels c; 0 outside."""
+    return tl.load(x + (m[:, None] * C + c[None, :]), mask=ok[:, None] & mc[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns(x, m, c, C, ok, mc):
+    """The transpose of ``load_rows``."""
+    return tl.load(x + (m[None, :] * C + c[:, None]), mask=ok[None, :] & mc[:, None], other=0.0)
+
+
+@triton.jit
+def load_piece(x, m, ok, START: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr):
+    """Rows m of x [.., C] at SIZE channels from START on; 0 outside."""
+    c = START + tl.arange(0, SIZE)
+    if START + SIZE <= C:
+        return tl.load(x + (m[:, None] * C + c[None, :]), mask=ok[:, None], other=0.0)
+    else:
+        return load_rows(x, m, c, C, ok, c < C)
+
+
+@triton.jit
+def add_rows(total, x):
+    """total [R, C] += rows r, r + R, .. of x [BM, C]: those of one thread, if R rows are what all threads hold at once."""
+    R: tl.constexpr = total.shape[0]
+    if x.shape[0] > R:
+        return total + tl.sum(tl.reshape(x.to(tl.float32), [x.shape[0] // R, R, x.shape[1]]), 0)
+    else:
+        return total + x.to(tl.float32)
+
+
+@sized_jit
+def expand_matrix_kernel(
+    w, norm, k0, k1, matrix, c, EV, IV, E_rows, I_rows,
+    EVEC: tl.constexpr, IVEC: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    IDENTITY: tl.constexpr,
+):  # fmt: skip
+    """matrix [E_rows + I_rows (+ I_rows with IDENTITY), I] = [A w ; G ; 1], each padded with rows of zeros, and c fp32 [I].
+
+    BR x BI of A w a program; then BI x BI of G, of 1, and of c. In half precision G is a product of tensor cores, for which k1 is divided
+    by its largest value (of BP) first: in fp16 it would vanish.
+    """
+    E = EV * EVEC
+    I = IV * IVEC
+    dtype: tl.constexpr = matrix.dtype.element_ty
+    blocks_i = tl.cdiv(I, BI)
+    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    block = tl.program_id(0) // blocks_i
+    mi = i < I
+    if block < tl.cdiv(E_rows, BR):
+        e = block * BR + tl.arange(0, BR)
+        me = e < E
+        scale = load_vector(norm.weight, e, me) * load_rstd(norm, e, me)
+        value = load_rows(w, e, i, I, me, mi).to(tl.float32) * scale[:, None]
+        tl.store(matrix + e[:, None] * I + i[None, :], cast(value, dtype), mask=(e < E_rows)[:, None] & mi[None, :])
+    else:
+        block -= tl.cdiv(E_rows, BR)
+        j = block * BI + tl.arange(0, BI)
+        mj = j < I
+        out = matrix + (E_rows + j)[:, None] * I + i[None, :]
+        mask = (j < I_rows)[:, None] & mi[None, :]
+        if k0 is not None:
+            every = tl.arange(0, BP)
+            peak = 1.0
+            if dtype != tl.float32:
+                peak = tl.max(tl.abs(load_vector(k1, every, every < E)), 0)
+                peak = tl.where(peak > 0.0, peak, 1.0)
+            acc = tl.zeros([BI, BI], tl.float32)
+            row = tl.zeros([BI], tl.float32)
+            for start in tl.range(0, E, BK, num_stages=3):
+                e = start + tl.arange(0, BK)
+                me = e < E
+                right = load_rows(w, e, i, I, me, mi)
+                left = load_rows(w, e, j, I, me, mj).to(tl.float32) * (load_vector(k1, e, me) / peak)[:, None]
+                acc = dot(tl.trans(cast(left, dtype)), right, acc, "ieee")
+                row += tl.sum(right.to(tl.float32) * load_vector(k0, e, me)[:, None], 0)
+            tl.store(out, cast(acc * peak, dtype), mask=mask)
+            tl.store(c + i, row, mask=mi & (block == 0))
+            out += I_rows * I
+        if IDENTITY:
+            tl.store(out, cast(tl.where(i[None, :] == j[:, None], 1.0, 0.0), dtype), mask=mask)
+
+
+@sized_jit
+def expand_pass_kernel(
+    dz, x, dout, matrix, c, dx, partials, grams, rows, tiles, programs,
+    E: tl.constexpr, I: tl.constexpr, SIZES: tl.constexpr, STARTS: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr,
+    BI: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of every ``programs``-th tile of BM rows, and what these tiles add to D and gram. E in PIECES, with SIZES from STARTS on.
+
+    TRANSPOSED: x's channels are the rows of every product.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    m = tl.arange(0, BM)
+    wide = tl.full([], BM, tl.int64)
+    i = tl.arange(0, BI)
+    mi = i < I
+    weight = ()
+    D = ()
+    for k in tl.static_range(PIECES):
+        e = STARTS[k] + tl.arange(0, SIZES[k])
+        if TRANSPOSED:
+            weight = weight + (load_columns(matrix, e, i, I, e < E, mi),)
+            D = D + (zeros(BI, SIZES[k]),)
+        else:
+            weight = weight + (load_rows(matrix, e, i, I, e < E, mi),)
+            D = D + (zeros(SIZES[k], BI),)
+    if grams is not None:
+        G = load_rows(matrix + E * I, i, i, I, mi, mi)  # symmetric
+        constant = load_vector(c, i, mi)
+        gram = zeros(BI, BI)
+        xsum = zeros(BR, BI)
+    for t in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
+        row0 = t * wide
+        ok = row0 + m < rows
+        x_tile = load_rows(x + row0 * I, m, i, I, ok, mi)
+        acc = zeros(BI, BM) if TRANSPOSED else zeros(BM, BI)
+        dz_tile = ()
+        for k in tl.static_range(PIECES):
+            dz_tile = dz_tile + (load_piece(dz + row0 * E, m, ok, STARTS[k], SIZES[k], E),)
+            if TRANSPOSED:
+                acc = dot(weight[k], tl.trans(dz_tile[k]), acc, PRECISION)
+            else:
+                acc = dot(dz_tile[k], weight[k], acc, PRECISION)
+        if grams is not None:
+            if TRANSPOSED:
+                acc = dot(G, tl.trans(x_tile), acc, PRECISION)
+            else:
+                acc = dot(x_tile, G, acc, PRECISION)
+        sums = ()
+        for k in tl.static_range(PIECES):
+            if TRANSPOSED:
+                sums = sums + (dot(tl.trans(x_tile), dz_tile[k], D[k], PRECISION),)
+            else:
+                sums = sums + (dot(tl.trans(dz_tile[k]), x_tile, D[k], PRECISION),)
+        D = sums
+        if grams is not None:
+            gram = dot(tl.trans(x_tile), x_tile, gram, PRECISION)
+            xsum = add_rows(xsum, x_tile)
+            acc += constant[:, None] if TRANSPOSED else constant[None, :]
+        if TRANSPOSED:
+            acc = tl.trans(acc)
+        if dout is not None:
+            acc += load_rows(dout + row0 * I, m, i, I, ok, mi).to(tl.float32)
+        out = dx + row0 * I + (m[:, None] * I + i[None, :])
+        tl.store(out, cast(acc, dx.dtype.element_ty), mask=ok[:, None] & mi[None, :])
+    for k in tl.static_range(PIECES):
+        e = STARTS[k] + tl.arange(0, SIZES[k])
+        total = tl.trans(D[k]) if TRANSPOSED else D[k]
+        tl.store(partials + p * (E * I) + e[:, None] * I + i[None, :], total, mask=(e < E)[:, None] & mi[None, :])
+    if grams is not None:
+        out = grams + p * ((I + 1) * I)
+        tl.store(out + i[:, None] * I + i[None, :], gram, mask=mi[:, None] & mi[None, :])
+        tl.store(out + I * I + i, tl.sum(xsum, 0), mask=mi)
+
+
+@sized_jit
+def expand_data_kernel(
+    dz, x, dout, matrix, c, dx, rows, tiles, programs,
+    E: tl.constexpr, I: tl.constexpr, E_ROWS: tl.constexpr, I_ROWS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of BI channels in every ``programs``-th tile: one loop over the columns of [dz | x | dout], each padded to whole steps of BK."""
+    blocks_i = tl.cdiv(I, BI)
+    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    mi = i < I
+    m = tl.arange(0, BM)
+    wide = tl.full([], BM, tl.int64)
+    k = tl.arange(0, BK)
+    right_offset = k[:, None] * I + i[None, :]
+    X_END: tl.constexpr = E_ROWS if c is None else E_ROWS + I_ROWS
+    END: tl.constexpr = X_END if dout is None else X_END + I_ROWS
+    for t in tl.range(tl.program_id(0) // blocks_i, tiles, programs):
+        row0 = t * wide
+        ok = row0 + m < rows
+        acc = zeros(BM, BI)
+        if c is not None:
+            acc += load_vector(c, i, mi)[None, :]
+        for start in tl.range(0, END, BK, num_stages=STAGES):
+            left, width, inside = dz + row0 * E + start, E, E - start
+            if c is not None or dout is not None:
+                width = tl.where(start < E_ROWS, E, I)
+            if c is not None:
+                of_dz = start < E_ROWS
+                left = tl.where(of_dz, left, x + row0 * I + (start - E_ROWS))
+                inside = tl.where(of_dz, inside, E_ROWS + I - start)
+            if dout is not None:
+                before = start < X_END
+                left = tl.where(before, left, dout + row0 * I + (start - X_END))
+                inside = tl.where(before, inside, X_END + I - start)
+            a = load_rows(left, m, k, width, ok, k < inside)
+            b = tl.load(matrix + start * I + right_offset, mask=mi[None, :], other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+        out = dx + row0 * I + (m[:, None] * I + i[None, :])
+        tl.store(out, cast(acc, dx.dtype.element_ty), mask=ok[:, None] & mi[None, :])
+
+
+@sized_jit
+def expand_weight_kernel(
+    dz, x, partials, grams, rows, tiles, splits, gram_splits,
+    E: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First programs for gram of BJ x BI (and xsum) over every ``gram_splits``-th tile, then for D of BE x BI over every ``splits``-th."""
+    blocks_i = tl.cdiv(I, BI)
+    blocks_e = tl.cdiv(E, BE)
+    pid = tl.program_id(0) // blocks_i
+    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    mi = i < I
+    m = tl.arange(0, BM)
+    wide = tl.full([], BM, tl.int64)
+    blocks_j = tl.cdiv(I, BJ)
+    if pid < blocks_j * gram_splits:
+        j = pid % blocks_j * BJ + tl.arange(0, BJ)
+        mj = j < I
+        gram = zeros(BJ, BI)
+        xsum = zeros(BR, BI)
+        for t in tl.range(pid // blocks_j, tiles, gram_splits, num_stages=STAGES):
+            row0 = t * wide
+            ok = row0 + m < rows
+            right = load_rows(x + row0 * I, m, i, I, ok, mi)
+            left = right if I <= BJ else load_rows(x + row0 * I, m, j, I, ok, mj)
+            gram = dot(tl.trans(left), right, gram, PRECISION)
+            xsum = add_rows(xsum, right)
+        out = grams + (pid // blocks_j).to(tl.int64) * ((I + 1) * I)
+        tl.store(out + j[:, None] * I + i[None, :], gram, mask=mj[:, None] & mi[None, :])
+        tl.store(out + I * I + i, tl.sum(xsum, 0), mask=mi & (pid % blocks_j == 0))
+    else:
+        pid -= blocks_j * gram_splits
+        e = pid % blocks_e * BE + tl.arange(0, BE)
+        me = e < E
+        acc = zeros(BE, BI)
+        for t in tl.range(pid // blocks_e, tiles, splits, num_stages=STAGES):
+            row0 = t * wide
+            ok = row0 + m < rows
+            left = load_rows(dz + row0 * E, m, e, E, ok, me)
+            acc = dot(tl.trans(left), load_rows(x + row0 * I, m, i, I, ok, mi), acc, PRECISION)
+        out = partials + (pid // blocks_e).to(tl.int64) * (E * I)
+        tl.store(out + e[:, None] * I + i[None, :], acc, mask=me[:, None] & mi[None, :])
+
+
+def pieces(channels: int, most: int, least: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(sizes, starts): powers of two from ``most`` down to ``least`` that cover the channels, each as often as it fits."""
+    sizes, size = [], most
+    while sum(sizes) < channels:
+        if size == least or sum(sizes) + size <= channels:
+            sizes.append(size)
+        else:
+            size //= 2
+    return tuple(sizes), tuple(sum(sizes[:k]) for k in range(len(sizes)))
+
+
+@launcher
+def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
+    """(matrix [E_rows (+ I_rows with terms) (+ I_rows with ``identity``), I] in weight's dtype, c fp32 [I] or None): see the module."""
+    E, I = weight.shape
+    cfg = expand_matrix_config(E, I, weight.dtype)
+    k0, k1 = terms or (None, None)
+    matrix = weight.new_empty(E_rows + I_rows * ((terms is not None) + identity), I)
+    c = None if terms is None else fp32(weight.device, I)
+    blocks = triton.cdiv(E_rows, cfg.BM) + (triton.cdiv(I_rows, cfg.BI) if terms is not None or identity else 0)
+    expand_matrix_kernel[(blocks * triton.cdiv(I, cfg.BI),)](
+        weight, norm, k0, k1, matrix, c, EV=E // channel_vector_width(E), IV=I // channel_vector_width(I), E_rows=E_rows, I_rows=I_rows,
+        EVEC=channel_vector_width(E), IVEC=channel_vector_width(I), BR=cfg.BM, BI=cfg.BI, BK=cfg.BK, BP=triton.next_power_of_2(E),
+        IDENTITY=identity, **cfg.options,
+    )  # fmt: skip
+    return matrix, c
+
+
+@launcher
+def both_gradients(dz, x, dout, matrix, c, out_dtype):
+    """(dx, D, gram or None) in one pass."""
+    E, I = dz.shape[-1], x.shape[-1]
+    rows = dz.numel() // E
+    cfg = expand_pass_config(E, I, rows, dz.dtype)
+    transposed = cfg.BI > 32
+    sizes, starts = pieces(E, cfg.BE, 16 if transposed else cfg.BE)
+    tiles = triton.cdiv(rows, cfg.BM)
+    programs = cfg.programs(tiles, 1, dz.device)
+    dx = torch.empty_like(x, dtype=out_dtype)
+    partials = fp32(dz.device, programs, E, I)
+    grams = None if c is None else fp32(dz.device, programs, I + 1, I)
+    expand_pass_kernel[(programs,)](
+        dz, x, dout, matrix, c, dx, partials, grams,
+        rows=rows, tiles=tiles, programs=programs, E=E, I=I, SIZES=sizes, STARTS=starts, PIECES=len(sizes), BM=cfg.BM, BI=cfg.BI,
+        BR=cfg.BR, STAGES=cfg.stages, TRANSPOSED=transposed, PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    return dx, partials, grams
+
+
+@launcher
+def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
+    """dx; dout is of dz's dtype, or None."""
+    E, I = dz.shape[-1], x.shape[-1]
+    rows = dz.numel() // E
+    cfg = expand_data_config(E, I, rows, dz.dtype)
+    E_rows, I_rows = triton.cdiv(E, cfg.BK) * cfg.BK, triton.cdiv(I, cfg.BK) * cfg.BK
+    matrix, c = right_operand(weight, norm, terms, E_rows=E_rows, I_rows=I_rows, identity=dout is not None)
+    tiles, blocks_i = triton.cdiv(rows, cfg.BM), triton.cdiv(I, cfg.BI)
+    programs = cfg.programs(tiles, blocks_i, dz.device)
+    dx = torch.empty_like(x, dtype=out_dtype)
+    expand_data_kernel[(programs * blocks_i,)](
+        dz, x, dout, matrix, c, dx,
+        rows=rows, tiles=tiles, programs=programs, E=E, I=I, E_ROWS=E_rows, I_ROWS=I_rows,
+        BM=cfg.BM, BI=cfg.BI, BK=cfg.BK, STAGES=cfg.stages, PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    return dx
+
+
+@launcher
+def weight_gradient(dz, x, with_gram):
+    """(D, gram or None)."""
+    E, I = dz.shape[-1], x.shape[-1]
+    rows = dz.numel() // E
+    cfg = expand_weight_config(E, I, rows, dz.dtype)
+    tiles, blocks_i = triton.cdiv(rows, cfg.BM), triton.cdiv(I, cfg.BI)
+    blocks_e, blocks_j = triton.cdiv(E, cfg.BE), triton.cdiv(I, cfg.BJ)
+    splits, gram_splits = cfg.splits(tiles, blocks_e, blocks_j if with_gram else 0, blocks_i, dz.device)
+    partials = fp32(dz.device, splits, E, I)
+    grams = fp32(dz.device, gram_splits, I + 1, I) if with_gram else None
+    expand_weight_kernel[((splits * blocks_e + gram_splits * blocks_j) * blocks_i,)](
+        dz, x, partials, grams,
+        rows=rows, tiles=tiles, splits=splits, gram_splits=gram_splits, E=E, I=I,
+        BM=cfg.BM, BE=cfg.BE, BI=cfg.BI, BJ=cfg.BJ, BR=cfg.BR, STAGES=cfg.stages, PRECISION=matmul_precision(), **cfg.options,
+    )  # fmt: skip
+    return partials, grams
+
+
+def library_products(dz, x, dout, weight, norm, terms, need_dx, need_dw, out_dtype):
+    """(dx, D, gram) by PyTorch's products. With ``out`` given, since autocast leaves those in fp32."""
+    E, I = dz.shape[-1], x.shape[-1]
+    dz, rows = dz.view(-1, E), x.view(-1, I)
+    dx = partials = grams = None
+    if need_dx:
+        matrix, c = right_operand(weight, norm, terms, E_rows=E, I_rows=I)
+        dx = torch.empty_like(rows)
+        if terms is None:
+            torch.mm(dz, matrix, out=dx)
+        else:
+            torch.addmm(c.to(dx.dtype), rows, matrix[E:], out=dx)
+            torch.addmm(dx, dz, matrix[:E], out=dx)
+        if dout is not None:
+            dx += dout.view(-1, I)
+        dx = dx.to(out_dtype).view(x.shape)
+    if need_dw:
+        partials = torch.mm(dz.t(), rows, out=fp32(dz.device, E, I))[None]
+        if terms is not None:
+            grams = fp32(dz.device, 1, I + 1, I)
+            torch.mm(rows.t(), rows, out=grams[0, :I])
+            torch.sum(rows, 0, out=grams[0, I])
+    return dx, partials, grams
+
+
+def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True, need_dw=True, out_dtype=None):
+    """Data and weight gradient of the expand convolution, without its output.
+
+    Args:
+        dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], rounded to dz's dtype if of another.
+        weight: [E, I] in dz's dtype. norm1: BatchNorm 1, of which weight and rstd are read.
+        terms1: (k0, k1) fp32 [E] of its backward, or None with running statistics. residual: added to dx, [N, H, W, I].
+        out_dtype: of dx, default x's.
+
+    Returns: (dx or None, D fp32 [S, E, I] or None, gram fp32 [T, I + 1, I] with xsum in the last row, or None).
+    """
+    E, I = weight.shape
+    out_dtype = out_dtype or x.dtype
+    x = x.to(dz.dtype)
+    form = expand_backward_form(E, I, dz.dtype, dz.device)
+    if form == "library":
+        return library_products(dz, x, residual, weight, norm1, terms1, need_dx, need_dw, out_dtype)
+    if form == "pass" and need_dx and need_dw:
+        matrix, c = right_operand(weight, norm1, terms1, E_rows=E, I_rows=I)
+        return both_gradients(dz, x, residual, matrix, c, out_dtype)
+    dx = partials = grams = None
+    if need_dx:
+        late = residual is not None and residual.dtype != dz.dtype  # as an operand of the product it would be rounded
+        dx = data_gradient(dz, x, None if late else residual, weight, norm1, terms1, out_dtype)
+        if late:
+            dx += residual
+    if need_dw:
+        partials, grams = weight_gradient(dz, x, terms1 is not None)
+    return dx, partials, grams
