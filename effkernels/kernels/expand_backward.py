@@ -1,34 +1,43 @@
 """Backward of an MBConv block's expand (1x1) convolution, which never reads the convolution's output y1.
 
-    dx[m,i] = sum_e dz[m,e] A[e] w[e,i] + sum_j x[m,j] G[j,i] + c[i]  [+ dout[m,i]]        A = gamma rstd
-    D[e,i]  = sum_m dz[m,e] x[m,i],   gram[j,i] = sum_m x[m,j] x[m,i],   xsum[i] = sum_m x[m,i]
+    dx[m,i]   = sum_e dz[m,e] A[e] w[e,i] + sum_j x[m,j] G[j,i] + c[i]  [+ dout[m,i]]        A = gamma rstd
+    D[e,i]    = sum_m dz[m,e] x[m,i]
+    gram[j,i] = sum_m x[m,j] x[m,i],      xsum[i] = sum_m x[m,i]
 
-BatchNorm 1's backward is dy1 = A dz + k0 + k1 y1 with y1 = x w^T, so y1's term folds into x: G = w^T diag(k1) w and c = k0 w in the data
-gradient, and dw = A D + k1 (w gram) + k0 xsum (``weight_gradients.finish``). w is the weight as the forward rounded it. With running
-statistics k0 = k1 = 0: no G, c, gram and xsum.
+BatchNorm 1's backward is dy1 = A dz + k0 + k1 y1 with y1 = x w^T, so y1's term folds into x: G = w^T diag(k1) w and c
+= k0 w in the data gradient, and dw = A D + k1 (w gram) + k0 xsum (``reduce_weight_gradients``). w is the weight as
+the forward rounded it. With running statistics k0 = k1 = 0, and there are no G, c, gram and xsum.
 
-A small launch first makes the right operand, ``matrix`` = [A w ; G ; 1] (1: the identity, through which dout is added), and c. Then, by
-shape and dtype (``expand_backward_form`` in effkernels/configs/rules.py), one of three forms:
+A small launch first makes the right operand, ``matrix`` = [A w ; G ; 1] (1: the identity, through which dout is
+added), and c. Then comes one of three forms, by shape and dtype (``expand_backward_form`` in
+effkernels/configs/rules.py):
 
-"pass", few channels. One pass over the rows; a tile of dz and x in shared memory serves all products, and a program keeps D and gram in
-registers to the end. Up to 32 inputs, channels of dz are the rows of D, in pieces of 64. Beyond, x's channels are the rows of all of it:
-dx^T, D^T and gram have I <= 64 rows, one instruction high, and E is cut into powers of two that sum up to it, so nothing is wasted on E.
-As dx^T needs no height of a tile, a tile is 32 rows, and shared memory holds three for each of two programs:
+"pass", few channels. One pass over the rows; a tile of dz and x in shared memory serves all products, and a program
+keeps D and gram in registers to the end. Up to 32 inputs, channels of dz are the rows of D, in pieces of 64. Beyond,
+x's channels are the rows of all of it: dx^T, D^T and gram have I <= 64 rows, as many as one instruction, and E is cut
+into powers of two that add up to it, so that nothing is wasted on E. As the height of a tile is then free for dx^T, a
+tile is 32 rows, and shared memory holds three for each of two programs:
 
-            dz tile, 240 channels   x tile                       x^T       [ dz | x ]
-          +-------+----+--+-+   +-----+                        +----+   +-----------------+
-    rows m|  128  | 64 |32|16|  |  40 |     D^T | gram [i] +=  |    | m |                 |
-          +-------+----+--+-+   +-----+                        +----+   +-----------------+
-                                                           [A w ; G]^T      [ dz | x ]^T
-                                                dx^T   [i]  =  [ i, k ]  k  [           ]
+            dz tile, 240 channels   x tile                         x^T      [ dz | x ]
+          +-------+----+--+-+      +-----+                       +-----+   +-----------+
+    rows m|  128  | 64 |32|16|     |  40 |     [ D^T | gram ] += | i,m |   |    m,k    |
+          +-------+----+--+-+      +-----+                       +-----+   +-----------+
 
-"split", many channels: two launches, since an SM's registers do not hold D. The data gradient is one product over k,
-dx = [dz | x | dout] [A w ; G ; 1], whose loop only moves a pointer from one tensor to the next. A program of the weight gradient holds
-128 rows of D, or of gram, and all of their columns up to 256, and walks over every ``splits``-th tile.
+                                                             [A w ; G]^T   [ dz | x ]^T
+                                                                 +-----+   +-----------+
+                                               dx^T            = | i,k |   |    k,m    |
+                                                                 +-----+   +-----------+
 
-"library", fp32: PyTorch's own products, whose tiles keep the plain multiply-adds (or TF32) busier than Triton's; x G needs one more.
+"split", many channels: two launches, since the registers of an SM do not hold D. The data gradient is one product
+over k, dx = [dz | x | dout] [A w ; G ; 1], whose loop only moves a pointer from one tensor to the next. A program of
+the weight gradient holds 128 rows of D, or of gram, and all of their columns up to 256, and walks over every
+``splits``-th tile.
 
-Weight gradients are fp32 partials, one a program or split of the rows; nothing is added atomically.
+"library", fp32: PyTorch's own products, whose tiles keep the plain multiply-adds (or TF32) busier than Triton's;
+those of x alone come on top.
+
+Channels are compile-time constants of what passes over the rows: strides fold, and pieces that fit need no mask.
+Weight gradients are fp32 partials, one for a program or a split of the rows; nothing is added atomically.
 """
 
 import torch
@@ -76,7 +85,7 @@ def load_piece(x, m, ok, START: tl.constexpr, SIZE: tl.constexpr, C: tl.constexp
 
 @triton.jit
 def add_rows(total, x):
-    """total [R, C] += rows r, r + R, .. of x [BM, C]: those of one thread, if R rows are what all threads hold at once."""
+    """total [R, C] += rows r, r + R, .. of x [BM, C]: those of one thread, if all threads hold R rows at once."""
     R: tl.constexpr = total.shape[0]
     if x.shape[0] > R:
         return total + tl.sum(tl.reshape(x.to(tl.float32), [x.shape[0] // R, R, x.shape[1]]), 0)
@@ -86,14 +95,28 @@ def add_rows(total, x):
 
 @sized_jit
 def expand_matrix_kernel(
-    w, norm, k0, k1, matrix, c, EV, IV, E_rows, I_rows,
-    EVEC: tl.constexpr, IVEC: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    w,
+    norm,
+    k0,
+    k1,
+    matrix,
+    c,
+    EV,
+    IV,
+    E_rows,
+    I_rows,
+    EVEC: tl.constexpr,
+    IVEC: tl.constexpr,
+    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
     IDENTITY: tl.constexpr,
-):  # fmt: skip
-    """matrix [E_rows + I_rows (+ I_rows with IDENTITY), I] = [A w ; G ; 1], each padded with rows of zeros, and c fp32 [I].
+):
+    """matrix [E_rows + I_rows (+ I_rows with IDENTITY), I] = [A w ; G ; 1], each padded with rows of zeros; c fp32 [I].
 
-    BR x BI of A w a program; then BI x BI of G, of 1, and of c. In half precision G is a product of tensor cores, for which k1 is divided
-    by its largest value (of BP) first: in fp16 it would vanish.
+    A program makes BR x BI of A w; those after them BI x BI of G and 1, and BI of c. In half precision G is a product
+    of tensor cores, for which k1 is divided by its largest value (of BP) first: in fp16 it would vanish.
     """
     E = EV * EVEC
     I = IV * IVEC
@@ -138,13 +161,32 @@ def expand_matrix_kernel(
 
 @sized_jit
 def expand_pass_kernel(
-    dz, x, dout, matrix, c, dx, partials, grams, rows, tiles, programs,
-    E: tl.constexpr, I: tl.constexpr, SIZES: tl.constexpr, STARTS: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr,
-    BI: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dx of every ``programs``-th tile of BM rows, and what these tiles add to D and gram. E in PIECES, with SIZES from STARTS on.
+    dz,
+    x,
+    dout,
+    matrix,
+    c,
+    dx,
+    partials,
+    grams,
+    rows,
+    tiles,
+    programs,
+    E: tl.constexpr,
+    I: tl.constexpr,
+    SIZES: tl.constexpr,
+    STARTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BM: tl.constexpr,
+    BI: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx of every ``programs``-th tile of BM rows, and what these tiles add to D and gram.
 
-    TRANSPOSED: x's channels are the rows of every product.
+    E lies in PIECES, with SIZES from STARTS on. TRANSPOSED: x's channels are the rows of every product.
     """
     p = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, BM)
@@ -212,11 +254,27 @@ def expand_pass_kernel(
 
 @sized_jit
 def expand_data_kernel(
-    dz, x, dout, matrix, c, dx, rows, tiles, programs,
-    E: tl.constexpr, I: tl.constexpr, E_ROWS: tl.constexpr, I_ROWS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dx of BI channels in every ``programs``-th tile: one loop over the columns of [dz | x | dout], each padded to whole steps of BK."""
+    dz,
+    x,
+    dout,
+    matrix,
+    c,
+    dx,
+    rows,
+    tiles,
+    programs,
+    E: tl.constexpr,
+    I: tl.constexpr,
+    E_ROWS: tl.constexpr,
+    I_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx of BI channels in every ``programs``-th tile, in one loop over the columns of [dz | x | dout], each padded to
+    whole steps of BK."""
     blocks_i = tl.cdiv(I, BI)
     i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
     mi = i < I
@@ -253,11 +311,26 @@ def expand_data_kernel(
 
 @sized_jit
 def expand_weight_kernel(
-    dz, x, partials, grams, rows, tiles, splits, gram_splits,
-    E: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """First programs for gram of BJ x BI (and xsum) over every ``gram_splits``-th tile, then for D of BE x BI over every ``splits``-th."""
+    dz,
+    x,
+    partials,
+    grams,
+    rows,
+    tiles,
+    splits,
+    gram_splits,
+    E: tl.constexpr,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """First come programs for gram, BJ x BI, and xsum over every ``gram_splits``-th tile, then those for D, BE x BI,
+    over every ``splits``-th."""
     blocks_i = tl.cdiv(I, BI)
     blocks_e = tl.cdiv(E, BE)
     pid = tl.program_id(0) // blocks_i
@@ -296,7 +369,7 @@ def expand_weight_kernel(
 
 
 def pieces(channels: int, most: int, least: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(sizes, starts): powers of two from ``most`` down to ``least`` that cover the channels, each as often as it fits."""
+    """(sizes, starts): powers of two from ``most`` down to ``least`` that cover the channels, the largest first."""
     sizes, size = [], most
     while sum(sizes) < channels:
         if size == least or sum(sizes) + size <= channels:
@@ -308,7 +381,7 @@ def pieces(channels: int, most: int, least: int) -> tuple[tuple[int, ...], tuple
 
 @launcher
 def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
-    """(matrix [E_rows (+ I_rows with terms) (+ I_rows with ``identity``), I] in weight's dtype, c fp32 [I] or None): see the module."""
+    """(matrix [E_rows (+ I_rows with terms) (+ I_rows with ``identity``), I] in weight's dtype, c fp32 [I] or None)."""
     E, I = weight.shape
     cfg = expand_matrix_config(E, I, weight.dtype)
     k0, k1 = terms or (None, None)
@@ -316,10 +389,25 @@ def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
     c = None if terms is None else fp32(weight.device, I)
     blocks = triton.cdiv(E_rows, cfg.BM) + (triton.cdiv(I_rows, cfg.BI) if terms is not None or identity else 0)
     expand_matrix_kernel[(blocks * triton.cdiv(I, cfg.BI),)](
-        weight, norm, k0, k1, matrix, c, EV=E // channel_vector_width(E), IV=I // channel_vector_width(I), E_rows=E_rows, I_rows=I_rows,
-        EVEC=channel_vector_width(E), IVEC=channel_vector_width(I), BR=cfg.BM, BI=cfg.BI, BK=cfg.BK, BP=triton.next_power_of_2(E),
-        IDENTITY=identity, **cfg.options,
-    )  # fmt: skip
+        w=weight,
+        norm=norm,
+        k0=k0,
+        k1=k1,
+        matrix=matrix,
+        c=c,
+        EV=E // channel_vector_width(E),
+        IV=I // channel_vector_width(I),
+        E_rows=E_rows,
+        I_rows=I_rows,
+        EVEC=channel_vector_width(E),
+        IVEC=channel_vector_width(I),
+        BR=cfg.BM,
+        BI=cfg.BI,
+        BK=cfg.BK,
+        BP=triton.next_power_of_2(E),
+        IDENTITY=identity,
+        **cfg.options,
+    )
     return matrix, c
 
 
@@ -337,10 +425,30 @@ def both_gradients(dz, x, dout, matrix, c, out_dtype):
     partials = fp32(dz.device, programs, E, I)
     grams = None if c is None else fp32(dz.device, programs, I + 1, I)
     expand_pass_kernel[(programs,)](
-        dz, x, dout, matrix, c, dx, partials, grams,
-        rows=rows, tiles=tiles, programs=programs, E=E, I=I, SIZES=sizes, STARTS=starts, PIECES=len(sizes), BM=cfg.BM, BI=cfg.BI,
-        BR=cfg.BR, STAGES=cfg.stages, TRANSPOSED=transposed, PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dz=dz,
+        x=x,
+        dout=dout,
+        matrix=matrix,
+        c=c,
+        dx=dx,
+        partials=partials,
+        grams=grams,
+        rows=rows,
+        tiles=tiles,
+        programs=programs,
+        E=E,
+        I=I,
+        SIZES=sizes,
+        STARTS=starts,
+        PIECES=len(sizes),
+        BM=cfg.BM,
+        BI=cfg.BI,
+        BR=cfg.BR,
+        STAGES=cfg.stages,
+        TRANSPOSED=transposed,
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dx, partials, grams
 
 
@@ -356,10 +464,26 @@ def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
     programs = cfg.programs(tiles, blocks_i, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype)
     expand_data_kernel[(programs * blocks_i,)](
-        dz, x, dout, matrix, c, dx,
-        rows=rows, tiles=tiles, programs=programs, E=E, I=I, E_ROWS=E_rows, I_ROWS=I_rows,
-        BM=cfg.BM, BI=cfg.BI, BK=cfg.BK, STAGES=cfg.stages, PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dz=dz,
+        x=x,
+        dout=dout,
+        matrix=matrix,
+        c=c,
+        dx=dx,
+        rows=rows,
+        tiles=tiles,
+        programs=programs,
+        E=E,
+        I=I,
+        E_ROWS=E_rows,
+        I_ROWS=I_rows,
+        BM=cfg.BM,
+        BI=cfg.BI,
+        BK=cfg.BK,
+        STAGES=cfg.stages,
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return dx
 
 
@@ -375,10 +499,25 @@ def weight_gradient(dz, x, with_gram):
     partials = fp32(dz.device, splits, E, I)
     grams = fp32(dz.device, gram_splits, I + 1, I) if with_gram else None
     expand_weight_kernel[((splits * blocks_e + gram_splits * blocks_j) * blocks_i,)](
-        dz, x, partials, grams,
-        rows=rows, tiles=tiles, splits=splits, gram_splits=gram_splits, E=E, I=I,
-        BM=cfg.BM, BE=cfg.BE, BI=cfg.BI, BJ=cfg.BJ, BR=cfg.BR, STAGES=cfg.stages, PRECISION=matmul_precision(), **cfg.options,
-    )  # fmt: skip
+        dz=dz,
+        x=x,
+        partials=partials,
+        grams=grams,
+        rows=rows,
+        tiles=tiles,
+        splits=splits,
+        gram_splits=gram_splits,
+        E=E,
+        I=I,
+        BM=cfg.BM,
+        BE=cfg.BE,
+        BI=cfg.BI,
+        BJ=cfg.BJ,
+        BR=cfg.BR,
+        STAGES=cfg.stages,
+        PRECISION=matmul_precision(),
+        **cfg.options,
+    )
     return partials, grams
 
 
@@ -411,7 +550,8 @@ def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True
     """Data and weight gradient of the expand convolution, without its output.
 
     Args:
-        dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], rounded to dz's dtype if of another.
+        dz: gradient of BatchNorm 1's output [N, H, W, E]; x: the block's input [N, H, W, I], of any
+            dtype, rounded to dz's.
         weight: [E, I] in dz's dtype. norm1: BatchNorm 1, of which weight and rstd are read.
         terms1: (k0, k1) fp32 [E] of its backward, or None with running statistics. residual: added to dx, [N, H, W, I].
         out_dtype: of dx, default x's.
@@ -429,7 +569,8 @@ def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True
         return both_gradients(dz, x, residual, matrix, c, out_dtype)
     dx = partials = grams = None
     if need_dx:
-        late = residual is not None and residual.dtype != dz.dtype  # as an operand of the product it would be rounded
+        # As an operand of the product, a residual of another dtype would be rounded.
+        late = residual is not None and residual.dtype != dz.dtype
         dx = data_gradient(dz, x, None if late else residual, weight, norm1, terms1, out_dtype)
         if late:
             dx += residual

@@ -52,9 +52,14 @@ def run(dz, x, weight, gamma, rstd, k0, k1, dout, **needs):
 
     rounded = weight.flatten(1).to(dz.dtype)
     dx, D, gram = expand_backward(
-        nhwc(dz), nhwc(x), guarded(rounded), norm1=BatchNorm(gamma, None, None, rstd), terms1=None if k0 is None else (k0, k1),
-        residual=None if dout is None else nhwc(dout), **needs,
-    )  # fmt: skip
+        nhwc(dz),
+        nhwc(x),
+        guarded(rounded),
+        norm1=BatchNorm(gamma, None, None, rstd),
+        terms1=None if k0 is None else (k0, k1),
+        residual=None if dout is None else nhwc(dout),
+        **needs,
+    )
     dw = None
     if D is not None:
         assert D.dtype == torch.float32 and (gram is None) == (k0 is None)
