@@ -2,4 +2,5 @@
 
 AMP = ("none", "bf16", "fp16")  # autocast, and its dtype
 DEVICES = ("auto", "cpu", "cuda")
+MAX_PIXELS = 178_956_970  # of an image file: more is an error, as Pillow has it
 INTERPOLATIONS = ("bilinear", "bicubic")  # of images that are resized

@@ -1,6 +1,7 @@
 """``efficientnet COMMAND``: from what the user typed to the Python API. Bad input ends in one line and exit code 2."""
 
 import argparse
+import codecs
 import difflib
 import os
 import signal
@@ -19,6 +20,13 @@ COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert"
 # times as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# What other programs call an option.
+MEANT = {"--learning-rate": "--lr", "--lr-scheduler": "--sched", "--scheduler": "--sched", "--optimizer": "--opt", "--wd": "--weight-decay"}
+MEANT |= {"--arch": "--model", "--data-dir": "--data", "--data-path": "--data", "--dataset": "--data", "--bs": "--batch-size"}
+MEANT |= {"--image-size": "--img-size", "--input-size": "--img-size", "--imgsz": "--img-size", "--num-epochs": "--epochs"}
+MEANT |= {"--patience": "--early-stop", "--early-stopping": "--early-stop", "--ema": "--model-ema", "--output-dir": "--output"}
+MEANT |= {"--weights": "--checkpoint", "--checkpoint-path": "--checkpoint", "--channels": "--in-chans", "--gpu": "--device"}
+
 # Import name -> package of the extra [train], or of [export].
 OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
 OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub"}
@@ -28,9 +36,11 @@ EXPORT = ("onnx", "onnxscript", "onnxruntime")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. An unexpected error keeps its traceback."""
+    _print_every_name()
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], args.options, n=1)
+        name = unknown[0].partition("=")[0]
+        near = [MEANT[name]] if MEANT.get(name) in args.options else difflib.get_close_matches(name, args.options, n=1)
         _fail(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
     with _leaving_at_once(getattr(args, "output", None)):
         try:
@@ -55,6 +65,23 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             _fail(f'{OPTIONAL.get(name, name)} is not installed; pip install "effkernels[{"export" if name in EXPORT else "train"}]"')
     return 0
+
+
+def _print_every_name():
+    """File names that are no text in this encoding, and encodings that lack a letter, are no reason to stop: bytes of a name come out as
+    they came in, letters that cannot be written as their number."""
+
+    def as_it_was(error):
+        if isinstance(error, UnicodeEncodeError) and error.encoding.lower().replace("-", "") == "utf8":
+            letters = error.object[error.start : error.end]
+            if all("\udc80" <= letter <= "\udcff" for letter in letters):
+                return bytes(ord(letter) - 0xDC00 for letter in letters), error.end
+        return codecs.backslashreplace_errors(error)
+
+    codecs.register_error("efficientnet", as_it_was)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="efficientnet")
 
 
 class _Parser(argparse.ArgumentParser):

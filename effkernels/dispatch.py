@@ -11,6 +11,7 @@ import os
 
 import torch
 from torch import nn
+from torch.nn.modules import module
 
 BACKENDS = ("auto", "triton", "reference")
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,8 +128,31 @@ def tensor_problem(x: torch.Tensor, weights=(), buffers=()) -> str | None:
     return None
 
 
+def recording(x) -> bool:
+    """Whether x only stands for a tensor (torch.fx), or torch.jit writes down what is done with it: nothing about it can be checked."""
+    return not torch.compiler.is_compiling() and (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing())
+
+
+def watched(x) -> str | None:
+    """Who wants to see torch's own operators or modules, which kernels bypass, or None."""
+    if torch.compiler.is_compiling():  # the compiler has modes of its own
+        return None
+    if recording(x):
+        return "torch.jit or torch.fx is tracing: it records torch's own operators"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active (FlopCounterMode, say): it sees torch's own operators"
+    if module._global_forward_hooks or module._global_forward_pre_hooks or module._global_backward_hooks:
+        return "hooks on all modules are registered"
+    return None
+
+
 def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def pads_itself(layer: nn.Module) -> bool:
+    """Whether what stands for a convolution puts zeros around its input, so that nobody else must."""
+    return any(isinstance(conv, nn.Conv2d) and fixed_padding(conv) != (0, 0) for conv in layer.modules())
 
 
 def fixed_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
@@ -213,7 +237,7 @@ def why_not_fused(
     wanted = requested_backend()
     if wanted == "reference":
         return "EFFKERNELS_BACKEND=reference"
-    reason = None if x is None else platform_problem(x.device.type, x.device.index)
+    reason = None if x is None else watched(x) or platform_problem(x.device.type, x.device.index)
     if reason is None:
         layers = dict(layers)
         if judge is not None:

@@ -38,17 +38,20 @@ def check_conv_args(kernel_size, stride, padding):
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
 
 
-def check_activation(x, weight, channels: int, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric") -> None:
-    """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution fits."""
+def check_activation(x, weight, channels: int | None, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric") -> None:
+    """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution fits.
+
+    channels, weight: None where an edited layer has none of its own; then they are its own affair.
+    """
     if not hasattr(x, "dim"):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got shape {tuple(x.shape)}")
-    if x.shape[1] != channels:
+    if channels is not None and x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    if x.device != weight.device:
+    if weight is not None and x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weights are on {weight.device}: move one of them")
     for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
         if size < 1 or conv_out_size(size, kernel_size, stride, padding) < 1:

@@ -18,12 +18,8 @@ GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """phi(x); SiLU and ReLU in place where no gradient can need x, which must be a fresh tensor (a BatchNorm's output is)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return ACTIVATIONS[act](x)
-    if act == "silu":
-        return F.silu(x, inplace=True)
-    return F.relu(x, inplace=True) if act == "relu" else ACTIVATIONS[act](x)
+    """phi(x), never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the caller's."""
+    return ACTIVATIONS[act](x)
 
 
 def drop_path_scale(n: int, rate: float, device) -> torch.Tensor:
@@ -32,9 +28,17 @@ def drop_path_scale(n: int, rate: float, device) -> torch.Tensor:
     return torch.empty(n, dtype=torch.float32, device=device).bernoulli_(keep).div_(keep)
 
 
+@torch.fx.wrap
 def drop_path_draws(n: int, device) -> torch.Tensor:
     """One draw from [0, 1) per sample, fp32 [N]: drawn here by both paths, so what they drop agrees bit for bit."""
     return torch.rand(n, dtype=torch.float32, device=device)
+
+
+@torch.fx.wrap
+def pad(x: torch.Tensor, kernel_size: int, stride: int, padding: str) -> torch.Tensor:
+    """x [N, C, H, W] with the zeros that the rule ``padding`` puts around it for a k x k convolution."""
+    (top, bottom), (left, right) = (pad_amounts(n, kernel_size, stride, padding) for n in x.shape[2:])
+    return F.pad(x, (left, right, top, bottom)) if top or bottom or left or right else x
 
 
 def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,14 +88,9 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: 
 
 def _conv(x, weight, stride, padding, groups):
     k = weight.shape[-1]
-    pads = 0
     if padding == "symmetric":
-        pads = (k - 1) // 2
-    else:
-        (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
-        if top or bottom or left or right:
-            x = F.pad(x, (left, right, top, bottom))
-    return F.conv2d(x, weight, None, stride, pads, 1, groups)
+        return F.conv2d(x, weight, None, stride, (k - 1) // 2, 1, groups)
+    return F.conv2d(pad(x, k, stride, padding), weight, None, stride, 0, 1, groups)
 
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:

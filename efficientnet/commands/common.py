@@ -1,10 +1,11 @@
 """What several commands share: options of a checkpoint, reading it, tables."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from efficientnet.choices import AMP, DEVICES
+from efficientnet.choices import AMP, DEVICES, MAX_PIXELS
 from efficientnet.errors import InputError
 
 
@@ -31,11 +32,19 @@ def add_checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="fused MBConv kernels where they can run")
 
 
+def add_reading_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of a command that reads image files."""
+    sub.add_argument("--max-corrupt", type=int, default=10, help="unreadable images to skip before giving up (default: %(default)s)")
+    sub.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, help="of an image file; larger ones are unreadable (default: %(default)s)"
+    )
+
+
 def load(args: argparse.Namespace) -> tuple:
     """Read --checkpoint. Returns (Runner, model in eval, class names or None, Preprocess)."""
     from dataclasses import replace
 
-    from efficientnet.data.images import Preprocess
+    from efficientnet.data.images import MODES, Preprocess
     from efficientnet.devices import pick_device
     from efficientnet.training.runner import Runner
     from efficientnet.weights.checkpoints import load_checkpoint, read_metadata
@@ -49,6 +58,9 @@ def load(args: argparse.Namespace) -> tuple:
     else:
         cfg = model.pretrained_cfg
         preprocess = Preprocess(cfg["input_size"][-1], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+    preprocess = preprocess.of_channels(model.in_chans)
+    if model.in_chans != 3:
+        print(f"images are read as {MODES[model.in_chans]}: the checkpoint's model has in_chans {model.in_chans}", file=sys.stderr)
     if args.img_size is not None:
         preprocess = replace(preprocess, img_size=args.img_size)
     return runner, model, metadata.get("classes"), preprocess

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 from itertools import chain
 from pathlib import Path
 
-from efficientnet.commands.common import add_checkpoint_arguments, checking_input, load
+from efficientnet.commands.common import add_checkpoint_arguments, add_reading_arguments, checking_input, load
 from efficientnet.errors import InputError
 
 SUMMARY = "The most probable classes of images."
@@ -19,17 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contact-sheet", metavar="FILE.png", help="also draw the images with their classes; 96 a page")
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--num-workers", "-j", type=int, default=0, help="processes that load images")
-    parser.add_argument("--max-corrupt", type=int, default=10, help="unreadable images to skip before giving up (default: %(default)s)")
+    add_reading_arguments(parser)
     add_checkpoint_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from efficientnet.commands.contact_sheet import ContactSheet
-    from efficientnet.data.images import ImageSet, read_image
+    from efficientnet.data.images import ImageSet, allow_pixels, read_image
     from efficientnet.data.loading import Unreadable
 
     with checking_input():
-        for name, minimum in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0)):
+        for name, minimum in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0), ("max_pixels", 1)):
             if getattr(args, name) < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {getattr(args, name)}")
         sheet = ContactSheet(args.contact_sheet, lines=1 + min(args.topk, 3)) if args.contact_sheet else None
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         if model.num_classes == 0:
             raise ValueError(f"checkpoint {args.checkpoint!r} has no classifier")
         paths = _paths(args.images)
+    allow_pixels(args.max_pixels)
     limit, hint = args.max_corrupt, {}
     if limit >= len(paths):  # where no image can be read, that is the error
         limit, hint = len(paths) - 1, {"hint": ""}
@@ -65,17 +67,20 @@ def run(args: argparse.Namespace) -> None:
 
 def _paths(names):
     """Every image that is meant, once. Raises FileNotFoundError or InputError."""
-    from efficientnet.data.images import IMAGE_SUFFIXES
+    from efficientnet.data.images import find_images, image_suffixes
 
-    listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in names else []
+    # Names of files are bytes, whatever the encoding of the text that comes and goes here.
+    lines = map(os.fsdecode, getattr(sys.stdin, "buffer", sys.stdin)) if "-" in names else ()
+    listed = [line.rstrip("\r\n") for line in lines]
     if "-" in names and not any(listed):
         raise InputError("standard input has no path; - wants one a line")
     paths = []
     for name in filter(None, chain.from_iterable(listed if name == "-" else [name] for name in names)):
+        name = os.path.expanduser(name)
         if Path(name).is_dir():
-            found = sorted(str(p) for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = [str(path) for path in find_images(name)]
             if not found:
-                raise InputError(f"folder {name!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
+                raise InputError(f"folder {name!r} has no image ({', '.join(image_suffixes())})")
             paths += found
         else:
             Path(name).stat()
@@ -92,6 +97,8 @@ def _in_order(paths, runner, model, batches):
         with torch.no_grad(), runner.autocast():
             probabilities = model(images).float().softmax(1).cpu()
         for index, row in zip(indices.tolist(), probabilities, strict=True):
+            if row.isnan().any():
+                raise InputError(f"the model's logits of {paths[index]!r} are not finite: its weights are not, or --amp fp16 is too narrow")
             yield from ((path, None) for path in paths[done:index])
             yield paths[index], row
             done = index + 1

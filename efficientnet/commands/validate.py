@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from itertools import chain
 
 from efficientnet.choices import INTERPOLATIONS
-from efficientnet.commands.common import add_checkpoint_arguments, checking_input, load, print_table
+from efficientnet.commands.common import add_checkpoint_arguments, add_reading_arguments, checking_input, load, print_table
 from efficientnet.errors import InputError
 
 SUMMARY = "Loss and top-1 and top-5 accuracy of a checkpoint on a data set."
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-fraction", type=float, default=0.2, help="share held out, as in training (default: %(default)s)")
     parser.add_argument("--batch-size", "-b", type=int, default=64)
     parser.add_argument("--num-workers", "-j", type=int, default=0, help="processes that load images")
-    parser.add_argument("--max-corrupt", type=int, default=10, help="unreadable images to skip before giving up (default: %(default)s)")
+    add_reading_arguments(parser)
     parser.add_argument("--crop-pct", type=float, help="share of the shorter side that the model sees (default: as in training)")
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="of resized images (default: as in training)")
     parser.add_argument("--per-class", action="store_true", help="also a table of the classes")
@@ -41,22 +42,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _validate(args, processes):
+    from efficientnet.data.images import allow_pixels
     from efficientnet.data.loading import Unreadable
     from efficientnet.data.sets import load_data
     from efficientnet.model.profile import count_parameters
 
     with checking_input():
-        for name, minimum in (("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0)):
+        for name, minimum in (("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0), ("max_pixels", 1)):
             if getattr(args, name) < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {getattr(args, name)}")
         runner, model, classes, preprocess = load(args)
         runner.processes = processes
         given = {name: getattr(args, name) for name in ("crop_pct", "interpolation") if getattr(args, name) is not None}
         preprocess = replace(preprocess, **given)
-        shards = {"val_data": args.data, "num_classes": model.num_classes} if args.data.startswith("webdataset:") else {}
+        allow_pixels(args.max_pixels)
+        shards = {}
+        if args.data.startswith("webdataset:"):
+            shards = {"val_data": args.data, "num_classes": model.num_classes, "classes": classes}
         data = load_data(args.data, preprocess.img_size, args.val_fraction, **shards)
-        if shards:  # classes have no names there
-            data.classes = classes or data.classes
         if classes is None and len(data.classes) != model.num_classes:
             raise InputError(f"data {args.data!r} has {len(data.classes)} classes, but the checkpoint has {model.num_classes}")
         if classes is not None and classes != data.classes:
@@ -68,6 +71,8 @@ def _validate(args, processes):
     batches = (runner.batches(part, args.batch_size, args.num_workers, unreadable=unreadable) for part in parts)
     result = runner.evaluate(model, chain.from_iterable(batches))
 
+    if not math.isfinite(result.loss):
+        raise InputError(f"the loss is {result.loss}: the model's logits are not finite; its weights are not, or --amp fp16 is too narrow")
     problems = processes.gather(unreadable.seen)
     if not processes.first:
         return

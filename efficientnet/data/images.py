@@ -2,18 +2,21 @@
 images.
 """
 
+import functools
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from efficientnet.choices import INTERPOLATIONS
+from efficientnet.choices import INTERPOLATIONS, MAX_PIXELS
 from efficientnet.data.order import Draw
 from efficientnet.errors import InputError
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
@@ -21,7 +24,11 @@ from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".jp2")  # of images that Pillow can read where it has their library
+NO_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # what systems put among one's own
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of images with so many channels
+THIN = 4  # of an image with longer sides than so many shorter ones only the middle is resized
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,36 @@ class Preprocess:
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"crop_pct must be in (0, 1], got {self.crop_pct!r}")
 
+    @property
+    def channels(self) -> int:
+        """Of the images: 1 for grey, 3 for RGB, 4 for RGBA."""
+        return len(self.mean)
+
+    def of_channels(self, channels: int) -> "Preprocess":
+        """For images of so many channels: grey ones take the means of mean and std, an opacity is centred.
+
+        Raises InputError for a number of channels that no image file has.
+        """
+        if channels == self.channels:
+            return self
+        if channels not in MODES:
+            accepted = ", ".join(f"{n} ({mode})" for n, mode in MODES.items())
+            raise InputError(f"in_chans must be one of {accepted} to read image files, got {channels}")
+
+        def adapted(values):
+            colours = values[:3] if len(values) >= 3 else values[:1] * 3
+            return (sum(colours) / 3,) if channels == 1 else (*colours, 0.5)[:channels]
+
+        return replace(self, mean=adapted(tuple(self.mean)), std=adapted(tuple(self.std)))
+
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 [3, H, W] -> float32 [3, img_size, img_size]."""
+        """uint8 [C, H, W] -> float32 [C, img_size, img_size]."""
         return self.normalize(self.pixels(image))
 
     def pixels(self, image: torch.Tensor, img_size: int | None = None, crop_pct: float | None = None) -> torch.Tensor:
-        """uint8 [3, H, W] -> uint8 [3, img_size, img_size]: everything but the normalisation."""
+        """uint8 [C, H, W] -> uint8 [C, img_size, img_size]: everything but the normalisation."""
         img_size, crop_pct = img_size or self.img_size, crop_pct or self.crop_pct
+        image = _middle(image)
         height, width = image.shape[1:]
         if (height, width) == (img_size, img_size) and crop_pct == 1:
             return image
@@ -66,9 +96,19 @@ class Preprocess:
         return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., 3, H, W] on any device -> float32, ``(x / 255 - mean) / std``. The memory format is kept."""
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std))
+        """uint8 [..., C, H, W] on any device -> float32, ``(x / 255 - mean) / std``. The memory format is kept."""
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
+
+
+def _middle(image):
+    """The part of a thin image, uint8 [C, H, W], that the centre crop can see: a line of 20,000 pixels would be resized to gigabytes."""
+    height, width = image.shape[1:]
+    for dim, size in ((1, height), (2, width)):
+        keep = THIN * min(height, width) + size % 2  # as many left out on either side
+        if size > keep:
+            image = image.narrow(dim, (size - keep) // 2, keep)
+    return image
 
 
 class Prepared:
@@ -98,7 +138,7 @@ class ImageSet(Prepared, Dataset):
     augmented, which depends on the seed and the draw alone.
 
     Args:
-        images: paths, or uint8 tensors [3, H, W].
+        images: paths, or uint8 tensors [C, H, W] of one channel or three.
         preprocess, augment: as in Prepared.
     """
 
@@ -112,8 +152,8 @@ class ImageSet(Prepared, Dataset):
     def __getitem__(self, item):
         index = item.index if isinstance(item, Draw) else item
         image = self.images[index]
-        if not isinstance(image, torch.Tensor):
-            image = read_image(image)
+        channels = self.preprocess.channels
+        image = with_channels(image, channels) if isinstance(image, torch.Tensor) else read_image(image, channels)
         if not isinstance(item, Draw):
             return self.preprocess.pixels(image), self.labels[index]
         with drawing_from(f"{self.seed} {item.epoch} {index}"):
@@ -141,20 +181,84 @@ def drawing_from(key: str) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def read_image(path: str | os.PathLike) -> torch.Tensor:
-    """Decode an image file with Pillow into uint8 RGB [3, H, W]. Raises InputError for a file that is no image or is
-    damaged.
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """Of the files that are read as images, in lower case."""
+    from PIL import Image
+
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    known = Image.registered_extensions()
+    return IMAGE_SUFFIXES + tuple(suffix for suffix in OTHER_SUFFIXES if known.get(suffix) in Image.OPEN)
+
+
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """Image files in a folder, in any depth, sorted; links to folders are followed. Hidden files and what systems leave about are none.
+
+    A warning says how many were left out because this Pillow cannot read them.
     """
-    return decode(path, path)
+    found, unknown, seen = [], [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        where = os.path.realpath(root)
+        if where in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(where)
+        folders[:] = [name for name in folders if not hidden(name)]
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            path = os.path.join(root, name)
+            if hidden(name) or suffix not in IMAGE_SUFFIXES + OTHER_SUFFIXES or not os.path.isfile(path):
+                continue
+            (found if suffix in image_suffixes() else unknown).append(Path(path))
+    if unknown:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in unknown}))
+        text = f"{len(unknown)} files ({kinds}) in {str(folder)!r} are left out: Pillow, as it is here, cannot read them"
+        warnings.warn(text, stacklevel=2)
+    return sorted(found)
 
 
-def decode(file: str | os.PathLike | BinaryIO, name: object) -> torch.Tensor:
+def hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's images or classes."""
+    return name.startswith(".") or name in NO_FOLDERS
+
+
+def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
+    """Decode an image file with Pillow: uint8 [channels, H, W], grey, RGB or RGBA, as a camera held it (EXIF orientation).
+
+    Raises InputError naming a file that is no image, is damaged or has more pixels than are allowed.
+    """
+    return decode(path, path, channels)
+
+
+_limits = {"pixels": MAX_PIXELS}
+
+
+def allow_pixels(limit: int) -> None:
+    """Let this process, and those forked from it, read files of up to ``limit`` pixels."""
+    _limits["pixels"] = limit
+
+
+def decode(file: str | os.PathLike | BinaryIO, name: object, channels: int = 3) -> torch.Tensor:
     """``read_image`` of a path or an open file. An error calls it ``name``."""
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours, which the user can raise
+            try:
+                opened = Image.open(file)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        with opened as image:
+            if image.width * image.height > _limits["pixels"]:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {_limits['pixels']}; --max-pixels allows more")
+            return to_channels(_upright(image), channels)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -162,15 +266,38 @@ def decode(file: str | os.PathLike | BinaryIO, name: object) -> torch.Tensor:
         raise InputError(f"cannot decode image {str(name)!r} ({type(error).__name__}: {detail.strip()})") from error
 
 
-def to_rgb(image: "Image.Image") -> torch.Tensor:
-    """An image of Pillow in any mode -> uint8 RGB [3, H, W]. 16-bit pixels become 8-bit ones; Pillow would clip them at
-    255.
+def _upright(image):
+    """As the camera was held, by the orientation in an image's EXIF data; damaged data say nothing."""
+    from PIL import ImageOps
+
+    try:
+        turned = image.getexif().get(0x0112, 1) != 1
+    except Exception:  # of many classes, as decoders'
+        turned = False
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def to_channels(image: "Image.Image", channels: int = 3) -> torch.Tensor:
+    """An image of Pillow in any mode -> uint8 [channels, H, W]. 16-bit pixels become 8-bit ones; Pillow
+    would clip them at 255.
     """
     import numpy as np
 
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+        return with_channels(torch.from_numpy(grey.astype(np.uint8))[None], channels)
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of an unknown range")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image.convert(MODES[channels])))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def with_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
+    """uint8 [1 or 3, H, W] -> uint8 [channels, H, W], as Pillow converts: grey by luminance, an opacity of 255."""
+    if len(image) == channels:
+        return image
+    if len(image) == 3 and channels == 1:
+        red, green, blue = image.to(torch.int32)
+        return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
+    colours = image.expand(3, -1, -1)
+    return colours if channels == 3 else torch.cat([colours, torch.full_like(colours[:1], 255)])

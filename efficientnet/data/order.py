@@ -25,7 +25,9 @@ class TrainingOrder:
 
     Update s of an epoch takes images ``order[s * images : (s + 1) * images]``. Of those, process r takes for its
     accumulated batch a the slice ``a * world + r`` of ``batch_size`` images. The order is a function of (seed, epoch),
-    so a position in training is two numbers. Images that are left over at the end of an epoch are not seen in it.
+    so a position in training is two numbers. Images that are left over at the end of an epoch are not seen in it. With
+    ``labels``, the classes of the images, an epoch is as many draws, with replacement, of which each class has the same
+    share.
 
     Args:
         size_of: the pixels of the images of an epoch, as a function of it.
@@ -43,6 +45,7 @@ class TrainingOrder:
         world: int = 1,
         seed: int = 0,
         size_of: Callable[[int], int] | None = None,
+        labels: torch.Tensor | None = None,
     ):
         if total < batch_size and accum * world == 1:
             batch_size = total
@@ -50,6 +53,7 @@ class TrainingOrder:
         self.images = batch_size * accum * world  # of an update
         self.steps = total // self.images
         self.seed, self.size_of = seed, size_of
+        self.shares = None if labels is None else 1 / labels.bincount().double()[labels]
         self.epoch, self.start = 0, 0
         if self.steps == 0:
             raise InputError(
@@ -77,4 +81,6 @@ class TrainingOrder:
 
     def _permutation(self, epoch):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
+        if self.shares is not None:
+            return torch.multinomial(self.shares, self.total, replacement=True, generator=generator).tolist()
         return torch.randperm(self.total, generator=generator).tolist()

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.images import IMAGE_SUFFIXES, ImageSet, Preprocess
-from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_local
+from efficientnet.data.images import ImageSet, Preprocess, find_images, hidden, image_suffixes
+from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_local, numbered
 from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
 
-HELD_OUT_FOLDERS = ("val", "validation", "valid", "test")
+# Names of folders with parts of a set, in whatever case; of several held-out ones the first here is taken.
+TRAIN_FOLDERS = ("train", "training", "train_set", "trainset", "trn")
+HELD_OUT_FOLDERS = ("val", "validation", "valid", "validate", "dev", "eval", "evaluation", "holdout", "held_out", "test", "testing", "tst")
+HELD_OUT_FOLDERS += ("val_set", "valset", "test_set", "testset")
 DIGITS_MEAN, DIGITS_STD = (0.305,) * 3, (0.324,) * 3  # of the training images
 # name: (class, arguments of the training parts, of the held-out part)
 TORCHVISION_SETS = {
@@ -46,6 +49,8 @@ def load_data(
     num_classes: int | None = None,
     num_samples: int | None = None,
     download: bool = False,
+    in_chans: int = 3,
+    classes: list[str] | None = None,
     **prepare,
 ) -> Data:
     """The data set of that name, split the same way every time.
@@ -53,7 +58,8 @@ def load_data(
     Args:
         name: "digits", scikit-learn's 1797 scanned digits, grey and 8 x 8, or some of its classes ("digits:0-4",
             "digits:1,3,7-9"); "imagefolder:PATH" with images in PATH/<class>/, or already split in PATH/train/<class>/
-            and PATH/val/<class>/ (or validation, valid, test); "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet,
+            and PATH/val/<class>/ (or training; validation, valid, dev, eval, test, testing and the like, in any
+            case); "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet,
             food101), a set of torchvision, where ``download`` leaves it; "webdataset:SHARDS" such as
             "webdataset:/data/train-{000..146}.tar" (see ``shards``), whose held-out images are ``val_data``.
         img_size: pixels of the square that the model sees.
@@ -62,16 +68,19 @@ def load_data(
         num_classes, num_samples: of a webdataset, the second for one epoch. None: counted, where the shards are local
             files.
         download: whether torchvision may fetch a set of its own into ROOT.
+        in_chans: channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
+        classes: of a webdataset, the names that its .cls files may have, in their order; None: those that they have, or numbers.
         prepare: further fields of Preprocess.
 
     Raises InputError (a ValueError) for an unknown name, no images, fewer than two classes, or nothing held out.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must be in (0, 1), got {val_fraction!r}")
-    source = _source(name, download, num_classes, num_samples)
-    preprocess = Preprocess(img_size, **source.normalization | prepare)
+    source = _source(name, download, num_classes, num_samples, classes)
+    preprocess = Preprocess(img_size, **source.normalization | prepare).of_channels(in_chans)
     if val_data is not None:
-        held_out = _source(val_data, download, len(source.classes) if val_data.startswith("webdataset:") else None)
+        of_shards = (len(source.classes), None, source.classes) if val_data.startswith("webdataset:") else ()
+        held_out = _source(val_data, download, *of_shards)
         if held_out.classes != source.classes and held_out.kind is ImageSet:
             raise InputError(f"val_data {val_data!r} has other classes than data {name!r}")
         kind, train, val = held_out.kind, source.train, held_out.val or held_out.train
@@ -104,19 +113,19 @@ class _Source:
     kind: type = ImageSet
 
 
-def _source(name, download=False, num_classes=None, num_samples=None):
+def _source(name, download=False, num_classes=None, num_samples=None, classes=None):
     kind, colon, rest = name.partition(":")
     if kind == "webdataset" and rest:
-        return _webdataset(rest, num_classes, num_samples)
+        return _webdataset(rest, num_classes, num_samples, classes)
     for option, value in (("num_classes", num_classes), ("train_num_samples", num_samples)):
         if value is not None:
             raise InputError(f"{option} is for webdataset:SHARDS only, and data is {name!r}")
     if kind == "digits" and (rest or not colon):
         return _digits(rest)
     if kind == "imagefolder" and rest:
-        return _imagefolder(Path(rest))
+        return _imagefolder(Path(rest).expanduser())
     if kind in TORCHVISION_SETS and rest:
-        return _torchvision(kind, Path(rest), download)
+        return _torchvision(kind, Path(rest).expanduser(), download)
     raise InputError(f"data must be one of {', '.join(KINDS)}, got {name!r}")
 
 
@@ -185,19 +194,35 @@ def _chosen_digits(selection):
 
 
 def _imagefolder(root):
-    held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or held_out is None:
+    train, held_out = _part(root, TRAIN_FOLDERS), _part(root, HELD_OUT_FOLDERS)
+    if train is None and held_out is None:
         classes, images, labels = _scan(root)
         _check_classes(classes, root)
         return _Source(classes, (images, labels), None, random_crop_flip, {})
-    classes, images, labels = _scan(root / "train")
+    if held_out is None:
+        raise InputError(
+            f"data folder {str(root)!r} has {train.name!r}, but no held-out images beside it, in {', '.join(HELD_OUT_FOLDERS[:4])} or the "
+            f"like; to hold out a share of {train.name!r}, give that folder itself"
+        )
+    if train is None:
+        raise InputError(f"data folder {str(root)!r} has {held_out.name!r}, but no training images beside it, in {TRAIN_FOLDERS[0]}")
+    classes, images, labels = _scan(train)
     val_classes, val_images, val_labels = _scan(held_out)
     unknown = sorted(set(val_classes) - set(classes))
     if unknown:
-        raise InputError(f"class {unknown[0]!r} of {str(held_out)!r} is not in {str(root / 'train')!r}")
-    _check_classes(classes, root / "train")
+        raise InputError(f"class {unknown[0]!r} of {str(held_out)!r} is not in {str(train)!r}")
+    _check_classes(classes, train)
     val_labels = [classes.index(val_classes[label]) for label in val_labels]
     return _Source(classes, (images, labels), (val_images, val_labels), random_crop_flip, {})
+
+
+def _part(root, names):
+    """The folder of ``root`` with one of these names that has folders of its own, so that it is no class; None if there is none."""
+    found = {}
+    for entry in sorted(root.iterdir()) if root.is_dir() else ():
+        if entry.name.lower() in names and entry.is_dir() and any(e.is_dir() and not hidden(e.name) for e in entry.iterdir()):
+            found.setdefault(entry.name.lower(), entry)
+    return next((found[name] for name in names if name in found), None)
 
 
 def _torchvision(kind, root, download):
@@ -227,29 +252,33 @@ def _labels(dataset):
     return list(getattr(dataset, "targets", None) or dataset._labels)  # the newer sets have no public name for them
 
 
-def _webdataset(pattern, num_classes, num_samples):
+def _webdataset(pattern, num_classes, num_samples, classes=None):
     shards = find_shards(pattern)
     if (num_classes is None or num_samples is None) and all(map(is_local, shards)):
-        counted = count_samples(shards)
-        num_samples, num_classes = num_samples or counted[0], num_classes or counted[1]
+        samples, found = count_samples(shards)
+        num_samples, num_classes = num_samples or samples, num_classes or len(found)
+        if classes is None and found != numbered(len(found)):
+            if len(found) != num_classes:
+                raise InputError(f"num_classes is {num_classes}, but webdataset:{pattern} has {len(found)} classes by name")
+            classes = found
     if num_classes is None:
         raise InputError(f"classes of {shards[0]!r} cannot be counted beforehand: give --num-classes, and --train-num-samples")
     if num_samples == 0 or num_classes < 2:
         raise InputError(f"webdataset:{pattern} must have samples of 2 classes or more, got {num_samples} of {num_classes}")
-    part = shards, num_classes, num_samples
-    return _Source([str(i) for i in range(num_classes)], part, None, random_crop_flip, {}, ShardSet)
+    names = list(classes or numbered(num_classes))
+    return _Source(names, (shards, names, num_samples), None, random_crop_flip, {}, ShardSet)
 
 
 def _scan(root):
     """(class names, image paths, labels) of root/<class>/**/*, in an order that does not depend on the file system."""
     if not root.is_dir():
         raise InputError(f"data folder {str(root)!r} {'is no folder' if root.exists() else 'does not exist'}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
     images, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        found = find_images(root / name)
         if not found:
-            raise InputError(f"class folder {str(root / name)!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise InputError(f"class folder {str(root / name)!r} has no image ({', '.join(image_suffixes())})")
         images += found
         labels += [label] * len(found)
     if not images:

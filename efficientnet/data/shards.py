@@ -5,6 +5,7 @@ are local files, or whatever else the webdataset library opens: http, s3, gs, hf
 """
 
 import io
+import os
 import random
 import tarfile
 from collections import deque
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from efficientnet.data.images import IMAGE_SUFFIXES, Prepared, Preprocess, decode, drawing_from
+from efficientnet.data.images import Prepared, Preprocess, decode, drawing_from, image_suffixes
 from efficientnet.data.order import TrainingOrder
 from efficientnet.errors import InputError
 
@@ -26,17 +27,19 @@ PATIENCE = 100  # unreadable samples in a row before a worker gives up
 
 
 class ShardSet(Prepared):
-    """Labelled images in ``shards``. Their class names are numbers, since shards have no others.
+    """Labelled images in ``shards``.
 
     Args:
+        classes: their names as the .cls files have them; "0", "1", ... where these are numbers.
         num_samples: images of a training epoch; None where nobody needs to know.
     """
 
     def __init__(
-        self, shards: list[str], num_classes: int, num_samples: int | None, preprocess: Preprocess, augment: Callable | None = None
+        self, shards: list[str], classes: list[str], num_samples: int | None, preprocess: Preprocess, augment: Callable | None = None
     ):
         super().__init__(preprocess, augment)
-        self.shards, self.num_classes, self.num_samples = shards, num_classes, num_samples
+        self.shards, self.num_samples = shards, num_samples
+        self.labels = {name: label for label, name in enumerate(classes)}
 
     def __len__(self):
         return self.num_samples
@@ -51,16 +54,19 @@ class ShardSet(Prepared):
         used.
         """
         name = _name(raw)
-        suffix = next((field for field in raw if f".{field}" in IMAGE_SUFFIXES), None)
+        suffix = next((field for field in raw if f".{field.lower()}" in image_suffixes()), None)
         if suffix is None or "cls" not in raw:
             fields = ", ".join(field for field in raw if not field.startswith("__"))
             raise InputError(f"sample {name!r} must have an image and a class (.cls), got {fields}")
-        text = raw["cls"].strip()
-        if not text.isdigit() or int(text) >= self.num_classes:
-            raise InputError(
-                f"class of sample {name!r} must be a number from 0 to {self.num_classes - 1}, got {text.decode(errors='replace')!r}"
-            )
-        return decode(io.BytesIO(raw[suffix]), name), int(text)
+        text = class_name(raw["cls"])
+        label = self.labels.get(text)
+        if label is None and text.isdigit() and int(text) < len(self.labels):
+            label = int(text)  # of classes whose names another place knows
+        if label is None:
+            last = len(self.labels) - 1
+            accepted = f"a number from 0 to {last}" if "0" in self.labels else f"one of {_some(self.labels)}, or a number from 0 to {last}"
+            raise InputError(f"class of sample {name!r} must be {accepted}, got {text!r}")
+        return decode(io.BytesIO(raw[suffix]), name, self.preprocess.channels), label
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -72,6 +78,7 @@ def find_shards(pattern: str) -> list[str]:
 
     shards = []
     for url in expand_urls(pattern):
+        url = os.path.expanduser(url) if is_local(url) else url
         found = sorted(glob(url)) if is_local(url) and has_magic(url) else [url]
         if not found or is_local(url) and not Path(found[0]).is_file():
             raise InputError(f"shard {url!r} does not exist")
@@ -81,25 +88,45 @@ def find_shards(pattern: str) -> list[str]:
     return shards
 
 
-def count_samples(shards: list[str]) -> tuple[int, int]:
-    """(samples, classes) of local shards, counted from the headers and .cls files alone.
+def numbered(count: int) -> list[str]:
+    """The names of classes that have only numbers."""
+    return [str(i) for i in range(count)]
 
-    Raises InputError for a file that is no tar file.
+
+def class_name(content: bytes) -> str:
+    """What a .cls file says; a number without leading zeros."""
+    text = content.strip().decode(errors="replace")
+    return str(int(text)) if text.isdecimal() and text.isascii() else text
+
+
+def _some(names):
+    names = list(names)
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def count_samples(shards: list[str]) -> tuple[int, list[str]]:
+    """(samples, names of the classes) of local shards, counted from the headers and .cls files alone.
+
+    The names are numbers up to the largest where most are numbers, else they are sorted. Raises InputError for a file that
+    is no tar file.
     """
-    samples, largest = 0, -1
+    samples, names = 0, set()
     for shard in shards:
         try:
             with tarfile.open(shard) as tar:
                 for member in tar:
                     if member.isfile() and member.name.endswith(".cls"):
                         samples += 1
-                        text = tar.extractfile(member).read().strip()
-                        largest = max(largest, int(text) if text.isdigit() else -1)
+                        names.add(class_name(tar.extractfile(member).read()))
         except (tarfile.TarError, EOFError) as error:
             # A truncated shard is counted as far as it goes, and named when it is read.
             if "end of data" not in str(error):
                 raise InputError(f"shard {shard!r} is no tar file") from error
-    return samples, largest + 1
+    numbers = [int(name) for name in names if name.isdecimal()]
+    # Of mostly numbers the others are faults of single samples, named when they are read.
+    if 2 * len(numbers) > len(names) or not names:
+        return samples, numbered(max(numbers, default=-1) + 1)
+    return samples, sorted(names)
 
 
 class ShardLoader:

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -113,6 +114,7 @@ class EfficientNetConfig:
             except ValueError:
                 raise ValueError(f"model {name!r} must name its depth, width and resolution as in efficientnet_d1.2_w1.1_r258") from None
             return cls.from_scaling(scaling, name=name, **FLAVOURS[prefix])
+        name, _ = present_name(name)
         full = f"efficientnet_{name}" if name in VARIANTS else name
         if full not in list_models():
             near = difflib.get_close_matches(name, list_models(), n=3)
@@ -140,6 +142,27 @@ class EfficientNetConfig:
             resolution=resolution,
             **fields,
         )
+
+
+# What timm called weights when they had names of models.
+OLD_SUFFIXES = {"_ns_475": "ns_jft_in1k_475", "_ns": "ns_jft_in1k", "_ap": "ap_in1k"}
+
+
+def present_name(name: str) -> tuple[str, str | None]:
+    """(the model's name, the tag of its weights or None) of a name as people have it: with timm's prefixes ("timm/", "hf-hub:timm/"), a
+    tag behind a dot, or one of timm's old suffixes, which warns ("tf_efficientnet_b0_ns" is "tf_efficientnet_b0.ns_jft_in1k").
+
+    A name that is none of these comes back as it is.
+    """
+    short = re.sub(r"^(hf[-_]hub:)?(timm/)?", "", name)
+    if (full := short.partition("."))[0] in list_models():
+        return full[0], full[2] or None
+    for suffix, tag in OLD_SUFFIXES.items():
+        model = short.removesuffix(suffix)
+        if short.endswith(suffix) and model.startswith("tf_") and model in list_models():
+            warnings.warn(f"model {name!r} is the old name of {model}.{tag}", stacklevel=3)
+            return model, tag
+    return name, None
 
 
 def scaled_name(scaling: Scaling) -> str:

@@ -2,19 +2,73 @@
 plain.
 """
 
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD, EfficientNetConfig
 from efficientnet.model.plain_mbconv import MBConv
 from efficientnet.model.scaling import check_count
-from effkernels.dispatch import has_hooks
+from effkernels.dispatch import has_hooks, recording
 from effkernels.modules.mbconv import FusedMBConv
 from effkernels.modules.stem_head import pooled_head, stem, stem_and_block
 from effkernels.reference import activate
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+
+
+class GlobalPool(nn.Module):
+    """[N, C, H, W] -> [N, C]: the mean over the image, its maximum, half their sum ("avgmax"), or both, [N, 2 C] ("catavgmax"); ""
+    leaves it as it is."""
+
+    def __init__(self, pool_type: str = "avg"):
+        super().__init__()
+        if pool_type not in POOLS:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLS))}, got {pool_type!r}")
+        self.pool_type = pool_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.pool_type:
+            return x
+        pools = [x.mean((2, 3))] if "avg" in self.pool_type else []
+        pools += [x.amax((2, 3))] if "max" in self.pool_type else []
+        if self.pool_type == "catavgmax":
+            return torch.cat(pools, 1)
+        return pools[0] if len(pools) == 1 else 0.5 * (pools[0] + pools[1])
+
+    def extra_repr(self):
+        return f"pool_type={self.pool_type!r}"
+
+
+class FeatureInfo(list):
+    """A list of dicts, as ``EfficientNet.feature_info``, that also answers under timm's names."""
+
+    def __init__(self, info, all_info=None):
+        super().__init__(info)
+        self.info = list(self if all_info is None else all_info)
+
+    def get(self, key: str, idx: int | list[int] | None = None):
+        """``key`` of every entry; of entry ``idx`` (or several) of all that the network has."""
+        if isinstance(idx, int):
+            return self.info[idx][key]
+        return [entry[key] for entry in (self if idx is None else (self.info[i] for i in idx))]
+
+    def channels(self, idx: int | list[int] | None = None):
+        """C of each feature map."""
+        return self.get("num_chs", idx)
+
+    def reduction(self, idx: int | list[int] | None = None):
+        """Pixels of the image over those of each feature map."""
+        return self.get("reduction", idx)
+
+    def module_name(self, idx: int | list[int] | None = None):
+        """The module whose output each feature map is."""
+        return self.get("module", idx)
 
 
 class EfficientNet(nn.Module):
@@ -40,6 +94,7 @@ class EfficientNet(nn.Module):
         *,
         memory: str = "keep",
         output_stride: int = 32,
+        global_pool: str = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -53,11 +108,11 @@ class EfficientNet(nn.Module):
         if output_stride not in (2, 4, 8, 16, 32):
             raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
         self.fused, self.output_stride = fused, output_stride
-        self.frozen_norms: tuple[str, ...] = ()  # names of BatchNorm layers that stay in eval (``transfer.freeze``)
+        self.grad_checkpointing = False
         self.weights_cfg: dict | None = None  # how the images of pretrained weights are prepared
         self.config, self.in_chans, self.num_classes = config, in_chans, num_classes
         self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
-        self.num_features = self.head_hidden_size = config.head_channels
+        self.num_features = config.head_channels
         factory = {"device": device, "dtype": dtype}
         norm = {"eps": config.bn_eps, "momentum": config.bn_momentum, **factory}
 
@@ -100,13 +155,13 @@ class EfficientNet(nn.Module):
 
         self.conv_head = nn.Conv2d(channels, config.head_channels, 1, bias=False, **factory)
         self.bn2 = nn.BatchNorm2d(config.head_channels, **norm)
-        self.classifier = self._new_classifier(num_classes, **factory)
+        self.global_pool, self.classifier = self._new_classifier(num_classes, global_pool, **factory)
         if not self.conv_stem.weight.is_meta:  # nothing to fill, and PyTorch takes half a second over it
             self.apply(_init_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``forward_head(forward_features(x))``. Fused, inference does not store the head's feature map."""
-        if not self.fused or self._own_forward():
+        if not self.fused or recording(x) or self._own_forward() or not self.averages:
             return self.forward_head(self.forward_features(x))
         x = pooled_head(self._stages(x), self.conv_head, self.bn2, self.config.act)
         return self.classifier(F.dropout(x, self.drop_rate, self.training))
@@ -118,12 +173,65 @@ class EfficientNet(nn.Module):
         """
         return activate(self.bn2(self.conv_head(self._stages(x))), self.config.act)
 
-    def train(self, mode: bool = True) -> "EfficientNet":
-        """As ``nn.Module.train``, but the BatchNorm layers that ``transfer.freeze`` froze stay in eval."""
-        super().train(mode)
-        for name in self.frozen_norms:
-            self.get_submodule(name).eval()
-        return self
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Images -> (the head's feature map, feature maps of ``indices``), under timm's names.
+
+        Args:
+            indices: of ``feature_info``; an integer n means the last n, None all.
+            norm: accepted and unused, as in timm: the maps have passed their BatchNorm.
+            stop_early: end after the last of the maps; what is returned with them is that stage's output, not the head's.
+            output_fmt: "NCHW", the only one there is.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        info = self.feature_info
+        if isinstance(indices, int):
+            chosen = range(len(info))[-indices:] if 0 < indices <= len(info) else []
+        else:
+            chosen = range(len(info)) if indices is None else [i + len(info) if i < 0 else i for i in indices]
+        if not chosen or not all(0 <= i < len(info) for i in chosen):
+            raise ValueError(f"indices must be of the {len(info)} entries of feature_info, got {indices!r}")
+        wanted = {info[i]["stage"] for i in chosen}
+        if not recording(x):
+            self._check_input(x)
+        x, maps = stem(x, self.conv_stem, self.bn1, self.config.act, self.config.padding, fused=self.fused), []
+        for number, stage in enumerate(self.blocks, start=1):
+            x = self._run(stage, x)
+            if number in wanted:
+                maps.append(x)
+            if number == max(wanted) and (stop_early or intermediates_only):
+                break
+        if intermediates_only:
+            return maps
+        if number == len(self.blocks):
+            x = activate(self.bn2(self.conv_head(x)), self.config.act)
+        return x, maps
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks keep only their input for the backward, and compute the rest again there. Numbers stay the same."""
+        self.grad_checkpointing = enable
+
+    def _run(self, block, x, **kwargs):
+        """``block(x)``, checkpointed or not."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return block(x, **kwargs)
+        again = {} if torch.compiler.is_compiling() else {"context_fn": partial(_computing_again, block)}
+        return checkpoint(block, x, use_reentrant=False, **again, **kwargs)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the pooling is the mean over the image, and nobody listens to it."""
+        pool = self.global_pool
+        return type(pool) is GlobalPool and pool.pool_type == "avg" and not has_hooks(pool) and "forward" not in pool.__dict__
 
     def _own_forward(self):
         """Whether a subclass, or an attribute of this object, replaces one of the two halves of ``forward``."""
@@ -132,11 +240,13 @@ class EfficientNet(nn.Module):
 
     def _stages(self, x):
         """Images -> the output of the last stage."""
-        self._check_input(x)
         layers = self.conv_stem, self.bn1, self.config.act, self.config.padding
-        blocks = self._own_blocks() if self.training else None
-        if blocks is None:
-            return self.blocks(stem(x, *layers, fused=self.fused))
+        if recording(x):
+            return self.blocks(stem(x, *layers, fused=False))
+        self._check_input(x)
+        blocks = self._own_blocks() if self.training or self.grad_checkpointing else None
+        if not blocks:
+            return self._run(self.blocks, stem(x, *layers, fused=self.fused))
         dropping = sum(block.drops for block in blocks)
         # The draws of all blocks take one launch.
         draws = torch.rand(dropping, x.shape[0], dtype=torch.float32, device=x.device).unbind() if dropping else ()
@@ -147,7 +257,7 @@ class EfficientNet(nn.Module):
         else:
             blocks = blocks[1:]
         for block in blocks:
-            y = block(y, draws=next(draws)) if block.drops else block(y)
+            y = self._run(block, y, draws=next(draws)) if block.drops else self._run(block, y)
         return y
 
     def _own_blocks(self):
@@ -165,21 +275,24 @@ class EfficientNet(nn.Module):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features]."""
-        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.classifier(x)
 
     def get_classifier(self) -> nn.Module:
         """The classifier: nn.Linear, or nn.Identity with ``num_classes`` 0."""
         return self.classifier
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = "avg") -> None:
-        """Put in a fresh classifier for ``num_classes`` classes (0: none), on the network's device and in its dtype."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for ``num_classes`` classes (0: none), on the device and in the dtype of the network.
+
+        global_pool: one of ``POOLS``; None keeps the present one. "" returns the feature map, and has no classifier.
+        """
         check_count("num_classes", num_classes, minimum=0)
-        if global_pool not in ("avg", None):
-            raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
-        like = self.conv_head.weight
-        self.num_classes = num_classes
-        self.classifier = self._new_classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        if global_pool is None:
+            global_pool = getattr(self.global_pool, "pool_type", "avg")
+        like = next(self.parameters())
+        pool, classifier = self._new_classifier(num_classes, global_pool, device=like.device, dtype=like.dtype)
+        self.num_classes, self.global_pool, self.classifier = num_classes, pool.train(self.training), classifier.train(self.training)
         _init_weights(self.classifier)
 
     def stage_parts(self) -> list[tuple]:
@@ -198,7 +311,7 @@ class EfficientNet(nn.Module):
         return parts
 
     @property
-    def feature_info(self) -> list[dict]:
+    def feature_info(self) -> FeatureInfo:
         """The last stage at each resolution, as in timm: its channels, its reduction of the image size, its module's
         name.
         """
@@ -206,7 +319,7 @@ class EfficientNet(nn.Module):
         for i, (stage, reduction) in enumerate(zip(stages, self.stage_reductions, strict=True)):
             if i + 1 == len(stages) or stages[i + 1].stride > 1:
                 info.append({"stage": i + 1, "num_chs": stage.channels, "reduction": reduction, "module": f"blocks.{i}"})
-        return info
+        return FeatureInfo(info)
 
     @property
     def pretrained_cfg(self) -> dict:
@@ -233,21 +346,44 @@ class EfficientNet(nn.Module):
 
     default_cfg = pretrained_cfg
 
-    def _new_classifier(self, num_classes, **factory):
-        return nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
+    def _new_classifier(self, num_classes, global_pool, **factory):
+        """(pooling, classifier)."""
+        pool = GlobalPool(global_pool)
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool '' returns the feature map, which has no classifier: num_classes must be 0, got {num_classes}")
+        self.head_hidden_size = self.num_features * (2 if global_pool == "catavgmax" else 1)
+        return pool, nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
 
     def _check_input(self, x):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
-            raise ValueError(f"images must be [N, {self.in_chans}, H, W], got shape {tuple(x.shape)}")
+        # What was put in the stem's place takes what channels it takes, and where it likes.
+        channels = self.conv_stem.in_channels if isinstance(self.conv_stem, nn.Conv2d) else None
+        if x.dim() != 4 or x.shape[1] != (x.shape[1] if channels is None else channels) or 0 in x.shape[2:]:
+            raise ValueError(f"images must be [N, {'C' if channels is None else channels}, H, W], got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"images must be floating point, got {x.dtype}")
         if self.training and x.shape[0] == 0:
             raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
-        device = self.conv_stem.weight.device
-        if x.device != device:
-            raise ValueError(f"images are on {x.device} but the model is on {device}")
+        weight = getattr(self.conv_stem, "weight", None)
+        if weight is not None and x.device != weight.device:
+            raise ValueError(f"images are on {x.device} but the model is on {weight.device}")
+
+
+@contextmanager
+def _without_running_statistics(block):
+    """The running statistics of BatchNorm stay as they are: they have counted this batch already."""
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)  # unseen by autograd, which has kept the buffers of the first forward
+
+
+def _computing_again(block):
+    """Contexts of a checkpointed block: of its forward, and of the second one during the backward."""
+    return nullcontext(), _without_running_statistics(block)
 
 
 def _init_weights(module):

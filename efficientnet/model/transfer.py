@@ -7,24 +7,26 @@ optimizer = torch.optim.AdamW(groups)
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from efficientnet.model.network import EfficientNet
+from efficientnet.model.network import EfficientNet, FeatureInfo
+from effkernels.dispatch import recording
 from effkernels.modules.stem_head import stem
 
 
-def freeze(model: EfficientNet, until: str | int | None, bn: bool | str = True) -> list[str]:
+def freeze(model: "EfficientNet | EfficientNetFeatures", until: str | int | None, bn: bool | str = True) -> list[str]:
     """Stop the training of everything up to and including ``until``; everything after it is trained.
 
     Args:
         until: "stem"; the index of a stage (0 to 6), with the stem and all stages before it; "head" for all but the
             classifier; "all"; or None for nothing, which undoes it.
         bn: True freezes BatchNorm too: no gradients, and running statistics that are used and not updated, also after
-            ``model.train()``. "weights" freezes its weights and biases, and its statistics follow the images. False
-            leaves the BatchNorm layers of the frozen part as they are in training.
+            ``train()`` of the model or of a part of it. "weights" freezes its weights and biases, and its statistics
+            follow the images. False leaves the BatchNorm layers of the frozen part as they are in training.
 
     Returns the names of the frozen modules. A frozen tensor has ``requires_grad=False``, so build the optimizer
     afterwards (``parameter_groups`` leaves frozen ones out).
@@ -33,27 +35,35 @@ def freeze(model: EfficientNet, until: str | int | None, bn: bool | str = True) 
     """
     if not isinstance(bn, bool) and bn != "weights":  # 1 is in (True, False) too, and would be neither below
         raise ValueError(f"bn must be True, 'weights' or False, got {bn!r}")
-    if not isinstance(model, EfficientNet):
-        raise TypeError(f"model must be an EfficientNet, got {type(model).__name__}")
+    if not isinstance(model, (EfficientNet, EfficientNetFeatures)):
+        raise TypeError(f"model must be an EfficientNet or its features_only form, got {type(model).__name__}")
     names = _until(model, until)
-    frozen_norms = []
     model.requires_grad_(True)
+    for layer in model.modules():
+        if getattr(layer.__dict__.get("train"), "func", None) is _stay_in_eval:
+            del layer.train
     for name in names:
         module = model.get_submodule(name)
         module.requires_grad_(False)
-        for inner, layer in module.named_modules():
+        for layer in module.modules():
             if isinstance(layer, _BatchNorm):
                 layer.requires_grad_(bn is False)
-                frozen_norms += [f"{name}.{inner}" if inner else name] * (bn is True)
-    model.frozen_norms = tuple(frozen_norms)
+                if bn is True:  # of the layer itself: who switches a part of the model reaches it too
+                    layer.train = partial(_stay_in_eval, layer)
     model.train(model.training)
     return names
 
 
+def _stay_in_eval(layer, mode=True):
+    """``train`` of a frozen BatchNorm layer."""
+    return nn.Module.train(layer, False)
+
+
 def _until(model, until):
     stages = [f"blocks.{i}" for i in range(len(model.blocks))]
-    parts = ["conv_stem", "bn1", *stages, "conv_head", "bn2", "classifier"]
-    ends = {None: 0, "stem": 2, "head": len(parts) - 1, "all": len(parts)} | {i: i + 3 for i in range(len(stages))}
+    head = ["conv_head", "bn2", "classifier"] if isinstance(model, EfficientNet) else []
+    parts = ["conv_stem", "bn1", *stages, *head]
+    ends = {None: 0, "stem": 2, "head": len(parts) - bool(head), "all": len(parts)} | {i: i + 3 for i in range(len(stages))}
     if isinstance(until, bool) or not isinstance(until, (str, int, type(None))) or until not in ends:
         raise ValueError(f"until must be 'stem', a stage index from 0 to {len(stages) - 1}, 'head', 'all' or None, got {until!r}")
     return parts[: ends[until]]
@@ -132,16 +142,20 @@ class EfficientNetFeatures(nn.Module):
                 raise ValueError(f"out_indices must be integers from {-len(info)} to {len(info) - 1}, got {index!r}")
         if not indices:
             raise ValueError("out_indices must have at least one index, got none")
-        self.feature_info = [info[index] for index in indices]
+        self.feature_info = FeatureInfo((info[index] for index in indices), info)
         self.config, self.in_chans, self.fused = model.config, model.in_chans, model.fused
+        self.grad_checkpointing = model.grad_checkpointing
         self.pretrained_cfg = model.pretrained_cfg
         self.conv_stem, self.bn1 = model.conv_stem, model.bn1
         self.blocks = model.blocks[: max(feature["stage"] for feature in self.feature_info)]
 
+    set_grad_checkpointing, _run = EfficientNet.set_grad_checkpointing, EfficientNet._run
+
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        EfficientNet._check_input(self, x)
+        if not recording(x):
+            EfficientNet._check_input(self, x)
         x = stem(x, self.conv_stem, self.bn1, self.config.act, self.config.padding, fused=self.fused)
         outputs = {}
         for number, stage in enumerate(self.blocks, start=1):
-            x = outputs[number] = stage(x)
+            x = outputs[number] = self._run(stage, x)
         return [outputs[feature["stage"]] for feature in self.feature_info]

@@ -1,7 +1,7 @@
 """Optimizers, the learning rate as a function of the update, and the moving average of the weights."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -58,21 +58,39 @@ def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Opt
     The trainer sets the learning rate of every group before every update.
     """
     lr = config.lr
-    if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)
+    if config.opt in ("adamw", "adam"):
+        kind = torch.optim.AdamW if config.opt == "adamw" else torch.optim.Adam
+        return kind(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)
     if config.opt == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     return RMSpropTF(groups, lr, config.alpha, config.momentum, 1e-3 if config.opt_eps is None else config.opt_eps)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: int) -> float:
+def epochs_without_gain(accuracies: list[float]) -> int:
+    """How many of the last epochs have no better held-out accuracy than the best before them."""
+    return len(accuracies) - 1 - max(range(len(accuracies)), key=lambda i: (accuracies[i], -i)) if accuracies else 0
+
+
+def _plateaus(accuracies, patience):
+    """How often ``patience`` epochs in a row brought no better accuracy; after each, as many again must pass."""
+    best, waited, found = -1.0, 0, 0
+    for accuracy in accuracies:
+        best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+        if waited > patience:
+            found, waited = found + 1, 0
+    return found
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: int, accuracies: Sequence[float] = ()) -> float:
     """The learning rate of update ``step``, counted from 0.
 
     It grows linearly over the warm-up. Then it follows half a cosine, which reaches zero after the last update, or a
-    staircase, which counts its epochs from the first update on, as the TensorFlow release does.
+    staircase, which counts its epochs from the first update on, as the TensorFlow release does, or it steps down where
+    the accuracy stays.
 
     Args:
         images: the images of one update of all processes, for ``config.lr_base``.
+        accuracies: the held-out accuracies of the epochs behind, for ``config.sched`` "plateau".
     """
     peak = config.lr if config.lr_base is None else config.lr_base * images / config.lr_base_size
     total = config.epochs * steps_per_epoch
@@ -81,6 +99,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: 
         return peak * (step + 1) / (warmup + 1)
     if config.sched == "step":
         return peak * config.decay_rate ** math.floor(step / (config.decay_epochs * steps_per_epoch))
+    if config.sched == "plateau":
+        return peak * config.decay_rate ** _plateaus(accuracies, config.patience_epochs)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 

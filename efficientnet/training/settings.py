@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 
-from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS
+from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS, MAX_PIXELS
 from efficientnet.errors import InputError
 
-OPTIMIZERS = ("adamw", "rmsproptf", "sgd")
-SCHEDULES = ("cosine", "step")
+OPTIMIZERS = ("adamw", "adam", "rmsproptf", "sgd")
+SCHEDULES = ("cosine", "step", "plateau")
+SAMPLERS = ("shuffled", "balanced")
 FREEZE_BN = ("all", "weights", "none")
 DIST_BN = ("reduce", "broadcast")
 
@@ -37,11 +38,13 @@ class TrainConfig:
     val_fraction: float = option(0.2, "share of each class to hold out, where --data has no held-out part")
     download: bool = option(False, "let torchvision fetch a data set of its own", "--dataset-download")
     max_corrupt: int = option(10, "unreadable images to skip before giving up")
+    max_pixels: int = option(MAX_PIXELS, "of an image file; larger ones are unreadable")
     train_num_samples: int | None = option(None, "images of an epoch of webdataset (default: counted, if local)")
     num_classes: int | None = option(None, "classes of webdataset (default: counted, if local)")
     num_workers: int = option(0, "processes that load images", "--workers", "-j")
 
     model: str = option("efficientnet_b0", "a name that `efficientnet info` lists")
+    in_chans: int = option(3, "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)")
     img_size: int | None = option(None, "pixels (default: 32 for digits, else the model's own)")
     drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
     drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the model's own)", "--drop-path")
@@ -64,7 +67,7 @@ class TrainConfig:
     grad_accum_steps: int = option(1, "batches added up for an update")
     auto_batch: bool = option(False, "halve the batch, and accumulate more of them, until a step fits the memory")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
-    opt_eps: float | None = option(None, "of the optimizer (default: adamw 1e-8, rmsproptf 1e-3)")
+    opt_eps: float | None = option(None, "of the optimizer (default: adamw and adam 1e-8, rmsproptf 1e-3)")
     momentum: float = option(0.9, "of rmsproptf and sgd")
     alpha: float = option(0.9, "decay of rmsproptf's mean square")
     weight_decay: float = option(0.01, "not on biases and BatchNorm")
@@ -72,13 +75,24 @@ class TrainConfig:
     lr: float = option(6e-3, "peak learning rate")
     lr_base: float | None = option(None, "learning rate at --lr-base-size images an update, scaled to the update's; overrides --lr")
     lr_base_size: int = option(256, "see --lr-base")
-    sched: str = option("cosine", "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs", choices=SCHEDULES)
+    sched: str = option(
+        "cosine",
+        "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs (step), or x decay_rate after patience_epochs "
+        "without a better held-out accuracy (plateau)",
+        choices=SCHEDULES,
+    )
     warmup_epochs: float = option(2.0, "of a learning rate that grows linearly")
     decay_epochs: float = option(2.4, "see --sched step")
-    decay_rate: float = option(0.97, "see --sched step", "--dr")
+    decay_rate: float = option(0.97, "see --sched step and plateau", "--dr")
+    patience_epochs: int = option(10, "see --sched plateau")
+    early_stop: int | None = option(None, "epochs without a better held-out accuracy that end the run (default: none do)", metavar="EPOCHS")
     model_ema: bool = option(False, "also average the weights exponentially; the average is evaluated and kept")
     model_ema_decay: float = option(0.9999, "of the average, less in the first updates: (1 + updates) / (10 + updates)")
 
+    class_weights: str | None = option(
+        None, "of the training loss: balanced (as many images of a class there are, as little each counts), or a number a class: 1,2.5,1"
+    )
+    sampler: str = option("shuffled", "of training images: each once, or as many of each class (balanced)", choices=SAMPLERS)
     label_smoothing: float = option(0.1, "of the training loss", "--smoothing")
     aa: str | None = option(None, "auto (AutoAugment) or rand[-mMAGNITUDE][-nOPERATIONS] (RandAugment)")
     scale: tuple | None = option(None, "crops of this share of the image's area (default: the data set's own crop)", type=float, nargs=2)
@@ -136,9 +150,10 @@ class TrainConfig:
         def optional(*names):
             return {name: True for name in names if name in given}
 
-        integer(1, epochs=1, grad_accum_steps=1, lr_base_size=1, checkpoint_hist=1, log_interval=1, progressive_stages=1)
-        integer(1, **optional("checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size"))
+        integer(1, epochs=1, grad_accum_steps=1, lr_base_size=1, checkpoint_hist=1, log_interval=1, progressive_stages=1, patience_epochs=1)
+        integer(1, **optional("checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size", "early_stop"))
         integer(2, batch_size=1, **optional("num_classes"))
+        integer(1, in_chans=1, max_pixels=1)
         integer(0, seed=1, num_workers=1, max_corrupt=1, skip_nonfinite=1)
         number("a finite number > 0", lambda v: 0 < v < math.inf, "lr", "decay_epochs", "dist_timeout")
         number("a finite number > 0", lambda v: 0 < v < math.inf, *optional("lr_base", "clip_grad", "opt_eps"))
@@ -153,6 +168,7 @@ class TrainConfig:
             ("dist_bn", DIST_BN),
             ("freeze_bn", FREEZE_BN),
             ("interpolation", INTERPOLATIONS),
+            ("sampler", SAMPLERS),
         ):
             check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
         until = ("stem", *map(str, range(7)), "head")

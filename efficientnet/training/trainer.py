@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from efficientnet.data.images import ImageSet, allow_pixels
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
 from efficientnet.data.sets import Data, load_data
@@ -38,7 +39,7 @@ from efficientnet.training.distributed import (
     wrap,
 )
 from efficientnet.training.logs import Log, plot_curves
-from efficientnet.training.optim import average_of, create_optimizer, learning_rate
+from efficientnet.training.optim import average_of, create_optimizer, epochs_without_gain, learning_rate
 from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.runner import Evaluation, Runner
 from efficientnet.training.settings import TrainConfig
@@ -63,6 +64,7 @@ FREE_SETTINGS = {
     "grad_accum_steps",
     "skip_nonfinite",
     "download",
+    "max_pixels",
 }
 
 
@@ -89,7 +91,7 @@ class Trainer:
             self._prepare(config, device)
 
     def _prepare(self, config, device):
-        self.output = Path(config.output)
+        self.output = Path(config.output).expanduser()
         config = self.config = _for_processes(config, device, self.processes.world)
         if device.type == "cuda":
             device = torch.device("cuda", self.processes.local_rank)
@@ -100,11 +102,13 @@ class Trainer:
         self.model = self._create_model()
         self.unreadable = Unreadable(config.max_corrupt, self.say)
         self.mix = mixing(config, len(self.data.classes))
+        self.class_weights = self._class_weights()
         if config.auto_batch:
             config = self.config = self._fit_memory()
         self.order = self._order(config)
         self.loader = self.runner.batches(self.data.train, num_workers=config.num_workers, order=self.order, unreadable=self.unreadable)
-        self.val_loader = self.runner.batches(self.data.val, 2 * config.batch_size, config.num_workers, unreadable=self.unreadable)
+        self.val_batch_size = 2 * config.batch_size
+        self.val_loader = self._val_loader()
         self.steps = self.order.steps
 
         self.average = average_of(self.model, config.model_ema_decay) if config.model_ema else None
@@ -141,6 +145,8 @@ class Trainer:
             prepare |= {field: tuple(cfg[field]) for field in ("mean", "std") if field in cfg}
         sizes = {"num_classes": config.num_classes, "num_samples": config.train_num_samples}
         part = {"val_data": config.val_data, "download": config.download}
+        allow_pixels(config.max_pixels)
+        prepare["in_chans"] = config.in_chans
         self.data: Data = load_data(config.data, img_size, config.val_fraction, **part, **sizes, **prepare)
         train = self.data.train
         train.seed, train.finish = config.seed, training_finish(config, self.data.preprocess.mean)
@@ -153,6 +159,7 @@ class Trainer:
                 config.model,
                 pretrained=source or False,
                 num_classes=len(self.data.classes),
+                in_chans=config.in_chans,
                 drop_rate=config.drop_rate,
                 drop_path_rate=config.drop_path_rate,
                 bn_momentum=config.bn_momentum,
@@ -172,9 +179,34 @@ class Trainer:
             freeze(model, until, bn={"all": True, "weights": "weights", "none": False}[config.freeze_bn])
         return model
 
+    def _val_loader(self):
+        return self.runner.batches(self.data.val, self.val_batch_size, self.config.num_workers, unreadable=self.unreadable)
+
+    def _labels(self, name):
+        if not isinstance(self.data.train, ImageSet):
+            raise InputError(f"{name} needs to know the training images' classes, which a webdataset tells only as it is read")
+        return torch.tensor(self.data.train.labels)
+
+    def _class_weights(self):
+        """fp32 [classes] on the device, or None."""
+        given, classes = self.config.class_weights, len(self.data.classes)
+        if given is None:
+            return None
+        if given == "balanced":
+            counts = self._labels("class_weights balanced").bincount(minlength=classes).float()
+            return (counts.sum() / (classes * counts.clamp(min=1))).to(self.runner.device)
+        try:
+            weights = torch.tensor([float(part) for part in given.split(",")])
+        except ValueError:
+            weights = torch.tensor([])
+        if len(weights) != classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+            raise InputError(f"class_weights must be balanced, or {classes} numbers >= 0 with commas between, got {given!r}")
+        return weights.to(self.runner.device)
+
     def _order(self, config):
         place = (self.processes.rank, self.processes.world)
-        return TrainingOrder(len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size)
+        labels = self._labels("sampler balanced") if config.sampler == "balanced" else None
+        return TrainingOrder(len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size, labels)
 
     def img_size(self, epoch: int) -> int:
         """The pixels of the training images of an epoch.
@@ -208,10 +240,10 @@ class Trainer:
             self._noticing_signals(),
             lost_process(self.processes, self._how_to_continue),
             closing(self.loader),
-            closing(self.val_loader),
+            self._closing_val_loader(),
         ):
             self.bar = bar
-            while len(self.history) < self.config.epochs:
+            while len(self.history) < self.config.epochs and not self._stays():
                 epoch = len(self.history)
                 if self.step < (epoch + 1) * self.steps:
                     self._train_epoch(epoch)
@@ -230,6 +262,15 @@ class Trainer:
             self.say(f"time        {sum(row['seconds'] for row in self.history):.0f} s of training, {self.skipped} updates left out")
             self.say(f"test accuracy: {evaluation}")
         return evaluation
+
+    def _stays(self) -> bool:
+        """Whether the accuracy has not risen for the epochs of ``early_stop``."""
+        patience, waited = self.config.early_stop, epochs_without_gain([row["val_acc"] for row in self.history])
+        if patience is None or waited < patience:
+            return False
+        if self.processes.first:
+            self.say(f"early stop  {waited} epochs without a better held-out accuracy")
+        return True
 
     def _train_epoch(self, epoch):
         config, first = self.config, self.step - epoch * self.steps
@@ -252,7 +293,7 @@ class Trainer:
     def _update(self, batches):
         """One update of the weights from ``grad_accum_steps`` batches."""
         config = self.config
-        lr = learning_rate(config, self.step, self.steps, self.order.images)
+        lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite or self.scaler.is_enabled() else None
@@ -288,6 +329,9 @@ class Trainer:
             for sums in self.sums.values():
                 sums += torch.stack([loss, torch.ones_like(loss)])
 
+    def _learning_rate(self, step):
+        return learning_rate(self.config, step, self.steps, self.order.images, [row["val_acc"] for row in self.history])
+
     def _gradients(self, batches):
         """The mean loss of the accumulated batches. Their gradients are in the parameters afterwards."""
         accum = self.config.grad_accum_steps
@@ -305,7 +349,10 @@ class Trainer:
         """A batch's share of the loss. Its share of the gradients is added to those in the parameters."""
         with self.runner.autocast():
             logits = self.forward(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing) / self.config.grad_accum_steps
+        loss = (
+            F.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=self.config.label_smoothing)
+            / self.config.grad_accum_steps
+        )
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -323,14 +370,39 @@ class Trainer:
             )
         self.say(f"left out, {self.skipped} of at most {self.config.skip_nonfinite}: {what} in {where}")
 
+    @contextmanager
+    def _closing_val_loader(self):
+        """The one that there is at the end."""
+        try:
+            yield
+        finally:
+            self.val_loader.close()
+
+    def _evaluate(self, epoch) -> Evaluation:
+        """Of the held-out images, in batches that fit the memory: their size changes no figure, and each process may have its own."""
+        alone = self.processes.world == 1  # several processes would have to agree, batch by batch
+        while True:
+            try:
+                return self.runner.evaluate(self.evaluated, self.val_loader, lambda: alone and self.signal is not None)
+            except InterruptedError:
+                self._save_and_leave()
+            except InputError as error:  # images that cannot be read
+                raise InputError(f"{error}; epoch {epoch + 1} is trained: {self._how_to_continue()}") from error
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.val_batch_size == 1:
+                    raise TrainingStopped(f"out of memory with one held-out image; {self._how_to_continue()}") from error
+            self.val_loader.close()
+            self.val_batch_size //= 2
+            self.val_loader = self._val_loader()
+            self.say(f"out of memory: evaluation goes on in batches of {self.val_batch_size}")
+
     def _finish_epoch(self, epoch) -> Evaluation:
+        self._save_state()  # whatever becomes of the evaluation, the epoch is not trained again
         for model in self._models():
             share_running_statistics(model, self.processes, self.config.dist_bn)
-        alone = self.processes.world == 1  # several processes would have to agree, batch by batch
-        try:
-            evaluation = self.runner.evaluate(self.evaluated, self.val_loader, lambda: alone and self.signal is not None)
-        except InterruptedError:
-            self._save_and_leave()
+        evaluation = self._evaluate(epoch)
         images = self.steps * self.order.images
         row = {
             "epoch": epoch + 1,
@@ -340,7 +412,7 @@ class Trainer:
             "val_acc5": evaluation.accuracy5,
             "val_correct": evaluation.correct,
             "val_total": evaluation.total,
-            "lr": learning_rate(self.config, self.step - 1, self.steps, self.order.images),
+            "lr": self._learning_rate(self.step - 1),
             "images_per_s": images / self.seconds["epoch"],
             "data_wait": self.seconds["wait"] / self.seconds["epoch"],
             "seconds": self.seconds["epoch"],
@@ -369,7 +441,7 @@ class Trainer:
         if self.log:
             rate = (step + 1) * self.order.images / self.seconds["epoch"]
             self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.config.epochs}, loss {loss:.3f}", refresh=False)
-            lr = learning_rate(self.config, self.step - 1, self.steps, self.order.images)
+            lr = self._learning_rate(self.step - 1)
             row = {"step": self.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "grad_norm": self.norm.item()}
             with self._writing("the update's row"):
                 self.log.step(row | {"images_per_s": rate, "data_wait": self.seconds["wait"] / self.seconds["epoch"]})
@@ -478,6 +550,10 @@ class Trainer:
             raise InputError(f"resume {str(path)!r} has {done} epochs behind it; epochs must be more, got {self.config.epochs}")
         if (state["average"] is None) != (self.average is None):
             raise InputError(f"resume {str(path)!r} was trained {'without' if state['average'] is None else 'with'} model_ema")
+        for name in ("opt", "pretrained", "freeze_until"):  # the state of the one is none of another's; the others are for the beginning
+            before, now = (settings.get(name) for settings in (state["settings"], vars(self.config)))
+            if before != now:
+                raise InputError(f"resume {str(path)!r} was trained with {name} {before!r}, but this run has {now!r}")
         for name, value in state["settings"].items():
             if name not in FREE_SETTINGS and (now := getattr(self.config, name, None)) != value and self.processes.first:
                 self.say(f"resume: {name} was {value!r}, is {now!r} from here on")
@@ -485,10 +561,11 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._load_optimizer(state)
         except ValueError as error:
             raise InputError(f"resume {str(path)!r} has another optimizer: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run had no amp fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.skipped = state["step"], state["history"], state["skipped"]
         self.seconds = state["seconds"]
         local = state["processes"][self.processes.rank]
@@ -503,6 +580,29 @@ class Trainer:
             epoch, step = divmod(self.step, self.steps)
             self.say(f"resumed     {path}: epoch {epoch + 1}, batch {step + 1}")
         return True
+
+    def _load_optimizer(self, state):
+        """The moments of the parameters, and the settings of this run, whose groups may be others: layer_decay makes them.
+
+        Raises ValueError where the moments are not those of the parameters that are trained.
+        """
+        ours = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        layer_decay = state["settings"].get("layer_decay", 1.0)
+        theirs = parameter_groups(self.model, self.config.lr, self.config.weight_decay, layer_decay)
+        stored = state["optimizer"]
+        sizes = [[len(group["params"]) for group in groups] for groups in (theirs, stored["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"it has groups of {sizes[1]} parameters, and this run of {sizes[0]}")
+        index = {
+            id(p): i
+            for group, saved in zip(theirs, stored["param_groups"], strict=True)
+            for p, i in zip(group["params"], saved["params"], strict=True)
+        }
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {i: stored["state"][index[id(p)]] for i, p in enumerate(parameters) if index[id(p)] in stored["state"]}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(settings)
 
     def _check_output(self):
         """Find out before any work whether files can be written."""
@@ -578,7 +678,7 @@ class Trainer:
         while True:
             try:
                 with torch.random.fork_rng():
-                    images = torch.zeros(config.batch_size, 3, size, size, dtype=torch.uint8)
+                    images = torch.zeros(config.batch_size, config.in_chans, size, size, dtype=torch.uint8)
                     batch = self.runner.to_device(images, torch.zeros(config.batch_size, dtype=torch.long), self.data.preprocess)
                     with self.runner.autocast():
                         logits = self.model.train()(batch[0])
@@ -610,7 +710,7 @@ class Trainer:
         if not self.processes.first:
             return
         size, config = self.data.preprocess.img_size, self.config
-        images = torch.zeros(2, 3, size, size, device=self.runner.device).to(memory_format=self.runner.memory_format)
+        images = torch.zeros(2, config.in_chans, size, size, device=self.runner.device).to(memory_format=self.runner.memory_format)
         with self.runner.autocast():
             backend = describe_backend(self.model.train(), images)
         device = self.runner.device

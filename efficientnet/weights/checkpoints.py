@@ -3,6 +3,7 @@ libraries.
 """
 
 import argparse
+import datetime
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -25,8 +27,12 @@ from efficientnet.weights.pretrained import fetch
 METADATA_KEY = "efficientnet"
 METADATA_SLOT = "__efficientnet__"  # in a torch file; no module has such a name
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")  # the usual names of the weights among other things
-WRAPPERS = ("state_dict", "model")
+# The usual names of the weights among other things; "average" is that of this program's own training states.
+EMA_WRAPPERS = ("average", "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model_state_dict", "ema_model")
+EMA_WRAPPERS += ("ema", "module_ema", "model_averaged", "teacher", "teacher_state_dict")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "net_state_dict", "network", "weights", "params", "module")
+WRAPPERS += ("student", "student_state_dict", "backbone")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of what save_pretrained writes
 
 
 def save_checkpoint(model: nn.Module, path: str | os.PathLike, **metadata) -> None:
@@ -80,9 +86,10 @@ def load_checkpoint(
         model: the module to load into; or a model's name, whose classes and input channels are read off the weights and
             whose padding and BatchNorm are those of the library that the weights come from; or None to build the model
             that the file describes (files from ``save_checkpoint`` and ``convert`` do).
-        source: .safetensors, or a state_dict saved by torch (.pt, .pth, .bin; zipped or legacy), which is read without
-            running code from it, bare or under "state_dict", "model" and the like, with or without "module." and
-            "_orig_mod." before each key; or an http(s) URL; or the id of a repository on the Hugging Face Hub.
+        source: a file of safetensors or torch.save, by what is in it, whatever its name. Torch's is read without running
+            code from it, bare or under "state_dict", "model", "ema" and the like, with or without "module.", "model.",
+            "backbone." and the like before each key. Or a folder that save_pretrained wrote; or an http(s) URL; or the id
+            of a repository on the Hugging Face Hub.
         fused: the blocks of a model that is built here, as in ``create_model``.
         layout: a name from ``efficientnet.weights.layouts.LAYOUTS``. None: the one that knows the keys. A module that
             is not an ``EfficientNet`` takes only its own keys.
@@ -275,7 +282,11 @@ def describe_model(model: EfficientNet) -> dict:
         "drop_rate": model.drop_rate,
         "drop_path_rate": model.drop_path_rate,
     }
-    return description if model.output_stride == 32 else {**description, "output_stride": model.output_stride}
+    if model.output_stride != 32:
+        description["output_stride"] = model.output_stride
+    if getattr(model.global_pool, "pool_type", "avg") != "avg":
+        description["global_pool"] = model.global_pool.pool_type
+    return description
 
 
 def save_training_state(path: str | os.PathLike, state: dict) -> None:
@@ -294,7 +305,12 @@ def load_training_state(path: str | os.PathLike) -> dict:
 
 
 def _existing(path):
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"folder {str(path)!r} has none of {', '.join(FOLDER_FILES)}, which save_pretrained writes")
+        return found
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint file", str(path))
     return path
@@ -303,7 +319,11 @@ def _existing(path):
 def _read(path, use_ema=True):
     """(state_dict, metadata) of a checkpoint file; the metadata is {} where the file has none of ours."""
     path = _existing(path)
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if (other := _other_file(start)) is not None:
+        raise ValueError(f"checkpoint {str(path)!r} {other}")
+    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":  # after the header's length
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -313,25 +333,77 @@ def _read(path, use_ema=True):
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_first_line(error)}") from error
         return state, metadata if isinstance(metadata, dict) else {}
-    if path.suffix not in TORCH_SUFFIXES:
-        raise ValueError(f"checkpoint {str(path)!r} must end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
     state, metadata = _torch_load(path), {}
     if isinstance(state, dict) and isinstance(state.get("metadata"), dict):  # a training state of ours
         metadata = state["metadata"]
-    wrappers = EMA_WRAPPERS + WRAPPERS if use_ema else WRAPPERS + EMA_WRAPPERS
-    while isinstance(state, dict) and (inner := [state[key] for key in wrappers if isinstance(state.get(key), dict)]):
-        state = inner[0]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint {str(path)!r} holds no state_dict")
+    state = _unwrapped(state, path, EMA_WRAPPERS + WRAPPERS if use_ema else WRAPPERS + EMA_WRAPPERS)
     if isinstance(described := getattr(state, "_metadata", {}).get(METADATA_SLOT), str):
         metadata = json.loads(described)
-    return dict(state), metadata
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, metadata
+
+
+def _other_file(start):
+    """What a file that begins so is instead of a checkpoint, or None."""
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, not the weights: the download got a page in their place"
+    if not start:
+        return "is unreadable or truncated: it is empty"
+    return None
+
+
+def _unwrapped(state, path, wrappers):
+    """The state_dict in what a training script saved: it is itself the file, or is under one of ``wrappers``, the first that is there,
+    or is the only dictionary of tensors."""
+    while True:
+        if not isinstance(state, dict):
+            raise ValueError(f"checkpoint {str(path)!r} holds no state_dict but a {type(state).__name__}")
+        inner = [state[key] for key in wrappers if isinstance(state.get(key), dict) and state[key]]
+        if not inner and not any(isinstance(value, torch.Tensor) for value in state.values()):
+            inner = [value for value in state.values() if isinstance(value, dict) and _all_tensors(value)]
+            inner = inner if len(inner) == 1 else []
+            if not inner:
+                keys = ", ".join(map(str, list(state)[:5])) or "none"
+                raise ValueError(f"checkpoint {str(path)!r} holds no state_dict under {', '.join(wrappers)}; its keys are {keys}")
+        if not inner:
+            return state
+        state = inner[0]
+
+
+def _all_tensors(state):
+    return bool(state) and all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def _safe_types():
+    """Classes that training scripts keep beside the weights: values, no code."""
+    import numpy as np
+
+    multiarray = (getattr(np, "_core", None) or np.core).multiarray
+    numbers = [np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct]
+    numbers += [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
+    # numpy 1's names of them, in files that it wrote.
+    numbers += [(getattr(multiarray, name), f"numpy.core.multiarray.{name}") for name in ("scalar", "_reconstruct")]
+    systems = ("pathlib", "pathlib._local")
+    paths = [(_path, f"{module}.{name}") for module in systems for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")]
+    values = [argparse.Namespace, SimpleNamespace, (_mapping, "collections.defaultdict"), dict, list, set, tuple, int, float, str, bool]
+    return [*values, datetime.datetime, datetime.timedelta, *numbers, *paths]
+
+
+def _mapping(factory=None):
+    """In place of a defaultdict, which the restricted reader cannot fill."""
+    return {}
+
+
+def _path(*parts):
+    """In place of a path, also one of another system."""
+    return "/".join(map(str, parts))
 
 
 def _torch_load(path):
     try:
-        # Training scripts keep their arguments in a Namespace, which has values and no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_safe_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError and more
         if refused := _refused(error):
@@ -339,7 +411,16 @@ def _torch_load(path):
                 f"checkpoint {str(path)!r} is refused: reading it would run code ({refused}). Safe: the .safetensors of these weights, or "
                 "torch.save(model.state_dict(), PATH) or safetensors.torch.save_file(model.state_dict(), PATH), written where you trust it"
             ) from error
-        raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_first_line(error)}") from error
+        raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_detail(error)}") from error
+
+
+def _detail(error):
+    """Torch's line about a file, without its advice to let the file run code."""
+    text = str(error)
+    if "weights_only" not in text and "Weights only" not in text:
+        return _first_line(error)
+    found = re.search(r"WeightsUnpickler error: *(.*)", text)
+    return found[1].partition(" Please ")[0].strip() if found and found[1].strip() else "torch.load cannot read it"
 
 
 def _refused(error):
@@ -347,8 +428,8 @@ def _refused(error):
     text = str(error)
     if not isinstance(error, pickle.UnpicklingError):
         return None
-    if called := re.search(r"(?:GLOBAL|class|function|instantiate) ([\w.]+\.\w+)", text):
-        return f"it calls {called[1]}"
+    if called := re.search(r"GLOBAL ([\w.]+)|(?:class|function|instantiate) ([\w.]+\.\w+)", text):
+        return f"it calls {called[1] or called[2]}"
     # Of pickle protocol 3 and later; torch.save writes 2.
     return f"{operand[0]}: not written by torch.save" if (operand := re.search(r"Unsupported operand (?:14[0-9]|15[01])\b", text)) else None
 
@@ -362,7 +443,7 @@ def _described(weights):
         config = dict(metadata["config"])
         config["stages"] = tuple(StageConfig(**stage) for stage in config["stages"])
         sizes = {key: metadata[key] for key in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")}
-        sizes["output_stride"] = metadata.get("output_stride", 32)
+        sizes |= {"output_stride": metadata.get("output_stride", 32), "global_pool": metadata.get("global_pool", "avg")}
         return EfficientNetConfig(**config), sizes
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}") from error

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from efficientnet.model.config import EfficientNetConfig, list_models
+from efficientnet.model.config import EfficientNetConfig, present_name
 from efficientnet.model.network import EfficientNet
 from efficientnet.model.scaling import Scaling
 from efficientnet.model.transfer import EfficientNetFeatures
@@ -29,6 +29,7 @@ def create_model(
     features_only: bool = False,
     out_indices: tuple[int, ...] | None = None,
     output_stride: int = 32,
+    global_pool: str = "avg",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **unknown,
@@ -37,7 +38,9 @@ def create_model(
 
     Args:
         name: a name from ``list_models()`` or its short form ("b0" is "efficientnet_b0"), also with a weight tag
-            ("efficientnet_b0.ra_in1k"); or a ``Scaling`` such as ``compound_scale(1.5)``; or an ``EfficientNetConfig``.
+            ("efficientnet_b0.ra_in1k"), timm's prefixes ("timm/", "hf-hub:timm/") or timm's old names
+            ("tf_efficientnet_b0_ns", with a warning); or a ``Scaling`` such as ``compound_scale(1.5)``; or an
+            ``EfficientNetConfig``.
         pretrained: True for the name's default weights, a tag of ``pretrained.list_pretrained(name)``, a path of any
             layout that ``load_checkpoint`` reads, a URL or a Hugging Face Hub id. Downloads go through huggingface_hub
             into its cache (HF_HUB_OFFLINE=1 takes only what is there). ``model.pretrained_cfg`` then says how images
@@ -59,6 +62,8 @@ def create_model(
             five).
         output_stride: 8, 16 or 32 (2 and 4 too). Strides beyond it become dilation, as in timm; blocks with dilation
             run plain layers.
+        global_pool: "avg", "max", "avgmax" (half their sum), "catavgmax" (both, for twice the features) or "" (none: with
+            num_classes 0 the model returns the head's feature map).
         device, dtype: of the parameters; "meta" builds without memory.
 
     Raises ValueError for an unknown name or tag or a value out of range, TypeError for an unknown keyword, and with
@@ -69,8 +74,8 @@ def create_model(
         raise TypeError(f"create_model() got unknown keyword {names}; accepted: {accepted}")
     if out_indices is not None and not features_only:
         raise ValueError("out_indices is for features_only=True")
-    if isinstance(name, str) and name.partition(".")[0] in list_models():
-        name, _, tag = name.partition(".")
+    if isinstance(name, str):
+        name, tag = present_name(name)
         pretrained = tag if tag and pretrained is True else pretrained
     if isinstance(name, EfficientNetConfig):
         config = name
@@ -101,6 +106,7 @@ def create_model(
         drop_path_rate=drop_path_rate,
         memory=memory,
         output_stride=output_stride,
+        global_pool=global_pool,
         fused=fused,
         device=device,
         dtype=dtype,

@@ -3,6 +3,7 @@ one table.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 
 from efficientnet.model.config import VARIANTS, EfficientNetConfig
@@ -176,13 +177,40 @@ def conventions(layout: Layout, config: EfficientNetConfig) -> dict:
     return {field: getattr(layout, field) for field in TF}
 
 
+# What wrappers put before each key; where a teacher and a student are kept together, the teacher, an average, comes first.
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.", "ema_model.", "ema.", "averaged_model.")
+PREFIXES += ("teacher.", "student.", "online_network.", "base_model.", "_model.", "_module.", "m.")
+
+
+def _behind(state, prefix):
+    """(the entries with ``prefix``, without it; the other keys) where no other key is of the same network, else None."""
+    inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    others = {key: tensor for key, tensor in state.items() if not key.startswith(prefix) and key != "n_averaged"}  # AveragedModel's
+    if not inside:
+        return None
+    if not others and prefix in ("module.", "_orig_mod."):  # torch's own wrappers, whatever they wrap
+        return inside, []
+    # Others are a loss of its own, a metric, a student: not half of this network.
+    return (inside, list(others)) if _known(tidy(inside)) and not (others and _known(others)) else None
+
+
+def _known(state):
+    try:
+        return bool(recognise(state))
+    except ValueError:
+        return False
+
+
 def tidy(state: dict) -> dict:
     """The state_dict without what wrappers add, and under each library's present names.
 
-    DistributedDataParallel and torch.compile put a prefix before every key.
+    DistributedDataParallel, torch.compile and Lightning put a prefix before every key, and may keep others besides.
     """
-    while state and (prefix := next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in state)), None)):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    while state and (found := next(filter(None, (_behind(state, prefix) for prefix in PREFIXES)), None)):
+        state, others = found
+        if others:
+            names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+            warnings.warn(f"{len(others)} keys beside those of the network are left out: {names}", stacklevel=4)
     if "embeddings.convolution.weight" in state:  # Hugging Face's model without a classifier has no prefix
         state = {f"efficientnet.{key}": tensor for key, tensor in state.items()}
     if "stem.conv.weight" in state:  # NVIDIA's files of 2020 and 2021

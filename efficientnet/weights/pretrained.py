@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # AdvProp's and timm's later recipes
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl", ".pickle")  # a name with one of them is meant as a file
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def resolve(model: str, pretrained: bool | str | os.PathLike) -> tuple[object, d
 
 def _names_a_file(source):
     text = os.fspath(source)
-    return Path(text).is_file() or "/" in text or os.sep in text or Path(text).suffix in (".safetensors", ".pt", ".pth", ".bin")
+    return Path(text).is_file() or "/" in text or os.sep in text or Path(text).suffix.lower() in SUFFIXES
 
 
 def transform(source: "str | dict | nn.Module") -> "transforms.Compose":
@@ -165,12 +166,12 @@ def fetch(source: str | os.PathLike) -> Path:
     hub_id = re.fullmatch(r"(hf-hub:)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", text)
     if hub_id and (hub_id[1] or _like_hub_id(text)):
         return _from_hub(hub_id[2], hub_id[3])
-    return Path(source)
+    return Path(source).expanduser()
 
 
 def _like_hub_id(text):
     path = Path(text)
-    return not (text[0] in "./~" or path.exists() or path.parent.is_dir() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+    return not (text[0] in "./~" or path.exists() or path.parent.is_dir() or path.suffix.lower() in SUFFIXES)
 
 
 def _from_url(url):

@@ -34,13 +34,14 @@ class AcceleratedBlock(Swapped):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this block at all) in its present mode, else the reason why not."""
-        return _judge(self, self._reader(self), x)[0]
+        return _judge(self, registry.read(self._reader, self), x)[0]
 
     def forward(self, *args, **kwargs):
         x, rest = (args[0], args[1:]) if args else (kwargs.get(self._input), ())
-        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
+        if _only_plain(x):
             return super().forward(*args, **kwargs)
-        block = self._reader(self, *rest, **{name: value for name, value in kwargs.items() if name != self._input})
+        others = {name: value for name, value in kwargs.items() if name != self._input}
+        block = registry.read(self._reader, self, *rest, **others)
         reason, verdict = _judge(self, block, x)
         if reason is not None:
             return super().forward(*args, **kwargs)
@@ -54,7 +55,7 @@ def _judge(module, block, x):
     layers = judge.layers_of_block(block)
     verdict = judge.judge_block(module, block, layers)
     problem = verdict if isinstance(verdict, str) else block.now
-    largest = max(layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d))
+    largest = max((layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d)), default=1)
     reason = dispatch.why_not_fused(x, [(name, layer) for _, name, layer in layers], largest, judge=lambda: problem)
     return reason, None if reason is not None else verdict
 
@@ -64,17 +65,17 @@ class AcceleratedNetwork(Swapped):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve stem and head for x (or, without x, at all), else the reason why not."""
-        return self._why_not(self._reader(self), x)
+        return self._why_not(registry.read(self._reader, self), x)
 
     @staticmethod
     def _why_not(network, x):
-        layers, largest = ((), 1) if isinstance(network, str) else (judge.layers_of_network(network), network.stem.conv[1].out_channels)
+        layers, largest = ((), 1) if isinstance(network, str) else (judge.layers_of_network(network), judge.largest_of_network(network))
         return dispatch.why_not_fused(x, layers, largest, judge=lambda: judge.judge_network(network))
 
     def _forward(self, x):
-        if not isinstance(x, torch.Tensor) or x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu()):
+        if _only_plain(x):
             return super().forward(x)
-        network = self._reader(self)
+        network = registry.read(self._reader, self)
         if self._why_not(network, x) is not None:
             return super().forward(x)
         return run_network(x, network)
@@ -86,6 +87,13 @@ _FORWARDS = {
     "inputs": lambda self, inputs: self._forward(inputs),
     "pixel_values": lambda self, pixel_values: self._forward(pixel_values),
 }
+
+
+def _only_plain(x):
+    """Whether the library's own forward runs, without asking further."""
+    if not isinstance(x, torch.Tensor) or dispatch.recording(x):
+        return True
+    return x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu())
 
 
 @functools.cache
@@ -135,7 +143,7 @@ def _ineligible(module, x=None, ask=True) -> str | None:
         return view.why_not_fused(x)
     if reader is None:
         return None if dispatch.requested_backend() == "reference" else view.why_not_fused()
-    block = reader(module)
+    block = registry.read(reader, module)
     verdict = block if isinstance(block, str) else judge.judge_block(module, block, judge.layers_of_block(block))
     return verdict if isinstance(verdict, str) else None
 
@@ -148,7 +156,8 @@ def _network_problem(module, x=None, ask=True) -> str | None:
         return reason
     if any(method in module.__dict__ for method in registry.methods_of(cls)):
         return "the network's forward was replaced"
-    return AcceleratedNetwork._why_not(reader(module), x) if ask else judge.judge_network(reader(module))
+    network = registry.read(reader, module)
+    return AcceleratedNetwork._why_not(network, x) if ask else judge.judge_network(network)
 
 
 def _networks(model):

@@ -187,8 +187,8 @@ def _stage_problem(stage, role):
     shape = (conv[1].out_channels, conv[1].in_channels)
     problem = dispatch.layer_problem(conv[0], conv[1], expected, shape, role=role, kind=nn.Conv2d)
     problem = problem or dispatch.layer_problem(bn[0], bn[1], shape=shape[:1], role="bn", kind=NORMS.get(path_of(type(bn[1]))))
-    drop = getattr(bn[1], "drop", None)
-    if problem is None and drop is not None and type(drop) is not nn.Identity:
+    drop = getattr(bn[1], "drop", None) if path_of(type(bn[1])) in NORMS else None
+    if problem is None and drop is not None and not is_identity(drop):
         return f"{bn[0]}.drop is a {type(drop).__name__}"
     if problem is None and activation(stage.act, ACTS, "identity") is None:
         return f"{stage.act[0]} is {stage.act[1]}, not one of {', '.join(ACTS)}"
@@ -219,6 +219,11 @@ def judge_network(network: Network | str) -> str | None:
 def judge_separable(network):
     _, block = network.separable
     return judge_layers(block, layers_of_block(block))
+
+
+def largest_of_network(network: Network) -> int:
+    """Channels of the widest tensor that the stem makes; 1 where no convolution says it."""
+    return getattr(network.stem.conv[1], "out_channels", 1)
 
 
 def layers_of_network(network: Network):

@@ -9,6 +9,8 @@ def read_network(model):
     stem = Stage(("conv_stem", model.conv_stem), ("bn1", model.bn1), act, ("config.padding", model.config.padding))
     head = Stage(("conv_head", model.conv_head), ("bn2", model.bn2), act)
     bypassed = tuple((name, getattr(model, name)) for name in ("conv_stem", "bn1", "conv_head", "bn2"))
+    if not model.averages:
+        head = f"global_pool is {model.global_pool}"
     return Network(stem, model.blocks, head, model.classifier, bypassed)
 
 

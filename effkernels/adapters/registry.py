@@ -37,6 +37,14 @@ def known_network(cls: type):
     return None
 
 
+def read(reader: Callable, module, *args, **kwargs):
+    """What ``reader`` finds in a module, or, as a string, that somebody has taken out what it looks for."""
+    try:
+        return reader(module, *args, **kwargs)
+    except (AttributeError, IndexError, StopIteration) as error:
+        return f"it was edited: {str(error) or type(error).__name__}"
+
+
 def methods_of(cls: type) -> tuple[str, ...]:
     """What a known network's forward consists of."""
     return next(NETWORKS[path_of(base)].methods for base in cls.__mro__ if path_of(base) in NETWORKS)

@@ -3,16 +3,15 @@
 import torch.nn.functional as F
 from torch import nn
 
-from effkernels.adapters.equivalents import path_of
+from effkernels.adapters.equivalents import NORMS, path_of
 from effkernels.adapters.parts import DENSE, Block, Network, Reader, Stage, squeeze_excite, with_drop_path
 
 
 def block_stage(block, conv, bn, identities):
     norm = getattr(block, bn)
-    act = getattr(norm, "act", None)  # none where BatchNormAct2d was converted to nn.SyncBatchNorm: then there is no activation
-    if getattr(norm, "drop", None) is not None:
+    if path_of(type(norm)) in NORMS and norm.drop is not None:
         identities.append((f"{bn}.drop", norm.drop))
-    return Stage((conv, getattr(block, conv)), (bn, norm), act if act is None else (f"{bn}.act", act))
+    return network_stage(block, conv, bn)
 
 
 def read_block(block):
@@ -38,8 +37,9 @@ def read_block(block):
 
 def network_stage(model, conv, bn):
     norm = getattr(model, bn)
-    act = getattr(norm, "act", None)
-    return Stage((conv, getattr(model, conv)), (bn, norm), None if act is None else (f"{bn}.act", act))
+    # torch's conversion to nn.SyncBatchNorm keeps BatchNormAct2d's activation as a child that nobody calls.
+    acts = path_of(type(norm)) in NORMS and norm.act is not None
+    return Stage((conv, getattr(model, conv)), (bn, norm), (f"{bn}.act", norm.act) if acts else None)
 
 
 def read_network(model):

@@ -53,6 +53,8 @@ def read_network(model):
     flat = hasattr(model, "layers")
     name = "layers" if flat else "features"
     container = getattr(model, name)
+    if type(container).forward is not nn.Sequential.forward:
+        return f"{name} is a {type(container).__name__}"
     children, separable = list(container.named_children()), None
     if flat:
         stem, depthwise, project, head = (

@@ -2,10 +2,24 @@
 
 from torch import nn
 
+from effkernels.adapters.equivalents import path_of
 from effkernels.adapters.parts import Block, Network, Reader, Stage, squeeze_excite
+
+_MODULE = "transformers.models.efficientnet.modeling_efficientnet"
+# The parts of a block whose own forward is a row of layers.
+PARTS = {
+    "expansion": "EfficientNetExpansionLayer",
+    "depthwise_conv": "EfficientNetDepthwiseLayer",
+    "projection": "EfficientNetFinalBlockLayer",
+}
 
 
 def read_block(block):
+    for owner, cls in PARTS.items():
+        part = block._modules.get(owner)
+        if part is not None and path_of(type(part)) != f"{_MODULE}.{cls}":
+            return f"{owner} is a {type(part).__name__}"
+
     def stage(owner, conv, bn, act=None):
         layers = getattr(block, owner)
         return [(f"{owner}.{name}", getattr(layers, name)) for name in (conv, bn, act) if name is not None]
@@ -36,6 +50,5 @@ def read_stem(stem):
     return Network(Stage(*layers), nn.Identity(), "the features before its pooling are a result of the model", nn.Identity(), tuple(layers))
 
 
-_MODULE = "transformers.models.efficientnet.modeling_efficientnet"
 BLOCKS = {f"{_MODULE}.EfficientNetBlock": read_block}
 NETWORKS = {f"{_MODULE}.EfficientNetEmbeddings": Reader(read_stem, ("forward",), "padding convolution batchnorm activation")}

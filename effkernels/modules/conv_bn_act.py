@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from effkernels import dispatch
+from effkernels import dispatch, reference
 from effkernels.geometry import check_activation, check_conv_args
 from effkernels.parameters import BatchNormParams
-from effkernels.reference import ACTIVATIONS, activate, depthwise_conv
+from effkernels.reference import ACTIVATIONS, activate
 
 
 class FusedDepthwiseConvBNAct(nn.Module):
@@ -46,23 +46,27 @@ class FusedDepthwiseConvBNAct(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with x."""
-        check_activation(x, self.conv.weight, self.conv.in_channels, self.kernel_size, self.stride, self.padding)
+        weight, channels = (getattr(self.conv, name, None) for name in ("weight", "in_channels"))
+        check_activation(x, weight, channels, self.kernel_size, self.stride, self.padding)
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
-        C = self.conv.in_channels
+        C = getattr(self.conv, "in_channels", 1)
         judge = (lambda: "bn is a SyncBatchNorm") if isinstance(self.bn, nn.SyncBatchNorm) else None  # whole blocks have it fused
         return dispatch.why_not_fused(x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)}, judge)
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""
-        self.check_input(x)
-        if self.padding != "symmetric":
-            return activate(self.bn(depthwise_conv(x, self.conv.weight, self.stride, self.padding)), self.act)
+        if not dispatch.recording(x):
+            self.check_input(x)
+        if self.padding != "symmetric" and not dispatch.pads_itself(self.conv):
+            x = reference.pad(x, self.kernel_size, self.stride, self.padding)
         return activate(self.bn(self.conv(x)), self.act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if dispatch.recording(x):
+            return self.forward_reference(x)
         self.check_input(x)
         if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
             return self.forward_reference(x)

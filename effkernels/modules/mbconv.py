@@ -3,11 +3,10 @@
 from numbers import Real
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from effkernels import dispatch
-from effkernels.geometry import check_activation, check_conv_args, pad_amounts
+from effkernels import dispatch, reference
+from effkernels.geometry import check_activation, check_conv_args
 from effkernels.modules.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 from effkernels.reference import ACTIVATIONS, activate, check_memory, drop_path
@@ -89,7 +88,7 @@ class MBConvBase(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
-        check_activation(x, self.conv_dw.weight, self.in_channels, self.extent, self.stride, self.padding)
+        check_activation(x, getattr(self.conv_dw, "weight", None), self.in_channels, self.extent, self.stride, self.padding)
         if self.training and x.shape[0] == 0:
             raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
 
@@ -100,17 +99,16 @@ class MBConvBase(nn.Module):
 
     def forward_reference(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """The block in plain PyTorch, layer by layer through the submodules (so their hooks run)."""
-        self.check_input(x)
+        if not dispatch.recording(x):
+            self.check_input(x)
         return self._plain(x, draws)
 
     def _plain(self, x, draws=None):
         y = x
         if self.expands:
             y = activate(self.bn1(self.conv_pw(y)), self.act)
-        if self.padding != "symmetric":
-            (top, bottom), (left, right) = (pad_amounts(n, self.extent, self.stride, self.padding) for n in x.shape[2:])
-            if top or bottom or left or right:
-                y = F.pad(y, (left, right, top, bottom))
+        if self.padding != "symmetric" and not dispatch.pads_itself(self.conv_dw):
+            y = reference.pad(y, self.extent, self.stride, self.padding)
         y = activate(self.depthwise_norm(self.conv_dw(y)), self.act)
         y = self.project_norm(self.project_conv(self.se(y)))
         if self.has_residual:
@@ -190,6 +188,8 @@ class FusedMBConv(MBConvBase):
 
     def forward(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """draws: fp32 [N] from [0, 1) for drop_path (a network's own, drawn for all its blocks at once); else they are drawn here."""
+        if dispatch.recording(x):
+            return self._plain(x, draws)
         self.check_input(x)
         if (x.is_cpu and dispatch.only_plain_on_cpu()) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
             return self._plain(x, draws)

@@ -55,11 +55,13 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
-        C, R = self.conv_reduce.in_channels, self.conv_reduce.out_channels
+        C, R = (getattr(self.conv_reduce, name, 1) for name in ("in_channels", "out_channels"))
         return dispatch.why_not_fused(x, self.named_children(), C, shapes={"conv_reduce": (R, C), "conv_expand": (C, R)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_activation(x, self.conv_reduce.weight, self.conv_reduce.in_channels)
+        if dispatch.recording(x):
+            return self.forward_reference(x)
+        check_activation(x, getattr(self.conv_reduce, "weight", None), getattr(self.conv_reduce, "in_channels", None))
         if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
             return self.forward_reference(x)
         from effkernels import functional

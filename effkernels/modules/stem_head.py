@@ -1,11 +1,10 @@
 """A network's first and last feature layers, given as the plain layers that own the parameters: fused where the kernels can serve."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from effkernels import dispatch
-from effkernels.geometry import conv_out_size, pad_amounts
+from effkernels import dispatch, reference
+from effkernels.geometry import conv_out_size
 from effkernels.modules.mbconv import FusedMBConv
 from effkernels.parameters import BatchNormParams
 from effkernels.reference import activate
@@ -17,6 +16,8 @@ def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
         return "the input is on the CPU"
     if x.shape[0] == 0:
         return "the input is empty"
+    if not isinstance(conv, nn.Conv2d):
+        return f"{name} is a {type(conv).__name__}"
     if conv.in_channels != x.shape[1] or getattr(bn, "num_features", None) != conv.out_channels:
         return f"{name} does not fit its input or its BatchNorm"
     return dispatch.why_not_fused(x, ((name, conv), ("bn", bn)), conv.out_channels, expected)
@@ -24,15 +25,14 @@ def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
 
 def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, *, fused: bool = True) -> torch.Tensor:
     """``act(bn(conv(x)))`` of a k x k convolution of images; under padding "same" conv itself has none and x is padded here."""
-    k, stride = conv.kernel_size[0], conv.stride[0]
+    k, stride = (conv.kernel_size[0], conv.stride[0]) if isinstance(conv, nn.Conv2d) else (3, 2)
     expected = (3, stride if stride in (1, 2) else 2, 1 if padding == "symmetric" else 0)
-    if fused and _why_not_fused(x, "conv_stem", conv, bn, expected) is None:
+    if fused and not dispatch.recording(x) and _why_not_fused(x, "conv_stem", conv, bn, expected) is None:
         from effkernels import functional
 
         return functional.stem(x, conv.weight, BatchNormParams.of(bn), stride=stride, padding=padding, act=act)
-    if padding != "symmetric":
-        (top, bottom), (left, right) = (pad_amounts(n, k, stride, padding) for n in x.shape[2:])
-        x = F.pad(x, (left, right, top, bottom))
+    if padding != "symmetric" and not dispatch.pads_itself(conv):
+        x = reference.pad(x, k, stride, padding)
     return activate(bn(conv(x)), act)
 
 
@@ -45,7 +45,7 @@ def stem_and_block(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: st
         return None
     if not (bn.training or block.training) or type(block).forward is not FusedMBConv.forward:
         return None
-    stride = conv.stride[0]
+    stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 0
     if stride not in (1, 2) or _why_not_fused(x, "conv_stem", conv, bn, (3, stride, 1 if padding == "symmetric" else 0)) is not None:
         return None
     size = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])

@@ -115,3 +115,19 @@ def test_bad_rates(option, capsys):
     with pytest.raises(SystemExit) as stopped:
         plan.main([option, "-1"])
     assert stopped.value.code == 2 and f"{option} must be above 0, got -1" in capsys.readouterr().err
+
+
+def test_a_prediction_stands_below_the_floors(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from effkernels.tools.simulator import network
+
+    def predict_step(model, mode, batch, gpu):
+        assert (model, mode, batch, gpu) == ("b0", "infer", 256, "h100")
+        return network.Step(model, mode, batch, gpu, [], [("aten::mm", 3.015e9)])  # a millisecond of its bandwidth
+
+    monkeypatch.setattr(network, "predict_step", predict_step)
+    plan.main(["--mode", "infer", "--gpu", "h100", "--predict"])
+    assert "predicted, not measured: 1.000 ms, " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["--predict", "--dtype", "float32"])
+    assert "--predict knows bfloat16 only, got --dtype float32" in capsys.readouterr().err

@@ -400,3 +400,147 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_never_was(config, t
     processes.results(*(processes.start(processes.train, config, log=log) for config in outputs))
     assert_same(newest(tmp_path / "killed"), newest(tmp_path / "whole"))
     assert log.read_text().count("resumed     ") == kills
+
+
+# Settings that are others, and evaluations that fail
+
+
+CHANGES = [
+    ("adamw", {"weight_decay": 0.01}, {"weight_decay": 0.5}, "weight_decay"),
+    ("adamw", {"opt_eps": 1e-8}, {"opt_eps": 1e-3}, "eps"),
+    ("sgd", {"momentum": 0.9}, {"momentum": 0.5}, "momentum"),
+    ("sgd", {"momentum": 0.0}, {"momentum": 0.9}, "nesterov"),
+    ("rmsproptf", {"alpha": 0.9}, {"alpha": 0.5}, "alpha"),
+    ("adamw", {"layer_decay": 0.8}, {"layer_decay": 0.5}, "lr_scale"),
+    ("adamw", {}, {"layer_decay": 0.5}, "lr_scale"),
+    ("sgd", {"layer_decay": 0.5}, {"layer_decay": 1.0}, "lr_scale"),
+]
+
+
+@pytest.mark.parametrize("opt, first, second, key", CHANGES, ids=lambda value: str(value))
+def test_changed_optimizer_settings_are_used(image_folder, tmp_path, opt, first, second, key):
+    """Those of a fresh optimizer, and each parameter's own moments, however the parameters are grouped."""
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "opt": opt, "output": str(tmp_path)}
+    config = TrainConfig(f"imagefolder:{image_folder}", **base)
+    before = Trainer(replace(config, epochs=1, **first))
+    before.run()
+    resumed = Trainer(replace(config, epochs=2, resume="auto", **{**first, **second}))
+    fresh = Trainer(replace(config, epochs=2, output=str(tmp_path / "new"), **{**first, **second}))
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in t.optimizer.param_groups] for t in (resumed, fresh)]
+    assert groups[0] == groups[1] != [{k: v for k, v in g.items() if k != "params"} for g in before.optimizer.param_groups]
+    assert any(group[key] == groups[1][0][key] for group in groups[0])
+    for (name, p), q in zip(before.model.named_parameters(), resumed.model.parameters(), strict=True):
+        states = before.optimizer.state[p], resumed.optimizer.state[q]
+        assert states[0].keys() == states[1].keys(), name
+        for moment, value in states[0].items():
+            assert value is None or torch.equal(value, states[1][moment]), (name, moment)
+    resumed.run()
+    assert len(resumed.history) == 2
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({"opt": "adamw"}, {"opt": "sgd"}, "was trained with opt 'adamw', but this run has 'sgd'"),
+        ({"opt": "sgd"}, {"opt": "rmsproptf"}, "was trained with opt 'sgd', but this run has 'rmsproptf'"),
+        ({"opt": "rmsproptf"}, {"opt": "adamw"}, "was trained with opt 'rmsproptf', but this run has 'adamw'"),
+        ({}, {"freeze_until": "stem"}, "was trained with freeze_until None, but this run has 'stem'"),
+        ({"freeze_until": "2"}, {"freeze_until": "2", "freeze_bn": "none"}, "has another optimizer: it has groups of "),
+    ],
+)
+def test_what_cannot_be_used_is_refused(image_folder, tmp_path, first, second, message):
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "output": str(tmp_path)}
+    config = TrainConfig(f"imagefolder:{image_folder}", **base)
+    Trainer(replace(config, epochs=1, **first)).run()
+    with pytest.raises(InputError, match=message):
+        Trainer(replace(config, epochs=2, resume="auto", **second))
+
+
+def test_loss_scaling_may_begin_later(image_folder, tmp_path):
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "output": str(tmp_path)}
+    config = TrainConfig(f"imagefolder:{image_folder}", **base)
+    Trainer(replace(config, epochs=1)).run()
+    resumed = Trainer(replace(config, epochs=2, resume="auto", amp="fp16"))
+    assert resumed.scaler.get_scale() == 2.0**16
+    Trainer(replace(config, epochs=1, amp="fp16", output=str(tmp_path / "b"))).run()
+    Trainer(replace(config, epochs=2, resume="auto", output=str(tmp_path / "b"))).run()
+
+
+class Broken(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, raised, message",
+    [
+        (
+            InputError("cannot decode image 'x.png'"),
+            InputError,
+            "image 'x.png'; epoch 2 is trained: the last good checkpoint",
+        ),
+        (OSError("server gone"), OSError, "server gone"),
+        (Broken("a bug"), Broken, "a bug"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_evaluation_that_fails_costs_no_epoch(image_folder, tmp_path, monkeypatch, error, raised, message):
+    """What was trained is saved, and the run goes on with the evaluation, to the same rows and weights."""
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 3, "device": "cpu", "model_ema": True}
+    config = TrainConfig(f"imagefolder:{image_folder}", **base)
+    whole = Trainer(replace(config, output=str(tmp_path / "whole")))
+    whole.run()
+    trainer = Trainer(replace(config, output=str(tmp_path / "parts")))
+    evaluate, calls = trainer.runner.evaluate, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return evaluate(*args)
+
+    monkeypatch.setattr(trainer.runner, "evaluate", fails)
+    with pytest.raises(raised, match=message):
+        trainer.run()
+    resumed = Trainer(replace(config, output=str(tmp_path / "parts"), resume="auto"))
+    assert (resumed.step, len(resumed.history)) == (2 * resumed.steps, 1)
+    resumed.run()
+    measured = ("images_per_s", "data_wait", "seconds")
+    rows = [[{k: v for k, v in row.items() if k not in measured} for row in t.history] for t in (whole, resumed)]
+    assert rows[0] == rows[1]
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True))
+
+
+def test_evaluation_takes_the_memory_there_is(image_folder, tmp_path, monkeypatch, capsys):
+    """Batches that do not fit are halved; where one image does not, that is the error, and the epoch is saved."""
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 1, "device": "cpu", "num_workers": 1}
+    trainer = Trainer(TrainConfig(f"imagefolder:{image_folder}", output=str(tmp_path / "a"), **base))
+    plain = Trainer(TrainConfig(f"imagefolder:{image_folder}", output=str(tmp_path / "b"), **base)).run()
+    forward, limit = trainer.model.forward, 3
+
+    def small(images):
+        if not trainer.model.training and len(images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images)
+
+    trainer.model.forward = small
+    evaluation = trainer.run()
+    assert (evaluation.correct, evaluation.total) == (plain.correct, plain.total) and trainer.val_batch_size == 2
+    assert capsys.readouterr().out.count("out of memory: evaluation goes on in batches of") == 3  # 10, 5, 2
+    limit = 0
+    trainer.history.clear()
+    trainer.val_batch_size = 1
+    with pytest.raises(TrainingStopped, match="out of memory with one held-out image; the last good checkpoint is"):
+        trainer._finish_epoch(0)
+
+
+def test_the_average_in_a_training_state(image_folder, tmp_path):
+    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 1, "device": "cpu", "output": str(tmp_path)}
+    Trainer(TrainConfig(f"imagefolder:{image_folder}", model_ema=True, model_ema_decay=0.5, **base)).run()
+    (path,) = (tmp_path / "checkpoints").glob("*.train.pt")
+    averaged, raw = load_checkpoint(None, path).state_dict(), load_checkpoint(None, path, use_ema=False).state_dict()
+    expected = load_checkpoint(None, tmp_path / "last.safetensors").state_dict()
+    assert all(torch.equal(value, averaged[key]) for key, value in expected.items())
+    stored = read_state(path)["model"]
+    assert all(torch.equal(value, raw[key]) for key, value in stored.items())
+    assert not torch.equal(raw["conv_stem.weight"], averaged["conv_stem.weight"])

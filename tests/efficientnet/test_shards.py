@@ -16,7 +16,7 @@ from efficientnet.data.images import Preprocess
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
 from efficientnet.data.sets import load_data
-from efficientnet.data.shards import ShardLoader, ShardSet, find_shards
+from efficientnet.data.shards import ShardLoader, ShardSet, find_shards, numbered
 from efficientnet.errors import InputError, Interrupted
 from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.runner import Runner
@@ -51,7 +51,7 @@ def write_shards(root, counts, damage=()):
 
 def dataset_of(pattern, num_samples=None):
     """Without augmentation: a pixel is the sample's number."""
-    return ShardSet(find_shards(pattern), CLASSES, num_samples, Preprocess(8))
+    return ShardSet(find_shards(pattern), numbered(CLASSES), num_samples, Preprocess(8))
 
 
 def values(batches):

@@ -68,7 +68,7 @@ def test_freezing_again_starts_anew(model):
 def test_freeze_with_bad_input(model, until):
     with pytest.raises(ValueError, match="until must be 'stem', a stage index from 0 to 6, 'head', 'all' or None, got"):
         freeze(model, until)
-    with pytest.raises(TypeError, match="model must be an EfficientNet, got Linear"):
+    with pytest.raises(TypeError, match="model must be an EfficientNet or its features_only form, got Linear"):
         freeze(nn.Linear(2, 2), "stem")
     for bn in ("statistics", 1, 0, None):
         with pytest.raises(ValueError, match=f"bn must be True, 'weights' or False, got {bn!r}"):

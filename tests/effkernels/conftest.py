@@ -69,3 +69,25 @@ def small_tiles(monkeypatch):
         for name in ("depthwise_forward_config", "depthwise_backward_config"):
             config = getattr(depthwise, name)
             monkeypatch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), S=32, TW=1, TH=1))
+
+
+@pytest.fixture
+def twins_serve(monkeypatch):
+    """CPU tensors pass the gate, and what the kernels would compute the plain twins of ``effkernels.reference`` do: blocks so run."""
+    from effkernels import dispatch, functional, reference
+
+    served = []
+
+    def twin(name):
+        def call(*args, **kwargs):
+            served.append(name)
+            return getattr(reference, name)(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(dispatch, "only_plain_on_cpu", lambda: False)
+    monkeypatch.setattr(dispatch, "platform_problem", lambda *device: None)
+    for name in ("mbconv", "stem", "head"):
+        monkeypatch.setattr(functional, name, twin(name))
+    monkeypatch.setattr(dispatch, "COMPUTE_DTYPES", (*dispatch.COMPUTE_DTYPES, torch.float64))
+    return served

@@ -11,7 +11,7 @@ from torch import nn
 
 from efficientnet import create_model
 from efficientnet.training.distributed import release
-from effkernels import accelerate, dispatch, explain, functional, reference, restore
+from effkernels import accelerate, explain, restore
 from support.other_models import calibrated, logits, lukemelas_model, timm_model, torchvision_model, transformers_model
 from support.truth import relative_error
 
@@ -40,26 +40,6 @@ MODELS = {
     "own-tf_b0": (lambda: create_model("tf_efficientnet_b0", num_classes=10, fused=False), 16, 16, 49),
     "own-b1": (lambda: create_model("efficientnet_b1", num_classes=10, fused=False), 23, 23, 32),
 }
-
-
-@pytest.fixture
-def twins_serve(monkeypatch):
-    """CPU tensors pass the gate, and what the kernels would compute the plain twins of ``effkernels.reference`` do: blocks so run."""
-    served = []
-
-    def twin(name):
-        def call(*args, **kwargs):
-            served.append(name)
-            return getattr(reference, name)(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(dispatch, "only_plain_on_cpu", lambda: False)
-    monkeypatch.setattr(dispatch, "platform_problem", lambda *device: None)
-    for name in ("mbconv", "stem", "head"):
-        monkeypatch.setattr(functional, name, twin(name))
-    monkeypatch.setattr(dispatch, "COMPUTE_DTYPES", (*dispatch.COMPUTE_DTYPES, torch.float64))
-    return served
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,11 +12,12 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from effkernels import FusedMBConv
+from effkernels.configs.gpus import GPUS
 from effkernels.tools import simulate
-from effkernels.tools.simulator import emulate, encoding, fit, flow, sm, trace, translate
+from effkernels.tools.simulator import baselines, emulate, encoding, fit, flow, sm, timeline, trace, translate
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
 from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of, with_constants
-from effkernels.tools.simulator.network import held_by_l2, predict_step
+from effkernels.tools.simulator.network import held_by_l2, network, predict_step
 from effkernels.tools.traffic import count_steps
 from support import simulated
 
@@ -437,6 +438,34 @@ def test_what_l2_holds_from_launches_before():
             {7: 10},
             {},
         ]
+
+
+# ---- torch.compile, and pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_passes_of_torch_compile(training):
+    """Of B0's second block, in whole tensors: x, e1 and e2 before and after the depthwise, out."""
+    model, _ = network("b0", training, 1)
+    block = baselines._geometries(model, 112)[1]
+    x, e1, e2, out = 16 * 112**2, 96 * 112**2, 96 * 56**2, 24 * 56**2
+    passes = x + 4 * e1 + 5 * e2 + 3 * out
+    if training:
+        passes = (x + 5 * e1 + 6 * e2 + 4 * out) + (7 * out + 11 * e2 + 9 * e1 + 2 * x)
+    assert sum(kernel.elements for kernel in baselines._block(block, training)) == passes
+    assert sum(kernel.flops for kernel in baselines._block(block, training)) == 2 * (16 * e1 + 96 * out) * (3 if training else 1)
+    seconds = baselines.seconds(model, training, 256, GPUS["h200"])
+    assert seconds > 256 * 2 * passes / GPUS["h200"].bandwidth
+
+
+def test_a_picture_of_an_sm(tmp_path):
+    pytest.importorskip("matplotlib")
+    programs = [[[operation(LOAD, sets=0, l2=512.0, dram=512.0), operation(FMA, waits=(0,)), operation(FMA, stall=4)] * 20] * 4] * 2
+    run = sm.simulate(H100, programs, 2, 32.0, 32.0, timeline=True)
+    assert sum(what == "issue" for *_, what, _, _ in run.timeline) == run.instructions == 2 * 4 * 60
+    assert {what for *_, what, _, _ in run.timeline} >= {"issue", "memory"}
+    timeline.draw(tmp_path / "sm.png", SimpleNamespace(run=run), "two programs")
+    assert (tmp_path / "sm.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ---- measured beside predicted --------------------------------------------------------------------------------------------------------

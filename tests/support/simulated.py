@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import torch
 
@@ -16,11 +17,18 @@ from support.python import run_python
 BLOCKS = ((8, 8, 5, 1, 6, 7), (16, 24, 3, 2, 6, 8), (24, 16, 3, 1, 1, 7))
 
 
+TESTS = Path(__file__).parents[1]
+
+
 def ask(call: str):
     """The JSON value of ``call``, an expression with this module as ``simulated``."""
-    return json.loads(
-        run_python(f"import json, sys; sys.path.insert(0, 'tests'); from support import simulated; print(json.dumps({call}))")
-    )
+    code = f"""
+        import json, sys
+        sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+        from support import simulated
+        print(json.dumps({call}))
+    """
+    return json.loads(run_python(code))
 
 
 def _row(prediction, work=None) -> dict:
@@ -117,7 +125,6 @@ def command(arguments: list[str]) -> dict:
     import contextlib
     import io
     import tempfile
-    from pathlib import Path
 
     from effkernels.tools import simulate
 

@@ -9,7 +9,7 @@ left takes as much longer as it alone needs."""
 import math
 from dataclasses import dataclass, field
 
-from effkernels.tools.simulator import emulate, encoding, flow, project, sm, trace
+from effkernels.tools.simulator import emulate, encoding, project, sm, trace
 from effkernels.tools.simulator.encoding import Code, Instruction
 from effkernels.tools.simulator.machine import (
     BARRIER,
@@ -67,6 +67,7 @@ class Prediction:
     roles: int
     tail: float  # seconds of the last program's merge
     unknown: dict[str, int] = field(default_factory=dict)  # instructions that were not emulated
+    run: sm.Run | None = None  # what one SM did, where a timeline was asked for
 
     @property
     def estimated(self) -> bool:
@@ -323,8 +324,6 @@ def prepare(code: Code, machine: Machine, sample: Sample, shares, budget: float)
         tree = trace.nested(path, code.loops)
         trace.shorten(tree, lengths, budget / code.warps)
         flat = trace.flatten(tree, blocks, _MARK, [])
-        while flat and flat[-1][0] == MARK and len(flat) == 1:
-            flat.pop()
         instructions += len(warps) * sum(lengths[block] for block in path)
         shortened += len(warps) * len(flat)
         if 0 in warps:
@@ -353,7 +352,10 @@ def _on_one_sm(machine, programs: list[_Ready], resident: int, l2_rate, dram_rat
     each = max(1, max(ready.shortened for ready in programs))
     total = sum(ready.shortened for ready in programs)
     shortened = any(ready.shortened < ready.instructions for ready in programs)
-    simulate = lambda some: sm.simulate(machine, [ready.traces for ready in some], resident, l2_rate, dram_rate, timeline)  # noqa: E731
+
+    def simulate(some):
+        return sm.simulate(machine, [ready.traces for ready in some], resident, l2_rate, dram_rate, timeline)
+
     if len(programs) <= resident or total <= 2 * BUDGET and not shortened:
         run = simulate(programs)
         return _time_of(run, programs), run
@@ -385,7 +387,8 @@ def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: 
     """How long a launch takes on a GPU: "h200", "h100", "a100" or "rtx4090".
 
     cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the
-    architecture's. With ``timeline`` the prediction has an attribute ``run``, what one SM did, for ``timeline.draw``.
+    architecture's. With ``timeline`` the prediction keeps what one SM did, for ``timeline.draw``. ValueError for
+    another GPU; RuntimeError, naming the kernel, where it does not compile.
     """
     if gpu not in project.GPUS:
         raise ValueError(f"gpu must be one of {', '.join(project.GPUS)}, got {gpu!r}")
@@ -456,6 +459,3 @@ def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: 
     if timeline:
         prediction.run = run
     return prediction
-
-
-__all__ = ["Prediction", "predict", "flow"]

@@ -19,7 +19,6 @@ from effkernels.tools.simulator.machine import (
     FMA,
     FMA_HEAVY,
     FMA_LIGHT,
-    FREE,
     LOAD,
     MARK,
     MATRIX,
@@ -398,6 +397,3 @@ def simulate(machine: Machine, programs, resident: int, l2_rate: float, dram_rat
         barriers,
         events,
     )
-
-
-__all__ = ["FREE", "Operation", "REASONS", "Run", "simulate"]
