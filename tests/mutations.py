@@ -50,9 +50,9 @@ FAULTS = [
     ),
     Fault(
         "height's padding for the width",
-        "ops/autograd.py",
-        "*pad_amounts(x.shape[2], k, stride, padding)",
-        "*pad_amounts(x.shape[1], k, stride, padding)",
+        "geometry.py",
+        "*pad_amounts(width, kernel_size, stride, padding)",
+        "*pad_amounts(height, kernel_size, stride, padding)",
         DEPTHWISE,
     ),
     Fault("dgrad of the other rows of a stride", "kernels/depthwise.py", "if i // K % STRIDE == r:", "if i // K % STRIDE != r:", DEPTHWISE),
@@ -100,7 +100,7 @@ FAULTS = [
     Fault(
         "drop-path forgotten in the backward",
         "kernels/batchnorm.py",
-        "g = g * branch_factor(tl.load(mask + n, mask=row_ok, other=0.0), keep)[:, None]",
+        "g = g * branch_factor(tl.load(branch_draws + n, mask=row_ok, other=0.0), keep)[:, None]",
         "g = g * 1.0",
         SUMS,
     ),

@@ -31,7 +31,8 @@ BLOCKS = {
     "timm-tf": (lambda: timm_block("InvertedResidual", 8, 16, 5, 2, pad_type="same", exp_ratio=2, act_layer=nn.SiLU, se=0.5), (6, 5)),
     "timm-lite": (lambda: timm_block("DepthwiseSeparableConv", 16, 16, 3, act_layer=nn.ReLU6, drop_path_rate=0.4), (4, 4)),
     "timm-mobilenetv3": (
-        lambda: timm_block("InvertedResidual", 8, 8, 5, exp_ratio=2, act_layer=nn.Hardswish, se=0.5, gate=nn.Hardsigmoid), (3, 5),
+        lambda: timm_block("InvertedResidual", 8, 8, 5, exp_ratio=2, act_layer=nn.Hardswish, se=0.5, gate=nn.Hardsigmoid),
+        (3, 5),
     ),
     "timm-mnasnet": (lambda: timm_block("DepthwiseSeparableConv", 16, 8, 3, act_layer=nn.ReLU, se=0.5), (4, 3)),
     "torchvision-b0": (lambda: torchvision_efficientnet_block(3, 1, 32, 32, 1, 0.3), (4, 4)),
@@ -49,7 +50,7 @@ BLOCKS = {
     "transformers-even": (lambda: transformers_block(5, 2, 32, 16, 2, True), (5, 6)),
     "transformers-odd": (lambda: transformers_block(3, 2, 32, 16, 1, False, act="gelu"), (4, 5)),
     "own": (lambda: MBConv(8, 8, 3, expand_ratio=2, se_ratio=1.0, padding="same", drop_path=0.3), (4, 5)),
-}  # fmt: skip
+}
 
 
 def triple(make, seed=0):

@@ -130,7 +130,7 @@ def projection_padding(block):
         (lambda: MBConv(8, 8), put("conv_dw.dilation", (2, 2)), "conv_dw has dilation .*"),
         (lambda: MBConv(8, 8), lambda b: setattr(b, "forward", b.forward), "the block's forward was replaced"),
     ],
-)  # fmt: skip
+)
 def test_reason(make, edit, reason):
     block = make()
     if edit is not None:

@@ -179,9 +179,17 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
         extra |= {"terms2": None if norm2 == "frozen" else (k0, k1)}
         extra |= {"gates": gate, "dpool": dpool} if gated else {}
     dx, partials, _ = depthwise_backward(
-        nhwc(dq), nhwc(x), weight, stride, pads(x, k, stride, padding),
-        act1=act1, act2=act2, need_dx=need_dx, need_dw=need_dw, **extra,
-    )  # fmt: skip
+        nhwc(dq),
+        nhwc(x),
+        weight,
+        stride,
+        pads(x, k, stride, padding),
+        act1=act1,
+        act2=act2,
+        need_dx=need_dx,
+        need_dw=need_dw,
+        **extra,
+    )
     assert partials.dtype == torch.float32 and partials.shape[1:] == (k * k + 2, C)
     sums = partials.double().sum(0)
     fused = {"dw": sums[: k * k].T.reshape(C, 1, k, k)} if need_dw else {}

@@ -159,9 +159,15 @@ def test_compiles_for_sm90_without_spills():
     counts with."""
     pytest.importorskip("triton")
     cases = [
-        ("bfloat16", 3, 2, 16), ("bfloat16", 3, 2, 24), ("bfloat16", 3, 1, 24), ("bfloat16", 5, 2, 64), ("float16", 3, 2, 24),
-        ("float32", 3, 2, 16), ("float32", 5, 2, 16), ("float32", 5, 1, 24),
-    ]  # fmt: skip
+        ("bfloat16", 3, 2, 16),
+        ("bfloat16", 3, 2, 24),
+        ("bfloat16", 3, 1, 24),
+        ("bfloat16", 5, 2, 64),
+        ("float16", 3, 2, 24),
+        ("float32", 3, 2, 16),
+        ("float32", 5, 2, 16),
+        ("float32", 5, 1, 24),
+    ]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(cases)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]

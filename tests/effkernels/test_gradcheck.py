@@ -43,9 +43,16 @@ def test_depthwise_conv_bn_act(stride, padding):
     def call(x, weight, *vectors):
         pre, post, (wr, br, we, be) = vectors[:2], vectors[2:4], vectors[4:]
         return reference.depthwise_conv_bn_act(
-            x, weight, norm(*post, True), stride=stride, padding=padding, act="silu", pre_norm=norm(*pre, True), pre_act="gelu",
+            x,
+            weight,
+            norm(*post, True),
+            stride=stride,
+            padding=padding,
+            act="silu",
+            pre_norm=norm(*pre, True),
+            pre_act="gelu",
             squeeze_excite=SqueezeExciteParams(wr, br, we, be),
-        )  # fmt: skip
+        )
 
     vectors = [leaf(3, low=0.5), leaf(3), leaf(3, low=0.5), leaf(3), leaf(2, 3, 1, 1), leaf(2), leaf(3, 2, 1, 1), leaf(3)]
     assert gradcheck(call, (leaf(2, 3, 4, 3), leaf(3, 1, 3, 3), *vectors))
@@ -158,9 +165,21 @@ def test_backward_of_the_block(stride, outputs, act, k):
     E, R = 3, 2
     mask = torch.tensor([1.25, 0.0, 0.8], dtype=torch.float64)
     leaves = [
-        leaf(3, 2, 4, 3), leaf(E, 2, 1, 1), leaf(E, low=0.5), leaf(E), leaf(E, 1, k, k), leaf(E, low=0.5), leaf(E),
-        leaf(R, E), leaf(R), leaf(E, R), leaf(E), leaf(outputs, E, 1, 1), leaf(outputs, low=0.5), leaf(outputs),
-    ]  # fmt: skip
+        leaf(3, 2, 4, 3),
+        leaf(E, 2, 1, 1),
+        leaf(E, low=0.5),
+        leaf(E),
+        leaf(E, 1, k, k),
+        leaf(E, low=0.5),
+        leaf(E),
+        leaf(R, E),
+        leaf(R),
+        leaf(E, R),
+        leaf(E),
+        leaf(outputs, E, 1, 1),
+        leaf(outputs, low=0.5),
+        leaf(outputs),
+    ]
 
     def call(*args):
         return Block.apply(stride, act, mask, *args)

@@ -267,22 +267,44 @@ class Ends(torch.nn.Module):
 LARGE = [
     # what, the module, x's shape: tensors inside have 2^31 elements before their last image begins; kernels that meet
     # them
-    ("expanded", lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), (11000, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate "
-     "project_both"),
-    ("expanded, stride 1", lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"), (1800, 16, 112, 112),
-     "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_both"),
-    ("expanded, more channels", lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"), (600, 48, 112, 112),
-     "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data "
-     "project_weight"),
-    ("not expanded", lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), (3600, 48, 112, 112),
-     "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data project_dy project_weight"),
-    ("smaller modules", lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
-     (3600, 48, 112, 112), "apply apply_backward depthwise_backward depthwise_forward gradient_sums pool"),
-    ("stem and head", lambda: Ends("meta"), (3600, 3, 224, 224),
-     "apply apply_backward gradient_reduce gradient_sums pointwise_forward pooled_norm pooled_norm_backward statistics stem_backward "
-     "stem_forward"),
-]  # fmt: skip
+    (
+        "expanded",
+        lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"),
+        (11000, 16, 112, 112),
+        "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate project_both",
+    ),
+    (
+        "expanded, stride 1",
+        lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"),
+        (1800, 16, 112, 112),
+        "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_both",
+    ),
+    (
+        "expanded, more channels",
+        lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"),
+        (600, 48, 112, 112),
+        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data project_weight",
+    ),
+    (
+        "not expanded",
+        lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"),
+        (3600, 48, 112, 112),
+        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data project_dy project_weight",
+    ),
+    (
+        "smaller modules",
+        lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
+        (3600, 48, 112, 112),
+        "apply apply_backward depthwise_backward depthwise_forward gradient_sums pool",
+    ),
+    (
+        "stem and head",
+        lambda: Ends("meta"),
+        (3600, 3, 224, 224),
+        "apply apply_backward gradient_reduce gradient_sums pointwise_forward pooled_norm pooled_norm_backward statistics stem_backward "
+        "stem_forward",
+    ),
+]
 # Kernels over what has no pixels: vectors of a channel, of an image's channels, and partial sums.
 WITHOUT_PIXELS = (
     "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad squeeze_excite_wgrad "

@@ -86,9 +86,12 @@ class Norm(NamedTuple):
 
 
 norms = st.builds(
-    Norm, training=dealt([True, True, False]), tracks=dealt([True, True, False]), momentum=dealt([0.01, 0.3, None]),
+    Norm,
+    training=dealt([True, True, False]),
+    tracks=dealt([True, True, False]),
+    momentum=dealt([0.01, 0.3, None]),
     eps=dealt([1e-3, 1e-5, 0.1]),
-)  # fmt: skip
+)
 
 
 class Image(NamedTuple):
@@ -114,9 +117,15 @@ def different(image):
 
 
 images = st.builds(
-    Image, N=st.integers(1, 4), H=st.integers(1, 9), W=st.integers(1, 9), layout=layouts,
-    gradient_layout=gradient_layouts, mean=dealt([0.0, 0.5, 3.0]), seed=seeds,
-).map(different)  # fmt: skip
+    Image,
+    N=st.integers(1, 4),
+    H=st.integers(1, 9),
+    W=st.integers(1, 9),
+    layout=layouts,
+    gradient_layout=gradient_layouts,
+    mean=dealt([0.0, 0.5, 3.0]),
+    seed=seeds,
+).map(different)
 
 
 def values(image, kernel_size=1, stride=1, padding="symmetric"):
@@ -286,9 +295,15 @@ def batchnorm_cases(draw):
     image = image if values(image) >= 8 else image._replace(N=8)
     residual, names = draw(added), ["x", "norm.weight", "norm.bias"]
     return (
-        image, draw(channels), draw(dtypes), draw(norms), draw(activations), draw(masked),
-        draw(residual_layouts) if residual else None, draw(wanted(names + (["residual"] if residual else []))),
-    )  # fmt: skip
+        image,
+        draw(channels),
+        draw(dtypes),
+        draw(norms),
+        draw(activations),
+        draw(masked),
+        draw(residual_layouts) if residual else None,
+        draw(wanted(names + (["residual"] if residual else []))),
+    )
 
 
 @cases(40)
@@ -450,10 +465,17 @@ def block_cases(draw):
     O = I if draw(same_channels) else draw(st.integers(8, 24))
     precision, se_ratio = draw(precisions), draw(se_ratios)
     arguments = {
-        "in_channels": I, "out_channels": O, "kernel_size": k, "stride": stride, "padding": padding,
-        "act": draw(hidden(precision) if se_ratio else activations), "se_ratio": se_ratio,
-        "expand_ratio": draw(expand_ratios), "drop_path": draw(drop_paths), "memory": draw(memories),
-    }  # fmt: skip
+        "in_channels": I,
+        "out_channels": O,
+        "kernel_size": k,
+        "stride": stride,
+        "padding": padding,
+        "act": draw(hidden(precision) if se_ratio else activations),
+        "se_ratio": se_ratio,
+        "expand_ratio": draw(expand_ratios),
+        "drop_path": draw(drop_paths),
+        "memory": draw(memories),
+    }
     names = [name for name, _ in FusedMBConv(**arguments).named_parameters()]
     mode, norms_drawn = draw(modes), tuple(draw(norms) for _ in range(3))
     second = norms_drawn[1 if arguments["expand_ratio"] != 1 else 0]
@@ -561,11 +583,24 @@ def test_every_value_of_every_dimension_is_drawn():
             together[name] |= values
     five = {("fp32", torch.float32), *((how, dtype) for how in ("autocast", "cast") for dtype in HALF)}
     wanted = {
-        "layout": set(LAYOUTS), "gradient_layout": set(LAYOUTS), "precision": five, "activation": set(ACTIVATIONS), "gate": set(GATES),
-        "kernel_size": {1, 3, 5}, "stride": {1, 2}, "padding": {"symmetric", "same", "same_as_even"}, "se_ratio": {0, 0.5, 1.0},
-        "expand_ratio": {1, 1.5, 2, 4}, "drop_path": {0.0, 0.4}, "memory": {"keep", "recompute"}, "mode": {"train", "eval", "inference"},
-        "training": {True, False}, "tracks": {True, False}, "momentum": {0.01, 0.3, None}, "eps": {1e-3, 1e-5, 0.1},
-    }  # fmt: skip
+        "layout": set(LAYOUTS),
+        "gradient_layout": set(LAYOUTS),
+        "precision": five,
+        "activation": set(ACTIVATIONS),
+        "gate": set(GATES),
+        "kernel_size": {1, 3, 5},
+        "stride": {1, 2},
+        "padding": {"symmetric", "same", "same_as_even"},
+        "se_ratio": {0, 0.5, 1.0},
+        "expand_ratio": {1, 1.5, 2, 4},
+        "drop_path": {0.0, 0.4},
+        "memory": {"keep", "recompute"},
+        "mode": {"train", "eval", "inference"},
+        "training": {True, False},
+        "tracks": {True, False},
+        "momentum": {0.01, 0.3, None},
+        "eps": {1e-3, 1e-5, 0.1},
+    }
     assert {name: values - together[name] for name, values in wanted.items() if not values <= together[name]} == {}
     for name, found in met.items():
         assert len(found["layout"]) >= 6 and len(found["gradient_layout"]) >= 6 and len(found["activation"]) >= 4, (name, found)

@@ -157,9 +157,16 @@ def test_depthwise_conv_bn_act(trainings, device, scratch, small_tiles):
     def call(module, t, norms):
         params = SqueezeExciteParams(t["wr"] * 0.3, t["br"], t["we"] * 0.3, t["be"], "relu", "hard_sigmoid")
         return module.depthwise_conv_bn_act(
-            t["x"], t["w"], norms["norm"], stride=2, padding="same", act="hard_swish", pre_norm=norms["pre"], pre_act="silu",
+            t["x"],
+            t["w"],
+            norms["norm"],
+            stride=2,
+            padding="same",
+            act="hard_swish",
+            pre_norm=norms["pre"],
+            pre_act="silu",
             squeeze_excite=params,
-        )  # fmt: skip
+        )
 
     norms = {key: (*norm_vectors(24, device), training) for key, training in zip(("pre", "norm"), trainings, strict=True)}
     compare("depthwise_conv_bn_act", tensors, norms, call)
