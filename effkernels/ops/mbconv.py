@@ -7,7 +7,8 @@ depthwise convolution):
     forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
               merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
     backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
-              sums | expand (dz1, x -> dx) | all weight gradients                                                  3 e1 + 4 e2
+              sums | expand's right operand | expand (dz1, x -> dx) | all weight gradients                         3 e1 + 4 e2
+              With many channels the expand backward is two launches that read dz1 each                            4 e1 + 4 e2
     As the first of a network, a block that does not expand takes the stem along: a 3x3 convolution of images in place of the expand one.
 
     inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
