@@ -23,7 +23,7 @@ def launches(tree):
 def stands_in(value) -> bool:
     """Whether it is ``other if x is None else x``, or ``x or other``, with another than None for what is absent."""
     if isinstance(value, ast.BoolOp):
-        return True
+        return isinstance(value.op, ast.Or) and all(isinstance(side, ast.Name) for side in value.values)
     if not isinstance(value, ast.IfExp) or not isinstance(value.test, ast.Compare):
         return False
     sides = [value.test.left, *value.test.comparators, value.body, value.orelse]
