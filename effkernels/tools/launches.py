@@ -88,8 +88,8 @@ class Launch:
             if value is None:
                 constants[path] = None
                 return "constexpr"
-            if len(path) > 1 and isinstance(value, int):
-                raise TypeError(f"{self.name}: a size in a tuple argument would be specialised; give it as an argument of its own")
+            if len(path) > 1 and isinstance(value, int) and (value == 1 or value % 16 == 0):
+                raise TypeError(f"{self.name}: Triton compiles again for a size of {value} in a tuple; give it as an argument of its own")
             if hints and _hint(value):
                 attributes[path] = [["tt.divisibility", 16]]
             return _type_of(value)
