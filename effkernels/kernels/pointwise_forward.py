@@ -514,6 +514,7 @@ def pointwise_forward(
     P = cfg.programs(N if pool else N * tiles if per_image else tiles, slices, x.device)
     groups = triton.cdiv(P, GROUP.value)
     blocks = column_blocks(cfg.BN, cfg.one_block)
+    exact_n = O % cfg.BN == 0 and sum(blocks) == cfg.BN
     steps = triton.cdiv(K, cfg.BK) if cfg.resident else 0
     y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
     table = None if prologue is None else fp32(x.device, 2, K)
@@ -562,7 +563,7 @@ def pointwise_forward(
         X_DTYPE=x.dtype == dtype,
         PIVOT=dtype == torch.float32,
         EXACT_K=K % cfg.BK == 0,
-        EXACT_N=O % cfg.BN == 0 and sum(blocks) == cfg.BN,
+        EXACT_N=exact_n,
         ACT1=act1,
         ACT2=act2,
         PER_IMAGE=per_image,

@@ -94,12 +94,12 @@ def _forward_weights(x, expand_weight, depthwise_weight, project_weight, setting
     from effkernels.kernels.weight_copies import forward_weights
 
     if settings.stem_stride:
-        N, size = x.shape[0], conv_out_sizes(*x.shape[2:], 3, settings.stem_stride, settings.padding)
+        height, width = conv_out_sizes(*x.shape[2:], 3, settings.stem_stride, settings.padding)
     else:
-        N, size = x.shape[0], x.shape[1:3]
-    out_size = conv_out_sizes(*size, depthwise_weight.shape[-1], settings.stride, settings.padding)
+        height, width = x.shape[1:3]
+    out_height, out_width = conv_out_sizes(height, width, depthwise_weight.shape[-1], settings.stride, settings.padding)
     expand = None if settings.stem_stride else expand_weight
-    wanted = [(expand, N * size[0] * size[1], False), (project_weight, N * out_size[0] * out_size[1], True)]
+    wanted = [(expand, len(x) * height * width, False), (project_weight, len(x) * out_height * out_width, True)]
     expand, project = forward_weights(wanted, settings.dtype)
     return expand_weight if expand is None else expand, project
 
