@@ -12,6 +12,7 @@ import os
 import torch
 from torch import nn
 from torch.nn.modules import module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 BACKENDS = ("auto", "triton", "reference")
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,7 +140,8 @@ def watched(x) -> str | None:
         return None
     if recording(x):
         return "torch.jit or torch.fx is tracing: it records torch's own operators"
-    if torch._C._len_torch_dispatch_stack():
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else ()
+    if any(not getattr(mode, "sees_kernels", False) for mode in modes):  # traffic.Operators counts launches too
         return "a TorchDispatchMode is active (FlopCounterMode, say): it sees torch's own operators"
     if module._global_forward_hooks or module._global_forward_pre_hooks or module._global_backward_hooks:
         return "hooks on all modules are registered"

@@ -145,6 +145,8 @@ class Operators(TorchDispatchMode):
     """Calls ``record(name, bytes read, bytes written)`` for every operator of PyTorch that would start a kernel: not
     for views, nor for those with a part of ``free`` in their names."""
 
+    sees_kernels = True  # launches are counted beside it, so it is no reason for plain PyTorch
+
     def __init__(self, record, free=("empty",)):
         super().__init__()
         self.record, self.free = record, free
