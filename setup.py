@@ -1,4 +1,6 @@
-"""Packaging of effkernels (fused MBConv kernels) and efficientnet (the model family); tested versions are in constraints.txt."""
+"""Packaging of effkernels (fused MBConv kernels) and efficientnet (the model family); tested versions are in
+constraints.txt.
+"""
 
 import re
 from pathlib import Path
@@ -6,7 +8,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "effkernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+).group(1)
 
 TRAIN = [
     "scikit-learn>=1.3",

@@ -73,7 +73,10 @@ def begin(folder: Path, node: str) -> None:
 
 def save_row(folder: Path, node: str, extra_info: dict) -> None:
     """Write a row that is measured, in the form of --benchmark-json. The measuring process calls it."""
-    write(folder / "rows" / f"{_file(node)}.json", json.dumps({"benchmarks": [{"fullname": node, "extra_info": extra_info}]}, indent=1))
+    write(
+        folder / "rows" / f"{_file(node)}.json",
+        json.dumps({"benchmarks": [{"fullname": node, "extra_info": extra_info}]}, indent=1),
+    )
 
 
 def _seconds(row: Row, kind: str, gpu: bool) -> float:
@@ -133,7 +136,11 @@ class Campaign:
     """
 
     def __init__(
-        self, folder: Path, deadline: float, command: Callable[[list[str]], list[str]] | None = None, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        deadline: float,
+        command: Callable[[list[str]], list[str]] | None = None,
+        say: Callable[[str], None] = print,
     ):
         self.folder, self.deadline, self.say = Path(folder), deadline, say
         self.command = command or self._pytest
@@ -143,7 +150,9 @@ class Campaign:
             try:
                 self.state = dict(json.loads(self.state_file.read_text(encoding="utf-8"))["rows"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.state_file} is not a campaign's state; remove it, or choose another folder") from error
+                raise ValueError(
+                    f"{self.state_file} is not a campaign's state; remove it, or choose another folder"
+                ) from error
 
     @property
     def remaining(self) -> float:
@@ -151,7 +160,14 @@ class Campaign:
         return self.deadline - MARGIN - time.monotonic()
 
     def _pytest(self, nodes) -> list[str]:
-        how = ["-q", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-columns=median", f"--save-rows={self.folder.resolve()}"]
+        how = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--benchmark-only",
+            "--benchmark-columns=median",
+            f"--save-rows={self.folder.resolve()}",
+        ]
         return [sys.executable, "-m", "pytest", *how, *nodes]
 
     def _mark(self, node: str, what: str) -> None:
@@ -194,11 +210,18 @@ class Campaign:
         current.unlink(missing_ok=True)
         log = self.folder / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.say(f"{batch[0].node.split('[')[0]} {batch[0].row.case}: {', '.join(str(job.row.variant) for job in batch)}")
+        self.say(
+            f"{batch[0].node.split('[')[0]} {batch[0].row.case}: {', '.join(str(job.row.variant) for job in batch)}"
+        )
         with log.open("a", encoding="utf-8") as out:
             environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
             process = subprocess.Popen(
-                self.command(nodes), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                self.command(nodes),
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         seen, since, ended = "", time.monotonic(), ""
         try:
@@ -226,7 +249,10 @@ class Campaign:
         for i, node in enumerate(nodes[: last + 1]):
             if not self.measured(node) and node not in self.state:
                 died = process.returncode < 0 and i == last
-                self._mark(node, ended or f"the process died with exit code {process.returncode}" if died else "failed; see log.txt")
+                self._mark(
+                    node,
+                    ended or f"the process died with exit code {process.returncode}" if died else "failed; see log.txt",
+                )
                 self.say(f"  {node}: {self.state[node]}")
 
     def correctness(self) -> None:
@@ -236,7 +262,9 @@ class Campaign:
             return
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/effkernels"]
         started = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
         try:
             said, _ = process.communicate(timeout=min(CORRECTNESS, self.remaining))
             result = {"exit_code": process.returncode, "summary": said.strip().splitlines()[-1] if said.strip() else ""}
@@ -258,7 +286,9 @@ def _stop(process) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.campaign", description="Measure the most important rows in N minutes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.campaign", description="Measure the most important rows in N minutes."
+    )
     parser.add_argument("--minutes", type=float, required=True, help="when to end, whatever is left")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; give it again to go on")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name matches")

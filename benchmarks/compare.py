@@ -42,7 +42,9 @@ def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
     changes, alone = [], []
     for section in ("networks", "blocks", "kept", "counted", "machine code", "predicted"):
         before, after = old.get(section, {}), new.get(section, {})
-        alone += [f"{section}: {key} {'is gone' if key in before else 'is new'}" for key in sorted(set(before) ^ set(after))]
+        alone += [
+            f"{section}: {key} {'is gone' if key in before else 'is new'}" for key in sorted(set(before) ^ set(after))
+        ]
         for key in before:
             for field, allowed in TOLERANCES.items():
                 if key in after and field in before[key] and before[key][field] != after[key][field]:
@@ -53,7 +55,9 @@ def static_changes(old: dict, new: dict) -> tuple[list[Change], list[str]]:
 
 def timed_rows(document: dict) -> dict[str, dict]:
     """{name: extra_info} of the measured rows of a --benchmark-json document."""
-    return {row["fullname"]: row["extra_info"] for row in document["benchmarks"] if "median_ms" in row.get("extra_info", {})}
+    return {
+        row["fullname"]: row["extra_info"] for row in document["benchmarks"] if "median_ms" in row.get("extra_info", {})
+    }
 
 
 def timed_changes(old: dict, new: dict, threshold: float) -> tuple[list[Change], list[str]]:
@@ -62,7 +66,10 @@ def timed_changes(old: dict, new: dict, threshold: float) -> tuple[list[Change],
     Raises ValueError where rows of one name ran on different devices, dtypes or batches: their ratio means nothing.
     """
     before, after = timed_rows(old), timed_rows(new)
-    changes, alone = [], [f"{name} {'is gone' if name in before else 'is new'}" for name in sorted(set(before) ^ set(after))]
+    changes, alone = (
+        [],
+        [f"{name} {'is gone' if name in before else 'is new'}" for name in sorted(set(before) ^ set(after))],
+    )
     for name in before:
         if name not in after:
             continue
@@ -100,9 +107,13 @@ def _read(path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Fail if NEW is slower or costlier than OLD.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description="Fail if NEW is slower or costlier than OLD."
+    )
     parser.add_argument("files", nargs="*", type=Path, metavar="JSON", help="OLD.json NEW.json")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="growth of a median that fails (default: %(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="growth of a median that fails (default: %(default)s)"
+    )
     parser.add_argument("--static", action="store_true", help="compare the present tree with benchmarks/static.json")
     parser.add_argument("--update", action="store_true", help="with --static: accept the present tree")
     parser.add_argument(
@@ -110,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
         choices=("none", "changed", "all"),
         help="with --static: steps whose time to predict again, minutes each (default: those that changed)",
     )
-    parser.add_argument("--baseline", type=Path, default=static.BASELINE, help="with --static: another file than benchmarks/static.json")
+    parser.add_argument(
+        "--baseline", type=Path, default=static.BASELINE, help="with --static: another file than benchmarks/static.json"
+    )
     args = parser.parse_args(argv)
     if args.static == bool(args.files) or (args.files and len(args.files) != 2):
         parser.error("give OLD.json and NEW.json, or --static")

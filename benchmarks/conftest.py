@@ -32,10 +32,21 @@ def pytest_addoption(parser):
         metavar="MODE",
         help=f"torch.compile mode to compare with; repeatable ({', '.join(COMPILE_MODES)})",
     )
-    group.addoption("--compile-models", action="store_true", help="on a CPU too compile whole models, which takes minutes each")
-    group.addoption("--save-rows", type=Path, metavar="DIR", help="write each row into a file of its own there as soon as it is measured")
-    group.addoption("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    group.addoption("--batch-size", type=int, metavar="N", help=f"images a step (default: {BATCH} on a GPU, {CPU_BATCH} on a CPU)")
+    group.addoption(
+        "--compile-models", action="store_true", help="on a CPU too compile whole models, which takes minutes each"
+    )
+    group.addoption(
+        "--save-rows",
+        type=Path,
+        metavar="DIR",
+        help="write each row into a file of its own there as soon as it is measured",
+    )
+    group.addoption(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    group.addoption(
+        "--batch-size", type=int, metavar="N", help=f"images a step (default: {BATCH} on a GPU, {CPU_BATCH} on a CPU)"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -76,7 +87,9 @@ def gpu_benchmark(request, benchmark, machine, row):
         benchmark.skipped = True
         pytest.skip(problem)
     latency = getattr(request.module, "LATENCY", False)
-    batch = 1 if latency else request.config.getoption("batch_size") or (BATCH[row.model] if machine.is_gpu else CPU_BATCH)
+    batch = (
+        1 if latency else request.config.getoption("batch_size") or (BATCH[row.model] if machine.is_gpu else CPU_BATCH)
+    )
     shape = row.shape.shrunk(machine.size_divisor)
 
     def run():
@@ -102,7 +115,9 @@ def gpu_benchmark(request, benchmark, machine, row):
             on_gpu["launches"] = sum(count for count, _ in kernels.values())
             on_gpu["kernels_ms"] = {name: milliseconds for name, (_, milliseconds) in kernels.items()}
         times = benchmark.stats.stats.data
-        moved = step_bytes(shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters))
+        moved = step_bytes(
+            shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters)
+        )
         benchmark.extra_info.update(
             model=row.model,
             kind=benchmark.group.split()[0],

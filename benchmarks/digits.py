@@ -54,10 +54,14 @@ def transfer(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for trunk, options in (("digits 0 to 4", ()), ("random", STATISTICS_ALONE)):
             run(seed, f"{folder}/{trunk}", "digits:0-4", *options)
-            weights = f"{folder}/{trunk}/last.safetensors" if trunk == "random" else f"{folder}/{trunk}/best.safetensors"
+            weights = (
+                f"{folder}/{trunk}/last.safetensors" if trunk == "random" else f"{folder}/{trunk}/best.safetensors"
+            )
             for until in ("3", "head"):
                 how = ("--pretrained", weights, "--freeze-until", until)
-                found[f"{trunk}, until {until}"] = run(seed, f"{folder}/{trunk} {until}", "digits:5-9", *how)["accuracy"]
+                found[f"{trunk}, until {until}"] = run(seed, f"{folder}/{trunk} {until}", "digits:5-9", *how)[
+                    "accuracy"
+                ]
     return found
 
 
@@ -70,11 +74,16 @@ def classifier(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run(seed, f"{folder}/low", "digits:0-4")
         trunks = {"digits 0 to 4": ("--pretrained", f"{folder}/low/best.safetensors"), "random": ()}
-        return {trunk: run(seed, f"{folder}/{trunk}", "digits:5-9", *more, *options)["accuracy"] for trunk, more in trunks.items()}
+        return {
+            trunk: run(seed, f"{folder}/{trunk}", "digits:5-9", *more, *options)["accuracy"]
+            for trunk, more in trunks.items()
+        }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description="Trains B0 on digits, as the README does.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.digits", description="Trains B0 on digits, as the README does."
+    )
     parser.add_argument("--seeds", type=int, default=5, help="runs on all digits, of seeds 0, 1, ... (default: 5)")
     parser.add_argument("--transfer-seeds", type=int, default=2, help="runs from digits 0 to 4 to 5 to 9 (default: 2)")
     parser.add_argument("--classifier-seeds", type=int, default=3, help="the same with a classifier alone (default: 3)")
@@ -83,7 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     table |= {"kind": "digits", "command": " ".join(("python", *COMMAND, "digits --seed S"))}
     table |= {"date": datetime.now(timezone.utc).date().isoformat(), "versions": versions(torch.device("cpu"))}
-    parts = {"seeds": (plain, args.seeds), "transfer": (transfer, args.transfer_seeds), "classifier": (classifier, args.classifier_seeds)}
+    parts = {
+        "seeds": (plain, args.seeds),
+        "transfer": (transfer, args.transfer_seeds),
+        "classifier": (classifier, args.classifier_seeds),
+    }
     for name, (one, seeds) in parts.items():
         if seeds:  # 0 leaves what the file has
             table[name] = {str(seed): one(seed) for seed in tqdm(range(seeds), desc=name, unit="seed")}

@@ -27,7 +27,11 @@ def problem(library: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """The versions of those libraries that are installed."""
-    return {library: importlib.metadata.version(library) for library in LIBRARIES if importlib.util.find_spec(library) is not None}
+    return {
+        library: importlib.metadata.version(library)
+        for library in LIBRARIES
+        if importlib.util.find_spec(library) is not None
+    }
 
 
 def build(library: str, name: str) -> nn.Module:

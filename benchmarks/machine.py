@@ -41,7 +41,9 @@ class Machine:
         TRITON_INTERPRET.
         """
         if interpreting():
-            raise RuntimeError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it to run benchmarks")
+            raise RuntimeError(
+                "TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it to run benchmarks"
+            )
         gpu = torch.cuda.is_available()
         chosen = getattr(torch, dtype or ("bfloat16" if gpu else "float32"))
         if gpu:
@@ -53,7 +55,9 @@ class Machine:
             machine = cls(torch.device("cpu"), chosen, 2, 0.15, (7, 50))
         machine.stopwatch = Stopwatch(machine.device, time.process_time)
         machine.copy_bytes_per_s = machine.stopwatch.copy_bandwidth()
-        machine.info = versions(machine.device) | libraries.versions() | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
+        machine.info = (
+            versions(machine.device) | libraries.versions() | {"copy_gb_per_s": machine.copy_bytes_per_s / 1e9}
+        )
         machine.info["date"] = datetime.now(timezone.utc).date().isoformat()
         if not gpu:
             machine.info["device"] = f"one thread of {machine.info['device']}"

@@ -89,7 +89,9 @@ class Instructions:
             return sizes["y2"] * self._per_element("depthwise_forward_kernel", **how, **shape)
         if work.kernel == "depthwise backward":
             how = {"given": ("norm1", "gates")} if expands else {"given": ("gates",), "absent": ("norm1",)}
-            return sizes["y1"] * self._per_element("depthwise_backward_kernel", **how, NEED_DX=True, NEED_DW=True, **shape)
+            return sizes["y1"] * self._per_element(
+                "depthwise_backward_kernel", **how, NEED_DX=True, NEED_DW=True, **shape
+            )
         if work.kernel == "pool":
             return sizes["y2"] * self._per_element("pool_kernel", given=("norm",), ACT="silu")
         if work.kernel == "apply":
@@ -112,7 +114,9 @@ def _weights(work: Work) -> int:
     return of.get(work.kernel.split()[0], 0)
 
 
-def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat16", rows: Sequence[dict] = ()) -> list[Line]:
+def plan(
+    model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat16", rows: Sequence[dict] = ()
+) -> list[Line]:
     """One line for each kernel of the schedule, and a last one, "step", for all.
 
     Args:
@@ -132,9 +136,15 @@ def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat1
             line.times[resource] += seconds
         if work.block is not None:
             layer = shapes.kernel_of(work.kernel, work.block)
-            row = results.find(rows, shape=str(layer), step=step, variant="ours", batch_size=batch, dtype=dtype) if layer else None
+            row = (
+                results.find(rows, shape=str(layer), step=step, variant="ours", batch_size=batch, dtype=dtype)
+                if layer
+                else None
+            )
             timed[work.kernel].append(row["median_ms"] / 1e3 if row else None)
-    total = Line("step", flops=sum(line.flops for line in lines.values()), elements=sum(line.elements for line in lines.values()))
+    total = Line(
+        "step", flops=sum(line.flops for line in lines.values()), elements=sum(line.elements for line in lines.values())
+    )
     for line in lines.values():
         total.count += line.count
         total.floor += line.floor
@@ -157,7 +167,11 @@ def plan(model: str, training: bool, gpu: Gpu, batch: int, dtype: str = "bfloat1
 
 def table(lines: list[Line], batch: int, itemsize: int) -> str:
     """The lines as a table in Markdown, in milliseconds a step."""
-    out = ["| kernel | times | MB an image | " + " | ".join(f"{r} ms" for r in RESOURCES) + " | floor ms | binds | measured ms | share |"]
+    out = [
+        "| kernel | times | MB an image | "
+        + " | ".join(f"{r} ms" for r in RESOURCES)
+        + " | floor ms | binds | measured ms | share |"
+    ]
     out.append("|---|" + "---:|" * (3 + len(RESOURCES)) + "---|---:|---:|")
     for line in lines:
         times = " | ".join(f"{1e3 * line.times[r]:.3f}" if line.times[r] else "" for r in RESOURCES)
@@ -165,7 +179,8 @@ def table(lines: list[Line], batch: int, itemsize: int) -> str:
         share = "" if line.share is None else f"{100 * line.share:.0f} %"
         megabytes = itemsize * line.elements / 1e6
         out.append(
-            f"| {line.kernel} | {line.count} | {megabytes:.2f} | {times} | {1e3 * line.floor:.3f} | {line.binds} | {measured} | {share} |"
+            f"| {line.kernel} | {line.count} | {megabytes:.2f} | {times} | {1e3 * line.floor:.3f} | {line.binds} | "
+            f"{measured} | {share} |"
         )
     return "\n".join(out)
 
@@ -194,19 +209,38 @@ def plot(path: Path, lines: list[Line], gpu: Gpu, batch: int, itemsize: int, tit
     points = [line for line in lines if line.flops and line.elements]
     intensities = [line.flops / (itemsize * line.elements) for line in points]
     low, high = min(intensities) / 3, max(2 * gpu.matrix / gpu.bandwidth, 2 * max(intensities))
-    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="arithmetic intensity [FLOP/byte]", ylabel="rate [TFLOP/s]", title=title)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        xlabel="arithmetic intensity [FLOP/byte]",
+        ylabel="rate [TFLOP/s]",
+        title=title,
+    )
     roofs = [("matrix units", gpu.matrix)] if itemsize == 2 else []
     roofs.append(("fp32 units", 2 * gpu.per_second(gpu.fma)))
     top = max(rate for _, rate in roofs)
     xs = [low, top / gpu.bandwidth]
-    axes.plot(xs, [x * gpu.bandwidth / 1e12 for x in xs], color="black", label=f"memory, {gpu.bandwidth / 1e12:.2f} TB/s")
+    axes.plot(
+        xs, [x * gpu.bandwidth / 1e12 for x in xs], color="black", label=f"memory, {gpu.bandwidth / 1e12:.2f} TB/s"
+    )
     for (name, rate), style in zip(roofs, ("-", "--"), strict=False):
         label = f"{name}, {rate / 1e12:.0f} TFLOP/s"
         axes.plot([rate / gpu.bandwidth, high], [rate / 1e12] * 2, color="black", linestyle=style, label=label)
     colors = plt.get_cmap("tab10").colors
     for line, x, color, marker in zip(points, intensities, colors * 2, "osDv^<>pPX*hos", strict=False):
         flops = batch * line.flops / 1e12
-        axes.plot(x, flops / line.floor, marker, color=color, fillstyle="none", ms=10, mew=1.8, ls="", label=f"{line.kernel}: {line.binds}")
+        axes.plot(
+            x,
+            flops / line.floor,
+            marker,
+            color=color,
+            fillstyle="none",
+            ms=10,
+            mew=1.8,
+            ls="",
+            label=f"{line.kernel}: {line.binds}",
+        )
         if line.measured:
             axes.plot(x, flops / line.measured, marker, color=color, ms=9, ls="", label=f"{line.kernel}, measured")
     axes.grid(True, which="major", alpha=0.3)
@@ -217,11 +251,15 @@ def plot(path: Path, lines: list[Line], gpu: Gpu, batch: int, itemsize: int, tit
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Floors of a network's kernels on a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan", description="Floors of a network's kernels on a GPU."
+    )
     parser.add_argument("--model", nargs="+", default=["b0"], choices=tuple(BATCH), help="default: b0")
     parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="default: h200")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="measured copy bandwidth, instead of the GPU's")
-    parser.add_argument("--matrix", type=float, metavar="TFLOP/S", help="measured 16-bit matrix rate, instead of the GPU's")
+    parser.add_argument(
+        "--matrix", type=float, metavar="TFLOP/S", help="measured 16-bit matrix rate, instead of the GPU's"
+    )
     parser.add_argument("--clock", type=float, metavar="GHZ", help="measured clock under load, instead of the GPU's")
     parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
     parser.add_argument("--batch-size", type=int, help="images (default: 256 for B0 to 32 for B7)")
@@ -237,14 +275,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--predict knows bfloat16 only, got --dtype {args.dtype}")
     gpu = named = GPUS[args.gpu]
     units = {"bandwidth": 1e9, "matrix": 1e12, "clock": 1e9}
-    gpu = replace(gpu, **{name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None})
+    gpu = replace(
+        gpu, **{name: getattr(args, name) * unit for name, unit in units.items() if getattr(args, name) is not None}
+    )
     rows = results.load(args.results) if args.results else []
     rows = [row for row in rows if row.get("cuda") and gpu_of(row["device"]) is named]
     itemsize = getattr(torch, args.dtype).itemsize
     for i, (model, mode) in enumerate((model, mode) for model in args.model for mode in args.mode):
         batch = args.batch_size or BATCH[model]
         lines = plan(model, mode == "train", gpu, batch, args.dtype, rows)
-        title = f"{shapes.model(model)} {'training' if mode == 'train' else 'inference'}, batch {batch}, {args.dtype}, {gpu.name}"
+        title = (
+            f"{shapes.model(model)} {'training' if mode == 'train' else 'inference'}, batch {batch}, {args.dtype}, "
+            f"{gpu.name}"
+        )
         print(f"\n### {title}\n\n{table(lines, batch, itemsize)}\n\nat most {batch / lines[-1].floor:,.0f} images/s")
         if args.predict:
             print("\n" + prediction(model, mode, batch, args.gpu, lines[-1].floor))

@@ -59,7 +59,9 @@ def _markdown(header, lines) -> str:
 
 
 def model_lines(rows: list[dict], step: str) -> list[tuple]:
-    """(name, ours, channels_last, best of torch.compile) for each of B0 to B7: rows at the batch size of ours, or None."""
+    """(name, ours, channels_last, best of torch.compile) for each of B0 to B7: rows at the batch size of ours, or
+    None.
+    """
     lines = []
     for name in plan.BATCH:
         of_step = _of_model(rows, name, step)
@@ -70,7 +72,15 @@ def model_lines(rows: list[dict], step: str) -> list[tuple]:
 
 
 def model_table(rows: list[dict], step: str) -> str:
-    header = ("", "batch", "ours, images/s", "eager NHWC", "torch.compile, best", "speed-up over compile", "peak memory, ours / compile")
+    header = (
+        "",
+        "batch",
+        "ours, images/s",
+        "eager NHWC",
+        "torch.compile, best",
+        "speed-up over compile",
+        "peak memory, ours / compile",
+    )
     header += ("share of copy", "launches")
     lines = []
     for name, ours, eager, compiled in model_lines(rows, step):
@@ -119,7 +129,11 @@ def layer_table(rows: list[dict], kind: str) -> str:
 
 
 def _versions(row) -> str:
-    return ", ".join(f"{key} {row[key]}" for key in ("driver", "cuda", "cudnn", "torch", "triton", "torchvision", "timm") if row.get(key))
+    return ", ".join(
+        f"{key} {row[key]}"
+        for key in ("driver", "cuda", "cudnn", "torch", "triton", "torchvision", "timm")
+        if row.get(key)
+    )
 
 
 CPU_OTHERS = ("channels_last", "torchvision-channels_last", "timm-channels_last")
@@ -161,7 +175,9 @@ def machine_line(rows: list[dict]) -> str:
     if not rows:
         return f"GPU: {NOT_YET}."
     row = rows[-1]
-    where = f"{row['device']}, {row['dtype']}, copy bandwidth {row['copy_gb_per_s']:,.0f} GB/s measured in the same process"
+    where = (
+        f"{row['device']}, {row['dtype']}, copy bandwidth {row['copy_gb_per_s']:,.0f} GB/s measured in the same process"
+    )
     return f"{where}; {_versions(row)}."
 
 
@@ -171,7 +187,9 @@ def plain_line(rows: list[dict]) -> str:
     for row in rows:
         if row["variant"] == "ours" and row["path"] != "fused kernels":
             found.setdefault(row["path"], []).append(f"{row['kind']} {row['model']} {row['step']}")
-    return "\n".join(f"Not by fused kernels ({path}): {', '.join(dict.fromkeys(names))}." for path, names in found.items())
+    return "\n".join(
+        f"Not by fused kernels ({path}): {', '.join(dict.fromkeys(names))}." for path, names in found.items()
+    )
 
 
 def report(folder: Path, rows: list[dict], plots: dict[str, Path | None]) -> str:
@@ -188,7 +206,11 @@ def report(folder: Path, rows: list[dict], plots: dict[str, Path | None]) -> str
     for step in STEPS:
         parts += [f"## Models, {step}", model_table(on_gpu, step)]
     parts += ["## Latency", latency_table(on_gpu)]
-    for kind, title in (("depthwise", "Depthwise layers"), ("pointwise", "1x1 convolutions"), ("squeeze_excite", "Squeeze-excite")):
+    for kind, title in (
+        ("depthwise", "Depthwise layers"),
+        ("pointwise", "1x1 convolutions"),
+        ("squeeze_excite", "Squeeze-excite"),
+    ):
         parts += [f"## {title}", layer_table(on_gpu, kind)]
     parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_line(rows), cpu_table(rows), "## Plots"]
     parts += [f"{title}: " + (NOT_YET if path is None else f"![{title}]({path.name})") for title, path in plots.items()]
@@ -204,13 +226,25 @@ def readme_table(rows: list[dict]) -> str:
     lines = []
     tables = [model_lines(on_gpu, step) for step in STEPS]
     for (name, ours, _, compiled), (_, trained, _, trained_compiled) in zip(*tables, strict=True):
-        cells = [_number(_get(ours, "images_per_s")), _number(_ratio(_get(ours, "images_per_s"), _get(compiled, "images_per_s")), "{:.2f}")]
+        cells = [
+            _number(_get(ours, "images_per_s")),
+            _number(_ratio(_get(ours, "images_per_s"), _get(compiled, "images_per_s")), "{:.2f}"),
+        ]
         cells.append(_number(_get(trained, "images_per_s")))
         cells.append(_number(_ratio(_get(trained, "images_per_s"), _get(trained_compiled, "images_per_s")), "{:.2f}"))
-        cells.append(_number(_ratio(_get(trained, "peak_memory_mb"), _get(trained_compiled, "peak_memory_mb")), "{:.2f}"))
+        cells.append(
+            _number(_ratio(_get(trained, "peak_memory_mb"), _get(trained_compiled, "peak_memory_mb")), "{:.2f}")
+        )
         if any(cell != NOT_YET for cell in cells):
             lines.append((name.upper(), *cells))
-    header = ("", "inference, images/s", "/ torch.compile", "training, images/s", "/ torch.compile", "training memory / torch.compile")
+    header = (
+        "",
+        "inference, images/s",
+        "/ torch.compile",
+        "training, images/s",
+        "/ torch.compile",
+        "training memory / torch.compile",
+    )
     on_gpu_table = _markdown(header, lines or [("B0 to B7",) + (NOT_YET,) * 5])
     parts = [machine_line(on_gpu), plain_line(on_gpu), on_gpu_table, cpu_line(rows), cpu_table(rows)]
     return "\n\n".join(filter(None, parts))
@@ -287,7 +321,11 @@ def memory_plot(path: Path, rows: list[dict]) -> Path | None:
         return None
     figure, axes = _figure(len(STEPS))
     for panel, (step, found) in zip(axes[0], lines.items(), strict=True):
-        columns = list(zip(*([_get(row, "peak_memory_mb") for row in line[1:]] for line in found), strict=True)) or [(), (), ()]
+        columns = list(zip(*([_get(row, "peak_memory_mb") for row in line[1:]] for line in found), strict=True)) or [
+            (),
+            (),
+            (),
+        ]
         groups = dict(zip(("ours", "eager NHWC", "torch.compile, best"), columns, strict=True))
         groups = {label: [value and value / 1e3 for value in values] for label, values in groups.items()}
         _bars(panel, [line[0] for line in found], groups, "peak memory [GB]", step)
@@ -297,7 +335,11 @@ def memory_plot(path: Path, rows: list[dict]) -> Path | None:
 
 def kernels_plot(path: Path, rows: list[dict]) -> Path | None:
     """The time of each kernel within a step, for an image, stacked."""
-    found = [(f"{row['model'].upper()}\n{row['step']}", row) for row in rows if row.get("kind") == "model" and row["variant"] == "ours"]
+    found = [
+        (f"{row['model'].upper()}\n{row['step']}", row)
+        for row in rows
+        if row.get("kind") == "model" and row["variant"] == "ours"
+    ]
     found = [(name, row) for name, row in found if row.get("kernels_ms")]
     if not found:
         return None
@@ -319,10 +361,21 @@ def kernels_plot(path: Path, rows: list[dict]) -> Path | None:
         values = []
         for _, row in found:
             times, images = row["kernels_ms"], row["batch_size"]
-            mine = times.get(kernel, 0.0) if kernel in named else sum(ms for name, ms in times.items() if name not in named)
+            mine = (
+                times.get(kernel, 0.0)
+                if kernel in named
+                else sum(ms for name, ms in times.items() if name not in named)
+            )
             values.append(100 * mine / sum(times.values()) if images else 0.0)
         label = kernel if len(kernel) <= 40 else kernel[:37] + "..."
-        panel.bar(range(len(found)), values, 0.7, bottom=bottom, label=label, color="lightgray" if kernel == "others" else None)
+        panel.bar(
+            range(len(found)),
+            values,
+            0.7,
+            bottom=bottom,
+            label=label,
+            color="lightgray" if kernel == "others" else None,
+        )
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
     ticks = [f"{name}\n{sum(row['kernels_ms'].values()):.1f} ms" for name, row in found]
     panel.set_xticks(range(len(found)), ticks, fontsize=8)
@@ -349,8 +402,12 @@ def roofline_plot(path: Path, rows: list[dict]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plots of measured results.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a campaign's folder, or one of --benchmark-json files")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="Tables and plots of measured results."
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a campaign's folder, or one of --benchmark-json files"
+    )
     parser.add_argument("--readme", type=Path, default=README, help="file whose table between the markers is updated")
     parser.add_argument("--no-readme", action="store_true", help="leave the README alone")
     args = parser.parse_args(argv)

@@ -15,7 +15,9 @@ def load(folder: Path) -> list[dict]:
     """
     rows: dict[tuple, dict] = {}
     folder = Path(folder)
-    for path in sorted(folder.rglob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)) if folder.is_dir() else ():
+    for path in (
+        sorted(folder.rglob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)) if folder.is_dir() else ()
+    ):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

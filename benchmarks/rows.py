@@ -57,7 +57,10 @@ class Row(NamedTuple):
         usual = self.shape in COMPILED_ON_CPU and not self.training and self.variant.library is None
         asked = compile_models and isinstance(self.shape, shapes.Model)
         if not (usual or asked) or self.variant.compile_mode != "default":
-            return "needs a CUDA GPU: on a CPU one block and B0 in inference are compiled, in the default mode (the rest takes minutes)"
+            return (
+                "needs a CUDA GPU: on a CPU one block and B0 in inference are compiled, in the default mode (the rest "
+                "takes minutes)"
+            )
         return compiler_problem()
 
 

@@ -14,7 +14,11 @@ DEPTHWISE_TRAINING = (
     Kernel("depthwise backward", "dout y x", "dx"),
 )
 SQUEEZE_EXCITE_INFERENCE = (Kernel("pool", "x"), Kernel("scale", "x", "out"))
-SQUEEZE_EXCITE_TRAINING = (*SQUEEZE_EXCITE_INFERENCE, Kernel("gate sums", "dout x"), Kernel("scale backward", "dout", "dx"))
+SQUEEZE_EXCITE_TRAINING = (
+    *SQUEEZE_EXCITE_INFERENCE,
+    Kernel("gate sums", "dout x"),
+    Kernel("scale backward", "dout", "dx"),
+)
 
 
 def _elements(schedule, sizes) -> int:

@@ -164,7 +164,9 @@ class FusedPointwise(nn.Module):
 
 @dataclass(frozen=True)
 class Pointwise(Shape):
-    """A 1x1 convolution of a block with its BatchNorm: "expand" with SiLU after it, "project" with the gate before it."""
+    """A 1x1 convolution of a block with its BatchNorm: "expand" with SiLU after it, "project" with the gate before
+    it.
+    """
 
     kind: str
     in_channels: int
@@ -176,7 +178,9 @@ class Pointwise(Shape):
 
     def build(self, fused: bool) -> nn.Module:
         expands = self.kind == "expand"
-        return FusedPointwise(self.in_channels, self.out_channels, "silu" if expands else "identity", not expands, fused)
+        return FusedPointwise(
+            self.in_channels, self.out_channels, "silu" if expands else "identity", not expands, fused
+        )
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,14 @@ COUNTED = {"8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is s
 
 def _summary(launches, operators, images: int) -> dict:
     moved = sum(launch.activation_bytes() for launch in launches) + sum(size for _, size in operators)
-    names = Counter(launch.name for launch in launches) + Counter(f"aten::{name.split('::')[-1]}" for name, _ in operators)
-    return {"launches": len(launches) + len(operators), "bytes_per_image": round(moved / images), "of": dict(sorted(names.items()))}
+    names = Counter(launch.name for launch in launches) + Counter(
+        f"aten::{name.split('::')[-1]}" for name, _ in operators
+    )
+    return {
+        "launches": len(launches) + len(operators),
+        "bytes_per_image": round(moved / images),
+        "of": dict(sorted(names.items())),
+    }
 
 
 def block_summary(block: "Block", training: bool) -> dict:
@@ -101,7 +107,9 @@ def kept(size: int, memory: str) -> dict:
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
     found = {}
     for fused in (True, False):
-        model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype)
+        model = create_model(
+            "efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype
+        )
         with Kept(model) as saved, recorded():
             model(x)
         found[fused] = saved.bytes
@@ -109,7 +117,9 @@ def kept(size: int, memory: str) -> dict:
 
 
 def machine_code() -> dict:
-    """{kernel and dtype: the most registers, spilled bytes and instructions of its configurations} of the table in git."""
+    """{kernel and dtype: the most registers, spilled bytes and instructions of its configurations} of the table in
+    git.
+    """
     found: dict[str, dict] = {}
     for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"]:
         most = found.setdefault(f"{row['kernel']} {row['dtype']}", {"registers": 0, "spills": 0, "instructions": 0})
@@ -139,7 +149,9 @@ def counted() -> dict:
 def _counted_in_the_interpreter() -> dict:
     """``counted`` in a process of its own: this one compiles kernels or runs them, that one interprets."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.static"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.static"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"counting bytes in the interpreter failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -61,7 +61,10 @@ def latency_variants() -> list[Variant]:
     """The variants of latency, each replayed from a CUDA graph: torch.compile's own in its mode reduce-overhead, else
     ours.
     """
-    captured = [replace(variant, graph=True) for variant in (CHANNELS_LAST, Variant("compile-default", compile_mode="default"), OURS)]
+    captured = [
+        replace(variant, graph=True)
+        for variant in (CHANNELS_LAST, Variant("compile-default", compile_mode="default"), OURS)
+    ]
     return [*captured[:2], Variant("compile-reduce-overhead", compile_mode="reduce-overhead", graph=False), captured[2]]
 
 
@@ -88,7 +91,9 @@ class VariantRun:
     ):
         self.training, self.batch, self.dtype, self.is_model = training, batch, dtype, isinstance(shape, Model)
         mixed = training and dtype in (torch.bfloat16, torch.float16)
-        self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=True) if mixed else contextlib.nullcontext()
+        self.autocast = (
+            torch.autocast(torch.device(device).type, dtype, enabled=True) if mixed else contextlib.nullcontext()
+        )
         if variant.library is None:
             module = shape.build(variant.fused)
             module.load_state_dict(state)
@@ -100,7 +105,9 @@ class VariantRun:
         self.fused, self.module = variant.fused, module
         self.parameters = list(module.parameters())
         self.graphs = variant.compile_mode in ("reduce-overhead", "max-autotune")
-        self.call = module if variant.compile_mode is None else torch.compile(module, mode=variant.compile_mode, dynamic=False)
+        self.call = (
+            module if variant.compile_mode is None else torch.compile(module, mode=variant.compile_mode, dynamic=False)
+        )
         self.images = min(IMAGES, batch)
 
         def repeat(images):
@@ -211,7 +218,9 @@ class Truth:
         if not training:
             plain.to(dtype)  # the truth is that of the rounded weights
         state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
-        results = VariantRun(shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64).results()
+        results = VariantRun(
+            shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64
+        ).results()
         # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
         largest = max(t.norm() for t in results.values())
         results = {name: t for name, t in results.items() if t.norm() > 1e-9 * largest}
@@ -223,7 +232,9 @@ class Truth:
 
     def runner(self, variant: Variant) -> VariantRun:
         """The shape under a variant, with these weights and images."""
-        return VariantRun(self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype)
+        return VariantRun(
+            self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype
+        )
 
     def errors(self, runner: VariantRun) -> dict[str, float]:
         """The relative L2 errors of output and input gradient, and the root mean square of those of all weight

@@ -1,4 +1,6 @@
-"""Writes docs/api.md from signatures and docstrings: python docs/make_api.py (a test compares the file with what this gives)."""
+"""Writes docs/api.md from signatures and docstrings: python docs/make_api.py (a test compares the file with what this
+gives).
+"""
 
 import inspect
 import sys
@@ -25,7 +27,11 @@ def signature(name: str, thing) -> str:
             parts.append("*")
             star = True
         parts.append(str(p))
-    result = "" if arguments.return_annotation is arguments.empty else f" -> {inspect.formatannotation(arguments.return_annotation)}"
+    result = (
+        ""
+        if arguments.return_annotation is arguments.empty
+        else f" -> {inspect.formatannotation(arguments.return_annotation)}"
+    )
     return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){result}"
 
 
@@ -48,7 +54,11 @@ def page() -> str:
     from effkernels import functional
 
     parts = [HEAD, "## effkernels\n"]
-    parts += [entry(name, getattr(effkernels, name)) for name in effkernels.__all__ if not inspect.ismodule(getattr(effkernels, name))]
+    parts += [
+        entry(name, getattr(effkernels, name))
+        for name in effkernels.__all__
+        if not inspect.ismodule(getattr(effkernels, name))
+    ]
     parts += ["## effkernels.functional\n", f"{inspect.getdoc(functional)}\n"]
     parts += [entry(name, getattr(functional, name)) for name in FUNCTIONAL]
     parts += ["## efficientnet\n"]

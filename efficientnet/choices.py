@@ -1,4 +1,6 @@
-"""Values that both the settings of a run and other commands accept. No torch here: the command line is made from them."""
+"""Values that both the settings of a run and other commands accept. No torch here: the command line is made from
+them.
+"""
 
 AMP = ("none", "bf16", "fp16")  # autocast, and its dtype
 DEVICES = ("auto", "cpu", "cuda")

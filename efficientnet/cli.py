@@ -21,14 +21,47 @@ COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # What other programs call an option.
-MEANT = {"--learning-rate": "--lr", "--lr-scheduler": "--sched", "--scheduler": "--sched", "--optimizer": "--opt", "--wd": "--weight-decay"}
-MEANT |= {"--arch": "--model", "--data-dir": "--data", "--data-path": "--data", "--dataset": "--data", "--bs": "--batch-size"}
-MEANT |= {"--image-size": "--img-size", "--input-size": "--img-size", "--imgsz": "--img-size", "--num-epochs": "--epochs"}
-MEANT |= {"--patience": "--early-stop", "--early-stopping": "--early-stop", "--ema": "--model-ema", "--output-dir": "--output"}
-MEANT |= {"--weights": "--checkpoint", "--checkpoint-path": "--checkpoint", "--channels": "--in-chans", "--gpu": "--device"}
+MEANT = {
+    "--learning-rate": "--lr",
+    "--lr-scheduler": "--sched",
+    "--scheduler": "--sched",
+    "--optimizer": "--opt",
+    "--wd": "--weight-decay",
+}
+MEANT |= {
+    "--arch": "--model",
+    "--data-dir": "--data",
+    "--data-path": "--data",
+    "--dataset": "--data",
+    "--bs": "--batch-size",
+}
+MEANT |= {
+    "--image-size": "--img-size",
+    "--input-size": "--img-size",
+    "--imgsz": "--img-size",
+    "--num-epochs": "--epochs",
+}
+MEANT |= {
+    "--patience": "--early-stop",
+    "--early-stopping": "--early-stop",
+    "--ema": "--model-ema",
+    "--output-dir": "--output",
+}
+MEANT |= {
+    "--weights": "--checkpoint",
+    "--checkpoint-path": "--checkpoint",
+    "--channels": "--in-chans",
+    "--gpu": "--device",
+}
 
 # Import name -> package of the extra [train], or of [export].
-OPTIONAL = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "safetensors": "safetensors", "matplotlib": "matplotlib"}
+OPTIONAL = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "tqdm": "tqdm",
+    "safetensors": "safetensors",
+    "matplotlib": "matplotlib",
+}
 OPTIONAL |= {"tensorboard": "tensorboard", "huggingface_hub": "huggingface_hub"}
 OPTIONAL |= {"torchvision": "torchvision", "webdataset": "webdataset"}
 EXPORT = ("onnx", "onnxscript", "onnxruntime")
@@ -54,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
             _fail(error)
         except Interrupted as stop:
             print(
-                f"\nefficientnet: stopped by {signal.Signals(stop.signum).name}; continue with --resume {stop.checkpoint}", file=sys.stderr
+                f"\nefficientnet: stopped by {signal.Signals(stop.signum).name}; continue with --resume "
+                f"{stop.checkpoint}",
+                file=sys.stderr,
             )
             return 128 + stop.signum
         except TrainingStopped as error:
@@ -63,13 +98,17 @@ def main(argv: list[str] | None = None) -> int:
             name = (error.name or "").partition(".")[0]
             if name not in (*OPTIONAL, *EXPORT):
                 raise
-            _fail(f'{OPTIONAL.get(name, name)} is not installed; pip install "effkernels[{"export" if name in EXPORT else "train"}]"')
+            _fail(
+                f"{OPTIONAL.get(name, name)} is not installed; pip install "
+                f'"effkernels[{"export" if name in EXPORT else "train"}]"'
+            )
     return 0
 
 
 def _print_every_name():
-    """File names that are no text in this encoding, and encodings that lack a letter, are no reason to stop: bytes of a name come out as
-    they came in, letters that cannot be written as their number."""
+    """File names that are no text in this encoding, and encodings that lack a letter, are no reason to stop: bytes of a
+    name come out as they came in, letters that cannot be written as their number.
+    """
 
     def as_it_was(error):
         if isinstance(error, UnicodeEncodeError) and error.encoding.lower().replace("-", "") == "utf8":

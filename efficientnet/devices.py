@@ -10,7 +10,9 @@ from effkernels import explain
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is a GPU. Raises InputError for "cuda" where there is none."""
+    """The device of that name; "auto" is CUDA where there is a GPU. Raises InputError for "cuda" where there is
+    none.
+    """
     if name not in DEVICES:
         raise InputError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -48,4 +50,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 def describe_device(device: torch.device) -> str:
     """The GPU's name, or "the CPU, N threads"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    )

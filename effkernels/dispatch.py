@@ -1,7 +1,8 @@
 """The one gate between the fused kernels and their plain twins, with every reason for not fusing.
 
-Environment: EFFKERNELS_BACKEND = auto (default: kernels where they can run), triton (kernels, or an error with the reason) or
-reference (plain PyTorch). TRITON_INTERPRET=1, set before the first kernel is imported, runs the kernels on CPU tensors.
+Environment: EFFKERNELS_BACKEND = auto (default: kernels where they can run), triton (kernels, or an error with the
+reason) or reference (plain PyTorch). TRITON_INTERPRET=1, set before the first kernel is imported, runs the kernels on
+CPU tensors.
 """
 
 import functools
@@ -43,7 +44,9 @@ def triton_problem() -> str | None:
 
 @functools.cache
 def triton_import_problem() -> str | None:
-    """Why Triton, which is installed, cannot be imported, or None; imports it: asked only where its kernels would run."""
+    """Why Triton, which is installed, cannot be imported, or None; imports it: asked only where its kernels would
+    run.
+    """
     try:
         importlib.import_module("triton.language")
     except Exception as error:  # another Python's build, a missing driver library, ...: whatever its import raises
@@ -59,8 +62,8 @@ def interpreting() -> bool:
     return _switched_on(os.environ.get("TRITON_INTERPRET", ""))
 
 
-# os.environ.get of a variable that is not set raises and catches inside: 15 us between convolutions, for every block. The dictionary
-# behind it (its keys and values are encoded) answers in 2.
+# os.environ.get of a variable that is not set raises and catches inside: 15 us between convolutions, for every block.
+# The dictionary behind it (its keys and values are encoded) answers in 2.
 _SETTINGS = tuple(os.environ.encodekey(name) for name in ("EFFKERNELS_BACKEND", "TRITON_INTERPRET"))
 
 
@@ -88,7 +91,11 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     if device_type == "cpu":
-        return triton_import_problem() if interpreting() else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+        return (
+            triton_import_problem()
+            if interpreting()
+            else "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+        )
     if device_type != "cuda":
         return f"kernels need an NVIDIA GPU, the input is on {device_type}"
     if torch.version.hip:
@@ -124,13 +131,17 @@ def tensor_problem(x: torch.Tensor, weights=(), buffers=()) -> str | None:
     for kind, tensor in (*(("parameter", w) for w in weights), *(("buffer", b) for b in buffers)):
         if tensor.device != x.device:
             return f"a {kind} is on {tensor.device}, the input on {x.device}"
-        if not tensor.is_contiguous() and not (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        if not tensor.is_contiguous() and not (
+            tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        ):
             return f"a {kind} is not contiguous"
     return None
 
 
 def recording(x) -> bool:
-    """Whether x only stands for a tensor (torch.fx), or torch.jit writes down what is done with it: nothing about it can be checked."""
+    """Whether x only stands for a tensor (torch.fx), or torch.jit writes down what is done with it: nothing about it
+    can be checked.
+    """
     return not torch.compiler.is_compiling() and (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing())
 
 
@@ -178,10 +189,11 @@ def layer_problem(
 ) -> str | None:
     """Why a submodule's own forward must run (hooks, a subclass, settings the kernels do not have), or None.
 
-    depthwise: (kernel_size, stride, padding) that a grouped convolution, or a stem's, must have; the others must be 1x1.
+    depthwise: (kernel_size, stride, padding) that a grouped convolution, or a stem's, must have; the others must be
+        1x1.
     shape: what the first two sizes of its weight must be, so that it fits its neighbours.
-    role: the layer's name in FusedMBConv, where ``name`` is another. kind: the class of torch.nn that the layer computes as, where its
-    own is another.
+    role: the layer's name in FusedMBConv, where ``name`` is another. kind: the class of torch.nn that the layer
+    computes as, where its own is another.
     """
     role, kind = role or name, kind or type(layer)
     if has_hooks(layer):
@@ -233,8 +245,8 @@ def why_not_fused(
         largest: channels of the widest tensor inside, for the int32 offsets within an image.
         judge: called for the reason that the layers give, instead of ``layer_problem`` of each.
 
-    Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError for another
-    value of it than auto, triton, reference.
+    Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError
+    for another value of it than auto, triton, reference.
     """
     wanted = requested_backend()
     if wanted == "reference":
@@ -245,11 +257,15 @@ def why_not_fused(
         if judge is not None:
             reason = judge()
         else:
-            problems = (layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items())
+            problems = (
+                layer_problem(name, layer, depthwise, (shapes or {}).get(name)) for name, layer in layers.items()
+            )
             reason = next((problem for problem in problems if problem is not None), None)
     if reason is None and x is not None:
         parameters = [p for layer in layers.values() for p in layer._parameters.values() if p is not None]
-        reason = tensor_problem(x, parameters, [b for layer in layers.values() for b in layer._buffers.values() if b is not None])
+        reason = tensor_problem(
+            x, parameters, [b for layer in layers.values() for b in layer._buffers.values() if b is not None]
+        )
         if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
             reason = "one image of the widest tensor has 2**31 elements or more"
     if reason is not None and wanted == "triton" and x is not None:

@@ -1,7 +1,8 @@
 """Fused operators on NCHW tensors (any memory format; channels_last costs no copy), twins of ``effkernels.reference``.
 
-They run the Triton kernels unconditionally: ``effkernels.dispatch.why_not_fused`` tells whether they can, the modules ask it.
-Results are channels_last. Autocast decides the compute dtype as for a convolution; sums, statistics and gates are fp32.
+They run the Triton kernels unconditionally: ``effkernels.dispatch.why_not_fused`` tells whether they can, the modules
+ask it. Results are channels_last. Autocast decides the compute dtype as for a convolution; sums, statistics and gates
+are fp32.
 """
 
 import torch
@@ -26,9 +27,13 @@ def _nchw(x):
 
 
 def _advance(*norms):
-    """num_batches_tracked + 1 where the average is cumulative, before the kernels that read it (they count the others themselves)."""
+    """num_batches_tracked + 1 where the average is cumulative, before the kernels that read it (they count the others
+    themselves).
+    """
     counters = [
-        n.num_batches_tracked for n in norms if n is not None and n.updates and n.num_batches_tracked is not None and n.momentum is None
+        n.num_batches_tracked
+        for n in norms
+        if n is not None and n.updates and n.num_batches_tracked is not None and n.momentum is None
     ]
     if counters:
         torch._foreach_add_(counters, 1)
@@ -69,7 +74,9 @@ def _check_norms(*norms, acts=()):
 def _check_alone(*norms):
     for norm in norms:
         if norm.group:
-            raise ValueError(f"a BatchNorm that synchronises processes is for mbconv, stem and head, got group {norm.group!r}")
+            raise ValueError(
+                f"a BatchNorm that synchronises processes is for mbconv, stem and head, got group {norm.group!r}"
+            )
 
 
 def depthwise_conv_bn_act(
@@ -84,7 +91,8 @@ def depthwise_conv_bn_act(
     pre_act: str = "identity",
     squeeze_excite: SqueezeExciteParams | None = None,
 ) -> torch.Tensor:
-    """``act(BN(depthwise(pre_act(pre_BN(x)))))``, times squeeze-excite's gate; each part optional but the convolution and its BN.
+    """``act(BN(depthwise(pre_act(pre_BN(x)))))``, times squeeze-excite's gate; each part optional but the convolution
+    and its BN.
 
     x [N, C, H, W], weight [C, 1, k, k] -> [N, C, H', W'].
     """
@@ -122,7 +130,9 @@ def bn_act_add(x, norm: BatchNormParams, *, act="identity", branch_scale=None, r
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if branch_scale is not None and (branch_scale.shape != x.shape[:1] or branch_scale.requires_grad):
-        raise ValueError(f"branch_scale must be [{x.shape[0]}] and need no gradient, got shape {tuple(branch_scale.shape)}")
+        raise ValueError(
+            f"branch_scale must be [{x.shape[0]}] and need no gradient, got shape {tuple(branch_scale.shape)}"
+        )
     _advance(norm)
     shortcut = None if residual is None else _nhwc(residual)
     settings = ActivationSettings(act)
@@ -187,14 +197,15 @@ def mbconv(
     branch_scale: torch.Tensor | None = None,
     stem_stride: int = 0,
 ) -> torch.Tensor:
-    """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight, BatchNormParams).
+    """One MBConv block as one autograd node; each of expand, depthwise, project is (convolution weight,
+    BatchNormParams).
 
-    x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the three
-    convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
-    draws: fp32 [N] from [0, 1), of drop_path; else they are drawn here. A sample's branch is kept where its draw lies below 1 - drop_path.
-    branch_scale: fp32 [N], factors of the residual branch that the caller drew, in place of drop_path's.
-    stem_stride, 1 or 2: ``expand`` is a network's stem, with weight [E, I, 3, 3], and x its images, of any strides:
-    ``mbconv(stem(x, ...), None, ...)`` in fewer launches and passes.
+    x [N, I, H, W] -> [N, O, H', W']. drop_path applies to the residual branch in training only. memory "keep" holds the
+    three convolutions' outputs for the backward; "recompute" computes the first (the largest) again from x there.
+    draws: fp32 [N] from [0, 1), of drop_path; else they are drawn here. A sample's branch is kept where its draw lies
+    below 1 - drop_path. branch_scale: fp32 [N], factors of the residual branch that the caller drew, in place of
+    drop_path's. stem_stride, 1 or 2: ``expand`` is a network's stem, with weight [E, I, 3, 3], and x its images, of any
+    strides: ``mbconv(stem(x, ...), None, ...)`` in fewer launches and passes.
     """
     dtype = compute_dtype(x)
     (weight1, norm1), (weight2, norm2), (weight3, norm3) = expand or (None, None), depthwise, project
@@ -203,7 +214,9 @@ def mbconv(
     N, _, *size = x.shape  # of what the depthwise convolution takes
     if stem_stride:
         if not expand or residual:
-            raise ValueError(f"stem_stride needs expand, which is the stem, and no residual, got {expand=} and {residual=}")
+            raise ValueError(
+                f"stem_stride needs expand, which is the stem, and no residual, got {expand=} and {residual=}"
+            )
         _check_stem_weight(x, weight1, stem_stride, padding)
         size = conv_out_sizes(*size, 3, stem_stride, padding)
     _check(x, weight2, *norms, stride=stride, padding=padding, acts=(act,))
@@ -218,7 +231,8 @@ def mbconv(
     for name, t in (("branch_scale", branch_scale), ("draws", draws)):
         if t is not None and (not residual or t.shape != x.shape[:1] or t.dtype != torch.float32 or t.requires_grad):
             raise ValueError(
-                f"{name} must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {t.dtype} {[*t.shape]}"
+                f"{name} must be fp32 [{x.shape[0]}], of a block with residual, and need no gradient, got {t.dtype} "
+                f"{[*t.shape]}"
             )
     if x.shape[0] == 0:
         size = conv_out_sizes(*size, k, stride, padding)
@@ -273,9 +287,16 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
 
 
 def stem(
-    x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, stride: int = 2, padding: str = "symmetric", act: str = "silu"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: BatchNormParams,
+    *,
+    stride: int = 2,
+    padding: str = "symmetric",
+    act: str = "silu",
 ) -> torch.Tensor:
-    """``act(BN(conv3x3(x)))``, a dense convolution of images of few channels: x [N, I, H, W], weight [S, I, 3, 3] -> [N, S, H', W'].
+    """``act(BN(conv3x3(x)))``, a dense convolution of images of few channels: x [N, I, H, W], weight [S, I, 3, 3] ->
+    [N, S, H', W'].
 
     x is read where it lies, whatever its strides and dtype: no copy, no cast.
     """
@@ -284,7 +305,9 @@ def stem(
     n, _, *size = x.shape
     check_batch(norm, (n, weight.shape[0], *size), 3, stride, padding)
     if n == 0:
-        return x.new_empty(0, weight.shape[0], *(conv_out_size(s, 3, stride, padding) for s in size), dtype=compute_dtype(x))
+        return x.new_empty(
+            0, weight.shape[0], *(conv_out_size(s, 3, stride, padding) for s in size), dtype=compute_dtype(x)
+        )
     args = (x, weight, norm, StemSettings(compute_dtype(x), stride, padding, act))
     if not norm.training and not _differentiable([x, weight, *_parameters(norm)]):
         return _nchw(ops.stem_inference(*args))

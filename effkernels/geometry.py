@@ -8,8 +8,8 @@ def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple
     """Zeros (before, after) one spatial dimension of ``size``.
 
     symmetric: ``(k - 1) // 2`` on both sides, as in timm's ``efficientnet_*`` and torchvision.
-    same: TensorFlow's rule, ``total = max((ceil(n / s) - 1) * s + k - n, 0)``, ``total // 2`` before and the rest after;
-    asymmetric at stride 2, and dependent on the actual input size.
+    same: TensorFlow's rule, ``total = max((ceil(n / s) - 1) * s + k - n, 0)``, ``total // 2`` before and the rest
+    after; asymmetric at stride 2, and dependent on the actual input size.
     same_as_even: what "same" gives for even sizes, at any size: the fixed padding of ported networks.
     """
     if padding == "symmetric":
@@ -38,8 +38,11 @@ def check_conv_args(kernel_size, stride, padding):
         raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
 
 
-def check_activation(x, weight, channels: int | None, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric") -> None:
-    """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution fits.
+def check_activation(
+    x, weight, channels: int | None, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric"
+) -> None:
+    """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution
+    fits.
 
     channels, weight: None where an edited layer has none of its own; then they are its own affair.
     """

@@ -1,4 +1,6 @@
-"""What the functional forms take besides tensors of activations: the tensors and settings of one layer, by reference."""
+"""What the functional forms take besides tensors of activations: the tensors and settings of one layer, by
+reference.
+"""
 
 from typing import NamedTuple
 
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 class BatchNormParams(NamedTuple):
     """One BatchNorm: z = (y - mean) / sqrt(var + eps) * weight + bias, biased variance, fp32 statistics.
 
-    training: normalise with the batch's statistics, and update the running ones (unbiased variance) where there are any;
-    otherwise normalise with the running ones. momentum None is the cumulative average over num_batches_tracked.
-    group: name of the process group whose batches are normalised together in training (nn.SyncBatchNorm); "" is this process alone.
+    training: normalise with the batch's statistics, and update the running ones (unbiased variance) where there are
+    any; otherwise normalise with the running ones. momentum None is the cumulative average over num_batches_tracked.
+    group: name of the process group whose batches are normalised together in training (nn.SyncBatchNorm); "" is this
+        process alone.
     """
 
     weight: Tensor
@@ -48,7 +51,9 @@ def _group_name(bn: nn.SyncBatchNorm) -> str:
 
 
 class SqueezeExciteParams(NamedTuple):
-    """Both 1x1 layers of squeeze-excite, weights [R, C, 1, 1] and [C, R, 1, 1] with biases, and the two functions' names."""
+    """Both 1x1 layers of squeeze-excite, weights [R, C, 1, 1] and [C, R, 1, 1] with biases, and the two functions'
+    names.
+    """
 
     reduce_weight: Tensor
     reduce_bias: Tensor

@@ -18,7 +18,9 @@ GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """phi(x), never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the caller's."""
+    """phi(x), never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the
+    caller's.
+    """
     return ACTIVATIONS[act](x)
 
 
@@ -42,8 +44,9 @@ def pad(x: torch.Tensor, kernel_size: int, stride: int, padding: str) -> torch.T
 
 
 def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor | None = None) -> torch.Tensor:
-    """Stochastic depth per sample (Huang et al., 2016): x [N, C, H, W] over 1 - rate where its draw lies below it, else 0; identity in
-    eval or at rate 0."""
+    """Stochastic depth per sample (Huang et al., 2016): x [N, C, H, W] over 1 - rate where its draw lies below it, else
+    0; identity in eval or at rate 0.
+    """
     if rate == 0.0 or not training:
         return x
     draws = drop_path_draws(x.shape[0], x.device) if draws is None else draws
@@ -53,7 +56,8 @@ def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor 
 def check_batch(norm: BatchNormParams, shape, *conv) -> None:
     """ValueError if batch statistics are wanted of nothing, or of one value a channel (as PyTorch's batch_norm raises).
 
-    shape [N, C, H, W] of the normalised tensor, or of the input of the convolution (kernel_size, stride, padding) before it.
+    shape [N, C, H, W] of the normalised tensor, or of the input of the convolution (kernel_size, stride, padding)
+    before it.
     """
     if norm.training and not norm.group:
         n, c, h, w = shape
@@ -71,7 +75,9 @@ def check_memory(memory: str) -> None:
 def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
     """BatchNorm over [N, C, H, W] as nn.BatchNorm2d computes it, running statistics and counter included."""
     if norm.group:
-        raise ValueError(f"the plain twins normalise one process's batch, got a BatchNorm of process group {norm.group!r}")
+        raise ValueError(
+            f"the plain twins normalise one process's batch, got a BatchNorm of process group {norm.group!r}"
+        )
     momentum = norm.momentum
     if norm.updates and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -105,7 +111,16 @@ _squeeze_excite, _drop_path = squeeze_excite, drop_path
 
 
 def depthwise_conv_bn_act(
-    x, weight, norm, *, stride=1, padding="symmetric", act="silu", pre_norm=None, pre_act="identity", squeeze_excite=None
+    x,
+    weight,
+    norm,
+    *,
+    stride=1,
+    padding="symmetric",
+    act="silu",
+    pre_norm=None,
+    pre_act="identity",
+    squeeze_excite=None,
 ):
     """Twin of ``functional.depthwise_conv_bn_act``."""
     if pre_norm is not None:

@@ -17,7 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads within the
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes each")
-    parser.addoption("--cases", type=float, default=1, metavar="N", help="draw N times as many cases in property tests, afresh")
+    parser.addoption(
+        "--cases", type=float, default=1, metavar="N", help="draw N times as many cases in property tests, afresh"
+    )
 
 
 def pytest_configure(config):
@@ -34,11 +36,17 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         if cases.ran > before:
-            item.user_properties.append(("property cases", cases.ran - before))  # travels from xdist's workers with the report
+            # Travels from xdist's workers with the report.
+            item.user_properties.append(("property cases", cases.ran - before))
 
 
 def pytest_terminal_summary(terminalreporter):
-    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if getattr(r, "when", None) == "call"]
+    reports = [
+        r
+        for kind in ("passed", "failed")
+        for r in terminalreporter.getreports(kind)
+        if getattr(r, "when", None) == "call"
+    ]
     counts = [count for report in reports for name, count in report.user_properties if name == "property cases"]
     if counts:
         terminalreporter.write_line(f"{sum(counts)} property cases drawn in {len(counts)} tests")

@@ -1,10 +1,12 @@
-"""Every supported Triton: its interpreter runs the kernels' tests, its compiler compiles them for NVIDIA's and AMD's GPUs (none is needed).
+"""Every supported Triton: its interpreter runs the kernels' tests, its compiler compiles them for NVIDIA's and AMD's
+GPUs (none is needed).
 
     python tests/matrix.py [--triton 3.6.0 ...] [--step suite|compile] [--jobs N] [--quick] [--fresh] [--folder DIR]
 
-Each version gets a virtual environment in --folder with that Triton and the NumPy it needs; everything else, PyTorch too, is that of
-the Python that runs this (CPU builds of PyTorch come without Triton, so any goes with any here). What is green is kept in --folder and
-not run again for the same sources, so that an interrupted run goes on. Ends with a table; exit code 1 unless all is green.
+Each version gets a virtual environment in --folder with that Triton and the NumPy it needs; everything else, PyTorch
+too, is that of the Python that runs this (CPU builds of PyTorch come without Triton, so any goes with any here). What
+is green is kept in --folder and not run again for the same sources, so that an interrupted run goes on. Ends with a
+table; exit code 1 unless all is green.
 """
 
 import argparse
@@ -27,11 +29,13 @@ TARGETS = {
     **{f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
     **{arch: ("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
 }
-# What of tests/effkernels is left out, as no Triton runs in it or none but the default suite's matters: mathematics in PyTorch, how other
-# libraries' modules are read, the gate and its errors, PyTorch's own contract (operators, torch.compile), configurations and their tables,
-# and the machine code of the one Triton that the table in git was made with.
+# What of tests/effkernels is left out, as no Triton runs in it or none but the default suite's matters: mathematics in
+# PyTorch, how other libraries' modules are read, the gate and its errors, PyTorch's own contract (operators,
+# torch.compile), configurations and their tables, and the machine code of the one Triton that the table in git was made
+# with.
 LEFT_OUT = set(
-    "gradcheck geometry convert convert_kernels convert_networks convert_reasons bad_input dispatch faults contract library counters "
+    "gradcheck geometry convert convert_kernels convert_networks convert_reasons bad_input dispatch faults contract "
+    "library counters "
     "launch tune compile".split()
 )
 SHARE = "0.25"  # of the property cases
@@ -39,7 +43,10 @@ QUICK = {"activations", "functional", "gate", "weight_gradients"}
 
 
 def selected(quick: bool) -> list[str]:
-    names = {path.stem.removeprefix("test_"): str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/effkernels/test_*.py"))}
+    names = {
+        path.stem.removeprefix("test_"): str(path.relative_to(ROOT))
+        for path in sorted(ROOT.glob("tests/effkernels/test_*.py"))
+    }
     assert LEFT_OUT | QUICK <= names.keys()
     return [path for name, path in names.items() if (name in QUICK if quick else name not in LEFT_OUT)]
 
@@ -50,9 +57,15 @@ def environment(folder: Path, version: str) -> Path:
     python = home / "bin/python"
     if not (home / "complete").exists():
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", f"triton=={version}", *VERSIONS.get(version, [])], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", f"triton=={version}", *VERSIONS.get(version, [])],
+            check=True,
+        )
         site = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         Path(site, "base.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after its own packages, which so win
         (home / "complete").touch()
@@ -83,7 +96,9 @@ def suite(python, jobs: int, quick: bool) -> tuple[str, str | None]:
         *selected(quick),
         OMP_NUM_THREADS="1",
     )
-    counts = re.sub(r",? *\d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1]) if done.stdout else "no answer"
+    counts = (
+        re.sub(r",? *\d+ warnings?| in .*", "", done.stdout.strip().splitlines()[-1]) if done.stdout else "no answer"
+    )
     return counts, None if done.returncode == 0 else done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -96,11 +111,16 @@ def compile_one(job) -> str | None:
     index, target = job
     launch = launches()[index]
     options = launch.options
-    if TARGETS[target][0] == "hip":  # no PTX, which is what FAST stands for, and no register limit given to its assembler
-        launch = dataclasses.replace(launch, arguments={k: False if k == "FAST" else v for k, v in launch.arguments.items()})
+    # No PTX, which is what FAST stands for, and no register limit given to its assembler.
+    if TARGETS[target][0] == "hip":
+        launch = dataclasses.replace(
+            launch, arguments={k: False if k == "FAST" else v for k, v in launch.arguments.items()}
+        )
         options = {k: v for k, v in options.items() if k != "maxnreg"}
     try:
-        triton.compile(ASTSource(launch.fn, *launch.specialization()), target=GPUTarget(*TARGETS[target]), options=options)
+        triton.compile(
+            ASTSource(launch.fn, *launch.specialization()), target=GPUTarget(*TARGETS[target]), options=options
+        )
     except Exception as error:  # every error of a compiler is an answer here
         return f"{type(error).__name__}: {str(error).strip()[:300]}"
     return None
@@ -131,8 +151,12 @@ def compiled(python, jobs: int) -> tuple[str, str | None]:
         return "no answer", done.stderr[-3000:]
     found = json.loads(done.stdout)
     failed = {target: {k: error for k, error in answers.items() if error} for target, answers in found.items()}
-    counts = ", ".join(f"{target} {len(answers) - len(failed[target])}/{len(answers)}" for target, answers in found.items())
-    return counts, json.dumps({t: errors for t, errors in failed.items() if errors}, indent=1) if any(failed.values()) else None
+    counts = ", ".join(
+        f"{target} {len(answers) - len(failed[target])}/{len(answers)}" for target, answers in found.items()
+    )
+    return counts, json.dumps({t: errors for t, errors in failed.items() if errors}, indent=1) if any(
+        failed.values()
+    ) else None
 
 
 def sources(step: str) -> str:
@@ -140,7 +164,11 @@ def sources(step: str) -> str:
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())
-    for place in ("effkernels", "tests/matrix.py") if step == "compile" else ("effkernels", "efficientnet", "benchmarks", "tests"):
+    for place in (
+        ("effkernels", "tests/matrix.py")
+        if step == "compile"
+        else ("effkernels", "efficientnet", "benchmarks", "tests")
+    ):
         for file in sorted([ROOT / place, *(ROOT / place).rglob("*")]):
             if file.suffix in (".py", ".json"):
                 digest.update(file.read_bytes())
@@ -149,12 +177,16 @@ def sources(step: str) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--triton", nargs="+", default=list(VERSIONS), metavar="VERSION", help=f"default: {' '.join(VERSIONS)}")
+    parser.add_argument(
+        "--triton", nargs="+", default=list(VERSIONS), metavar="VERSION", help=f"default: {' '.join(VERSIONS)}"
+    )
     parser.add_argument("--step", choices=["suite", "compile"], help="only this one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: one per core)")
     parser.add_argument("--quick", action="store_true", help=f"only the tests of {', '.join(sorted(QUICK))}")
     parser.add_argument("--fresh", action="store_true", help="run again what was green")
-    parser.add_argument("--folder", type=Path, default=Path("runs/matrix"), help="where virtual environments and answers are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/matrix"), help="where virtual environments and answers are kept"
+    )
     parser.add_argument("--compile-here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.compile_here:
@@ -164,7 +196,10 @@ def main(argv=None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     kept, wrong = folder / "green.json", []
     green = json.loads(kept.read_text()) if kept.exists() and not args.fresh else {}
-    steps = {"suite": lambda python: suite(python, args.jobs, args.quick), "compile": lambda python: compiled(python, args.jobs)}
+    steps = {
+        "suite": lambda python: suite(python, args.jobs, args.quick),
+        "compile": lambda python: compiled(python, args.jobs),
+    }
     for version in args.triton:
         print(f"Triton {version}", flush=True)
         python = environment(folder, version)

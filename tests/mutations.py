@@ -46,7 +46,11 @@ FAULTS = [
     # ---- convolution
     Fault("taps mirrored", "kernels/depthwise.py", "* K + j - o * STRIDE]", "* K + K - 1 - j + o * STRIDE]", DEPTHWISE),
     Fault(
-        "padding on the wrong side", "kernels/depthwise.py", "top, bottom, left, right = pads", "bottom, top, right, left = pads", DEPTHWISE
+        "padding on the wrong side",
+        "kernels/depthwise.py",
+        "top, bottom, left, right = pads",
+        "bottom, top, right, left = pads",
+        DEPTHWISE,
     ),
     Fault(
         "height's padding for the width",
@@ -55,16 +59,46 @@ FAULTS = [
         "*pad_amounts(height, kernel_size, stride, padding)",
         DEPTHWISE,
     ),
-    Fault("dgrad of the other rows of a stride", "kernels/depthwise.py", "if i // K % STRIDE == r:", "if i // K % STRIDE != r:", DEPTHWISE),
-    Fault("a wgrad row off", "kernels/depthwise.py", "if (W0 + i // K) % STRIDE == r:", "if (W0 + i // K + 1) % STRIDE == r:", DEPTHWISE),
+    Fault(
+        "dgrad of the other rows of a stride",
+        "kernels/depthwise.py",
+        "if i // K % STRIDE == r:",
+        "if i // K % STRIDE != r:",
+        DEPTHWISE,
+    ),
+    Fault(
+        "a wgrad row off",
+        "kernels/depthwise.py",
+        "if (W0 + i // K) % STRIDE == r:",
+        "if (W0 + i // K + 1) % STRIDE == r:",
+        DEPTHWISE,
+    ),
     Fault("padding activated", "kernels/depthwise.py", "a * (in_x[j].to(tl.float32) * row_in)[:, None]", "a", BLOCK),
     # ---- BatchNorm
     Fault("a row too many", "kernels/batchnorm.py", "ok = (r < rows)[:, None]", "ok = (r <= rows)[:, None]", BATCHNORM),
     Fault("no eps", "kernels/batchnorm.py", "tl.sqrt(m2 / total + eps)", "tl.sqrt(m2 / total)", BATCHNORM),
-    Fault("momentum of the old value", "kernels/batchnorm.py", "old_mean + factor *", "old_mean + (1.0 - factor) *", BATCHNORM),
-    Fault("batches counted twice", "kernels/batchnorm.py", "tl.load(num_batches) + 1", "tl.load(num_batches) + 2", BATCHNORM),
+    Fault(
+        "momentum of the old value",
+        "kernels/batchnorm.py",
+        "old_mean + factor *",
+        "old_mean + (1.0 - factor) *",
+        BATCHNORM,
+    ),
+    Fault(
+        "batches counted twice",
+        "kernels/batchnorm.py",
+        "tl.load(num_batches) + 1",
+        "tl.load(num_batches) + 2",
+        BATCHNORM,
+    ),
     Fault("biased running variance", "kernels/batchnorm.py", "m2 / (total - 1.0)", "m2 / total", BATCHNORM),
-    Fault("unbiased variance to normalise", "kernels/batchnorm.py", "m2 / total + eps", "m2 / (total - 1.0) + eps", BATCHNORM),
+    Fault(
+        "unbiased variance to normalise",
+        "kernels/batchnorm.py",
+        "m2 / total + eps",
+        "m2 / (total - 1.0) + eps",
+        BATCHNORM,
+    ),
     Fault("stale running statistics", "kernels/batchnorm.py", "if running_mean is not None:", "if False:", BATCHNORM),
     Fault(
         "cumulative average a batch late",
@@ -80,7 +114,13 @@ FAULTS = [
         "- s1 * shift",
         DEPTHWISE,
     ),
-    Fault("gradient without the variance's rstd", "kernels/batchnorm.py", "k1 = -scale * rstd * dgamma", "k1 = -scale * dgamma", BATCHNORM),
+    Fault(
+        "gradient without the variance's rstd",
+        "kernels/batchnorm.py",
+        "k1 = -scale * rstd * dgamma",
+        "k1 = -scale * dgamma",
+        BATCHNORM,
+    ),
     Fault(
         "a second image never started",
         "kernels/batchnorm.py",
@@ -112,12 +152,32 @@ FAULTS = [
         GATES,
     ),
     # ---- forward of 1x1 convolutions
-    Fault("rows of the fragments in the order of memory", FORWARD, "return i // (16 * WARPS) * (16 * WARPS) +", "return i + 0 *", PRODUCT),
-    Fault("columns of a fragment in another order", FORWARD, "(0, 2, 1, 3, 5, 6, 4, 7)", "(0, 2, 1, 3, 5, 4, 6, 7)", PRODUCT),
-    Fault("columns of the copy in the order of memory", "kernels/weight_copies.py", "k // 2 % 4 * 8", "k // 8 % 4 * 8", PRODUCT),
+    Fault(
+        "rows of the fragments in the order of memory",
+        FORWARD,
+        "return i // (16 * WARPS) * (16 * WARPS) +",
+        "return i + 0 *",
+        PRODUCT,
+    ),
+    Fault(
+        "columns of a fragment in another order",
+        FORWARD,
+        "(0, 2, 1, 3, 5, 6, 4, 7)",
+        "(0, 2, 1, 3, 5, 4, 6, 7)",
+        PRODUCT,
+    ),
+    Fault(
+        "columns of the copy in the order of memory",
+        "kernels/weight_copies.py",
+        "k // 2 % 4 * 8",
+        "k // 8 % 4 * 8",
+        PRODUCT,
+    ),
     Fault("columns of weights that stay in the order of memory", FORWARD, "(0, 2, 3, 1, 4)", "(0, 1, 2, 3, 4)", SLICES),
     Fault("rows beyond the end counted", FORWARD, "d = tl.where(valid, d, 0.0)", "d += 0.0", STATISTICS),
-    Fault("threads' sums without Chan's term", FORWARD, "- s * shift + delta * delta * held", "- s * shift", STATISTICS),
+    Fault(
+        "threads' sums without Chan's term", FORWARD, "- s * shift + delta * delta * held", "- s * shift", STATISTICS
+    ),
     Fault("a batch counted by each slice of columns", FORWARD, "start == 0", "start >= 0", SLICES),
     Fault(
         "sums without a pivot",
@@ -126,7 +186,13 @@ FAULTS = [
         "PIVOT=False",
         "test_pointwise_forward.py::test_statistics_of_a_large_mean[cpu-float32-live]",
     ),
-    Fault("the gate of the tile's first image", FORWARD, "((base + row) // rows * K)", "((base + row * 0) // rows * K)", GATES),
+    Fault(
+        "the gate of the tile's first image",
+        FORWARD,
+        "((base + row) // rows * K)",
+        "((base + row * 0) // rows * K)",
+        GATES,
+    ),
     Fault(
         "rows beyond an image pooled",
         FORWARD,
@@ -183,7 +249,13 @@ FAULTS = [
         "scale *= 1.0",
         PROJECT + "test_draws_stand_for_factors",
     ),
-    Fault("pooled by parts, not pixels", "kernels/squeeze_excite.py", "cc, mcc, C, BLOCK_P) / rows", "cc, mcc, C, BLOCK_P) / parts", BLOCK),
+    Fault(
+        "pooled by parts, not pixels",
+        "kernels/squeeze_excite.py",
+        "cc, mcc, C, BLOCK_P) / rows",
+        "cc, mcc, C, BLOCK_P) / parts",
+        BLOCK,
+    ),
     Fault("pooling's gradient not divided", "kernels/squeeze_excite.py", "acc *= inverse_pixels", "acc *= 1.0", BLOCK),
     Fault("sigmoid's derivative", "kernels/activation.py", "return g * (1.0 - g)", "return g", BLOCK),
     Fault(
@@ -236,7 +308,13 @@ FAULTS = [
         "BLOCK_M * 1.0",
         "test_stem.py",
     ),
-    Fault("the head's gamma gradient without rstd", "kernels/pooled_norm.py", "tl.sum(s4, 0) * rstd", "tl.sum(s4, 0)", "test_head.py"),
+    Fault(
+        "the head's gamma gradient without rstd",
+        "kernels/pooled_norm.py",
+        "tl.sum(s4, 0) * rstd",
+        "tl.sum(s4, 0)",
+        "test_head.py",
+    ),
     Fault(
         "the head pools a row too many",
         "kernels/pooled_norm.py",
@@ -264,21 +342,43 @@ FAULTS = [
     Fault("bf16 truncated", "kernels/common.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", PRODUCT),
     # ---- around the kernels
     Fault(
-        "sm_80 refused", "dispatch.py", "capability < MIN_CAPABILITY", "capability <= MIN_CAPABILITY", "test_dispatch.py::test_platforms"
+        "sm_80 refused",
+        "dispatch.py",
+        "capability < MIN_CAPABILITY",
+        "capability <= MIN_CAPABILITY",
+        "test_dispatch.py::test_platforms",
     ),
     Fault("a hook skipped", "dispatch.py", "if has_hooks(layer):", "if False:", "test_dispatch.py::test_hooks"),
 ]
 
 
 def pytest(tree: Path, *tests: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *(TESTS + test for test in tests)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *(TESTS + test for test in tests),
+    ]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 
 def copy_tree(to: Path) -> Path:
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).exists():

@@ -1,4 +1,6 @@
-"""README and docs: every Python block runs, every command is one, the API reference is current, every reason is in the table."""
+"""README and docs: every Python block runs, every command is one, the API reference is current, every reason is in the
+table.
+"""
 
 import ast
 import io
@@ -89,7 +91,9 @@ def test_command_is_one(argv):
 
 
 def test_every_other_command_is_known():
-    """Those that are not the package's own: virtual environments, installations of what setup.py has, and pytest on what is there."""
+    """Those that are not the package's own: virtual environments, installations of what setup.py has, and pytest on
+    what is there.
+    """
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     for where, words in lines():
         if "efficientnet" in words:
@@ -120,7 +124,9 @@ def test_commands_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     for where, argv in commands():
         if "runs/digits/best.safetensors" in argv:
             if argv[-1] == "-":  # the names of images from find
-                monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(str(p) for p in Path("runs").rglob("samples/*.png"))))
+                monkeypatch.setattr(
+                    sys, "stdin", io.StringIO("\n".join(str(p) for p in Path("runs").rglob("samples/*.png")))
+                )
             assert cli.main(argv) == 0, where
             ran.append(argv[0])
     assert {"validate", "predict", "export"} <= set(ran)
@@ -135,7 +141,9 @@ SHORT = {
 
 @pytest.mark.slow
 def test_commands_that_train_or_measure(hub, tmp_path, monkeypatch):
-    """Those on images of one's own, on digits and on a GPU, in order and shortened: on a few images, an epoch, the CPU."""
+    """Those on images of one's own, on digits and on a GPU, in order and shortened: on a few images, an epoch, the
+    CPU.
+    """
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -186,10 +194,15 @@ def test_api_reference_is_current():
 
 
 def reasons():
-    """(file:line, longest constant part) of every string of three words or more that the gate's functions return or set."""
+    """(file:line, longest constant part) of every string of three words or more that the gate's functions return or
+    set.
+    """
     for path in sorted((ROOT / "effkernels").rglob("*.py")):
         name = str(path.relative_to(ROOT / "effkernels"))
-        if not name.startswith(("dispatch", "adapters/", "modules/mbconv", "modules/stem_head")) or name == "adapters/accelerate.py":
+        if (
+            not name.startswith(("dispatch", "adapters/", "modules/mbconv", "modules/stem_head"))
+            or name == "adapters/accelerate.py"
+        ):
             continue
         tree, other = ast.parse(path.read_text(encoding="utf-8")), set()
         for node in ast.walk(tree):
@@ -201,7 +214,11 @@ def reasons():
                 other |= set(node.values)
         for node in ast.walk(tree):
             if node not in other and isinstance(node, (ast.Constant, ast.JoinedStr)):
-                values = [v.value for v in (node.values if isinstance(node, ast.JoinedStr) else [node]) if isinstance(v, ast.Constant)]
+                values = [
+                    v.value
+                    for v in (node.values if isinstance(node, ast.JoinedStr) else [node])
+                    if isinstance(v, ast.Constant)
+                ]
                 parts = [value.strip(" ,:()") for value in values if isinstance(value, str)]
                 if any(len(part.split()) >= 3 for part in parts):
                     yield f"{name}:{node.lineno}", max(parts, key=len)
@@ -216,7 +233,8 @@ def test_every_reason_is_in_the_troubleshooting_table():
 
 # Of the standard library, gone in 3.12 (distutils, asyncore, asynchat, imp, smtpd) and 3.13 (PEP 594, lib2to3).
 REMOVED = set(
-    "distutils asyncore asynchat imp smtpd aifc audioop cgi cgitb chunk crypt imghdr mailcap msilib nis nntplib ossaudiodev pipes sndhdr "
+    "distutils asyncore asynchat imp smtpd aifc audioop cgi cgitb chunk crypt imghdr mailcap msilib nis nntplib "
+    "ossaudiodev pipes sndhdr "
     "spwd sunau telnetlib uu xdrlib lib2to3".split()
 )
 
@@ -237,7 +255,9 @@ def test_links_between_pages():
 
 
 def test_sources_are_python_310():
-    """The oldest Python of setup.py: its grammar (ruff's target-version is the same), and nothing of a newer standard library."""
+    """The oldest Python of setup.py: its grammar (ruff's target-version is the same), and nothing of a newer standard
+    library.
+    """
     setup = (ROOT / "setup.py").read_text()
     assert 'python_requires=">=3.10"' in setup and "Python :: 3.{minor}" in setup and "(10, 11, 12, 13)" in setup
     assert 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()

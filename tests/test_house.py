@@ -169,7 +169,9 @@ def numbered(text: str) -> list[int]:
     """Lines that pick something by a number, sizes of a tensor aside."""
     found = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Attribute) and node.value.attr == "shape"):
+        if isinstance(node, ast.Subscript) and not (
+            isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+        ):
             index = node.slice
             bounds = (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
             bounds = [b.operand if isinstance(b, ast.UnaryOp) else b for b in bounds]
@@ -179,7 +181,9 @@ def numbered(text: str) -> list[int]:
 
 
 def test_no_operator_argument_is_picked_by_a_number():
-    """An operator has forty arguments: their names alone keep them apart. (autograd.py, which reads the names, counts results.)"""
+    """An operator has forty arguments: their names alone keep them apart. (autograd.py, which reads the names, counts
+    results.)
+    """
     assert numbered("a = args[24:33]\nb = rest[-6]\nc = x.shape[1]\nd = t[i]") == [1, 2]
     files = [path for path in sorted((ROOT / "effkernels/ops").glob("*.py")) if path.name != "autograd.py"]
     files.append(ROOT / "effkernels/functional.py")

@@ -11,21 +11,35 @@ SUMMARY = "Speed and memory of models on this machine, under the keys of timm's 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", default=["b0"], metavar="NAME", help="b0, b0..b7 for all these, l2 (default: b0)")
-    parser.add_argument("--mode", default="infer", choices=("infer", "train"), help="a forward, or a whole training step with AdamW")
+    parser.add_argument(
+        "--model", nargs="+", default=["b0"], metavar="NAME", help="b0, b0..b7 for all these, l2 (default: b0)"
+    )
+    parser.add_argument(
+        "--mode", default="infer", choices=("infer", "train"), help="a forward, or a whole training step with AdamW"
+    )
     baselines = ("eager", "eager-nchw", "compile", "compile-max-autotune", "compile-reduce-overhead")
-    parser.add_argument("--baseline", choices=baselines, help="also measure the plain network so, at the same batch size")
-    parser.add_argument("--batch-size", type=int, help="images a step, fewer if memory is short (default: 256, on a CPU 16)")
+    parser.add_argument(
+        "--baseline", choices=baselines, help="also measure the plain network so, at the same batch size"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="images a step, fewer if memory is short (default: 256, on a CPU 16)"
+    )
     parser.add_argument("--img-size", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--device", default="auto", choices=DEVICES)
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="training autocasts to it (default: bfloat16, on a CPU float32)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=dtypes, help="training autocasts to it (default: bfloat16, on a CPU float32)"
+    )
     parser.add_argument("--num-warm-iter", type=int, help="steps before timing (default: 10, on a CPU 2)")
     parser.add_argument("--num-bench-iter", type=int, help="timed steps (default: 40, on a CPU 10)")
-    parser.add_argument("--cuda-graph", action="store_true", help="replay inference from a CUDA graph (latency of small batches)")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="replay inference from a CUDA graph (latency of small batches)"
+    )
     parser.add_argument("--results-format", default="md", choices=("md", "json", "csv"), help="default: md")
-    parser.add_argument("--results-file", metavar="FILE", help="write there too, after each model (a whole file at every moment)")
+    parser.add_argument(
+        "--results-file", metavar="FILE", help="write there too, after each model (a whole file at every moment)"
+    )
 
 
 def _names(given):
@@ -55,7 +69,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--results-file {args.results_file!r}: no such folder")
     cpu = {"batch_size": 16, "num_warm_iter": 2, "num_bench_iter": 10} if device.type == "cpu" else {}
     given = {name: getattr(args, name) for name in ("batch_size", "img_size", "num_warm_iter", "num_bench_iter")}
-    fields = {"mode": args.mode, "dtype": args.dtype, "num_classes": args.num_classes, "cuda_graph": args.cuda_graph} | cpu
+    fields = {
+        "mode": args.mode,
+        "dtype": args.dtype,
+        "num_classes": args.num_classes,
+        "cuda_graph": args.cuda_graph,
+    } | cpu
     with checking_input():
         fields |= {name: value for name, value in given.items() if value is not None}
         configs = [BenchmarkConfig(model=name, **fields) for name in _names(args.model)]

@@ -67,14 +67,21 @@ class ContactSheet:
             else:
                 sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
             for line, words in enumerate(text[: self.lines]):
-                draw.text((x, y + CELL + LINE * line), _fitting(words, font), fill="dimgrey" if line == 0 else "black", font=font)
+                draw.text(
+                    (x, y + CELL + LINE * line),
+                    _fitting(words, font),
+                    fill="dimgrey" if line == 0 else "black",
+                    font=font,
+                )
         return sheet
 
 
 def _thumbnail(image):
     from PIL import Image, ImageOps
 
-    return ImageOps.contain(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (CELL, CELL), Image.Resampling.BICUBIC)
+    return ImageOps.contain(
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), (CELL, CELL), Image.Resampling.BICUBIC
+    )
 
 
 def _font():

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--img-size", type=int, help="pixels (default: as in training)")
     parser.add_argument("--batch-size", type=int, help="images a run of the program (default: 1)")
-    parser.add_argument("--dynamic-batch", action=argparse.BooleanOptionalAction, default=False, help="any number of images a run")
+    parser.add_argument(
+        "--dynamic-batch", action=argparse.BooleanOptionalAction, default=False, help="any number of images a run"
+    )
     parser.add_argument("--opset", type=int, help="of ONNX (default: torch's choice)")
     parser.set_defaults(device="cpu", amp="none", fused=False)  # for load: plain layers are what the formats know
 
@@ -45,5 +47,8 @@ def run(args: argparse.Namespace) -> None:
         )
     batch = "any" if args.dynamic_batch else args.batch_size or 1
     size = preprocess.img_size
-    print(f"{args.output}: {args.format}, {batch} x {model.in_chans} x {size} x {size} images, {Path(args.output).stat().st_size:,} bytes")
+    print(
+        f"{args.output}: {args.format}, {batch} x {model.in_chans} x {size} x {size} images, "
+        f"{Path(args.output).stat().st_size:,} bytes"
+    )
     print(f"maximal difference from the model: {difference.absolute:.3g} (logits reach {difference.largest_logit:.3g})")

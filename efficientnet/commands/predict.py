@@ -14,10 +14,14 @@ SUMMARY = "The most probable classes of images."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder with images in any depth, or - for paths on stdin")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="a file, a folder with images in any depth, or - for paths on stdin"
+    )
     parser.add_argument("--topk", type=int, default=5, help="classes to print (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object an image")
-    parser.add_argument("--contact-sheet", metavar="FILE.png", help="also draw the images with their classes; 96 a page")
+    parser.add_argument(
+        "--contact-sheet", metavar="FILE.png", help="also draw the images with their classes; 96 a page"
+    )
     parser.add_argument("--batch-size", "-b", type=int, default=32)
     parser.add_argument("--num-workers", "-j", type=int, default=0, help="processes that load images")
     add_reading_arguments(parser)
@@ -30,7 +34,13 @@ def run(args: argparse.Namespace) -> None:
     from efficientnet.data.loading import Unreadable
 
     with checking_input():
-        for name, minimum in (("topk", 1), ("batch_size", 1), ("num_workers", 0), ("max_corrupt", 0), ("max_pixels", 1)):
+        for name, minimum in (
+            ("topk", 1),
+            ("batch_size", 1),
+            ("num_workers", 0),
+            ("max_corrupt", 0),
+            ("max_pixels", 1),
+        ):
             if getattr(args, name) < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {getattr(args, name)}")
         sheet = ContactSheet(args.contact_sheet, lines=1 + min(args.topk, 3)) if args.contact_sheet else None
@@ -98,7 +108,10 @@ def _in_order(paths, runner, model, batches):
             probabilities = model(images).float().softmax(1).cpu()
         for index, row in zip(indices.tolist(), probabilities, strict=True):
             if row.isnan().any():
-                raise InputError(f"the model's logits of {paths[index]!r} are not finite: its weights are not, or --amp fp16 is too narrow")
+                raise InputError(
+                    f"the model's logits of {paths[index]!r} are not finite: its weights are not, or --amp fp16 is too "
+                    "narrow"
+                )
             yield from ((path, None) for path in paths[done:index])
             yield paths[index], row
             done = index + 1

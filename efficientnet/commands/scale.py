@@ -10,7 +10,10 @@ from efficientnet.commands.common import checking_input, print_stages, print_tab
 from efficientnet.model.scaling import COEFFICIENTS, check_count
 from efficientnet.scaling_study.table3 import TABLE_3
 
-SUMMARY = "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other networks."
+SUMMARY = (
+    "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other "
+    "networks."
+)
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 PHI_MAX = 16.0  # 1.92^16 is 34,000 times the cost of B0
 
@@ -30,20 +33,36 @@ def amount(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--phi", type=float, help="depth alpha^phi, width beta^phi, resolution gamma^phi")
-    target.add_argument("--flops", type=amount, help="the largest network of at most so many multiply-accumulates (400M, 1.8G, 4.2e9)")
+    target.add_argument(
+        "--flops", type=amount, help="the largest network of at most so many multiply-accumulates (400M, 1.8G, 4.2e9)"
+    )
     target.add_argument("--params", type=amount, help="the largest network of at most so many parameters (8M)")
-    target.add_argument("--latency", type=float, metavar="MS", help="the largest network of at most so many measured milliseconds")
-    target.add_argument("--search", action="store_true", help="the grid search for alpha, beta and gamma at phi 1, kept in --output")
-    parser.add_argument("--base", default="efficientnet_b0", help="efficientnet_b0, mobilenet_v1, mobilenet_v2 or resnet50")
+    target.add_argument(
+        "--latency", type=float, metavar="MS", help="the largest network of at most so many measured milliseconds"
+    )
+    target.add_argument(
+        "--search", action="store_true", help="the grid search for alpha, beta and gamma at phi 1, kept in --output"
+    )
+    parser.add_argument(
+        "--base", default="efficientnet_b0", help="efficientnet_b0, mobilenet_v1, mobilenet_v2 or resnet50"
+    )
     for name, default in zip(("alpha", "beta", "gamma"), COEFFICIENTS, strict=True):
         parser.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s, the paper's)")
-    parser.add_argument("--img-size", type=int, help="pixels of the unscaled network (default: 224; 32 to search on digits)")
+    parser.add_argument(
+        "--img-size", type=int, help="pixels of the unscaled network (default: 224; 32 to search on digits)"
+    )
     parser.add_argument("--num-classes", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, help="images of a timed forward (default: 1), or of a training step (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=int, help="images of a timed forward (default: 1), or of a training step (default: 64)"
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help="for --latency and --search")
 
-    search = parser.add_argument_group("search", "what is not given takes the defaults of efficientnet.scaling_study.search.SearchConfig")
-    search.add_argument("--output", default="scale.json", help="results; the same command continues a search (default: %(default)s)")
+    search = parser.add_argument_group(
+        "search", "what is not given takes the defaults of efficientnet.scaling_study.search.SearchConfig"
+    )
+    search.add_argument(
+        "--output", default="scale.json", help="results; the same command continues a search (default: %(default)s)"
+    )
     search.add_argument("--objective", help="accuracy, latency or macs (default: accuracy with --data, else latency)")
     search.add_argument("--step", type=float, help="of the grid of alpha, beta and gamma (default: 0.05)")
     search.add_argument("--at-least", type=float, help="lower limit of alpha * beta^2 * gamma^2 (default: 1.9)")
@@ -91,7 +110,9 @@ def prepare_search(args: argparse.Namespace):
 
 def print_search(config, rows: list[dict], top: int = 10) -> None:
     """Print the best candidates, and the paper's among them."""
-    shown = {"accuracy": ("accuracy", "loss"), "latency": ("ms", "ms_per_gmac"), "macs": ("macs_of_base",)}[config.objective]
+    shown = {"accuracy": ("accuracy", "loss"), "latency": ("ms", "ms_per_gmac"), "macs": ("macs_of_base",)}[
+        config.objective
+    ]
     names = ("alpha", "beta", "gamma")
     table = [("rank", *names, "product", "resolution", "parameters", "MACs", *shown)]
     for rank, row in enumerate(rows, start=1):
@@ -100,7 +121,13 @@ def print_search(config, rows: list[dict], top: int = 10) -> None:
             figures = (f"{row[name]:.4g}" for name in ("product", "resolution"))
             counts = f"{row['parameters']:,}", f"{row['macs']:,}"
             table.append(
-                (f"{rank}{' (paper)' if paper else ''}", *(row[n] for n in names), *figures, *counts, *(f"{row[n]:.4f}" for n in shown))
+                (
+                    f"{rank}{' (paper)' if paper else ''}",
+                    *(row[n] for n in names),
+                    *figures,
+                    *counts,
+                    *(f"{row[n]:.4f}" for n in shown),
+                )
             )
     print_table(table, left=(0,))
     best = " ".join(f"--{name} {rows[0][name]:g}" for name in names)
@@ -181,7 +208,10 @@ class Stopwatch:
 
         ms, iqr = self.measured[phi]
         images = "image" if self.batch_size == 1 else "images"
-        return f"{ms:.2f} ms (interquartile range {iqr:.2f}) for {self.batch_size} {images} in fp32 on {describe_device(self.device)}"
+        return (
+            f"{ms:.2f} ms (interquartile range {iqr:.2f}) for {self.batch_size} {images} in fp32 on "
+            f"{describe_device(self.device)}"
+        )
 
 
 def print_paper(base: str) -> None:
@@ -197,5 +227,7 @@ def print_paper(base: str) -> None:
         counts = f"{count_parameters(model):,}", f"{count_macs(model) / 1e9:.3f}"
         table.append((row.what, row.depth, row.width, f"{row.resolution} ({size})", *counts, row.gmacs, row.top1))
     print_table(table, left=(0,))
-    print("\nThe paper's: arXiv 1905.11946v5, Table 3. It gives no parameters, and multipliers of a compound row only for")
+    print(
+        "\nThe paper's: arXiv 1905.11946v5, Table 3. It gives no parameters, and multipliers of a compound row only for"
+    )
     print("MobileNetV1; those are used for the other two as well.")

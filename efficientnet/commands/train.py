@@ -8,19 +8,29 @@ from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig, option_names
 
 SUMMARY = "Train a model; write checkpoints, metrics and curves."
-KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {}, "tuple": {}, "bool": {"action": argparse.BooleanOptionalAction}}
+KINDS = {
+    "int": {"type": int},
+    "float": {"type": float},
+    "str": {},
+    "tuple": {},
+    "bool": {"action": argparse.BooleanOptionalAction},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--recipe, and one option for each field of TrainConfig, which owns the defaults and the checks."""
-    parser.add_argument("--recipe", help="settings to start from, which options override: a .toml file, or paper-b0 to paper-b7, digits")
+    parser.add_argument(
+        "--recipe", help="settings to start from, which options override: a .toml file, or paper-b0 to paper-b7, digits"
+    )
     for field in fields(TrainConfig):
         kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
         help = field.metadata["help"].replace("%", "%%")
         if kind != "bool" and field.default is not None:
             help += f" (default: {field.default})"
         # Not there unless given: then a recipe's setting counts, or TrainConfig's default.
-        kwargs = {"dest": field.name, "default": argparse.SUPPRESS, "help": help} | KINDS[kind] | field.metadata["argparse"]
+        kwargs = (
+            {"dest": field.name, "default": argparse.SUPPRESS, "help": help} | KINDS[kind] | field.metadata["argparse"]
+        )
         parser.add_argument(*option_names(field.name), **kwargs)
 
 

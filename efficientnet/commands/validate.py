@@ -8,7 +8,13 @@ from dataclasses import replace
 from itertools import chain
 
 from efficientnet.choices import INTERPOLATIONS
-from efficientnet.commands.common import add_checkpoint_arguments, add_reading_arguments, checking_input, load, print_table
+from efficientnet.commands.common import (
+    add_checkpoint_arguments,
+    add_reading_arguments,
+    checking_input,
+    load,
+    print_table,
+)
 from efficientnet.errors import InputError
 
 SUMMARY = "Loss and top-1 and top-5 accuracy of a checkpoint on a data set."
@@ -16,15 +22,26 @@ SUMMARY = "Loss and top-1 and top-5 accuracy of a checkpoint on a data set."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
-    parser.add_argument("--split", default="val", choices=("val", "train", "all"), help="images to evaluate (default: the held-out ones)")
-    parser.add_argument("--val-fraction", type=float, default=0.2, help="share held out, as in training (default: %(default)s)")
+    parser.add_argument(
+        "--split",
+        default="val",
+        choices=("val", "train", "all"),
+        help="images to evaluate (default: the held-out ones)",
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.2, help="share held out, as in training (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", "-b", type=int, default=64)
     parser.add_argument("--num-workers", "-j", type=int, default=0, help="processes that load images")
     add_reading_arguments(parser)
-    parser.add_argument("--crop-pct", type=float, help="share of the shorter side that the model sees (default: as in training)")
+    parser.add_argument(
+        "--crop-pct", type=float, help="share of the shorter side that the model sees (default: as in training)"
+    )
     parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="of resized images (default: as in training)")
     parser.add_argument("--per-class", action="store_true", help="also a table of the classes")
-    parser.add_argument("--json", action="store_true", help="one JSON object, classes included; timm's names, accuracies in percent")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object, classes included; timm's names, accuracies in percent"
+    )
     add_checkpoint_arguments(parser)
 
 
@@ -61,9 +78,13 @@ def _validate(args, processes):
             shards = {"val_data": args.data, "num_classes": model.num_classes, "classes": classes}
         data = load_data(args.data, preprocess.img_size, args.val_fraction, **shards)
         if classes is None and len(data.classes) != model.num_classes:
-            raise InputError(f"data {args.data!r} has {len(data.classes)} classes, but the checkpoint has {model.num_classes}")
+            raise InputError(
+                f"data {args.data!r} has {len(data.classes)} classes, but the checkpoint has {model.num_classes}"
+            )
         if classes is not None and classes != data.classes:
-            raise InputError(f"data {args.data!r} has classes {_short(data.classes)}, but the checkpoint has {_short(classes)}")
+            raise InputError(
+                f"data {args.data!r} has classes {_short(data.classes)}, but the checkpoint has {_short(classes)}"
+            )
     unreadable = Unreadable(args.max_corrupt, lambda text: print(text, file=sys.stderr))
     parts = {"val": [data.val], "train": [data.train], "all": [data.train, data.val]}[args.split]
     for part in parts:
@@ -72,23 +93,45 @@ def _validate(args, processes):
     result = runner.evaluate(model, chain.from_iterable(batches))
 
     if not math.isfinite(result.loss):
-        raise InputError(f"the loss is {result.loss}: the model's logits are not finite; its weights are not, or --amp fp16 is too narrow")
+        raise InputError(
+            f"the loss is {result.loss}: the model's logits are not finite; its weights are not, or --amp fp16 is too "
+            "narrow"
+        )
     problems = processes.gather(unreadable.seen)
     if not processes.first:
         return
     percent = {"top1": 100 * result.accuracy, "top5": 100 * result.accuracy5}
     if args.json:
-        row = {"model": model.config.name, "checkpoint": args.checkpoint, "data": args.data, "split": args.split, "images": result.total}
+        row = {
+            "model": model.config.name,
+            "checkpoint": args.checkpoint,
+            "data": args.data,
+            "split": args.split,
+            "images": result.total,
+        }
         row |= {"loss": result.loss, **percent, **{f"{key}_err": 100 - value for key, value in percent.items()}}
-        row |= {"param_count": count_parameters(model) / 1e6, "img_size": preprocess.img_size, "crop_pct": preprocess.crop_pct}
-        row |= {"interpolation": preprocess.interpolation, "unreadable": [problem for part in problems for problem in part]}
+        row |= {
+            "param_count": count_parameters(model) / 1e6,
+            "img_size": preprocess.img_size,
+            "crop_pct": preprocess.crop_pct,
+        }
+        row |= {
+            "interpolation": preprocess.interpolation,
+            "unreadable": [problem for part in problems for problem in part],
+        }
         names = zip(data.classes, result.per_class, strict=True)
-        row["per_class"] = [{"class": name, "images": total, "top1": 100 * hit / total if total else None} for name, (hit, total) in names]
+        row["per_class"] = [
+            {"class": name, "images": total, "top1": 100 * hit / total if total else None}
+            for name, (hit, total) in names
+        ]
         print(json.dumps(row))
         return
     print(f"{'held-out' if args.split == 'val' else args.split} loss: {result.loss:.4f}")
     size, crop = preprocess.img_size, preprocess.crop_pct
-    print(f"images: {result.total}, {size} x {size} pixels, {100 * crop:g} % of the shorter side, {preprocess.interpolation}")
+    print(
+        f"images: {result.total}, {size} x {size} pixels, {100 * crop:g} % of the shorter side, "
+        f"{preprocess.interpolation}"
+    )
     if args.per_class:
         table = [("class", "images", "right", "top-1 %")]
         for name, (hit, total) in zip(data.classes, result.per_class, strict=True):

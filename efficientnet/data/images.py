@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".jp2")  # of images that Pillow can read where it has their library
+# Of images that Pillow can read where it has their library.
+OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".jp2")
 NO_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # what systems put among one's own
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of images with so many channels
 THIN = 4  # of an image with longer sides than so many shorter ones only the middle is resized
@@ -90,7 +91,9 @@ class Preprocess:
             return image
         scale = img_size / crop_pct / min(height, width)
         size = [max(img_size, round(n * scale)) for n in (height, width)]
-        x = F.interpolate(image.float().unsqueeze(0), size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+        x = F.interpolate(
+            image.float().unsqueeze(0), size, mode=self.interpolation, align_corners=False, antialias=True
+        )[0]
         top, left = ((n - img_size) // 2 for n in size)
         x = x[:, top : top + img_size, left : left + img_size]
         return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
@@ -102,7 +105,9 @@ class Preprocess:
 
 
 def _middle(image):
-    """The part of a thin image, uint8 [C, H, W], that the centre crop can see: a line of 20,000 pixels would be resized to gigabytes."""
+    """The part of a thin image, uint8 [C, H, W], that the centre crop can see: a line of 20,000 pixels would be resized
+    to gigabytes.
+    """
     height, width = image.shape[1:]
     for dim, size in ((1, height), (2, width)):
         keep = THIN * min(height, width) + size % 2  # as many left out on either side
@@ -120,7 +125,9 @@ class Prepared:
         seed: of the random draws.
     """
 
-    def __init__(self, preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed: int = 0):
+    def __init__(
+        self, preprocess: Preprocess, augment: Callable | None = None, finish: Callable | None = None, seed: int = 0
+    ):
         self.preprocess, self.augment, self.finish, self.seed = preprocess, augment, finish, seed
 
     def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
@@ -197,7 +204,8 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Image files in a folder, in any depth, sorted; links to folders are followed. Hidden files and what systems leave about are none.
+    """Image files in a folder, in any depth, sorted; links to folders are followed. Hidden files and what systems leave
+    about are none.
 
     A warning says how many were left out because this Pillow cannot read them.
     """
@@ -217,7 +225,9 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
             (found if suffix in image_suffixes() else unknown).append(Path(path))
     if unknown:
         kinds = ", ".join(sorted({path.suffix.lower() for path in unknown}))
-        text = f"{len(unknown)} files ({kinds}) in {str(folder)!r} are left out: Pillow, as it is here, cannot read them"
+        text = (
+            f"{len(unknown)} files ({kinds}) in {str(folder)!r} are left out: Pillow, as it is here, cannot read them"
+        )
         warnings.warn(text, stacklevel=2)
     return sorted(found)
 
@@ -228,7 +238,8 @@ def hidden(name: str) -> bool:
 
 
 def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
-    """Decode an image file with Pillow: uint8 [channels, H, W], grey, RGB or RGBA, as a camera held it (EXIF orientation).
+    """Decode an image file with Pillow: uint8 [channels, H, W], grey, RGB or RGBA, as a camera held it (EXIF
+    orientation).
 
     Raises InputError naming a file that is no image, is damaged or has more pixels than are allowed.
     """
@@ -257,7 +268,9 @@ def decode(file: str | os.PathLike | BinaryIO, name: object, channels: int = 3) 
                 Image.MAX_IMAGE_PIXELS = limit
         with opened as image:
             if image.width * image.height > _limits["pixels"]:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {_limits['pixels']}; --max-pixels allows more")
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, more than {_limits['pixels']}; --max-pixels allows more"
+                )
             return to_channels(_upright(image), channels)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise

@@ -1,4 +1,6 @@
-"""How batches reach a model: loading them, passing over images that cannot be read, measuring the time spent waiting."""
+"""How batches reach a model: loading them, passing over images that cannot be read, measuring the time spent
+waiting.
+"""
 
 import time
 from collections.abc import Callable
@@ -34,7 +36,9 @@ class Unreadable:
 
 
 class Readable(torch.utils.data.Dataset):
-    """(item or None, problems) of a data set: a training image that cannot be read gives way to the next one that can."""
+    """(item or None, problems) of a data set: a training image that cannot be read gives way to the next one that
+    can.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -53,7 +57,9 @@ class Readable(torch.utils.data.Dataset):
 
 
 def collate(items: list[tuple]) -> tuple[list[torch.Tensor] | None, list[str]]:
-    """A batch of what ``Readable`` returned: (tensors of the items that could be read, or None; the problems of all)."""
+    """A batch of what ``Readable`` returned: (tensors of the items that could be read, or None; the problems of
+    all).
+    """
     problems = [problem for _, found in items for problem in found]
     readable = [item for item, _ in items if item is not None]
     return default_collate(readable) if readable else None, problems
@@ -66,7 +72,13 @@ class Batches:
     """
 
     def __init__(self, dataset: Dataset, loader: DataLoader, to_device: Callable, unreadable: Unreadable):
-        self.dataset, self.loader, self.to_device, self.unreadable, self.wait = dataset, loader, to_device, unreadable, 0.0
+        self.dataset, self.loader, self.to_device, self.unreadable, self.wait = (
+            dataset,
+            loader,
+            to_device,
+            unreadable,
+            0.0,
+        )
 
     def names(self, epoch: int, step: int) -> list[str]:
         """The images of an update in training: those of all processes, or of shards those of this process."""

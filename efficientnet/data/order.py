@@ -57,7 +57,8 @@ class TrainingOrder:
         self.epoch, self.start = 0, 0
         if self.steps == 0:
             raise InputError(
-                f"an update takes {self.images} images (batch_size {batch_size} x {accum} accumulated x {world} processes), "
+                f"an update takes {self.images} images (batch_size {batch_size} x {accum} accumulated x {world} "
+                "processes), "
                 f"but the training set has {total}: lower batch_size"
             )
 

@@ -16,7 +16,20 @@ from efficientnet.errors import InputError
 
 # Names of folders with parts of a set, in whatever case; of several held-out ones the first here is taken.
 TRAIN_FOLDERS = ("train", "training", "train_set", "trainset", "trn")
-HELD_OUT_FOLDERS = ("val", "validation", "valid", "validate", "dev", "eval", "evaluation", "holdout", "held_out", "test", "testing", "tst")
+HELD_OUT_FOLDERS = (
+    "val",
+    "validation",
+    "valid",
+    "validate",
+    "dev",
+    "eval",
+    "evaluation",
+    "holdout",
+    "held_out",
+    "test",
+    "testing",
+    "tst",
+)
 HELD_OUT_FOLDERS += ("val_set", "valset", "test_set", "testset")
 DIGITS_MEAN, DIGITS_STD = (0.305,) * 3, (0.324,) * 3  # of the training images
 # name: (class, arguments of the training parts, of the held-out part)
@@ -69,7 +82,8 @@ def load_data(
             files.
         download: whether torchvision may fetch a set of its own into ROOT.
         in_chans: channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
-        classes: of a webdataset, the names that its .cls files may have, in their order; None: those that they have, or numbers.
+        classes: of a webdataset, the names that its .cls files may have, in their order; None: those that they have, or
+            numbers.
         prepare: further fields of Preprocess.
 
     Raises InputError (a ValueError) for an unknown name, no images, fewer than two classes, or nothing held out.
@@ -90,9 +104,15 @@ def load_data(
         raise InputError(f"data {name!r} cannot be split: name its held-out images with --val-data")
     else:
         kind, (images, labels) = ImageSet, source.train
-        train, val = ([[part[i] for i in indices] for part in (images, labels)] for indices in stratified_split(labels, val_fraction))
+        train, val = (
+            [[part[i] for i in indices] for part in (images, labels)]
+            for indices in stratified_split(labels, val_fraction)
+        )
         if not val[1]:
-            raise InputError(f"no class has the two images it takes to hold one out ({len(labels)} images, {len(source.classes)} classes)")
+            raise InputError(
+                f"no class has the two images it takes to hold one out ({len(labels)} images, {len(source.classes)} "
+                "classes)"
+            )
     if source.kind is not ImageSet and source.train[-1] is None:
         raise InputError(f"samples of {name!r} cannot be counted beforehand: give --train-num-samples")
     return Data(source.kind(*train, preprocess, source.augment), kind(*val, preprocess), source.classes, preprocess)
@@ -201,11 +221,14 @@ def _imagefolder(root):
         return _Source(classes, (images, labels), None, random_crop_flip, {})
     if held_out is None:
         raise InputError(
-            f"data folder {str(root)!r} has {train.name!r}, but no held-out images beside it, in {', '.join(HELD_OUT_FOLDERS[:4])} or the "
+            f"data folder {str(root)!r} has {train.name!r}, but no held-out images beside it, in "
+            f"{', '.join(HELD_OUT_FOLDERS[:4])} or the "
             f"like; to hold out a share of {train.name!r}, give that folder itself"
         )
     if train is None:
-        raise InputError(f"data folder {str(root)!r} has {held_out.name!r}, but no training images beside it, in {TRAIN_FOLDERS[0]}")
+        raise InputError(
+            f"data folder {str(root)!r} has {held_out.name!r}, but no training images beside it, in {TRAIN_FOLDERS[0]}"
+        )
     classes, images, labels = _scan(train)
     val_classes, val_images, val_labels = _scan(held_out)
     unknown = sorted(set(val_classes) - set(classes))
@@ -217,10 +240,16 @@ def _imagefolder(root):
 
 
 def _part(root, names):
-    """The folder of ``root`` with one of these names that has folders of its own, so that it is no class; None if there is none."""
+    """The folder of ``root`` with one of these names that has folders of its own, so that it is no class; None if there
+    is none.
+    """
     found = {}
     for entry in sorted(root.iterdir()) if root.is_dir() else ():
-        if entry.name.lower() in names and entry.is_dir() and any(e.is_dir() and not hidden(e.name) for e in entry.iterdir()):
+        if (
+            entry.name.lower() in names
+            and entry.is_dir()
+            and any(e.is_dir() and not hidden(e.name) for e in entry.iterdir())
+        ):
             found.setdefault(entry.name.lower(), entry)
     return next((found[name] for name in names if name in found), None)
 
@@ -231,7 +260,10 @@ def _torchvision(kind, root, download):
     name, train_parts, val_part = TORCHVISION_SETS[kind]
     make = getattr(torchvision_module("datasets"), name)
     try:
-        train, val = [make(root, download=download, **part) for part in train_parts], make(root, download=download, **val_part)
+        train, val = (
+            [make(root, download=download, **part) for part in train_parts],
+            make(root, download=download, **val_part),
+        )
     except RuntimeError as error:  # what torchvision raises where the files are not there, or are not whole
         if download:
             raise InputError(f"{kind} cannot be fetched into {str(root)!r}: {error}") from error
@@ -259,12 +291,18 @@ def _webdataset(pattern, num_classes, num_samples, classes=None):
         num_samples, num_classes = num_samples or samples, num_classes or len(found)
         if classes is None and found != numbered(len(found)):
             if len(found) != num_classes:
-                raise InputError(f"num_classes is {num_classes}, but webdataset:{pattern} has {len(found)} classes by name")
+                raise InputError(
+                    f"num_classes is {num_classes}, but webdataset:{pattern} has {len(found)} classes by name"
+                )
             classes = found
     if num_classes is None:
-        raise InputError(f"classes of {shards[0]!r} cannot be counted beforehand: give --num-classes, and --train-num-samples")
+        raise InputError(
+            f"classes of {shards[0]!r} cannot be counted beforehand: give --num-classes, and --train-num-samples"
+        )
     if num_samples == 0 or num_classes < 2:
-        raise InputError(f"webdataset:{pattern} must have samples of 2 classes or more, got {num_samples} of {num_classes}")
+        raise InputError(
+            f"webdataset:{pattern} must have samples of 2 classes or more, got {num_samples} of {num_classes}"
+        )
     names = list(classes or numbered(num_classes))
     return _Source(names, (shards, names, num_samples), None, random_crop_flip, {}, ShardSet)
 
@@ -288,4 +326,6 @@ def _scan(root):
 
 def _check_classes(classes, root):
     if len(classes) < 2:
-        raise InputError(f"data folder {str(root)!r} must have at least 2 class folders, got {len(classes)}: {', '.join(classes)}")
+        raise InputError(
+            f"data folder {str(root)!r} must have at least 2 class folders, got {len(classes)}: {', '.join(classes)}"
+        )

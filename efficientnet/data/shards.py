@@ -35,7 +35,12 @@ class ShardSet(Prepared):
     """
 
     def __init__(
-        self, shards: list[str], classes: list[str], num_samples: int | None, preprocess: Preprocess, augment: Callable | None = None
+        self,
+        shards: list[str],
+        classes: list[str],
+        num_samples: int | None,
+        preprocess: Preprocess,
+        augment: Callable | None = None,
     ):
         super().__init__(preprocess, augment)
         self.shards, self.num_samples = shards, num_samples
@@ -64,7 +69,11 @@ class ShardSet(Prepared):
             label = int(text)  # of classes whose names another place knows
         if label is None:
             last = len(self.labels) - 1
-            accepted = f"a number from 0 to {last}" if "0" in self.labels else f"one of {_some(self.labels)}, or a number from 0 to {last}"
+            accepted = (
+                f"a number from 0 to {last}"
+                if "0" in self.labels
+                else f"one of {_some(self.labels)}, or a number from 0 to {last}"
+            )
             raise InputError(f"class of sample {name!r} must be {accepted}, got {text!r}")
         return decode(io.BytesIO(raw[suffix]), name, self.preprocess.channels), label
 
@@ -107,8 +116,8 @@ def _some(names):
 def count_samples(shards: list[str]) -> tuple[int, list[str]]:
     """(samples, names of the classes) of local shards, counted from the headers and .cls files alone.
 
-    The names are numbers up to the largest where most are numbers, else they are sorted. Raises InputError for a file that
-    is no tar file.
+    The names are numbers up to the largest where most are numbers, else they are sorted. Raises InputError for a file
+    that is no tar file.
     """
     samples, names = 0, set()
     for shard in shards:
@@ -156,12 +165,15 @@ class ShardLoader:
         self.workers, self.loading = max(1, num_workers), {"num_workers": num_workers, **loading}
         if order is not None and len(dataset.shards) < world * self.workers:
             raise InputError(
-                f"{len(dataset.shards)} shards are too few for {world} processes with {self.workers} loading processes each: "
+                f"{len(dataset.shards)} shards are too few for {world} processes with {self.workers} loading processes "
+                "each: "
                 "lower --num-workers, or make more and smaller shards"
             )
 
     def __iter__(self):
-        reader = _Reader(self.dataset, self.batch_size, self.rank, self.world, _Plan.of(self.order) if self.order else None)
+        reader = _Reader(
+            self.dataset, self.batch_size, self.rank, self.world, _Plan.of(self.order) if self.order else None
+        )
         return iter(DataLoader(reader, batch_size=None, **self.loading))
 
     @property
@@ -175,7 +187,9 @@ class ShardLoader:
         for batch in range(step * order.accum, (step + 1) * order.accum):
             plan = _Plan(epoch, batch, batch + 1, 0)
             reader = _Reader(self.dataset, self.batch_size, self.rank, self.world, plan)
-            names += [_name(raw) for _, raw in islice(reader.stream(batch % self.workers, self.workers, []), self.batch_size)]
+            names += [
+                _name(raw) for _, raw in islice(reader.stream(batch % self.workers, self.workers, []), self.batch_size)
+            ]
         return names
 
 
@@ -271,7 +285,9 @@ class _Reader(IterableDataset):
                 empty = False
                 yield turn, raw
             if empty:
-                raise InputError(f"no sample in shard {shards[0]!r}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else ""))
+                raise InputError(
+                    f"no sample in shard {shards[0]!r}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+                )
 
     @staticmethod
     def _samples(shards, problems):

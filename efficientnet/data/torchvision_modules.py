@@ -13,10 +13,11 @@ from efficientnet.errors import InputError
 
 @functools.cache
 def declare_torchvision_operators() -> torch.library.Library | None:
-    """Let torchvision, and timm, which imports it, be imported although its compiled operators were built for another torch.
+    """Let torchvision, and timm, which imports it, be imported although its compiled operators were built for another
+    torch.
 
-    On import torchvision gives two of them shape rules, and fails if they do not exist. Images need neither, so they are
-    declared here. They live as long as what this returns, which the cache keeps.
+    On import torchvision gives two of them shape rules, and fails if they do not exist. Images need neither, so they
+    are declared here. They live as long as what this returns, which the cache keeps.
     """
     spec = find_spec("torchvision")
     if spec is None or not spec.origin or hasattr(torch.ops.torchvision, "nms"):
@@ -42,4 +43,6 @@ def torchvision_module(name: str) -> ModuleType:
     except (ImportError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
             raise
-        raise InputError(f"torchvision does not fit torch {torch.__version__} ({error}); pip install -U torchvision") from error
+        raise InputError(
+            f"torchvision does not fit torch {torch.__version__} ({error}); pip install -U torchvision"
+        ) from error

@@ -16,7 +16,9 @@ class Latency(NamedTuple):
     iqr: float
 
 
-def measure_latency(model: nn.Module, image_size: int, device: torch.device, batch_size: int = 1, seconds: float = 0.5) -> Latency:
+def measure_latency(
+    model: nn.Module, image_size: int, device: torch.device, batch_size: int = 1, seconds: float = 0.5
+) -> Latency:
     """Time the forward of ``batch_size`` fp32 images [N, 3, image_size, image_size] in eval, channels_last.
 
     It runs on as many threads as torch has. The weights do not matter to it. The device is waited for; the first
@@ -30,8 +32,12 @@ def measure_latency(model: nn.Module, image_size: int, device: torch.device, bat
         with torch.no_grad():
             for _ in range(2):
                 model(images)
-            timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+            timer = Timer(
+                "model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads()
+            )
             measured = timer.blocked_autorange(min_run_time=seconds)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(f"{batch_size} images of {image_size} x {image_size} do not fit the memory of {device}") from error
+        raise InputError(
+            f"{batch_size} images of {image_size} x {image_size} do not fit the memory of {device}"
+        ) from error
     return Latency(1e3 * measured.median, 1e3 * measured.iqr)

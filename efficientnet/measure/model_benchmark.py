@@ -86,7 +86,9 @@ def smaller_batch(batch_size: int) -> int:
     return smaller // 8 * 8 if smaller >= 8 else smaller
 
 
-def with_decay(call: Callable[[int], dict], batch_size: int, least: int = 1, say: Callable[[str], None] = lambda line: None) -> dict:
+def with_decay(
+    call: Callable[[int], dict], batch_size: int, least: int = 1, say: Callable[[str], None] = lambda line: None
+) -> dict:
     """The result of ``call(batch size)`` with the largest of ever smaller batch sizes that the memory holds.
 
     Args:
@@ -119,7 +121,9 @@ class Benchmark:
         say: is told what does not fit into memory.
     """
 
-    def __init__(self, device: torch.device, progress: Callable | None = None, say: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self, device: torch.device, progress: Callable | None = None, say: Callable[[str], None] = lambda line: None
+    ):
         self.device, self.say = device, say
         self.progress = progress or (lambda total, name: nullcontext())
         self.stopwatch = Stopwatch(device)
@@ -164,7 +168,9 @@ class Benchmark:
         torch.manual_seed(0)
         model = create_model(config.model, num_classes=config.num_classes, fused=baseline is None, **rates)
         dtype = self.dtype(config)
-        model.to(self.device, torch.float32 if config.training else dtype, memory_format=memory_format).train(config.training)
+        model.to(self.device, torch.float32 if config.training else dtype, memory_format=memory_format).train(
+            config.training
+        )
         call = model if compile_mode is None else torch.compile(model, mode=compile_mode, dynamic=False)
         return model, call, memory_format
 
@@ -193,7 +199,8 @@ class Benchmark:
         bound = MOST_DIFFERENCE[self.dtype(config)]
         if not difference <= bound:
             raise WrongOutputs(
-                f"{config.model}: the outputs differ from plain PyTorch's by {difference:.3g}, more than {bound:g}; not timed"
+                f"{config.model}: the outputs differ from plain PyTorch's by {difference:.3g}, more than {bound:g}; "
+                "not timed"
             )
         return difference
 
@@ -270,7 +277,9 @@ class Benchmark:
         if baseline is None:
             with self._autocast(config):
                 extra["backend"] = describe_backend(model, images)
-        return record | extra | {"timing": timing, "dtype": str(self.dtype(config)).removeprefix("torch."), **self.machine}
+        return (
+            record | extra | {"timing": timing, "dtype": str(self.dtype(config)).removeprefix("torch."), **self.machine}
+        )
 
 
 def columns(records: list[dict]) -> list[str]:

@@ -90,7 +90,9 @@ class BlockGeometry:
         return self.expanded != self.in_channels
 
     def __str__(self):
-        return f"{self.in_channels}-{self.expanded}-{self.out_channels} k{self.kernel_size} s{self.stride} {self.size}px"
+        return (
+            f"{self.in_channels}-{self.expanded}-{self.out_channels} k{self.kernel_size} s{self.stride} {self.size}px"
+        )
 
 
 class Work(NamedTuple):
@@ -111,7 +113,17 @@ def block_sizes(block: BlockGeometry) -> dict[str, int]:
     inputs, outputs = block.in_channels * block.size**2, block.out_channels * block.out_size**2
     e1, e2 = block.expanded * block.size**2, block.expanded * block.out_size**2
     expands = block.expanded != block.in_channels
-    sizes = {"x": inputs, "dx": inputs, "y1": e1, "dz1": e1, "y2": e2, "dq": e2, "y3": outputs, "out": outputs, "dout": outputs}
+    sizes = {
+        "x": inputs,
+        "dx": inputs,
+        "y1": e1,
+        "dz1": e1,
+        "y2": e2,
+        "dq": e2,
+        "y3": outputs,
+        "out": outputs,
+        "dout": outputs,
+    }
     sizes["skip"] = inputs if block.residual else 0
     sizes["a1"] = e1 if expands else 0  # elements that are normalised and activated before the depthwise convolution
     sizes["taps"] = block.kernel_size**2 * e2
@@ -126,7 +138,10 @@ def _sum(names: str, sizes: dict[str, int]) -> int:
 def _works(schedule, sizes, block=None) -> list[Work]:
     found = []
     for kernel in schedule:
-        counts = (_sum(names, sizes) for names in (f"{kernel.reads} {kernel.writes}", kernel.products, kernel.taps, kernel.activations))
+        counts = (
+            _sum(names, sizes)
+            for names in (f"{kernel.reads} {kernel.writes}", kernel.products, kernel.taps, kernel.activations)
+        )
         found.append(Work(kernel.name, block, *counts))
     return found
 
@@ -139,11 +154,20 @@ def block_works(block: BlockGeometry, training: bool) -> list[Work]:
     return _works(schedule, block_sizes(block), block)
 
 
-def end_works(first: BlockGeometry, last: BlockGeometry, in_chans: int, image_size: int, head_channels: int, training: bool) -> list[Work]:
+def end_works(
+    first: BlockGeometry, last: BlockGeometry, in_chans: int, image_size: int, head_channels: int, training: bool
+) -> list[Work]:
     """The kernels of stem and head of a network whose first and last blocks these are."""
     stem, features = first.in_channels * first.size**2, last.out_channels * last.out_size**2
     head = head_channels * last.out_size**2
-    sizes = {"image": in_chans * image_size**2, "stem": stem, "dstem": stem, "features": features, "dfeatures": features, "head": head}
+    sizes = {
+        "image": in_chans * image_size**2,
+        "stem": stem,
+        "dstem": stem,
+        "features": features,
+        "dfeatures": features,
+        "head": head,
+    }
     sizes |= {"stem_products": 9 * in_chans * stem, "head_products": last.out_channels * head}
     return _works(ENDS_TRAINING if training else ENDS_INFERENCE, sizes)
 
@@ -190,7 +214,9 @@ def weight_bytes(parameters: int, training: bool, itemsize: int, optimizer: bool
     return parameters * 4 * (3 + (7 if optimizer else 0))
 
 
-def model_bytes(model: nn.Module, training: bool, batch: int, itemsize: int, image_size: int | None = None, optimizer: bool = True) -> int:
+def model_bytes(
+    model: nn.Module, training: bool, batch: int, itemsize: int, image_size: int | None = None, optimizer: bool = True
+) -> int:
     """The bytes that one step of an EfficientNet moves for ``batch`` images of ``itemsize`` bytes an element."""
     parameters = sum(p.numel() for p in model.parameters())
     moved = batch * itemsize * elements(model_works(model, training, image_size))
@@ -200,7 +226,9 @@ def model_bytes(model: nn.Module, training: bool, batch: int, itemsize: int, ima
 RESOURCES = ("bytes", "matrix", "FMA", "SFU", "issue")
 
 
-def floors(work: Work, gpu: Gpu, batch: int, dtype: torch.dtype, weights: int = 0, instructions: float = 0.0) -> dict[str, float]:
+def floors(
+    work: Work, gpu: Gpu, batch: int, dtype: torch.dtype, weights: int = 0, instructions: float = 0.0
+) -> dict[str, float]:
     """The seconds that a kernel takes at least on ``batch`` images, for each resource of the GPU.
 
     An activation is one special function in bf16 and fp16 (tanh), and two in fp32 (exp and reciprocal), where matrix

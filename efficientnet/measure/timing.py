@@ -57,7 +57,9 @@ class Stopwatch:
         step()
         return self.clock() - start
 
-    def prepared(self, step: Callable[[], object], how: str = "step", capturable: bool = True) -> tuple[Callable[[], object], str]:
+    def prepared(
+        self, step: Callable[[], object], how: str = "step", capturable: bool = True
+    ) -> tuple[Callable[[], object], str]:
         """(what to time instead of ``step``, what that measures).
 
         On a CPU it is the step itself. On a GPU it depends on ``how``:

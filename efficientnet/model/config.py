@@ -112,7 +112,9 @@ class EfficientNetConfig:
             try:
                 scaling = Scaling(float(factors[0]), float(factors[1]), int(factors[2]))
             except ValueError:
-                raise ValueError(f"model {name!r} must name its depth, width and resolution as in efficientnet_d1.2_w1.1_r258") from None
+                raise ValueError(
+                    f"model {name!r} must name its depth, width and resolution as in efficientnet_d1.2_w1.1_r258"
+                ) from None
             return cls.from_scaling(scaling, name=name, **FLAVOURS[prefix])
         name, _ = present_name(name)
         full = f"efficientnet_{name}" if name in VARIANTS else name
@@ -125,7 +127,9 @@ class EfficientNetConfig:
         return cls.from_scaling(scaling, name=full, drop_rate=drop_rate, **FLAVOURS[f"{prefix}_"])
 
     @classmethod
-    def from_scaling(cls, scaling: Scaling, base: tuple[StageConfig, ...] = B0_STAGES, **fields) -> "EfficientNetConfig":
+    def from_scaling(
+        cls, scaling: Scaling, base: tuple[StageConfig, ...] = B0_STAGES, **fields
+    ) -> "EfficientNetConfig":
         """The stage table ``base`` scaled by any (depth, width, resolution), such as ``compound_scale(1.5)``;
         ``fields`` set the rest.
 
@@ -133,7 +137,8 @@ class EfficientNetConfig:
         """
         depth, width, resolution = scaling
         stages = tuple(
-            replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth)) for stage in base
+            replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth))
+            for stage in base
         )
         return cls(
             stages=stages,
@@ -149,8 +154,9 @@ OLD_SUFFIXES = {"_ns_475": "ns_jft_in1k_475", "_ns": "ns_jft_in1k", "_ap": "ap_i
 
 
 def present_name(name: str) -> tuple[str, str | None]:
-    """(the model's name, the tag of its weights or None) of a name as people have it: with timm's prefixes ("timm/", "hf-hub:timm/"), a
-    tag behind a dot, or one of timm's old suffixes, which warns ("tf_efficientnet_b0_ns" is "tf_efficientnet_b0.ns_jft_in1k").
+    """(the model's name, the tag of its weights or None) of a name as people have it: with timm's prefixes ("timm/",
+    "hf-hub:timm/"), a tag behind a dot, or one of timm's old suffixes, which warns ("tf_efficientnet_b0_ns" is
+    "tf_efficientnet_b0.ns_jft_in1k").
 
     A name that is none of these comes back as it is.
     """

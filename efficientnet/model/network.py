@@ -23,8 +23,9 @@ POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
 
 class GlobalPool(nn.Module):
-    """[N, C, H, W] -> [N, C]: the mean over the image, its maximum, half their sum ("avgmax"), or both, [N, 2 C] ("catavgmax"); ""
-    leaves it as it is."""
+    """[N, C, H, W] -> [N, C]: the mean over the image, its maximum, half their sum ("avgmax"), or both, [N, 2 C]
+    ("catavgmax"); "" leaves it as it is.
+    """
 
     def __init__(self, pool_type: str = "avg"):
         super().__init__()
@@ -187,7 +188,8 @@ class EfficientNet(nn.Module):
         Args:
             indices: of ``feature_info``; an integer n means the last n, None all.
             norm: accepted and unused, as in timm: the maps have passed their BatchNorm.
-            stop_early: end after the last of the maps; what is returned with them is that stage's output, not the head's.
+            stop_early: end after the last of the maps; what is returned with them is that stage's output, not the
+                head's.
             output_fmt: "NCHW", the only one there is.
             intermediates_only: return the list alone.
         """
@@ -217,7 +219,9 @@ class EfficientNet(nn.Module):
         return x, maps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks keep only their input for the backward, and compute the rest again there. Numbers stay the same."""
+        """Whether blocks keep only their input for the backward, and compute the rest again there. Numbers stay the
+        same.
+        """
         self.grad_checkpointing = enable
 
     def _run(self, block, x, **kwargs):
@@ -231,12 +235,19 @@ class EfficientNet(nn.Module):
     def averages(self) -> bool:
         """Whether the pooling is the mean over the image, and nobody listens to it."""
         pool = self.global_pool
-        return type(pool) is GlobalPool and pool.pool_type == "avg" and not has_hooks(pool) and "forward" not in pool.__dict__
+        return (
+            type(pool) is GlobalPool
+            and pool.pool_type == "avg"
+            and not has_hooks(pool)
+            and "forward" not in pool.__dict__
+        )
 
     def _own_forward(self):
         """Whether a subclass, or an attribute of this object, replaces one of the two halves of ``forward``."""
         names = ("forward_features", "forward_head")
-        return any(name in self.__dict__ or getattr(type(self), name) is not getattr(EfficientNet, name) for name in names)
+        return any(
+            name in self.__dict__ or getattr(type(self), name) is not getattr(EfficientNet, name) for name in names
+        )
 
     def _stages(self, x):
         """Images -> the output of the last stage."""
@@ -271,7 +282,9 @@ class EfficientNet(nn.Module):
             return None
         blocks = [block for stage in self.blocks for block in stage]
         own = (MBConv.forward, FusedMBConv.forward)
-        return blocks if all(type(block).forward in own and "forward" not in block.__dict__ for block in blocks) else None
+        return (
+            blocks if all(type(block).forward in own and "forward" not in block.__dict__ for block in blocks) else None
+        )
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The feature map -> logits [N, num_classes]; with pre_logits the pooled features [N, num_features]."""
@@ -292,7 +305,11 @@ class EfficientNet(nn.Module):
             global_pool = getattr(self.global_pool, "pool_type", "avg")
         like = next(self.parameters())
         pool, classifier = self._new_classifier(num_classes, global_pool, device=like.device, dtype=like.dtype)
-        self.num_classes, self.global_pool, self.classifier = num_classes, pool.train(self.training), classifier.train(self.training)
+        self.num_classes, self.global_pool, self.classifier = (
+            num_classes,
+            pool.train(self.training),
+            classifier.train(self.training),
+        )
         _init_weights(self.classifier)
 
     def stage_parts(self) -> list[tuple]:
@@ -318,7 +335,9 @@ class EfficientNet(nn.Module):
         info, stages = [], self.config.stages
         for i, (stage, reduction) in enumerate(zip(stages, self.stage_reductions, strict=True)):
             if i + 1 == len(stages) or stages[i + 1].stride > 1:
-                info.append({"stage": i + 1, "num_chs": stage.channels, "reduction": reduction, "module": f"blocks.{i}"})
+                info.append(
+                    {"stage": i + 1, "num_chs": stage.channels, "reduction": reduction, "module": f"blocks.{i}"}
+                )
         return FeatureInfo(info)
 
     @property
@@ -350,7 +369,10 @@ class EfficientNet(nn.Module):
         """(pooling, classifier)."""
         pool = GlobalPool(global_pool)
         if num_classes and not global_pool:
-            raise ValueError(f"global_pool '' returns the feature map, which has no classifier: num_classes must be 0, got {num_classes}")
+            raise ValueError(
+                "global_pool '' returns the feature map, which has no classifier: num_classes must be 0, got "
+                f"{num_classes}"
+            )
         self.head_hidden_size = self.num_features * (2 if global_pool == "catavgmax" else 1)
         return pool, nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
 
@@ -360,11 +382,15 @@ class EfficientNet(nn.Module):
         # What was put in the stem's place takes what channels it takes, and where it likes.
         channels = self.conv_stem.in_channels if isinstance(self.conv_stem, nn.Conv2d) else None
         if x.dim() != 4 or x.shape[1] != (x.shape[1] if channels is None else channels) or 0 in x.shape[2:]:
-            raise ValueError(f"images must be [N, {'C' if channels is None else channels}, H, W], got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"images must be [N, {'C' if channels is None else channels}, H, W], got shape {tuple(x.shape)}"
+            )
         if not x.is_floating_point():
             raise TypeError(f"images must be floating point, got {x.dtype}")
         if self.training and x.shape[0] == 0:
-            raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}"
+            )
         weight = getattr(self.conv_stem, "weight", None)
         if weight is not None and x.device != weight.device:
             raise ValueError(f"images are on {x.device} but the model is on {weight.device}")

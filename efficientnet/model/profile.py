@@ -59,7 +59,9 @@ def stage_table(model: nn.Module, image_size: int | tuple[int, int] | None = Non
     trace = _trace(model, image_size)
     rows, size = [], _image_hw(model, image_size)
     for operator, layers, *description in model.stage_parts():
-        inside = [traced for name, traced in trace.items() if f"{name}.".startswith(tuple(f"{layer}." for layer in layers))]
+        inside = [
+            traced for name, traced in trace.items() if f"{name}.".startswith(tuple(f"{layer}." for layer in layers))
+        ]
         before, size = size, inside[-1][1]
         params = sum(count_parameters(model.get_submodule(layer)) for layer in layers)
         rows.append(StageRow(operator, *description, before, size, params, sum(macs for macs, *_ in inside)))
@@ -93,7 +95,11 @@ def _trace(model, image_size):
     def record(name, taps):
         def hook(layer, args, out):
             macs, _, outputs = trace.get(name, (0, None, 0))
-            trace[name] = macs + out.numel() * taps, tuple(out.shape[2:]) or (1, 1), outputs + (out.numel() if taps else 0)
+            trace[name] = (
+                macs + out.numel() * taps,
+                tuple(out.shape[2:]) or (1, 1),
+                outputs + (out.numel() if taps else 0),
+            )
 
         return hook
 

@@ -20,7 +20,9 @@ COEFFICIENTS = (1.2, 1.1, 1.15)
 PRODUCT = (1.8, 2.2)
 
 
-def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15, base_resolution: int = 224) -> Scaling:
+def compound_scale(
+    phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15, base_resolution: int = 224
+) -> Scaling:
     """``depth = alpha^phi, width = beta^phi, resolution = base_resolution * gamma^phi``, rounded to the nearest pixel.
 
     MACs grow with depth, width^2 and resolution^2. So ``alpha * beta^2 * gamma^2`` of about 2 makes phi the binary
@@ -41,7 +43,8 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
     low, high = PRODUCT
     if not low <= product <= high:
         raise ValueError(
-            f"alpha * beta^2 * gamma^2 must be about 2 ({low} to {high}), got {product:.4g} from alpha={alpha}, beta={beta}, gamma={gamma}"
+            f"alpha * beta^2 * gamma^2 must be about 2 ({low} to {high}), got {product:.4g} from alpha={alpha}, "
+            f"beta={beta}, gamma={gamma}"
         )
     try:
         return Scaling(depth=alpha**phi, width=beta**phi, resolution=round(base_resolution * gamma**phi))
@@ -49,7 +52,9 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
         raise ValueError(f"phi is too large to compute with, got {phi!r}") from None
 
 
-def coefficient_grid(step: float = 0.05, at_least: float = 1.9, at_most: float = 2.0) -> list[tuple[float, float, float]]:
+def coefficient_grid(
+    step: float = 0.05, at_least: float = 1.9, at_most: float = 2.0
+) -> list[tuple[float, float, float]]:
     """Every (alpha, beta, gamma) of multiples of ``step`` from 1 with ``at_least <= alpha * beta^2 * gamma^2 <=
     at_most``.
 
@@ -62,15 +67,26 @@ def coefficient_grid(step: float = 0.05, at_least: float = 1.9, at_most: float =
     if not 0.01 <= step <= 0.5:
         raise ValueError(f"step must be in [0.01, 0.5], got {step!r}")
     if not PRODUCT[0] <= at_least <= at_most <= PRODUCT[1]:
-        raise ValueError(f"at_least and at_most must be in order and in [{PRODUCT[0]}, {PRODUCT[1]}], got {at_least!r} and {at_most!r}")
+        raise ValueError(
+            f"at_least and at_most must be in order and in [{PRODUCT[0]}, {PRODUCT[1]}], got {at_least!r} and "
+            f"{at_most!r}"
+        )
     values = [round(1 + i * step, 6) for i in range(int((at_most - 1) / step + 1e-9) + 1)]
-    grid = [(a, b, c) for a in values for b in values for c in values if at_least - 1e-9 <= a * b**2 * c**2 <= at_most + 1e-9]
+    grid = [
+        (a, b, c)
+        for a in values
+        for b in values
+        for c in values
+        if at_least - 1e-9 <= a * b**2 * c**2 <= at_most + 1e-9
+    ]
     if not grid:
         raise ValueError(f"step {step!r} leaves no alpha, beta, gamma with a product from {at_least!r} to {at_most!r}")
     return grid
 
 
-def largest_phi(cost: Callable[[float], float], budget: float, step: float = 0.01, phi_max: float = 16.0) -> float | None:
+def largest_phi(
+    cost: Callable[[float], float], budget: float, step: float = 0.01, phi_max: float = 16.0
+) -> float | None:
     """The largest multiple of ``step`` in [0, phi_max] whose ``cost(phi)`` is at most ``budget``; None if phi = 0 costs
     more.
 
@@ -97,7 +113,9 @@ def round_filters(channels: int, width: float, divisor: int = 8) -> int:
     * w``.
     """
     if channels < 1 or divisor < 1 or not 0 < width < math.inf:
-        raise ValueError(f"channels and divisor must be >= 1 and width finite and > 0, got {channels!r}, {divisor!r}, {width!r}")
+        raise ValueError(
+            f"channels and divisor must be >= 1 and width finite and > 0, got {channels!r}, {divisor!r}, {width!r}"
+        )
     target = channels * width
     rounded = max(divisor, int(target + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * target else rounded

@@ -63,9 +63,13 @@ def _until(model, until):
     stages = [f"blocks.{i}" for i in range(len(model.blocks))]
     head = ["conv_head", "bn2", "classifier"] if isinstance(model, EfficientNet) else []
     parts = ["conv_stem", "bn1", *stages, *head]
-    ends = {None: 0, "stem": 2, "head": len(parts) - bool(head), "all": len(parts)} | {i: i + 3 for i in range(len(stages))}
+    ends = {None: 0, "stem": 2, "head": len(parts) - bool(head), "all": len(parts)} | {
+        i: i + 3 for i in range(len(stages))
+    }
     if isinstance(until, bool) or not isinstance(until, (str, int, type(None))) or until not in ends:
-        raise ValueError(f"until must be 'stem', a stage index from 0 to {len(stages) - 1}, 'head', 'all' or None, got {until!r}")
+        raise ValueError(
+            f"until must be 'stem', a stage index from 0 to {len(stages) - 1}, 'head', 'all' or None, got {until!r}"
+        )
     return parts[: ends[until]]
 
 

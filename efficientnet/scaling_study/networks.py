@@ -57,7 +57,9 @@ class BaselineConfig:
             replace(stage, channels=round_filters(stage.channels, width), repeats=round_repeats(stage.repeats, depth))
             for stage in self.stages
         )
-        return replace(self, stages=stages, stem_channels=round_filters(self.stem_channels, width), resolution=resolution)
+        return replace(
+            self, stages=stages, stem_channels=round_filters(self.stem_channels, width), resolution=resolution
+        )
 
 
 MOBILENET_V1 = BaselineConfig(
@@ -248,7 +250,9 @@ def create_scaled(
     if base == "efficientnet_b0":
         return create_model(scaled_name(scaling), fused=fused, **factory)
     if base == "mobilenet_v2":
-        config = EfficientNetConfig.from_scaling(scaling, MOBILENET_V2_STAGES, act="relu6", drop_path_rate=0.0, name=base)
+        config = EfficientNetConfig.from_scaling(
+            scaling, MOBILENET_V2_STAGES, act="relu6", drop_path_rate=0.0, name=base
+        )
         return EfficientNet(config, fused=fused, **factory)
     if base == "mobilenet_v1":
         return MobileNetV1(MOBILENET_V1.scaled(scaling), **factory)

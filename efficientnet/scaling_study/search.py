@@ -72,7 +72,10 @@ class SearchConfig:
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if (self.objective == "accuracy") != (self.data is not None):
-            raise InputError(f"data is what objective accuracy is measured on, got objective {self.objective!r} and data {self.data!r}")
+            raise InputError(
+                f"data is what objective accuracy is measured on, got objective {self.objective!r} and data "
+                f"{self.data!r}"
+            )
         if self.objective == "accuracy" and self.base != "efficientnet_b0":
             raise InputError(f"base must be efficientnet_b0 for objective accuracy, got {self.base!r}")
         for field, minimum in (("img_size", 1), ("batch_size", 1), ("epochs", 1), ("seed", 0), ("num_workers", 0)):
@@ -106,13 +109,17 @@ class Search:
 
             self.device = pick_device(config.device)
             for stored in {row["device"] for row in self.rows} - {describe_device(self.device)}:
-                raise InputError(f"output {str(output)!r} was measured on {stored}, but this is {describe_device(self.device)}")
+                raise InputError(
+                    f"output {str(output)!r} was measured on {stored}, but this is {describe_device(self.device)}"
+                )
 
     def run(self) -> list[dict]:
         """Evaluate every candidate that the file does not have yet. Returns all rows, the best first."""
         from tqdm import tqdm
 
-        measure: Callable = {"accuracy": self._accuracy, "latency": self._latency, "macs": self._macs}[self.config.objective]
+        measure: Callable = {"accuracy": self._accuracy, "latency": self._latency, "macs": self._macs}[
+            self.config.objective
+        ]
         done = {coefficients(row) for row in self.rows}
         self._save()  # the settings, before any training that they belong to
         with tqdm(total=len(self.grid), initial=len(done), unit="network", dynamic_ncols=True) as bar:
@@ -167,7 +174,12 @@ class Search:
         model = self._build(self._scaling(candidate), fused=True, device=self.device)
         latency = measure_latency(model, row["resolution"], self.device, self.config.batch_size)
         per_gmac = latency.ms / self.config.batch_size / (row["macs"] / 1e9)
-        return {"ms": latency.ms, "iqr_ms": latency.iqr, "ms_per_gmac": per_gmac, "device": describe_device(self.device)}
+        return {
+            "ms": latency.ms,
+            "iqr_ms": latency.iqr,
+            "ms_per_gmac": per_gmac,
+            "device": describe_device(self.device),
+        }
 
     def _accuracy(self, candidate, row):
         folder = self._folder(candidate)
@@ -235,7 +247,8 @@ class Search:
         for field, value in asdict(self.config).items():
             if settings.get(field) != value:
                 raise InputError(
-                    f"output {str(self.output)!r} is of a search with {field} {settings.get(field)!r}, but this one has {value!r}"
+                    f"output {str(self.output)!r} is of a search with {field} {settings.get(field)!r}, but this one "
+                    f"has {value!r}"
                 )
         if not known:
             raise InputError(f"output {str(self.output)!r} has candidates that are not of this grid")

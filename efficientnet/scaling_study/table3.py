@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 
 class PaperRow(NamedTuple):
-    """A row of the paper's Table 3: what was scaled, by how much, multiply-accumulates (in 1e9), ImageNet top-1 (in %)."""
+    """A row of the paper's Table 3: what was scaled, by how much, multiply-accumulates (in 1e9), ImageNet top-1 (in
+    %).
+    """
 
     what: str
     depth: float

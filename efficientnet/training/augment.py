@@ -53,7 +53,9 @@ def _policy(name):
     found = re.fullmatch(r"rand(?:-(m)(\d+))?(?:-(n)(\d+))?(?:-mstd[\d.]+)?(?:-inc1)?", name)
     magnitude, operations = (int(found[i] or default) for i, default in ((2, 9), (4, 2))) if found else (-1, 0)
     if not 0 <= magnitude <= 10 or operations < 1:
-        raise InputError(f"aa must be auto or rand[-mMAGNITUDE][-nOPERATIONS] with a magnitude of 0 to 10, got {name!r}")
+        raise InputError(
+            f"aa must be auto or rand[-mMAGNITUDE][-nOPERATIONS] with a magnitude of 0 to 10, got {name!r}"
+        )
     # torchvision spreads the magnitudes over 31 bins, timm over 10.
     return torchvision_module("transforms.v2").RandAugment(operations, 3 * magnitude)
 

@@ -57,7 +57,12 @@ class GraphedStep:
 
     WARM_UP = 3  # passes: libraries choose algorithms and allocate workspaces in the first ones
 
-    def __init__(self, step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], model: nn.Module, graphs: CudaGraphs | None = None):
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        model: nn.Module,
+        graphs: CudaGraphs | None = None,
+    ):
         self.step, self.model, self.graphs = step, model, graphs
         self.inputs, self.replay, self.loss = None, None, None
 
@@ -68,7 +73,8 @@ class GraphedStep:
         for static, given in zip(self.inputs, (images, labels), strict=True):
             if given.shape != static.shape or given.dtype != static.dtype:
                 raise ValueError(
-                    f"a CUDA graph of inputs {tuple(static.shape)} {static.dtype} cannot take {tuple(given.shape)} {given.dtype}"
+                    f"a CUDA graph of inputs {tuple(static.shape)} {static.dtype} cannot take {tuple(given.shape)} "
+                    f"{given.dtype}"
                 )
             static.copy_(given)
         self.replay()

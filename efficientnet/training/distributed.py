@@ -35,13 +35,17 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add ``values`` over all processes, in place, and return them. Sums in float64 are exact enough to count in."""
+        """Add ``values`` over all processes, in place, and return them. Sums in float64 are exact enough to count
+        in.
+        """
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true in any process. The exchange is between CPUs, so that a GPU need not be waited for."""
+        """Whether ``flag`` is true in any process. The exchange is between CPUs, so that a GPU need not be waited
+        for.
+        """
         return bool(self.sum(torch.tensor(float(flag))))
 
     def gather(self, value: object) -> list | None:
@@ -108,9 +112,14 @@ def join(device: str, timeout: float = 600) -> Processes:
     if on_gpu:
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise InputError(f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's --nproc-per-node")
+            raise InputError(
+                f"this machine has {count} GPUs for {local_rank + 1} processes or more: lower torchrun's "
+                "--nproc-per-node"
+            )
         torch.cuda.set_device(local_rank)
-    problem = f"process {rank} of {world} cannot reach the others at {host}:{port} ({{}}); check world size, rank and port"
+    problem = (
+        f"process {rank} of {world} cannot reach the others at {host}:{port} ({{}}); check world size, rank and port"
+    )
     # The functions of this module have the group that there is when it is imported as a default argument. So it is
     # imported before there is one, which it would otherwise keep for ever.
     import_module("torch.distributed.nn.functional")
@@ -194,7 +203,15 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "NCCL", "gloo", "ProcessGroup")
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "NCCL",
+    "gloo",
+    "ProcessGroup",
+)
 
 
 @contextmanager
@@ -319,7 +336,9 @@ def wrap(model: nn.Module, processes: Processes) -> nn.Module:
     kind = nn.parallel.DistributedDataParallel
     device_ids = [processes.local_rank] if next(model.parameters()).is_cuda else None
     # The second name is that of torch 2.12 and older.
-    name = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    name = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    )
     wrapped = kind(model, device_ids=device_ids, **{name: False})
     _wrapped.add(wrapped)
     return wrapped

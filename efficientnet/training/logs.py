@@ -73,7 +73,9 @@ def plot_curves(history: list[dict], path: str | os.PathLike) -> None:
     loss.set(xlabel="epoch", ylabel="cross entropy", title="Loss")
     loss.legend()
     accuracy.plot(epochs, [100 * row["val_acc"] for row in history], marker=".", color="tab:orange")
-    accuracy.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Accuracy: {100 * history[-1]['val_acc']:.2f} %")
+    accuracy.set(
+        xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Accuracy: {100 * history[-1]['val_acc']:.2f} %"
+    )
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -19,9 +19,17 @@ class RMSpropTF(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable, lr: float, alpha: float = 0.9, momentum: float = 0.9, eps: float = 1e-3, weight_decay: float = 0.0
+        self,
+        params: Iterable,
+        lr: float,
+        alpha: float = 0.9,
+        momentum: float = 0.9,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
     ):
-        super().__init__(params, {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "alpha": alpha, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -81,7 +89,9 @@ def _plateaus(accuracies, patience):
     return found
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int, images: int, accuracies: Sequence[float] = ()) -> float:
+def learning_rate(
+    config: TrainConfig, step: int, steps_per_epoch: int, images: int, accuracies: Sequence[float] = ()
+) -> float:
     """The learning rate of update ``step``, counted from 0.
 
     It grows linearly over the warm-up. Then it follows half a cosine, which reaches zero after the last update, or a

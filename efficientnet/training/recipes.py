@@ -1,4 +1,6 @@
-"""Recipes: presets of TrainConfig as TOML files whose keys are its fields, those in training/recipes or a user's own."""
+"""Recipes: presets of TrainConfig as TOML files whose keys are its fields, those in training/recipes or a user's
+own.
+"""
 
 import difflib
 import sys
@@ -45,5 +47,7 @@ def load_recipe(name: str, extending: tuple[Path, ...] = ()) -> dict:
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise InputError(f"recipe {str(path)!r} has the unknown setting {key!r}{f'; did you mean {near[0]}?' if near else ''}")
+            raise InputError(
+                f"recipe {str(path)!r} has the unknown setting {key!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
     return (load_recipe(base, (*extending, path.resolve())) if base else {}) | settings

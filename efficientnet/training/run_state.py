@@ -47,8 +47,14 @@ class RunStates:
                 old.unlink(missing_ok=True)
         except OSError as error:
             last = next(iter(self.paths()), None)
-            hint = f"the last good checkpoint is {last}; make room and continue with --resume auto" if last else "no checkpoint exists yet"
-            raise TrainingStopped(f"cannot write checkpoint {str(path)!r}: {error.strerror or error}; {hint}") from error
+            hint = (
+                f"the last good checkpoint is {last}; make room and continue with --resume auto"
+                if last
+                else "no checkpoint exists yet"
+            )
+            raise TrainingStopped(
+                f"cannot write checkpoint {str(path)!r}: {error.strerror or error}; {hint}"
+            ) from error
         return path
 
     def newest(self, say: Callable[[str], None] = print) -> tuple[Path, dict] | None:

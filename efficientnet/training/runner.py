@@ -48,7 +48,9 @@ class Evaluation:
 class Runner:
     """The device, memory format, autocast and processes that all batches of a run share."""
 
-    def __init__(self, device: torch.device, amp: str = "none", channels_last: bool = True, processes: Processes | None = None):
+    def __init__(
+        self, device: torch.device, amp: str = "none", channels_last: bool = True, processes: Processes | None = None
+    ):
         self.device, self.dtype, self.processes = device, AMP_DTYPES[amp], processes or Processes()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -84,7 +86,9 @@ class Runner:
         loader = DataLoader(Readable(dataset), batch_sampler=order, **where)
         return Batches(dataset, loader, self.to_device, unreadable or Unreadable())
 
-    def to_device(self, images: torch.Tensor, labels: torch.Tensor, preprocess: Preprocess) -> tuple[torch.Tensor, torch.Tensor]:
+    def to_device(
+        self, images: torch.Tensor, labels: torch.Tensor, preprocess: Preprocess
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 images [N, 3, H, W] and labels [N] -> float32 images, normalised, and labels, both on the device."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return preprocess.normalize(images), labels.to(self.device, non_blocking=True)
@@ -94,7 +98,9 @@ class Runner:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     @torch.no_grad()
-    def evaluate(self, model: torch.nn.Module, batches: Batches, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+    def evaluate(
+        self, model: torch.nn.Module, batches: Batches, interrupted: Callable[[], bool] = lambda: False
+    ) -> Evaluation:
         """Evaluate the model on the images of all processes, each of which is counted once.
 
         Raises InterruptedError as soon as ``interrupted()``, and InputError where no image can be read.
@@ -116,7 +122,9 @@ class Runner:
             if interrupted():
                 raise InterruptedError
         if self.processes.world > 1:
-            width = self.processes.sum(torch.tensor([0.0, 0.0] if sums is None else [float(len(sums)), 1.0], device=self.device))
+            width = self.processes.sum(
+                torch.tensor([0.0, 0.0] if sums is None else [float(len(sums)), 1.0], device=self.device)
+            )
             if sums is None:  # more processes than images
                 sums = torch.zeros(int(width[0] / width[1]), dtype=torch.float64, device=self.device)
             self.processes.sum(sums)
@@ -124,4 +132,6 @@ class Runner:
             raise InputError("none of the images to evaluate can be read")
         loss, correct5, *counts = sums.tolist()
         correct, total = (list(map(int, part)) for part in (counts[: len(counts) // 2], counts[len(counts) // 2 :]))
-        return Evaluation(loss / sum(total), sum(correct), sum(total), int(correct5), list(zip(correct, total, strict=True)))
+        return Evaluation(
+            loss / sum(total), sum(correct), sum(total), int(correct5), list(zip(correct, total, strict=True))
+        )

@@ -33,8 +33,12 @@ class TrainConfig:
     Raises InputError (a ValueError) that names the field, its value and what is accepted.
     """
 
-    data: str = option("digits", "digits[:CLASSES], imagefolder:PATH, cifar10:ROOT (and other sets of torchvision), webdataset:SHARDS")
-    val_data: str | None = option(None, "held-out images, as --data (default: a share of --data, or its own held-out part)")
+    data: str = option(
+        "digits", "digits[:CLASSES], imagefolder:PATH, cifar10:ROOT (and other sets of torchvision), webdataset:SHARDS"
+    )
+    val_data: str | None = option(
+        None, "held-out images, as --data (default: a share of --data, or its own held-out part)"
+    )
     val_fraction: float = option(0.2, "share of each class to hold out, where --data has no held-out part")
     download: bool = option(False, "let torchvision fetch a data set of its own", "--dataset-download")
     max_corrupt: int = option(10, "unreadable images to skip before giving up")
@@ -47,7 +51,9 @@ class TrainConfig:
     in_chans: int = option(3, "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)")
     img_size: int | None = option(None, "pixels (default: 32 for digits, else the model's own)")
     drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
-    drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the model's own)", "--drop-path")
+    drop_path_rate: float | None = option(
+        None, "stochastic depth of the last block (default: the model's own)", "--drop-path"
+    )
     pretrained: str | None = option(
         None,
         "start from these weights: 'default', a tag of the model, a checkpoint of any layout, a URL or a Hub id",
@@ -55,15 +61,21 @@ class TrainConfig:
         nargs="?",
         const="default",
     )
-    freeze_until: str | None = option(None, "leave the layers up to this one as they are: stem, a stage from 0 to 6, or head")
-    freeze_bn: str = option("all", "of their BatchNorm stay: all, weights (statistics follow the images), none", choices=FREEZE_BN)
+    freeze_until: str | None = option(
+        None, "leave the layers up to this one as they are: stem, a stage from 0 to 6, or head"
+    )
+    freeze_bn: str = option(
+        "all", "of their BatchNorm stay: all, weights (statistics follow the images), none", choices=FREEZE_BN
+    )
     layer_decay: float = option(1.0, "learning rate of each block as a share of the next one's")
     bn_momentum: float | None = option(None, "of BatchNorm, as PyTorch has it (default: the model's own)")
     bn_eps: float | None = option(None, "of BatchNorm (default: the model's own)")
 
     epochs: int = option(10, "passes over the training images")
     batch_size: int = option(64, "images of one process at a time", "-b")
-    global_batch_size: int | None = option(None, "images of an update, all processes and accumulated batches; sets --batch-size")
+    global_batch_size: int | None = option(
+        None, "images of an update, all processes and accumulated batches; sets --batch-size"
+    )
     grad_accum_steps: int = option(1, "batches added up for an update")
     auto_batch: bool = option(False, "halve the batch, and accumulate more of them, until a step fits the memory")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
@@ -73,11 +85,14 @@ class TrainConfig:
     weight_decay: float = option(0.01, "not on biases and BatchNorm")
     clip_grad: float | None = option(None, "largest norm of the gradient (default: any)")
     lr: float = option(6e-3, "peak learning rate")
-    lr_base: float | None = option(None, "learning rate at --lr-base-size images an update, scaled to the update's; overrides --lr")
+    lr_base: float | None = option(
+        None, "learning rate at --lr-base-size images an update, scaled to the update's; overrides --lr"
+    )
     lr_base_size: int = option(256, "see --lr-base")
     sched: str = option(
         "cosine",
-        "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs (step), or x decay_rate after patience_epochs "
+        "after the warm-up: half a cosine to zero, or x decay_rate every decay_epochs (step), or x decay_rate after "
+        "patience_epochs "
         "without a better held-out accuracy (plateau)",
         choices=SCHEDULES,
     )
@@ -85,22 +100,32 @@ class TrainConfig:
     decay_epochs: float = option(2.4, "see --sched step")
     decay_rate: float = option(0.97, "see --sched step and plateau", "--dr")
     patience_epochs: int = option(10, "see --sched plateau")
-    early_stop: int | None = option(None, "epochs without a better held-out accuracy that end the run (default: none do)", metavar="EPOCHS")
+    early_stop: int | None = option(
+        None, "epochs without a better held-out accuracy that end the run (default: none do)", metavar="EPOCHS"
+    )
     model_ema: bool = option(False, "also average the weights exponentially; the average is evaluated and kept")
     model_ema_decay: float = option(0.9999, "of the average, less in the first updates: (1 + updates) / (10 + updates)")
 
     class_weights: str | None = option(
-        None, "of the training loss: balanced (as many images of a class there are, as little each counts), or a number a class: 1,2.5,1"
+        None,
+        "of the training loss: balanced (as many images of a class there are, as little each counts), or a number a "
+        "class: 1,2.5,1",
     )
-    sampler: str = option("shuffled", "of training images: each once, or as many of each class (balanced)", choices=SAMPLERS)
+    sampler: str = option(
+        "shuffled", "of training images: each once, or as many of each class (balanced)", choices=SAMPLERS
+    )
     label_smoothing: float = option(0.1, "of the training loss", "--smoothing")
     aa: str | None = option(None, "auto (AutoAugment) or rand[-mMAGNITUDE][-nOPERATIONS] (RandAugment)")
-    scale: tuple | None = option(None, "crops of this share of the image's area (default: the data set's own crop)", type=float, nargs=2)
+    scale: tuple | None = option(
+        None, "crops of this share of the image's area (default: the data set's own crop)", type=float, nargs=2
+    )
     hflip: float = option(0.5, "share of the images mirrored, with --scale")
     reprob: float = option(0.0, "share of the images with a random rectangle erased")
     mixup: float = option(0.0, "alpha of mixup, 0 for none")
     cutmix: float = option(0.0, "alpha of cutmix, 0 for none")
-    progressive_size: int | None = option(None, "pixels of the first of the progressive stages; the last has --img-size")
+    progressive_size: int | None = option(
+        None, "pixels of the first of the progressive stages; the last has --img-size"
+    )
     progressive_stages: int = option(4, "see --progressive-size")
     interpolation: str = option("bilinear", "of resized images", choices=INTERPOLATIONS)
     crop_pct: float = option(1.0, "share of the image that evaluation sees")
@@ -117,12 +142,16 @@ class TrainConfig:
     dist_bn: str = option("reduce", "running statistics of processes: averaged, or those of the first", choices=DIST_BN)
 
     output: str = option("runs/train", "folder for checkpoints, metrics and curves")
-    resume: str | None = option(None, "continue from this file, or 'auto': from the newest whole one in --output", metavar="FILE|auto")
+    resume: str | None = option(
+        None, "continue from this file, or 'auto': from the newest whole one in --output", metavar="FILE|auto"
+    )
     checkpoint_interval: int | None = option(
         None, "updates between checkpoints within an epoch (default: only at its end)", "--recovery-interval"
     )
     checkpoint_hist: int = option(3, "checkpoints to keep, besides the best weights")
-    skip_nonfinite: int = option(0, "updates with a loss or gradient that is NaN or infinite to leave out before giving up")
+    skip_nonfinite: int = option(
+        0, "updates with a loss or gradient that is NaN or infinite to leave out before giving up"
+    )
     log_interval: int = option(10, "updates between rows of steps.jsonl")
     tensorboard: bool = option(False, "also log to OUTPUT/tensorboard")
     seed: int = option(0, "of weights, order and augmentation")
@@ -139,7 +168,11 @@ class TrainConfig:
 
         def integer(minimum, **names):
             for name in names:
-                check(name, f"an integer >= {minimum}", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum)
+                check(
+                    name,
+                    f"an integer >= {minimum}",
+                    lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum,
+                )
 
         def number(accepted, ok, *names):
             for name in names:
@@ -150,8 +183,22 @@ class TrainConfig:
         def optional(*names):
             return {name: True for name in names if name in given}
 
-        integer(1, epochs=1, grad_accum_steps=1, lr_base_size=1, checkpoint_hist=1, log_interval=1, progressive_stages=1, patience_epochs=1)
-        integer(1, **optional("checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size", "early_stop"))
+        integer(
+            1,
+            epochs=1,
+            grad_accum_steps=1,
+            lr_base_size=1,
+            checkpoint_hist=1,
+            log_interval=1,
+            progressive_stages=1,
+            patience_epochs=1,
+        )
+        integer(
+            1,
+            **optional(
+                "checkpoint_interval", "train_num_samples", "global_batch_size", "progressive_size", "early_stop"
+            ),
+        )
         integer(2, batch_size=1, **optional("num_classes"))
         integer(1, in_chans=1, max_pixels=1)
         integer(0, seed=1, num_workers=1, max_corrupt=1, skip_nonfinite=1)
@@ -175,7 +222,9 @@ class TrainConfig:
         if self.freeze_until is not None:
             check("freeze_until", f"one of {', '.join(until)}", lambda v: v in until)
         elif self.freeze_bn != "all":
-            raise InputError(f"freeze_bn {self.freeze_bn} is about layers that freeze_until freezes: give --freeze-until too")
+            raise InputError(
+                f"freeze_bn {self.freeze_bn} is about layers that freeze_until freezes: give --freeze-until too"
+            )
         if self.scale is not None:
             object.__setattr__(self, "scale", tuple(self.scale))  # a list, from a recipe
             check("scale", "two numbers, 0 < smallest <= largest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)

@@ -106,7 +106,9 @@ class Trainer:
         if config.auto_batch:
             config = self.config = self._fit_memory()
         self.order = self._order(config)
-        self.loader = self.runner.batches(self.data.train, num_workers=config.num_workers, order=self.order, unreadable=self.unreadable)
+        self.loader = self.runner.batches(
+            self.data.train, num_workers=config.num_workers, order=self.order, unreadable=self.unreadable
+        )
         self.val_batch_size = 2 * config.batch_size
         self.val_loader = self._val_loader()
         self.steps = self.order.steps
@@ -114,9 +116,13 @@ class Trainer:
         self.average = average_of(self.model, config.model_ema_decay) if config.model_ema else None
         self.forward = wrap(_compiled(self.model, device) if config.compile else self.model, self.processes)
         self.compiled: set[int] = set()  # sizes of images that the compiled model has been trained with
-        self.optimizer = create_optimizer(config, parameter_groups(self.model, config.lr, config.weight_decay, config.layer_decay))
+        self.optimizer = create_optimizer(
+            config, parameter_groups(self.model, config.lr, config.weight_decay, config.layer_decay)
+        )
         self.scaler = torch.amp.GradScaler(self.runner.device.type, enabled=config.amp == "fp16")
-        self.forward_backward = GraphedStep(self._forward_backward, self.model) if config.cuda_graphs else self._forward_backward
+        self.forward_backward = (
+            GraphedStep(self._forward_backward, self.model) if config.cuda_graphs else self._forward_backward
+        )
 
         self.step, self.skipped = 0, 0  # updates behind us; those of them left out
         self.history: list[dict] = []
@@ -180,11 +186,15 @@ class Trainer:
         return model
 
     def _val_loader(self):
-        return self.runner.batches(self.data.val, self.val_batch_size, self.config.num_workers, unreadable=self.unreadable)
+        return self.runner.batches(
+            self.data.val, self.val_batch_size, self.config.num_workers, unreadable=self.unreadable
+        )
 
     def _labels(self, name):
         if not isinstance(self.data.train, ImageSet):
-            raise InputError(f"{name} needs to know the training images' classes, which a webdataset tells only as it is read")
+            raise InputError(
+                f"{name} needs to know the training images' classes, which a webdataset tells only as it is read"
+            )
         return torch.tensor(self.data.train.labels)
 
     def _class_weights(self):
@@ -200,13 +210,17 @@ class Trainer:
         except ValueError:
             weights = torch.tensor([])
         if len(weights) != classes or not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
-            raise InputError(f"class_weights must be balanced, or {classes} numbers >= 0 with commas between, got {given!r}")
+            raise InputError(
+                f"class_weights must be balanced, or {classes} numbers >= 0 with commas between, got {given!r}"
+            )
         return weights.to(self.runner.device)
 
     def _order(self, config):
         place = (self.processes.rank, self.processes.world)
         labels = self._labels("sampler balanced") if config.sampler == "balanced" else None
-        return TrainingOrder(len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size, labels)
+        return TrainingOrder(
+            len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size, labels
+        )
 
     def img_size(self, epoch: int) -> int:
         """The pixels of the training images of an epoch.
@@ -233,7 +247,14 @@ class Trainer:
             self.log.rewrite(self.history)
         self._announce()
         self._write_samples()
-        bar = tqdm(total=total, initial=self.step, unit="batch", mininterval=interval, dynamic_ncols=True, disable=not self.processes.first)
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            unit="batch",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not self.processes.first,
+        )
         evaluation = None
         with (
             bar,
@@ -258,8 +279,14 @@ class Trainer:
                 plot_curves(self.history, path)
             best = max(self.history, key=lambda row: row["val_acc"])
             self.say(f"checkpoint  {self.output / 'last.safetensors'}")
-            self.say(f"best        {100 * best['val_acc']:.2f} % in epoch {best['epoch']}, {self.output / 'best.safetensors'}")
-            self.say(f"time        {sum(row['seconds'] for row in self.history):.0f} s of training, {self.skipped} updates left out")
+            self.say(
+                f"best        {100 * best['val_acc']:.2f} % in epoch {best['epoch']}, "
+                f"{self.output / 'best.safetensors'}"
+            )
+            self.say(
+                f"time        {sum(row['seconds'] for row in self.history):.0f} s of training, {self.skipped} updates "
+                "left out"
+            )
             self.say(f"test accuracy: {evaluation}")
         return evaluation
 
@@ -296,7 +323,11 @@ class Trainer:
         lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        buffers = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite or self.scaler.is_enabled() else None
+        buffers = (
+            [buffer.clone() for buffer in self.model.buffers()]
+            if config.skip_nonfinite or self.scaler.is_enabled()
+            else None
+        )
         try:
             loss = self._gradients(batches)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -361,12 +392,15 @@ class Trainer:
         epoch, step = divmod(self.step, self.steps)
         names = self.loader.names(epoch, step)
         what = f"loss {loss.item():.4g}, gradient norm {self.norm.item():.4g}"
-        where = f"step {self.step + 1} (epoch {epoch + 1}, batch {step + 1}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        where = (
+            f"step {self.step + 1} (epoch {epoch + 1}, batch {step + 1}: "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        )
         if self.skipped > self.config.skip_nonfinite:
             already = f" after {self.skipped - 1} others that were left out" if self.skipped > 1 else ""
             raise TrainingStopped(
-                f"{what} in {where}{already}: a lower --lr or --clip-grad may help, --skip-nonfinite leaves such updates out; "
-                + self._how_to_continue()
+                f"{what} in {where}{already}: a lower --lr or --clip-grad may help, --skip-nonfinite leaves such "
+                "updates out; " + self._how_to_continue()
             )
         self.say(f"left out, {self.skipped} of at most {self.config.skip_nonfinite}: {what} in {where}")
 
@@ -379,7 +413,9 @@ class Trainer:
             self.val_loader.close()
 
     def _evaluate(self, epoch) -> Evaluation:
-        """Of the held-out images, in batches that fit the memory: their size changes no figure, and each process may have its own."""
+        """Of the held-out images, in batches that fit the memory: their size changes no figure, and each process may
+        have its own.
+        """
         alone = self.processes.world == 1  # several processes would have to agree, batch by batch
         while True:
             try:
@@ -392,7 +428,9 @@ class Trainer:
                 if not out_of_memory(error):
                     raise
                 if self.val_batch_size == 1:
-                    raise TrainingStopped(f"out of memory with one held-out image; {self._how_to_continue()}") from error
+                    raise TrainingStopped(
+                        f"out of memory with one held-out image; {self._how_to_continue()}"
+                    ) from error
             self.val_loader.close()
             self.val_batch_size //= 2
             self.val_loader = self._val_loader()
@@ -427,8 +465,10 @@ class Trainer:
             with self._writing("the epoch's row"):
                 self.log.epoch(self.history, self.step)
             self.say(
-                f"epoch {epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out loss {evaluation.loss:.3f}  "
-                f"accuracy {100 * evaluation.accuracy:6.2f} %  {row['images_per_s']:.0f} images/s, {100 * row['data_wait']:.0f} % waiting"
+                f"epoch {epoch + 1:3d}/{self.config.epochs}  train loss {row['train_loss']:.3f}  held-out loss "
+                f"{evaluation.loss:.3f}  "
+                f"accuracy {100 * evaluation.accuracy:6.2f} %  {row['images_per_s']:.0f} images/s, "
+                f"{100 * row['data_wait']:.0f} % waiting"
             )
         return evaluation
 
@@ -520,7 +560,11 @@ class Trainer:
         return [self.model] if self.average is None else [self.model, self.average.module]
 
     def _order_description(self):
-        description = {"images an update": self.order.images, "updates an epoch": self.steps, "processes": self.processes.world}
+        description = {
+            "images an update": self.order.images,
+            "updates an epoch": self.steps,
+            "processes": self.processes.world,
+        }
         return description | self.loader.description
 
     def _resume(self) -> bool:
@@ -538,24 +582,39 @@ class Trainer:
                 return False
         if state is None:
             state = read_state(path)
-        stored, ours = (_flat(described) for described in (state["metadata"], describe_model(self.model) | self._metadata()))
+        stored, ours = (
+            _flat(described) for described in (state["metadata"], describe_model(self.model) | self._metadata())
+        )
         for field in ("name", *ours):  # the name first: it explains the rest
             if field != "preprocess" and stored[field] != ours[field]:
-                raise InputError(f"resume {str(path)!r} was trained with {field} {stored[field]!r}, but this run has {ours[field]!r}")
+                raise InputError(
+                    f"resume {str(path)!r} was trained with {field} {stored[field]!r}, but this run has {ours[field]!r}"
+                )
         for what, value in self._order_description().items():
             if state["order"].get(what) != value:
-                raise InputError(f"resume {str(path)!r} was trained with {state['order'].get(what)} {what}, but this run has {value}")
+                raise InputError(
+                    f"resume {str(path)!r} was trained with {state['order'].get(what)} {what}, but this run has {value}"
+                )
         done = len(state["history"])
         if self.config.resume != "auto" and done >= self.config.epochs:
-            raise InputError(f"resume {str(path)!r} has {done} epochs behind it; epochs must be more, got {self.config.epochs}")
+            raise InputError(
+                f"resume {str(path)!r} has {done} epochs behind it; epochs must be more, got {self.config.epochs}"
+            )
         if (state["average"] is None) != (self.average is None):
-            raise InputError(f"resume {str(path)!r} was trained {'without' if state['average'] is None else 'with'} model_ema")
-        for name in ("opt", "pretrained", "freeze_until"):  # the state of the one is none of another's; the others are for the beginning
+            raise InputError(
+                f"resume {str(path)!r} was trained {'without' if state['average'] is None else 'with'} model_ema"
+            )
+        # The state of the one is none of another's; the others are for the beginning.
+        for name in ("opt", "pretrained", "freeze_until"):
             before, now = (settings.get(name) for settings in (state["settings"], vars(self.config)))
             if before != now:
                 raise InputError(f"resume {str(path)!r} was trained with {name} {before!r}, but this run has {now!r}")
         for name, value in state["settings"].items():
-            if name not in FREE_SETTINGS and (now := getattr(self.config, name, None)) != value and self.processes.first:
+            if (
+                name not in FREE_SETTINGS
+                and (now := getattr(self.config, name, None)) != value
+                and self.processes.first
+            ):
                 self.say(f"resume: {name} was {value!r}, is {now!r} from here on")
         self.model.load_state_dict(state["model"])
         if self.average is not None:
@@ -582,11 +641,14 @@ class Trainer:
         return True
 
     def _load_optimizer(self, state):
-        """The moments of the parameters, and the settings of this run, whose groups may be others: layer_decay makes them.
+        """The moments of the parameters, and the settings of this run, whose groups may be others: layer_decay makes
+        them.
 
         Raises ValueError where the moments are not those of the parameters that are trained.
         """
-        ours = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        ours = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         layer_decay = state["settings"].get("layer_decay", 1.0)
         theirs = parameter_groups(self.model, self.config.lr, self.config.weight_decay, layer_decay)
         stored = state["optimizer"]
@@ -599,7 +661,9 @@ class Trainer:
             for p, i in zip(group["params"], saved["params"], strict=True)
         }
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {i: stored["state"][index[id(p)]] for i, p in enumerate(parameters) if index[id(p)] in stored["state"]}
+        moments = {
+            i: stored["state"][index[id(p)]] for i, p in enumerate(parameters) if index[id(p)] in stored["state"]
+        }
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
             group.update(settings)
@@ -627,7 +691,9 @@ class Trainer:
 
     def _how_to_continue(self):
         last = next(iter(self.states.paths()), None)
-        return f"the last good checkpoint is {last}, continue with --resume auto" if last else "no checkpoint exists yet"
+        return (
+            f"the last good checkpoint is {last}, continue with --resume auto" if last else "no checkpoint exists yet"
+        )
 
     @contextmanager
     def _noticing_signals(self):
@@ -679,7 +745,9 @@ class Trainer:
             try:
                 with torch.random.fork_rng():
                     images = torch.zeros(config.batch_size, config.in_chans, size, size, dtype=torch.uint8)
-                    batch = self.runner.to_device(images, torch.zeros(config.batch_size, dtype=torch.long), self.data.preprocess)
+                    batch = self.runner.to_device(
+                        images, torch.zeros(config.batch_size, dtype=torch.long), self.data.preprocess
+                    )
                     with self.runner.autocast():
                         logits = self.model.train()(batch[0])
                     F.cross_entropy(logits.float(), batch[1]).backward()
@@ -695,7 +763,10 @@ class Trainer:
             if not too_large:
                 break
             if config.batch_size % 2 or config.batch_size < 4:
-                raise InputError(f"auto_batch: not even batches of {config.batch_size} images fit the memory, and that cannot be halved")
+                raise InputError(
+                    f"auto_batch: not even batches of {config.batch_size} images fit the memory, and that cannot be "
+                    "halved"
+                )
             config = replace(config, batch_size=config.batch_size // 2, grad_accum_steps=2 * config.grad_accum_steps)
         del reserved
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -710,15 +781,21 @@ class Trainer:
         if not self.processes.first:
             return
         size, config = self.data.preprocess.img_size, self.config
-        images = torch.zeros(2, config.in_chans, size, size, device=self.runner.device).to(memory_format=self.runner.memory_format)
+        images = torch.zeros(2, config.in_chans, size, size, device=self.runner.device).to(
+            memory_format=self.runner.memory_format
+        )
         with self.runner.autocast():
             backend = describe_backend(self.model.train(), images)
         device = self.runner.device
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
         if self.processes.world > 1:
             where = f"{self.processes.world} processes, {where}"
         counts = f"{self.data.train.size} training and {self.data.val.size} held-out images"
-        print(f"model       {config.model}, {count_parameters(self.model):,} parameters, {len(self.data.classes)} classes")
+        print(
+            f"model       {config.model}, {count_parameters(self.model):,} parameters, {len(self.data.classes)} classes"
+        )
         print(f"data        {config.data}, {counts}, {size} x {size}")
         print(f"device      {where}, amp {config.amp}")
         print(f"backend     {backend}")
@@ -740,12 +817,15 @@ class Trainer:
 def _for_processes(config, device, world):
     """The configuration of one process of ``world`` on ``device``. Raises InputError for what these cannot do."""
     if config.sync_bn and world == 1:
-        raise InputError("sync_bn needs several processes (torchrun --nproc-per-node N -m efficientnet train ...), this run has one")
+        raise InputError(
+            "sync_bn needs several processes (torchrun --nproc-per-node N -m efficientnet train ...), this run has one"
+        )
     if config.cuda_graphs:
         never = {
             "a CUDA device, and this run is on the CPU": device.type != "cuda",
             f"one process, and this run has {world}": world > 1,
-            f"images of one size, and progressive_size is {config.progressive_size}": config.progressive_size is not None,
+            f"images of one size, and progressive_size is {config.progressive_size}": config.progressive_size
+            is not None,
             "a model that is not compiled, and compile is on": config.compile,
         }
         for what in (what for what, given in never.items() if given):
@@ -763,7 +843,8 @@ def _for_processes(config, device, world):
     parts = world * config.grad_accum_steps
     if config.global_batch_size % parts or config.global_batch_size < 2 * parts:
         raise InputError(
-            f"global_batch_size must be divisible into batches of 2 or more for {world} processes x {config.grad_accum_steps} accumulated, "
+            f"global_batch_size must be divisible into batches of 2 or more for {world} processes x "
+            f"{config.grad_accum_steps} accumulated, "
             f"got {config.global_batch_size}; try {max(2, math.ceil(config.global_batch_size / parts)) * parts}"
         )
     return replace(config, batch_size=config.global_batch_size // parts)

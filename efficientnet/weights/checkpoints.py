@@ -21,16 +21,44 @@ from torch import nn
 from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig, StageConfig
 from efficientnet.model.network import EfficientNet
-from efficientnet.weights.layouts import LAYOUTS, Layout, config_plan, conventions, guess_config, recognise, tidy, translate
+from efficientnet.weights.layouts import (
+    LAYOUTS,
+    Layout,
+    config_plan,
+    conventions,
+    guess_config,
+    recognise,
+    tidy,
+    translate,
+)
 from efficientnet.weights.pretrained import fetch
 
 METADATA_KEY = "efficientnet"
 METADATA_SLOT = "__efficientnet__"  # in a torch file; no module has such a name
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # The usual names of the weights among other things; "average" is that of this program's own training states.
-EMA_WRAPPERS = ("average", "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model_state_dict", "ema_model")
+EMA_WRAPPERS = (
+    "average",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "model_ema_state_dict",
+    "ema_model_state_dict",
+    "ema_model",
+)
 EMA_WRAPPERS += ("ema", "module_ema", "model_averaged", "teacher", "teacher_state_dict")
-WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "net_state_dict", "network", "weights", "params", "module")
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "net_state_dict",
+    "network",
+    "weights",
+    "params",
+    "module",
+)
 WRAPPERS += ("student", "student_state_dict", "backbone")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of what save_pretrained writes
 
@@ -86,10 +114,10 @@ def load_checkpoint(
         model: the module to load into; or a model's name, whose classes and input channels are read off the weights and
             whose padding and BatchNorm are those of the library that the weights come from; or None to build the model
             that the file describes (files from ``save_checkpoint`` and ``convert`` do).
-        source: a file of safetensors or torch.save, by what is in it, whatever its name. Torch's is read without running
-            code from it, bare or under "state_dict", "model", "ema" and the like, with or without "module.", "model.",
-            "backbone." and the like before each key. Or a folder that save_pretrained wrote; or an http(s) URL; or the id
-            of a repository on the Hugging Face Hub.
+        source: a file of safetensors or torch.save, by what is in it, whatever its name. Torch's is read without
+            running code from it, bare or under "state_dict", "model", "ema" and the like, with or without "module.",
+            "model.", "backbone." and the like before each key. Or a folder that save_pretrained wrote; or an http(s)
+            URL; or the id of a repository on the Hugging Face Hub.
         fused: the blocks of a model that is built here, as in ``create_model``.
         layout: a name from ``efficientnet.weights.layouts.LAYOUTS``. None: the one that knows the keys. A module that
             is not an ``EfficientNet`` takes only its own keys.
@@ -161,7 +189,9 @@ class Weights:
         return conventions(self.recognise(), config)
 
 
-def load_weights(model: nn.Module, weights: Weights, *, layout: str | None = None, known: dict | None = None, adapt: bool = False) -> None:
+def load_weights(
+    model: nn.Module, weights: Weights, *, layout: str | None = None, known: dict | None = None, adapt: bool = False
+) -> None:
     """The second half of ``load_checkpoint``: check the weights, then fill ``model`` with them.
 
     Args:
@@ -178,8 +208,10 @@ def load_weights(model: nn.Module, weights: Weights, *, layout: str | None = Non
             actual = getattr(model.config, field)
             if field != "bn_momentum" and trained != actual:  # momentum matters to further training only
                 raise ValueError(
-                    f"checkpoint {str(path)!r} ({weights.layout.name} layout) was trained with {field}={trained!r}, but the model has "
-                    f"{field}={actual!r}: build it with create_model(..., {field}={trained!r}), or, if the weights were trained "
+                    f"checkpoint {str(path)!r} ({weights.layout.name} layout) was trained with {field}={trained!r}, "
+                    "but the model has "
+                    f"{field}={actual!r}: build it with create_model(..., {field}={trained!r}), or, if the weights "
+                    "were trained "
                     f"otherwise, load_checkpoint(..., {field}={actual!r})"
                 )
         if adapt:
@@ -226,7 +258,10 @@ def convert(
     elif "config" in weights.metadata:
         config, _ = _described(weights)
     elif found.name == "timm":
-        raise ValueError(f"checkpoint {str(source)!r} has timm's names, which efficientnet_* and tf_efficientnet_* share: name the model")
+        raise ValueError(
+            f"checkpoint {str(source)!r} has timm's names, which efficientnet_* and tf_efficientnet_* share: name the "
+            "model"
+        )
     elif (config := guess_config(weights.state, found)) is None:
         raise ValueError(f"checkpoint {str(source)!r} is not of a published variant's size: name the model")
     known = {"padding": padding, "bn_eps": bn_eps}
@@ -238,14 +273,21 @@ def convert(
 
     usual = conventions(LAYOUTS[to], config)
     if differing := [
-        f"{field}={getattr(config, field)!r}" for field in ("padding", "bn_eps") if usual.get(field) not in (None, getattr(config, field))
+        f"{field}={getattr(config, field)!r}"
+        for field in ("padding", "bn_eps")
+        if usual.get(field) not in (None, getattr(config, field))
     ]:
         library = ", ".join(f"{field}={usual[field]!r}" for field in ("padding", "bn_eps"))
         warnings.warn(
-            f"these weights were trained with {', '.join(differing)}, but {to}'s own models have {library}: there they give other logits",
+            f"these weights were trained with {', '.join(differing)}, but {to}'s own models have {library}: there they "
+            "give other logits",
             stacklevel=2,
         )
-    _write(translate(state, LAYOUTS["timm"], LAYOUTS[to], config_plan(config)), target, {**weights.metadata, **describe_model(network)})
+    _write(
+        translate(state, LAYOUTS["timm"], LAYOUTS[to], config_plan(config)),
+        target,
+        {**weights.metadata, **describe_model(network)},
+    )
     return config
 
 
@@ -270,7 +312,12 @@ def stored_cfg(metadata: dict) -> dict | None:
     stored, size = metadata["preprocess"], metadata["preprocess"]["img_size"]
     cfg = {"architecture": metadata["config"]["name"], "input_size": (3, size, size)}
     cfg |= {"interpolation": stored["interpolation"], "crop_pct": stored["crop_pct"]}
-    return cfg | {"mean": tuple(stored["mean"]), "std": tuple(stored["std"]), "first_conv": "conv_stem", "classifier": "classifier"}
+    return cfg | {
+        "mean": tuple(stored["mean"]),
+        "std": tuple(stored["std"]),
+        "first_conv": "conv_stem",
+        "classifier": "classifier",
+    }
 
 
 def describe_model(model: EfficientNet) -> dict:
@@ -296,7 +343,9 @@ def save_training_state(path: str | os.PathLike, state: dict) -> None:
 
 
 def load_training_state(path: str | os.PathLike) -> dict:
-    """Read onto the CPU what ``save_training_state`` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+    """Read onto the CPU what ``save_training_state`` wrote. Raises FileNotFoundError, or ValueError for any other
+    file.
+    """
     path = _existing(path)
     state = _torch_load(path)
     if not isinstance(state, dict) or "optimizer" not in state:
@@ -309,7 +358,9 @@ def _existing(path):
     if path.is_dir():
         found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"folder {str(path)!r} has none of {', '.join(FOLDER_FILES)}, which save_pretrained writes")
+            raise ValueError(
+                f"folder {str(path)!r} has none of {', '.join(FOLDER_FILES)}, which save_pretrained writes"
+            )
         return found
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint file", str(path))
@@ -355,8 +406,9 @@ def _other_file(start):
 
 
 def _unwrapped(state, path, wrappers):
-    """The state_dict in what a training script saved: it is itself the file, or is under one of ``wrappers``, the first that is there,
-    or is the only dictionary of tensors."""
+    """The state_dict in what a training script saved: it is itself the file, or is under one of ``wrappers``, the first
+    that is there, or is the only dictionary of tensors.
+    """
     while True:
         if not isinstance(state, dict):
             raise ValueError(f"checkpoint {str(path)!r} holds no state_dict but a {type(state).__name__}")
@@ -366,7 +418,9 @@ def _unwrapped(state, path, wrappers):
             inner = inner if len(inner) == 1 else []
             if not inner:
                 keys = ", ".join(map(str, list(state)[:5])) or "none"
-                raise ValueError(f"checkpoint {str(path)!r} holds no state_dict under {', '.join(wrappers)}; its keys are {keys}")
+                raise ValueError(
+                    f"checkpoint {str(path)!r} holds no state_dict under {', '.join(wrappers)}; its keys are {keys}"
+                )
         if not inner:
             return state
         state = inner[0]
@@ -386,8 +440,24 @@ def _safe_types():
     # numpy 1's names of them, in files that it wrote.
     numbers += [(getattr(multiarray, name), f"numpy.core.multiarray.{name}") for name in ("scalar", "_reconstruct")]
     systems = ("pathlib", "pathlib._local")
-    paths = [(_path, f"{module}.{name}") for module in systems for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")]
-    values = [argparse.Namespace, SimpleNamespace, (_mapping, "collections.defaultdict"), dict, list, set, tuple, int, float, str, bool]
+    paths = [
+        (_path, f"{module}.{name}")
+        for module in systems
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")
+    ]
+    values = [
+        argparse.Namespace,
+        SimpleNamespace,
+        (_mapping, "collections.defaultdict"),
+        dict,
+        list,
+        set,
+        tuple,
+        int,
+        float,
+        str,
+        bool,
+    ]
     return [*values, datetime.datetime, datetime.timedelta, *numbers, *paths]
 
 
@@ -408,8 +478,10 @@ def _torch_load(path):
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError and more
         if refused := _refused(error):
             raise ValueError(
-                f"checkpoint {str(path)!r} is refused: reading it would run code ({refused}). Safe: the .safetensors of these weights, or "
-                "torch.save(model.state_dict(), PATH) or safetensors.torch.save_file(model.state_dict(), PATH), written where you trust it"
+                f"checkpoint {str(path)!r} is refused: reading it would run code ({refused}). Safe: the .safetensors "
+                "of these weights, or "
+                "torch.save(model.state_dict(), PATH) or safetensors.torch.save_file(model.state_dict(), PATH), "
+                "written where you trust it"
             ) from error
         raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_detail(error)}") from error
 
@@ -431,7 +503,11 @@ def _refused(error):
     if called := re.search(r"GLOBAL ([\w.]+)|(?:class|function|instantiate) ([\w.]+\.\w+)", text):
         return f"it calls {called[1] or called[2]}"
     # Of pickle protocol 3 and later; torch.save writes 2.
-    return f"{operand[0]}: not written by torch.save" if (operand := re.search(r"Unsupported operand (?:14[0-9]|15[01])\b", text)) else None
+    return (
+        f"{operand[0]}: not written by torch.save"
+        if (operand := re.search(r"Unsupported operand (?:14[0-9]|15[01])\b", text))
+        else None
+    )
 
 
 def _described(weights):
@@ -446,7 +522,9 @@ def _described(weights):
         sizes |= {"output_stride": metadata.get("output_stride", 32), "global_pool": metadata.get("global_pool", "avg")}
         return EfficientNetConfig(**config), sizes
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}") from error
+        raise ValueError(
+            f"checkpoint {str(path)!r} describes a model that this version cannot build: {_first_line(error)}"
+        ) from error
 
 
 def adapt_input_conv(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
@@ -481,7 +559,9 @@ def _adapt(model, state, path):
                 state[key] = model.state_dict()[key]
         if model.num_classes:
             warnings.warn(
-                f"classifier is re-initialised: num_classes is {model.num_classes}, but checkpoint {str(path)!r} has {found}", stacklevel=4
+                f"classifier is re-initialised: num_classes is {model.num_classes}, but checkpoint {str(path)!r} has "
+                f"{found}",
+                stacklevel=4,
             )
     return state
 
@@ -490,7 +570,10 @@ def _sizes(state, path):
     """num_classes and in_chans, read off the shapes of the weights."""
     stem, classifier = state.get("conv_stem.weight"), state.get("classifier.weight")
     if stem is None or stem.dim() != 4:
-        raise ValueError(f"checkpoint {str(path)!r} has no weight 'conv_stem.weight' of 4 dimensions: its layout is not this family's")
+        raise ValueError(
+            f"checkpoint {str(path)!r} has no weight 'conv_stem.weight' of 4 dimensions: its layout is not this "
+            "family's"
+        )
     return {"in_chans": stem.shape[1], "num_classes": 0 if classifier is None else classifier.shape[0]}
 
 
@@ -509,7 +592,9 @@ def _check_fit(model, state, path):
         if keys:
             problems.append(f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
     if problems:
-        raise ValueError(f"checkpoint {str(path)!r} does not fit the model ({len(expected)} keys): {'; '.join(problems)}")
+        raise ValueError(
+            f"checkpoint {str(path)!r} does not fit the model ({len(expected)} keys): {'; '.join(problems)}"
+        )
 
 
 def _first_line(error):

@@ -79,14 +79,23 @@ def export_model(
     difference = Difference(0.0, 0.0)
     with torch.no_grad(), replacing(path) as temporary:
         with _failing_as(f"export to {format} failed"):
-            write(model, images(2 if dynamic_batch else batch_size), temporary, dynamic_batch, opset, json.dumps(metadata or {}))
+            write(
+                model,
+                images(2 if dynamic_batch else batch_size),
+                temporary,
+                dynamic_batch,
+                opset,
+                json.dumps(metadata or {}),
+            )
         for n in (1, 3) if dynamic_batch else (batch_size,):
             batch = images(n)
             expected = model(batch)
             with _failing_as(f"the exported {format} program does not run on {n} images"):
                 logits = read(temporary)(batch)
             if logits.shape != expected.shape:
-                raise InputError(f"the exported {format} program gives {tuple(logits.shape)} instead of {tuple(expected.shape)}")
+                raise InputError(
+                    f"the exported {format} program gives {tuple(logits.shape)} instead of {tuple(expected.shape)}"
+                )
             off, largest = (logits - expected).abs().max().item(), expected.abs().max().item()
             if not off <= tolerance * largest:
                 raise InputError(

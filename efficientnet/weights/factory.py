@@ -62,8 +62,8 @@ def create_model(
             five).
         output_stride: 8, 16 or 32 (2 and 4 too). Strides beyond it become dilation, as in timm; blocks with dilation
             run plain layers.
-        global_pool: "avg", "max", "avgmax" (half their sum), "catavgmax" (both, for twice the features) or "" (none: with
-            num_classes 0 the model returns the head's feature map).
+        global_pool: "avg", "max", "avgmax" (half their sum), "catavgmax" (both, for twice the features) or "" (none:
+            with num_classes 0 the model returns the head's feature map).
         device, dtype: of the parameters; "meta" builds without memory.
 
     Raises ValueError for an unknown name or tag or a value out of range, TypeError for an unknown keyword, and with
@@ -94,7 +94,9 @@ def create_model(
         source, cfg = resolve(config.name, pretrained)
         weights = read_weights(source)
         trained = weights.trained_with(config)
-        settings = {field: trained[field] for field in ("padding", "bn_eps", "bn_momentum") if field in trained} | settings
+        settings = {
+            field: trained[field] for field in ("padding", "bn_eps", "bn_momentum") if field in trained
+        } | settings
         if num_classes is None:
             num_classes = weights.num_classes(config)
     config = replace(config, **settings)

@@ -177,15 +177,30 @@ def conventions(layout: Layout, config: EfficientNetConfig) -> dict:
     return {field: getattr(layout, field) for field in TF}
 
 
-# What wrappers put before each key; where a teacher and a student are kept together, the teacher, an average, comes first.
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.", "ema_model.", "ema.", "averaged_model.")
+# What wrappers put before each key; where a teacher and a student are kept together, the teacher, an average, comes
+# first.
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "backbone.",
+    "net.",
+    "network.",
+    "encoder.",
+    "ema_model.",
+    "ema.",
+    "averaged_model.",
+)
 PREFIXES += ("teacher.", "student.", "online_network.", "base_model.", "_model.", "_module.", "m.")
 
 
 def _behind(state, prefix):
-    """(the entries with ``prefix``, without it; the other keys) where no other key is of the same network, else None."""
+    """(the entries with ``prefix``, without it; the other keys) where no other key is of the same network, else
+    None.
+    """
     inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    others = {key: tensor for key, tensor in state.items() if not key.startswith(prefix) and key != "n_averaged"}  # AveragedModel's
+    # AveragedModel's.
+    others = {key: tensor for key, tensor in state.items() if not key.startswith(prefix) and key != "n_averaged"}
     if not inside:
         return None
     if not others and prefix in ("module.", "_orig_mod."):  # torch's own wrappers, whatever they wrap
@@ -214,7 +229,9 @@ def tidy(state: dict) -> dict:
     if "embeddings.convolution.weight" in state:  # Hugging Face's model without a classifier has no prefix
         state = {f"efficientnet.{key}": tensor for key, tensor in state.items()}
     if "stem.conv.weight" in state:  # NVIDIA's files of 2020 and 2021
-        state = {re.sub(r"^layer(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.", key): tensor for key, tensor in state.items()}
+        state = {
+            re.sub(r"^layer(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.", key): tensor for key, tensor in state.items()
+        }
     return state
 
 
@@ -233,7 +250,8 @@ def recognise(state: dict) -> Layout:
     if 2 * len(unknown) >= len(state):
         more = ", ..." if len(unknown) > 3 else ""
         raise ValueError(
-            f"is of an unknown layout: the nearest of {', '.join(LAYOUTS)} is {best.name}, which does not know {len(unknown)} of "
+            f"is of an unknown layout: the nearest of {', '.join(LAYOUTS)} is {best.name}, which does not know "
+            f"{len(unknown)} of "
             f"{len(state)} keys: {', '.join(unknown[:3])}{more}"
         )
     return best

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # AdvProp's and timm's later recipes
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl", ".pickle")  # a name with one of them is meant as a file
+# A name with one of them is meant as a file.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,20 @@ class WeightSet:
 
 def _tensorflow_sets():
     """Google's releases: baseline, AutoAugment, RandAugment, AdvProp, Noisy Student."""
-    sizes = {"b0": (224, 0.875), "b1": (240, 0.882), "b2": (260, 0.89), "b3": (300, 0.904), "b4": (380, 0.922), "b5": (456, 0.934)}
+    sizes = {
+        "b0": (224, 0.875),
+        "b1": (240, 0.882),
+        "b2": (260, 0.89),
+        "b3": (300, 0.904),
+        "b4": (380, 0.922),
+        "b5": (456, 0.934),
+    }
     sizes |= {"b6": (528, 0.942), "b7": (600, 0.949), "b8": (672, 0.954)}
-    tags = {variant: ["ns_jft_in1k", "aa_in1k", "ap_in1k"] + (["in1k"] if variant <= "b5" else []) for variant in sizes if variant != "b8"}
+    tags = {
+        variant: ["ns_jft_in1k", "aa_in1k", "ap_in1k"] + (["in1k"] if variant <= "b5" else [])
+        for variant in sizes
+        if variant != "b8"
+    }
     tags["b5"].append("ra_in1k")
     tags["b7"].append("ra_in1k")
     tags["b8"] = ["ap_in1k", "ra_in1k"]
@@ -188,7 +200,9 @@ def _from_url(url):
             torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
         # OSError covers urllib's errors; a RuntimeError says that the digest is another.
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConnectionError(f"cannot fetch {url!r} ({error}), and it is not in the cache as {str(path)!r}") from error
+            raise ConnectionError(
+                f"cannot fetch {url!r} ({error}), and it is not in the cache as {str(path)!r}"
+            ) from error
     return path
 
 

@@ -1,9 +1,11 @@
-"""Whole models: ``accelerate`` makes the MBConv blocks of a model that exists run fused, ``restore`` undoes it, ``explain`` tells why not.
+"""Whole models: ``accelerate`` makes the MBConv blocks of a model that exists run fused, ``restore`` undoes it,
+``explain`` tells why not.
 
-A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward`` runs the
-kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers, submodules, their names, hooks on
-the block, references to it and ``isinstance`` hold without copying anything, and ``restore`` gives the class back. What a block is made
-of is read from it at every call (``effkernels.adapters.registry``), so nothing that is edited later goes stale.
+A block stays the object it is. ``accelerate`` gives it a subclass of its own class, made on the spot, whose ``forward``
+runs the kernels on the block's own layers, or the inherited forward where they cannot. So parameters, buffers,
+submodules, their names, hooks on the block, references to it and ``isinstance`` hold without copying anything, and
+``restore`` gives the class back. What a block is made of is read from it at every call
+(``effkernels.adapters.registry``), so nothing that is edited later goes stale.
 """
 
 import copyreg
@@ -25,15 +27,21 @@ class Swapped:
     def __reduce_ex__(self, protocol):
         make, args, *state = super().__reduce_ex__(max(protocol, 2))
         if make is not copyreg.__newobj__ or args != (type(self),):
-            raise TypeError(f"{self._original.__name__} copies itself in its own way: restore(model) before copying or pickling")
+            raise TypeError(
+                f"{self._original.__name__} copies itself in its own way: restore(model) before copying or pickling"
+            )
         return _new, (self._original,), *state
 
 
 class AcceleratedBlock(Swapped):
-    """A library's MBConv block on fused kernels; its own forward where they cannot serve (``why_not_fused(x)`` tells the reason)."""
+    """A library's MBConv block on fused kernels; its own forward where they cannot serve (``why_not_fused(x)`` tells
+    the reason).
+    """
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
-        """None if the kernels will serve x (or, without x, this block at all) in its present mode, else the reason why not."""
+        """None if the kernels will serve x (or, without x, this block at all) in its present mode, else the reason why
+        not.
+        """
         return _judge(self, registry.read(self._reader, self), x)[0]
 
     def forward(self, *args, **kwargs):
@@ -69,7 +77,11 @@ class AcceleratedNetwork(Swapped):
 
     @staticmethod
     def _why_not(network, x):
-        layers, largest = ((), 1) if isinstance(network, str) else (judge.layers_of_network(network), judge.largest_of_network(network))
+        layers, largest = (
+            ((), 1)
+            if isinstance(network, str)
+            else (judge.layers_of_network(network), judge.largest_of_network(network))
+        )
         return dispatch.why_not_fused(x, layers, largest, judge=lambda: judge.judge_network(network))
 
     def _forward(self, x):
@@ -168,14 +180,20 @@ def _networks(model):
 
 
 def _blocks(model):
-    """(name, module, whether it is one of ours that needs no accelerate) of everything that ``explain`` speaks about."""
+    """(name, module, whether it is one of ours that needs no accelerate) of everything that ``explain`` speaks
+    about.
+    """
     from effkernels.modules.conv_bn_act import FusedDepthwiseConvBNAct
     from effkernels.modules.mbconv import FusedMBConv
 
     for name, module in model.named_modules():
         if isinstance(module, (FusedMBConv, FusedDepthwiseConvBNAct)) and not isinstance(module, Swapped):
             yield name, module, True
-        elif isinstance(module, Swapped) and not isinstance(module, AcceleratedNetwork) or registry.known_block(type(module)) is not None:
+        elif (
+            isinstance(module, Swapped)
+            and not isinstance(module, AcceleratedNetwork)
+            or registry.known_block(type(module)) is not None
+        ):
             yield name, module, False
 
 
@@ -185,13 +203,15 @@ def _check_model(model):
 
 
 def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
-    """Make every eligible MBConv block of ``model`` run fused, and stem and head around them, in place; returns ``model``.
+    """Make every eligible MBConv block of ``model`` run fused, and stem and head around them, in place; returns
+    ``model``.
 
-    Blocks: timm's InvertedResidual and DepthwiseSeparableConv (EfficientNet, MobileNetV2/V3, MnasNet, ...), torchvision's EfficientNet,
-    MobileNetV2/V3 and MnasNet, efficientnet_pytorch, transformers' EfficientNet, and efficientnet.MBConv. Parameters, buffers, submodules
-    and state_dict keys are the same objects and names, so an optimizer, a moving average, DistributedDataParallel or a checkpoint made
-    before goes on working. Padding, BatchNorm settings, activation, squeeze-excite, drop-path are read from the block. Where kernels
-    cannot serve an input (no GPU, say) the block's own forward runs. Twice is once. Before torch.jit.script or an export: ``restore``.
+    Blocks: timm's InvertedResidual and DepthwiseSeparableConv (EfficientNet, MobileNetV2/V3, MnasNet, ...),
+    torchvision's EfficientNet, MobileNetV2/V3 and MnasNet, efficientnet_pytorch, transformers' EfficientNet, and
+    efficientnet.MBConv. Parameters, buffers, submodules and state_dict keys are the same objects and names, so an
+    optimizer, a moving average, DistributedDataParallel or a checkpoint made before goes on working. Padding, BatchNorm
+    settings, activation, squeeze-excite, drop-path are read from the block. Where kernels cannot serve an input (no
+    GPU, say) the block's own forward runs. Twice is once. Before torch.jit.script or an export: ``restore``.
 
     strict: raise ValueError, with the reason for each block, if no block is eligible; False returns the model as it is.
     """
@@ -207,10 +227,15 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
     if strict and not swaps and not fused:
         listed = "".join(f"\n  {name or 'the model itself'}: {reason}" for name, reason in reasons.items())
         raise ValueError(
-            f"{type(model).__name__} has no block that effkernels can run{':' if listed else ', nor any of a known class'}{listed}"
+            f"{type(model).__name__} has no block that effkernels can "
+            f"run{':' if listed else ', nor any of a known class'}{listed}"
         )
     if swaps or fused:
-        plain = [m for _, m in _networks(model) if not isinstance(m, Swapped) and not (registry.runs_itself(type(m)) and m.fused)]
+        plain = [
+            m
+            for _, m in _networks(model)
+            if not isinstance(m, Swapped) and not (registry.runs_itself(type(m)) and m.fused)
+        ]
         swaps += [m for m in plain if _network_problem(m, ask=False) is None]
     for module in swaps:
         module.__class__ = accelerated_class(type(module))
@@ -218,12 +243,16 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``, in place; returns ``model``. Every block is the object it always was, of its own class again."""
+    """Undo ``accelerate``, in place; returns ``model``. Every block is the object it always was, of its own class
+    again.
+    """
     _check_model(model)
     swapped = [module for module in model.modules() if isinstance(module, Swapped)]
     for module in swapped:
         if "_original" not in vars(type(module)):
-            raise TypeError(f"{type(module).__name__} was made of an accelerated block by another library: undo that first")
+            raise TypeError(
+                f"{type(module).__name__} was made of an accelerated block by another library: undo that first"
+            )
     for module in swapped:
         module.__class__ = type(module)._original
     return model
@@ -262,11 +291,13 @@ class Explanation(dict):
 
 
 def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
-    """{name of each block: None if kernels serve it as it is now, else the reason why not}, for every block of a known library.
+    """{name of each block: None if kernels serve it as it is now, else the reason why not}, for every block of a known
+    library.
 
-    With x [N, C, H, W] (an input of the MODEL) the platform, dtype and device are judged too; without it only the blocks are. Before
-    ``accelerate`` None means that it will make the block fused (``Explanation.waiting`` has those names), after it that it is. A block
-    is judged in its present mode: dropout of single elements, say, is a reason in training only.
+    With x [N, C, H, W] (an input of the MODEL) the platform, dtype and device are judged too; without it only the
+    blocks are. Before ``accelerate`` None means that it will make the block fused (``Explanation.waiting`` has those
+    names), after it that it is. A block is judged in its present mode: dropout of single elements, say, is a reason in
+    training only.
     """
     _check_model(model)
     reasons, plain, kinds = {}, set(), {}
@@ -279,7 +310,9 @@ def explain(model: nn.Module, x: torch.Tensor | None = None) -> Explanation:
     for name, module in _networks(model):
         problem, network = _network_problem(module, x), None
         if problem is None:
-            network = registry.known_network(type(module)._original if isinstance(module, Swapped) else type(module))[0](module)
+            network = registry.known_network(type(module)._original if isinstance(module, Swapped) else type(module))[
+                0
+            ](module)
         prefix = f"{name}." if name else ""
         ends[f"{prefix}stem"] = problem
         if network is not None and network.separable is not None:

@@ -32,8 +32,8 @@ ACTIVATIONS = {
     "transformers.activations.SiLUActivation": "silu",
     "transformers.activations.GELUActivation": "gelu",
 }
-# Squeeze-excite modules: names of the two convolutions, the activation and the gate function between them, and of what must be
-# an identity.
+# Squeeze-excite modules: names of the two convolutions, the activation and the gate function between them, and of what
+# must be an identity.
 GATED = {
     "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "act1", "conv_expand", "gate", ()),
     "timm.layers.squeeze_excite.SEModule": ("fc1", "act", "fc2", "gate", ("bn",)),

@@ -17,7 +17,9 @@ def run_block(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -
     if block.gate is not None:
         reduce, expand = block.gate.reduce[1], block.gate.expand[1]
         se = SqueezeExciteParams(reduce.weight, reduce.bias, expand.weight, expand.bias, verdict.se_act, verdict.gate)
-    stages = [None if s is None else (s.conv[1].weight, norm(s.bn[1])) for s in (block.expand, block.depthwise, block.project)]
+    stages = [
+        None if s is None else (s.conv[1].weight, norm(s.bn[1])) for s in (block.expand, block.depthwise, block.project)
+    ]
     out = functional.mbconv(
         x,
         stages[0],
@@ -46,5 +48,7 @@ def run_network(x, network: Network):
         x = run_block(x, network.separable[1], judge_separable(network), norm.training)
     x = network.middle(x)
     if not isinstance(head, str):
-        x = functional.head(x, head.conv[1].weight, BatchNormParams.of(head.bn[1]), act=activation(head.act, ACTS, "identity"))
+        x = functional.head(
+            x, head.conv[1].weight, BatchNormParams.of(head.bn[1]), act=activation(head.act, ACTS, "identity")
+        )
     return network.tail(x)

@@ -1,4 +1,5 @@
-"""The judge of what readers find: the settings that kernels take, or the reason why they cannot serve a block or a network.
+"""The judge of what readers find: the settings that kernels take, or the reason why they cannot serve a block or a
+network.
 
 Platform, dtype and device are not asked here (``effkernels.dispatch`` does).
 """
@@ -27,7 +28,9 @@ def activation(named, accepted, default) -> str | None:
 
 
 def padding_rule(stage: Stage) -> str | None:
-    """The rule, of ``effkernels.geometry.PADDINGS``, by which a stage's convolution is padded; None if there is none."""
+    """The rule, of ``effkernels.geometry.PADDINGS``, by which a stage's convolution is padded; None if there is
+    none.
+    """
     conv = stage.conv[1]
     k, stride = conv.kernel_size[0], conv.stride[0]
     if path_of(type(conv)) in SAME_CONVS:
@@ -72,7 +75,9 @@ def layers_of_block(block: Block) -> list[tuple[str, str, nn.Module]]:
 
 
 def judge_block(module: nn.Module, block: Block, layers) -> Verdict | str:
-    """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are not asked."""
+    """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are
+    not asked.
+    """
     return edited(module, "") or judge_layers(block, layers)
 
 
@@ -161,7 +166,10 @@ def _acts(block, pads):
             shown = "absent" if block.expand.act is None else f"{block.expand.act[0]} {block.expand.act[1]}"
             return f"the activation after the expand convolution ({shown}) is not that after the depthwise one ({act})"
     if activation(block.project.act, ACTS, "identity") != "identity":
-        return f"{block.project.act[0]} is {block.project.act[1]}: kernels have no activation after the project convolution"
+        return (
+            f"{block.project.act[0]} is {block.project.act[1]}: kernels have no activation after the project "
+            "convolution"
+        )
     se_act, gate = "identity", "sigmoid"
     if block.gate is not None:
         se_act, gate = activation(block.gate.act, ACTS, "identity"), activation(block.gate.gate, GATES, "sigmoid")
@@ -186,7 +194,9 @@ def _stage_problem(stage, role):
     expected = (k, stride, 0 if own is None else own[0])
     shape = (conv[1].out_channels, conv[1].in_channels)
     problem = dispatch.layer_problem(conv[0], conv[1], expected, shape, role=role, kind=nn.Conv2d)
-    problem = problem or dispatch.layer_problem(bn[0], bn[1], shape=shape[:1], role="bn", kind=NORMS.get(path_of(type(bn[1]))))
+    problem = problem or dispatch.layer_problem(
+        bn[0], bn[1], shape=shape[:1], role="bn", kind=NORMS.get(path_of(type(bn[1])))
+    )
     drop = getattr(bn[1], "drop", None) if path_of(type(bn[1])) in NORMS else None
     if problem is None and drop is not None and not is_identity(drop):
         return f"{bn[0]}.drop is a {type(drop).__name__}"
@@ -196,7 +206,9 @@ def _stage_problem(stage, role):
 
 
 def judge_network(network: Network | str) -> str | None:
-    """Why kernels cannot serve a network's stem, or its head where it has one that they know; platform and tensors are not asked."""
+    """Why kernels cannot serve a network's stem, or its head where it has one that they know; platform and tensors are
+    not asked.
+    """
     if isinstance(network, str):
         return network
     for name, module in network.bypassed:

@@ -19,7 +19,9 @@ def read_block(block, drop_connect_rate=None):
     def stage(conv, bn, act=act):
         layer = getattr(block, conv)
         pad = getattr(layer, "static_padding", None)
-        return Stage((conv, layer), (bn, getattr(block, bn)), act, None if pad is None else (f"{conv}.static_padding", pad))
+        return Stage(
+            (conv, layer), (bn, getattr(block, bn)), act, None if pad is None else (f"{conv}.static_padding", pad)
+        )
 
     identities = []
     gate = None
@@ -50,7 +52,9 @@ def read_network(model):
     def stage(conv, bn):
         layer = getattr(model, conv)
         pad = getattr(layer, "static_padding", None)
-        return Stage((conv, layer), (bn, getattr(model, bn)), act, None if pad is None else (f"{conv}.static_padding", pad))
+        return Stage(
+            (conv, layer), (bn, getattr(model, bn)), act, None if pad is None else (f"{conv}.static_padding", pad)
+        )
 
     def middle(x):
         for index, block in enumerate(model._blocks):
@@ -60,7 +64,13 @@ def read_network(model):
 
     names = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_swish", "_avg_pooling")
     bypassed = tuple((name, getattr(model, name)) for name in names)
-    return Network(stage("_conv_stem", "_bn0"), middle, stage("_conv_head", "_bn1"), lambda x: model._fc(model._dropout(x)), bypassed)
+    return Network(
+        stage("_conv_stem", "_bn0"),
+        middle,
+        stage("_conv_head", "_bn1"),
+        lambda x: model._fc(model._dropout(x)),
+        bypassed,
+    )
 
 
 BLOCKS = {"efficientnet_pytorch.model.MBConvBlock": read_block}
@@ -68,7 +78,8 @@ NETWORKS = {
     "efficientnet_pytorch.model.EfficientNet": Reader(
         read_network,
         ("forward", "extract_features"),
-        "extract_features _avg_pooling _global_params include_top flatten _dropout _fc _swish _bn0 _conv_stem enumerate _blocks "
+        "extract_features _avg_pooling _global_params include_top flatten _dropout _fc _swish _bn0 _conv_stem "
+        "enumerate _blocks "
         "drop_connect_rate float len _bn1 _conv_head",
     )
 }

@@ -4,7 +4,9 @@ from effkernels.adapters.parts import Network, Reader, Stage
 
 
 def read_network(model):
-    """efficientnet's, whose activation and padding are settings, and whose forward runs stem and head itself where ``fused`` is set."""
+    """efficientnet's, whose activation and padding are settings, and whose forward runs stem and head itself where
+    ``fused`` is set.
+    """
     act = ("config.act", model.config.act)
     stem = Stage(("conv_stem", model.conv_stem), ("bn1", model.bn1), act, ("config.padding", model.config.padding))
     head = Stage(("conv_head", model.conv_head), ("bn2", model.bn2), act)
@@ -15,4 +17,6 @@ def read_network(model):
 
 
 BLOCKS = {"efficientnet.model.plain_mbconv.MBConv": None}
-NETWORKS = {"efficientnet.model.network.EfficientNet": Reader(read_network, ("forward", "forward_features", "forward_head"))}
+NETWORKS = {
+    "efficientnet.model.network.EfficientNet": Reader(read_network, ("forward", "forward_features", "forward_head"))
+}

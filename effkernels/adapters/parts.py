@@ -1,7 +1,7 @@
 """What a reader finds: the layers of a block and of a network, each with its name, and how they are put together.
 
-A reader takes a module and returns a ``Block`` or a ``Network``, read from the module as it is at that moment, so nothing that is
-changed later goes stale; or a string, the reason why kernels cannot serve it.
+A reader takes a module and returns a ``Block`` or a ``Network``, read from the module as it is at that moment, so
+nothing that is changed later goes stale; or a string, the reason why kernels cannot serve it.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,11 @@ from effkernels.adapters.equivalents import GATED, is_identity, path_of
 
 
 class Stage(NamedTuple):
-    """A convolution, its BatchNorm and its activation, and what pads for it; each (name, module), or None where there is none.
+    """A convolution, its BatchNorm and its activation, and what pads for it; each (name, module), or None where there
+    is none.
 
-    act may be a name of ``effkernels.reference.ACTIVATIONS`` in place of the module, pad one of ``effkernels.geometry.PADDINGS``.
+    act may be a name of ``effkernels.reference.ACTIVATIONS`` in place of the module, pad one of
+    ``effkernels.geometry.PADDINGS``.
     """
 
     conv: tuple[str, nn.Module]
@@ -50,7 +52,8 @@ class Block(NamedTuple):
     drop_rate: float = 0.0  # of samples of the residual branch, in this mode
     draw_branch_scale: Callable = draw_drop_path  # (x, rate) -> fp32 [N], one draw as the library's own
     now: str | None = None  # a reason that holds in the block's present mode only
-    in_place: bool = False  # the residual is added in place: under autocast the sum keeps the branch's dtype, not an fp32 input's
+    # The residual is added in place: under autocast the sum keeps the branch's dtype, not an fp32 input's.
+    in_place: bool = False
 
 
 class Network(NamedTuple):
@@ -70,7 +73,8 @@ DENSE = "a dense k x k convolution in place of expand and depthwise (EfficientNe
 class Reader(NamedTuple):
     """How a network's class is read: its reader, the methods its forward consists of, and the names in their code.
 
-    A library may change its forward; where the names are others than these, it is not the forward that is known here (None: any).
+    A library may change its forward; where the names are others than these, it is not the forward that is known here
+    (None: any).
     """
 
     read: Callable
@@ -108,7 +112,9 @@ def with_drop_path(block, name, module):
     if not module.training or not rate:
         return block
     if not per_sample or not 0 < rate < 1:
-        return block._replace(now=f"in training, {name} is {module}: kernels drop samples at a rate below 1 and scale the others")
+        return block._replace(
+            now=f"in training, {name} is {module}: kernels drop samples at a rate below 1 and scale the others"
+        )
     return block._replace(drop_rate=rate)
 
 

@@ -1,6 +1,7 @@
 """Which classes are known: one row a library, whose file lists its blocks and networks by the path of their class.
 
-Only a whole forward is fused, and only of a forward that is, by the names in its code, the one known here: a library may change it.
+Only a whole forward is fused, and only of a forward that is, by the names in its code, the one known here: a library
+may change it.
 """
 
 import functools
@@ -16,7 +17,9 @@ NETWORKS = {path: reader for library in LIBRARIES for path, reader in library.NE
 
 @functools.cache
 def known_block(cls: type) -> tuple[type, Callable | str | None] | None:
-    """(the library's class that ``cls`` is or inherits from, its reader or the reason why it has none); None for any other class."""
+    """(the library's class that ``cls`` is or inherits from, its reader or the reason why it has none); None for any
+    other class.
+    """
     for base in cls.__mro__:
         if (path := path_of(base)) in BLOCKS:
             return base, BLOCKS[path]

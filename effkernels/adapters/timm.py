@@ -15,7 +15,9 @@ def block_stage(block, conv, bn, identities):
 
 
 def read_block(block):
-    """InvertedResidual (conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3) and DepthwiseSeparableConv (conv_dw bn1 aa se conv_pw bn2)."""
+    """InvertedResidual (conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3) and DepthwiseSeparableConv (conv_dw bn1 aa se
+    conv_pw bn2).
+    """
     if getattr(block, "conv_s2d", None) is not None:
         return "conv_s2d: a space-to-depth convolution comes first"
     identities = []
@@ -32,7 +34,9 @@ def read_block(block):
     gate = squeeze_excite("se", block.se)
     if isinstance(gate, str):
         return gate
-    return with_drop_path(Block(expand, depthwise, gate, project, block.has_skip, tuple(identities)), "drop_path", block.drop_path)
+    return with_drop_path(
+        Block(expand, depthwise, gate, project, block.has_skip, tuple(identities)), "drop_path", block.drop_path
+    )
 
 
 def network_stage(model, conv, bn):
@@ -49,7 +53,11 @@ def read_network(model):
     if not hasattr(model, "bn2"):  # MobileNetV3
         return Network(stem, model.blocks, "its head pools before its convolution", model.forward_head, tuple(bypassed))
     pool = model.global_pool
-    if path_of(type(pool)) != "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d" or pool.pool_type != "avg" or pool.is_identity():
+    if (
+        path_of(type(pool)) != "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d"
+        or pool.pool_type != "avg"
+        or pool.is_identity()
+    ):
         head, tail = f"global_pool is {pool}", lambda x: model.forward_head(model.bn2(model.conv_head(x)))
     elif type(pool.flatten) is not nn.Flatten:
         head, tail = "global_pool does not flatten", lambda x: model.forward_head(model.bn2(model.conv_head(x)))
@@ -67,12 +75,15 @@ BLOCKS = {
     "timm.models._efficientnet_blocks.InvertedResidual": read_block,
     "timm.models._efficientnet_blocks.DepthwiseSeparableConv": read_block,
     "timm.models._efficientnet_blocks.EdgeResidual": DENSE,
-    "timm.models._efficientnet_blocks.CondConvResidual": "the weights of its convolutions depend on the sample (CondConv)",
+    "timm.models._efficientnet_blocks.CondConvResidual": (
+        "the weights of its convolutions depend on the sample (CondConv)"
+    ),
     "timm.models._efficientnet_blocks.UniversalInvertedResidual": "MobileNetV4's block has other depthwise layers",
 }
 _METHODS = ("forward", "forward_features", "forward_head")
 _NAMES = (
-    "forward_features forward_head conv_stem bn1 grad_checkpointing torch jit is_scripting checkpoint_seq blocks global_pool "
+    "forward_features forward_head conv_stem bn1 grad_checkpointing torch jit is_scripting checkpoint_seq blocks "
+    "global_pool "
     "drop_rate F dropout training classifier conv_head "
 )
 NETWORKS = {

@@ -4,7 +4,16 @@ from torch import nn
 
 from effkernels import dispatch
 from effkernels.adapters.equivalents import ACTIVATIONS, GATED, path_of
-from effkernels.adapters.parts import DENSE, Block, Network, Reader, Stage, is_global_average, squeeze_excite, with_drop_path
+from effkernels.adapters.parts import (
+    DENSE,
+    Block,
+    Network,
+    Reader,
+    Stage,
+    is_global_average,
+    squeeze_excite,
+    with_drop_path,
+)
 
 
 def leaves(name, module):
@@ -15,7 +24,9 @@ def leaves(name, module):
 
 
 def read_block(block):
-    """A Sequential of [conv bn act] conv bn act [squeeze-excite] conv bn, nested or not: EfficientNet, MobileNetV2 and V3, MnasNet."""
+    """A Sequential of [conv bn act] conv bn act [squeeze-excite] conv bn, nested or not: EfficientNet, MobileNetV2 and
+    V3, MnasNet.
+    """
     name = next(name for name in ("block", "conv", "layers") if name in block._modules)
     stages, gates, identities = [], [], []
     for leaf in leaves(name, getattr(block, name)):
@@ -24,14 +35,27 @@ def read_block(block):
             stages.append([leaf, None, None])
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and stages and stages[-1][1] is None:
             stages[-1][1] = leaf
-        elif path_of(type(layer)) in ACTIVATIONS and stages and None not in stages[-1][:2] and stages[-1][2] is None and not gates:
+        elif (
+            path_of(type(layer)) in ACTIVATIONS
+            and stages
+            and None not in stages[-1][:2]
+            and stages[-1][2] is None
+            and not gates
+        ):
             stages[-1][2] = leaf
         elif path_of(type(layer)) in GATED and len(stages) in (1, 2) and not gates:
             gates.append((len(stages), leaf))
         else:
             return f"{leaf[0]} is a {type(layer).__name__}, where kernels have no such layer"
-    if len(stages) not in (2, 3) or any(bn is None for _, bn, _ in stages) or (gates and gates[0][0] != len(stages) - 1):
-        return f"{name} is not [1x1 convolution,] depthwise convolution, [squeeze-excite,] 1x1 convolution, each with its BatchNorm"
+    if (
+        len(stages) not in (2, 3)
+        or any(bn is None for _, bn, _ in stages)
+        or (gates and gates[0][0] != len(stages) - 1)
+    ):
+        return (
+            f"{name} is not [1x1 convolution,] depthwise convolution, [squeeze-excite,] 1x1 convolution, each with its "
+            "BatchNorm"
+        )
     gate = squeeze_excite(*gates[0][1]) if gates else None
     if isinstance(gate, str):
         return gate
@@ -42,7 +66,9 @@ def read_block(block):
 
 
 def sequential_stage(name, layers):
-    """Stage of convolution, BatchNorm and perhaps activation in a Sequential's (name, module) pairs; None for anything else."""
+    """Stage of convolution, BatchNorm and perhaps activation in a Sequential's (name, module) pairs; None for anything
+    else.
+    """
     if len(layers) not in (2, 3) or not isinstance(layers[0][1], nn.Conv2d):
         return None
     return Stage(*((f"{name}.{inner}", layer) for inner, layer in layers))
@@ -61,7 +87,10 @@ def read_network(model):
             sequential_stage(name, part) for part in (children[:3], children[3:6], children[6:8], children[-3:])
         )
         if depthwise is not None and project is not None:
-            separable = f"{name}.{children[3][0]} to {children[7][0]}", Block(None, depthwise, None, project, residual=False)
+            separable = (
+                f"{name}.{children[3][0]} to {children[7][0]}",
+                Block(None, depthwise, None, project, residual=False),
+            )
         ends, blocks = children[:8] + children[-3:], children[8:-3]
     else:
         ends = [children[0], children[-1]]

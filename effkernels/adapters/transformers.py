@@ -45,10 +45,20 @@ def read_block(block):
 
 
 def read_stem(stem):
-    """EfficientNetEmbeddings, a module of its own; the head's features are a result of the model, so they must be stored."""
+    """EfficientNetEmbeddings, a module of its own; the head's features are a result of the model, so they must be
+    stored.
+    """
     layers = [(name, getattr(stem, name)) for name in ("convolution", "batchnorm", "activation", "padding")]
-    return Network(Stage(*layers), nn.Identity(), "the features before its pooling are a result of the model", nn.Identity(), tuple(layers))
+    return Network(
+        Stage(*layers),
+        nn.Identity(),
+        "the features before its pooling are a result of the model",
+        nn.Identity(),
+        tuple(layers),
+    )
 
 
 BLOCKS = {f"{_MODULE}.EfficientNetBlock": read_block}
-NETWORKS = {f"{_MODULE}.EfficientNetEmbeddings": Reader(read_stem, ("forward",), "padding convolution batchnorm activation")}
+NETWORKS = {
+    f"{_MODULE}.EfficientNetEmbeddings": Reader(read_stem, ("forward",), "padding convolution batchnorm activation")
+}

@@ -120,7 +120,12 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
         S, TW = (2, 2) if K == 7 else (1, 4 // stride)
     warps = 12 if K == 5 else 8  # 168 registers, and up to 255
     return DepthwiseConfig(
-        BLOCK_C=DEPTHWISE_CHANNELS, S=S, TW=TW, TH=even_rows(OH, 16), maxnreg=_register_limit(K, dtype), warps_per_sm=warps
+        BLOCK_C=DEPTHWISE_CHANNELS,
+        S=S,
+        TW=TW,
+        TH=even_rows(OH, 16),
+        maxnreg=_register_limit(K, dtype),
+        warps_per_sm=warps,
     )
 
 
@@ -240,10 +245,11 @@ def _warps(*blocks: int) -> int:
 class PointwiseForwardConfig:
     """Row tiles of BM; a program's BN columns, BK values of k a step.
 
-    resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages`` steps ahead.
-    ahead: steps of x that are on their way while one is multiplied. one_block: columns in one power of two, not in several that sum to
-    them. per_image: no tile holds rows of two images, so that it has one gate a channel. fragments: x goes from registers into the
-    products, in half precision in steps of 32. waves: programs an SM holds at once.
+    resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages``
+        steps ahead.
+    ahead: steps of x that are on their way while one is multiplied. one_block: columns in one power of two, not in
+    several that sum to them. per_image: no tile holds rows of two images, so that it has one gate a channel. fragments:
+    x goes from registers into the products, in half precision in steps of 32. waves: programs an SM holds at once.
     """
 
     BM: int
@@ -264,19 +270,24 @@ class PointwiseForwardConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, work: int, slices: int, device: torch.device) -> int:
-        """Programs for each slice of columns that fill the device once, or fewer if the longest still does as many pieces of work."""
+        """Programs for each slice of columns that fill the device once, or fewer if the longest still does as many
+        pieces of work.
+        """
         resident = max(1, self.waves * processor_count(device) // slices)
         return -(-work // -(-work // resident))
 
     @property
     def merged(self) -> int:
-        """Columns whose statistics are merged at a time: all of a slice up to 128, as one after another they would wait for memory."""
+        """Columns whose statistics are merged at a time: all of a slice up to 128, as one after another they would wait
+        for memory.
+        """
         return _power_of_two(self.BN, 16, 128)
 
 
 def pointwise_weights_stay(K: int, transforms: bool) -> bool:
-    """Whether all weights of a slice of columns stay in shared memory: unrolled over more steps, with BatchNorm and gates on load, ptxas
-    spills."""
+    """Whether all weights of a slice of columns stay in shared memory: unrolled over more steps, with BatchNorm and
+    gates on load, ptxas spills.
+    """
     return K <= (256 if transforms else 384)
 
 
@@ -285,12 +296,16 @@ def _fills_the_device(rows: int, dtype: torch.dtype) -> bool:
 
 
 def takes_permuted_weight(K: int, rows: int, transforms: bool, dtype: torch.dtype) -> bool:
-    """Whether the forward of a 1x1 convolution is to have a copy of its weight: where tiles that fill the device all load it again."""
+    """Whether the forward of a 1x1 convolution is to have a copy of its weight: where tiles that fill the device all
+    load it again.
+    """
     return _fills_the_device(rows, dtype) and not pointwise_weights_stay(K, transforms)
 
 
 def _even_slice(columns: int, most: int) -> int:
-    """Columns of a slice: the largest multiple of 16 up to ``most`` that divides them, or ``most`` where that is not half as much."""
+    """Columns of a slice: the largest multiple of 16 up to ``most`` that divides them, or ``most`` where that is not
+    half as much.
+    """
     padded = -(-columns // 16) * 16
     if padded <= most:
         return padded
@@ -313,7 +328,9 @@ def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, poo
     if narrow and rows <= 1024:
         # A few images: what counts is how soon the longest program ends, so many small ones, each with long steps of k.
         BK = _power_of_two(K, 16, 128)
-        return PointwiseForwardConfig(BM=16, BN=16 if K > 512 else 32, BK=BK, resident=K <= BK, stages=3, num_warps=2, waves=8)
+        return PointwiseForwardConfig(
+            BM=16, BN=16 if K > 512 else 32, BK=BK, resident=K <= BK, stages=3, num_warps=2, waves=8
+        )
     BN = _power_of_two(N, 16, 64)
     BM = _power_of_two(rows, 16, 64 if narrow else 32)
     BK = _power_of_two(K, 16, 64 if narrow else 32)
@@ -376,7 +393,9 @@ def project_dy_config(O, dtype) -> RowsConfig:
 @tuned
 def project_both_config(E, O, rows, dtype) -> ProjectBackwardConfig:
     """One warp: 4 channels a lane, 32 values of dq and as many of dw a thread; 246 to 255 registers."""
-    return ProjectBackwardConfig(BLOCK_M=32, BLOCK_E=32, BLOCK_O=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=8)
+    return ProjectBackwardConfig(
+        BLOCK_M=32, BLOCK_E=32, BLOCK_O=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=8
+    )
 
 
 @tuned
@@ -388,9 +407,13 @@ def project_data_config(E, O, rows, dtype, act) -> ProjectBackwardConfig:
     tile by tile.
     """
     if dtype.itemsize == 4:
-        return ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=32, pieces=0, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+        return ProjectBackwardConfig(
+            BLOCK_M=16, BLOCK_E=64, BLOCK_O=32, pieces=0, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255
+        )
     outputs = _power_of_two(O, 16, 128) if O <= 128 else 64
-    cfg = ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, pieces=-(-O // outputs), stages=2, programs_per_sm=2)
+    cfg = ProjectBackwardConfig(
+        BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, pieces=-(-O // outputs), stages=2, programs_per_sm=2
+    )
     if dtype == torch.bfloat16 and act == "silu" and O <= 128:
         return replace(cfg, programs_per_sm=4, maxnreg=120)
     return cfg
@@ -401,7 +424,9 @@ def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
     """As many outputs a program as its registers hold, so that few blocks of outputs activate y2 again."""
     if dtype.itemsize == 4:
         outputs = _power_of_two(O, 16, 64)
-        return ProjectBackwardConfig(BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255)
+        return ProjectBackwardConfig(
+            BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255
+        )
     wide = 128 < O <= 256
     outputs = 256 if wide else _power_of_two(O, 16, 128)
     return ProjectBackwardConfig(BLOCK_M=32, BLOCK_E=64, BLOCK_O=outputs, programs_per_sm=2 if wide else 3)
@@ -409,7 +434,8 @@ def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
 
 @dataclass(frozen=True)
 class ExpandBackwardConfig:
-    """Row tiles of BM; pieces or blocks of BE expanded channels, BI input channels; BK of a product's inner dimension a step.
+    """Row tiles of BM; pieces or blocks of BE expanded channels, BI input channels; BK of a product's inner dimension a
+    step.
 
     stages: tiles or steps in flight or in use. per_sm: programs that an SM holds at once.
     """
@@ -428,7 +454,9 @@ class ExpandBackwardConfig:
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks: int, device: torch.device) -> int:
-        """Persistent programs for each of ``blocks``, resident at once; fewer if the longest still does as many tiles."""
+        """Persistent programs for each of ``blocks``, resident at once; fewer if the longest still does as many
+        tiles.
+        """
         resident = max(1, self.per_sm * processor_count(device) // blocks)
         return -(-tiles // -(-tiles // resident))
 
@@ -443,8 +471,9 @@ class ExpandBackwardConfig:
         return min(self.BM, 256 * self.num_warps // self.BI)
 
     def splits(self, tiles: int, blocks_e: int, blocks_j: int, blocks_i: int, device: torch.device) -> tuple[int, int]:
-        """Splits of the rows for (D, in ``blocks_e`` x ``blocks_i`` blocks; gram, ``blocks_j`` x ``blocks_i``). A tile of gram takes
-        BJ / BE of the time of one of D."""
+        """Splits of the rows for (D, in ``blocks_e`` x ``blocks_i`` blocks; gram, ``blocks_j`` x ``blocks_i``). A tile
+        of gram takes BJ / BE of the time of one of D.
+        """
         share = min(1.0, self.BJ / self.BE)
         splits = int(self.per_sm * processor_count(device) / ((blocks_e + share * blocks_j) * blocks_i))
         splits = -(-tiles // -(-tiles // max(1, splits)))
@@ -454,9 +483,9 @@ class ExpandBackwardConfig:
 def expand_backward_form(E, I, dtype, device) -> str:
     """The form "pass", "split" or "library" (kernels/expand_backward.py says what they are), by predicted time.
 
-    bf16 on an H200, 200704 rows: I = 40, E = 240 takes 35 us in one pass, 65 in two. I = 48, E = 288 spills in one; so does I = 40 where
-    tensor cores do not read both operands from shared memory. fp32: PyTorch's two products and the two with x alone move 1.4 times the
-    bytes of eager's two, and multiply 1.2 times as often.
+    bf16 on an H200, 200704 rows: I = 40, E = 240 takes 35 us in one pass, 65 in two. I = 48, E = 288 spills in one; so
+    does I = 40 where tensor cores do not read both operands from shared memory. fp32: PyTorch's two products and the
+    two with x alone move 1.4 times the bytes of eager's two, and multiply 1.2 times as often.
     """
     if dtype == torch.float32:
         return "library"
@@ -464,14 +493,18 @@ def expand_backward_form(E, I, dtype, device) -> str:
 
 
 def _reads_shared_memory(device: torch.device) -> bool:
-    """Whether tensor cores take both operands from shared memory: NVIDIA's since Hopper, which is assumed where there is no GPU."""
+    """Whether tensor cores take both operands from shared memory: NVIDIA's since Hopper, which is assumed where there
+    is no GPU.
+    """
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 @tuned
 def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
-    """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a tile is only 32 high,
-    so that two programs of three stages fit the shared memory, and the 120 registers of D^T the 255."""
+    """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a
+    tile is only 32 high, so that two programs of three stages fit the shared memory, and the 120 registers of D^T the
+    255.
+    """
     BI = _power_of_two(I, 16, 64)
     if BI <= 32:
         return ExpandBackwardConfig(BM=64, BI=BI, BE=64, stages=2, per_sm=5 if BI == 16 else 2)
@@ -480,14 +513,18 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 @tuned
 def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
-    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (42 us for 33 at I = 112)."""
+    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (42 us for 33 at
+    I = 112).
+    """
     BI = _power_of_two(I, 16, 128)
     return ExpandBackwardConfig(BM=128, BI=BI, num_warps=8, stages=3, per_sm=2, maxnreg=128)
 
 
 @tuned
 def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
-    """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on sm_80)."""
+    """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on
+    sm_80).
+    """
     BI = _power_of_two(I, 16, 256)
     return ExpandBackwardConfig(BM=64, BI=BI, BE=128, num_warps=8, per_sm=2 if BI <= 128 else 1, maxnreg=255)
 
@@ -529,7 +566,9 @@ def stem_forward_config(K, S, rows, dtype) -> StemConfig:
     BLOCK_N = _power_of_two(S, 16, 64)
     BLOCK_K = _power_of_two(K, 16, 64 if narrow else 32)
     return StemConfig(
-        BLOCK_M=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BLOCK_N, BLOCK_K, 32)), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+        BLOCK_M=_power_of_two(rows, 16, (4096 if narrow else 2048) // max(BLOCK_N, BLOCK_K, 32)),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
     )
 
 
@@ -539,7 +578,13 @@ def stem_backward_config(K, S, rows, dtype) -> StemConfig:
     left alone, ptxas stopped at 168 and spilled 8 bytes of GELU."""
     BLOCK_N = _power_of_two(S, 16, 64)
     BLOCK_M = _power_of_two(rows, 16, 2048 // max(BLOCK_N, 32))
-    return StemConfig(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=_power_of_two(K, 16, 32), waves=2, maxnreg=255 if BLOCK_N == 64 else None)
+    return StemConfig(
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=_power_of_two(K, 16, 32),
+        waves=2,
+        maxnreg=255 if BLOCK_N == 64 else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -613,7 +658,9 @@ _GPU = GPUS["h200"]
 _ISSUE_SHARE = 0.7  # of the issue slots filled with the 8 warps an SM holds at 200 to 255 registers; not measured
 
 
-def expand_inside(kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype, act: str = "silu") -> bool:
+def expand_inside(
+    kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype, act: str = "silu"
+) -> bool:
     """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading
     e1.
 

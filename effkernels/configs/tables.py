@@ -66,7 +66,9 @@ def read(path: Path, capability: tuple[int, int] | None = None) -> dict:
             if not all(value is None or isinstance(value, (int, bool)) for value in row["config"].values()):
                 raise TypeError(f"config must hold integers, got {row['config']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a table of launch configurations ({type(error).__name__}: {error}): {advice}") from error
+        raise ValueError(
+            f"{path} is not a table of launch configurations ({type(error).__name__}: {error}): {advice}"
+        ) from error
     if capability is not None and measured != capability:
         names = [f"sm_{major}{minor}" for major, minor in (measured, capability)]
         raise ValueError(f"{path} was measured on {names[0]}, this GPU is {names[1]}: {advice}")

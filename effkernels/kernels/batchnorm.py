@@ -96,8 +96,8 @@ def finish_channels(
     BLOCK_C: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Merge all tiles by Chan's formula for channels c [BLOCK_C] where mc: mean and rstd for the kernels that follow, the
-    running statistics.
+    """Merge all tiles by Chan's formula for channels c [BLOCK_C] where mc: mean and rstd for the kernels that follow,
+    the running statistics.
 
     One pass over the tiles, BLOCK_TILES at a time, as differences from the first tile's mean. ``running_mean`` and
     ``running_var`` are updated in place, unless they are None. COUNT says what ``num_batches`` is for: "" nothing,
@@ -134,7 +134,9 @@ def finish_channels(
         old_mean = load_vector(running_mean, c, mc)
         old_var = load_vector(running_var, c, mc)
         unbiased = m2 / (total - 1.0)
-        tl.store(running_mean + c, cast(old_mean + factor * (merged - old_mean), running_mean.dtype.element_ty), mask=mc)
+        tl.store(
+            running_mean + c, cast(old_mean + factor * (merged - old_mean), running_mean.dtype.element_ty), mask=mc
+        )
         tl.store(running_var + c, cast(old_var + factor * (unbiased - old_var), running_var.dtype.element_ty), mask=mc)
 
 
@@ -570,7 +572,9 @@ def statistics_arguments(how: BatchStatistics | None) -> dict:
     }
 
 
-def merge(tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor], how: BatchStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor], how: BatchStatistics
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (mean, rstd) fp32 [C] of partial statistics (count [P], mean [P, C], M2 [P, C]), finished as ``how``
     says."""
     count, tile_mean, tile_m2 = tiles
@@ -739,7 +743,9 @@ def gradient_reduce(
     return dgamma, dbeta, k0, k1
 
 
-def gradient_merge(sums: torch.Tensor, norm: BatchNorm, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradient_merge(
+    sums: torch.Tensor, norm: BatchNorm, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dgamma, dbeta, k0, k1), fp32 [C], from partial sums [parts, rows, C] whose first two rows are sum dz and
     sum dz * yhat.
 

@@ -29,7 +29,8 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 # Every size, stride and count that a kernel takes. Triton would compile again for each of them that is 1 or divisible
 # by 16.
 SIZES = (
-    "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts rows_per_program "
+    "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts "
+    "rows_per_program "
     "image_blocks row_stride total images E I O KV NV IV RV OV EV step per_program programs splits "
     "stride_n stride_c stride_h stride_w depthwise_parts project_parts E_rows I_rows gram_splits"
 ).split()
@@ -88,10 +89,15 @@ def launcher(fn):
                     raise
                 continue
             used = ", ".join(f"{config} for {family} at {key or 'any size'}" for family, key, config in asked)
-            warnings.warn(f"{fn.__name__}: {type(failure).__name__}: {failure}. Used instead: {used}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{fn.__name__}: {type(failure).__name__}: {failure}. Used instead: {used}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return result
         raise RuntimeError(
-            f"{fn.__name__}: no configuration of its kernel compiles here; EFFKERNELS_BACKEND=reference runs the plain layers"
+            f"{fn.__name__}: no configuration of its kernel compiles here; EFFKERNELS_BACKEND=reference runs the plain "
+            "layers"
         ) from failure
 
     return start
@@ -128,7 +134,9 @@ def load_tile(x, i, c, C, ok, mc):
 
 @triton.jit
 def fold_rows(v):
-    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores' results."""
+    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores'
+    results.
+    """
     return tl.sum(tl.reshape(v, [v.shape[0] // 16, 2, 8, v.shape[1]]), 1)
 
 
@@ -178,5 +186,7 @@ def fast_math(dtype: torch.dtype) -> bool:
 
 
 def matmul_precision() -> str:
-    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there too)."""
+    """PRECISION of fp32 products, as ``torch.backends.cuda.matmul`` says (the older ``allow_tf32`` is reflected there
+    too).
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -121,7 +121,9 @@ def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
     would."""
     taps = ()
     for t in tl.static_range(TAPS):
-        taps = taps + (cast(tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(tl.float32), dtype).to(tl.float32)[None, :],)
+        taps = taps + (
+            cast(tl.load(w + c * TAPS + t, mask=mask, other=0.0).to(tl.float32), dtype).to(tl.float32)[None, :],
+        )
     return taps
 
 
@@ -167,7 +169,9 @@ def load_columns(p, offset, col_ok, row_ok, mc, C, NUM: tl.constexpr, POW2: tl.c
     if WIDE:
         columns = ()
         for j in tl.static_range(NUM):
-            columns = columns + (tl.load(p + (offset + j * C), mask=(col_ok[j] & row_ok)[:, None] & mc[None, :], other=0.0),)
+            columns = columns + (
+                tl.load(p + (offset + j * C), mask=(col_ok[j] & row_ok)[:, None] & mc[None, :], other=0.0),
+            )
         return columns
     else:
         return split_columns(tl.load(p + offset, mask=col_ok & row_ok[None, :, None], other=0.0), POW2)
@@ -291,7 +295,9 @@ def depthwise_forward_kernel(
                         if tl.sum(row_ok.to(tl.int32), 0) > 0:
                             activated = ()
                             for j in tl.static_range(NC):
-                                activated = activated + (normalise_activate(pixels[j], scale1, shift_in[j], ACT1, FAST),)
+                                activated = activated + (
+                                    normalise_activate(pixels[j], scale1, shift_in[j], ACT1, FAST),
+                                )
                         else:
                             activated = zero_blocks(NC, S, BLOCK_C)
                     else:
@@ -585,13 +591,25 @@ def backward_part(
                                 for i in tl.static_range(K * K):
                                     if i // K % STRIDE == r:
                                         if i % K % STRIDE == j % STRIDE:
-                                            da += ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1] * taps[i]
+                                            da += (
+                                                ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1]
+                                                * taps[i]
+                                            )
                             grads = ()
                             for i in tl.static_range((W1 - W0) * K):
                                 tap = dw[i]
                                 if (W0 + i // K) % STRIDE == r:
                                     if i % K % STRIDE == j % STRIDE:
-                                        tap += ring[((W0 + i // K) // STRIDE - D0) * ND + j // STRIDE - i % K // STRIDE + M - 1] * a
+                                        tap += (
+                                            ring[
+                                                ((W0 + i // K) // STRIDE - D0) * ND
+                                                + j // STRIDE
+                                                - i % K // STRIDE
+                                                + M
+                                                - 1
+                                            ]
+                                            * a
+                                        )
                                 grads = grads + (tap,)
                             dw = grads
                             if given(norm1) and NEED_DX:
@@ -625,7 +643,9 @@ def backward_part(
                 tl.store(out, tl.sum(tl.load(rows, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
                 tl.store(out + C, tl.sum(tl.load(rows + C, mask=mask, other=0.0, cache_modifier=".cg"), 0), mask=mc)
                 if last_to_arrive(counters, parts):
-                    finish_gradients(group_sums, norm1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BLOCK_C)
+                    finish_gradients(
+                        group_sums, norm1, dgamma1, dbeta1, k0_1, k1_1, parts, 2 * C, C, count1, block_c, GROUP, BLOCK_C
+                    )
 
 
 @sized_jit
@@ -793,7 +813,11 @@ def depthwise_forward(
         # A launch that finishes them keeps the merged statistics of groups of programs behind the programs' own.
         rows = P if statistics is None else P + triton.cdiv(P, GROUP.value)
         counts = rows if statistics is None else rows * blocks_c
-        found = tile_count, tile_mean, tile_m2 = fp32(x.device, counts), fp32(x.device, rows, C), fp32(x.device, rows, C)
+        found = tile_count, tile_mean, tile_m2 = (
+            fp32(x.device, counts),
+            fp32(x.device, rows, C),
+            fp32(x.device, rows, C),
+        )
     if statistics is not None:
         check_counters(counters, blocks_c * (1 + triton.cdiv(P, GROUP.value)))
         found = mean, rstd = fp32(x.device, C), fp32(x.device, C)

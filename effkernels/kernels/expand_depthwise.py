@@ -132,7 +132,9 @@ def expand_depthwise_kernel(
                         for start in range(0, I, BLOCK_I):
                             rest = start + i < I
                             part = load_forward_weight(w1, c, start + i, I, rest[:, None] & mc[None, :], dtype)
-                            column = tl.load(xn + off_in + (j * I + start), mask=inside[:, None] & rest[None, :], other=0.0)
+                            column = tl.load(
+                                xn + off_in + (j * I + start), mask=inside[:, None] & rest[None, :], other=0.0
+                            )
                             e = dot(column, part, e, PRECISION)
                     a = rounded(activate(e * scale1 + shift1, ACT, FAST), dtype, FAST)
                     a = tl.where(inside[:, None], a, 0.0)

@@ -4,13 +4,13 @@
     out    = y, or phi2(BN2(y)) [+ residual], or the mean of that over each image; BatchNorm's statistics of y if wanted
 
 Rows are those of the whole batch, M = N H W, in tiles of BM; an image's rows need not fill tiles, since the gate may be
-loaded row by row. A program owns a slice of columns, cut into powers of two that sum to it exactly (48 = 32 + 16: no lane
-works on a column that is not there), and walks over row tiles p, p + P, p + 2P, ... What does not change from tile to
-tile stays with it: weights in shared memory, coefficients of the epilogue and sums for the statistics in registers.
+loaded row by row. A program owns a slice of columns, cut into powers of two that sum to it exactly (48 = 32 + 16: no
+lane works on a column that is not there), and walks over row tiles p, p + P, p + 2P, ... What does not change from tile
+to tile stays with it: weights in shared memory, coefficients of the epilogue and sums for the statistics in registers.
 
 How x gets to the tensor cores. Copied to shared memory, read back, transformed, stored and read again, every element
-would pass shared memory three times, between barriers. But what a thread loads can be what it multiplies. A warp loads 8
-rows of 32 values of k, 16 bytes a thread; of a step of 32 the tensor cores want of the same thread as many values:
+would pass shared memory three times, between barriers. But what a thread loads can be what it multiplies. A warp loads
+8 rows of 32 values of k, 16 bytes a thread; of a step of 32 the tensor cores want of the same thread as many values:
 
     lane 4 r + q loads    k  = 8q .. 8q+7                                               of row r, then of row r + 8 W
     lane 4 r + q holds    k' = 2q, 2q+1 | 2q+8, 2q+9 | 2q+16, 2q+17 | 2q+24, 2q+25      of rows r and r + 8 of its warp
@@ -32,8 +32,8 @@ thread, without a word between threads, and meet once after the last tile, by Ch
                       warp 1 | rows 16 .. 31, 80 .. 95, ... |
                       ...                                         a thread's sums: [8 W rows, BN] over all its tiles
 
-Half precision sums y as it is, since rounding y costs more of its variance than fp32 sums do; fp32 subtracts a pivot, the
-mean of a thread's rows of the first tile.
+Half precision sums y as it is, since rounding y costs more of its variance than fp32 sums do; fp32 subtracts a pivot,
+the mean of a thread's rows of the first tile.
 """
 
 import torch
@@ -143,7 +143,9 @@ def right_operand(
     dtype: tl.constexpr,
     PERMUTE: tl.constexpr,
 ):
-    """weight [N, row_length] at columns k and rows n below ``end``, as [k, n] in the compute dtype; PERMUTE: in the order k'."""
+    """weight [N, row_length] at columns k and rows n below ``end``, as [k, n] in the compute dtype; PERMUTE: in the
+    order k'.
+    """
     mask = (n < end)[:, None] & (k < row_length)[None, :]
     w = load(weight + n[:, None] * row_length + k[None, :], mask, EXACT_N and EXACT_K)
     if w.dtype != dtype:
@@ -202,8 +204,9 @@ def rest(values):
 
 @triton.jit
 def tile_rows(x, t, i, images, rows, tiles, K, k, BM: tl.constexpr, PER_IMAGE: tl.constexpr):
-    """(first row of tile t, rows from there on, what row of the tile each i is, pointers [BM, BK] to x). The last row stands in for those
-    beyond the end."""
+    """(first row of tile t, rows from there on, what row of the tile each i is, pointers [BM, BK] to x). The last row
+    stands in for those beyond the end.
+    """
     if PER_IMAGE:
         base = t // tiles * rows + t % tiles * BM
         left = rows - t % tiles * BM
@@ -278,8 +281,8 @@ def pointwise_forward_kernel(
 ):
     """BN columns, in BLOCKS that begin at FIRST, of the tiles that ``tile_of`` says.
 
-    images of ``rows`` rows; tiles: of all rows, or, PER_IMAGE, of an image. RESIDENT: steps of BK that cover K, whose weights stay;
-    0: the weights come with every tile.
+    images of ``rows`` rows; tiles: of all rows, or, PER_IMAGE, of an image. RESIDENT: steps of BK that cover K, whose
+    weights stay; 0: the weights come with every tile.
     """
     K = KV * KVEC
     N = NV * NVEC
@@ -303,7 +306,9 @@ def pointwise_forward_kernel(
             scale, shift = activation_row(norm2, n, n < end, ACT2, FAST)
             scale2, shift2 = scale2 + (scale,), shift2 + (shift,)
         for q in tl.static_range(RESIDENT):
-            w = right_operand(weight, n, q * BK + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED)
+            w = right_operand(
+                weight, n, q * BK + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED
+            )
             weights = weights + (w,)
     if tile_count is not None:
         s1, s2 = zero_sums(BLOCKS, WARPS), zero_sums(BLOCKS, WARPS)
@@ -312,7 +317,8 @@ def pointwise_forward_kernel(
     if POOL:
         pooled = zero_sums(BLOCKS, WARPS)
     if given(norm1):
-        # Every program writes the whole table, the same values, and reads them after its own barrier: none waits for another.
+        # Every program writes the whole table, the same values, and reads them after its own barrier: none waits for
+        # another.
         for start in range(0, K, 512):
             c = start + tl.arange(0, 512)
             scale, shift = activation_row(norm1, c, c < K, ACT1, FAST)
@@ -351,7 +357,20 @@ def pointwise_forward_kernel(
                     ahead = ahead + (load_step(xs, q + AHEAD, k, K, BK, RESIDENT, EXACT_K),)
                 else:
                     ahead = ahead + (load_step(next_xs, q + AHEAD - RESIDENT, k, K, BK, RESIDENT, EXACT_K),)
-                a = left_operand(ahead[0], table, gates_at, q * BK, k, K, EXACT_K or q + 1 < RESIDENT, dtype, ACT1, FAST, PERMUTED, WARPS)
+                a = left_operand(
+                    ahead[0],
+                    table,
+                    gates_at,
+                    q * BK,
+                    k,
+                    K,
+                    EXACT_K or q + 1 < RESIDENT,
+                    dtype,
+                    ACT1,
+                    FAST,
+                    PERMUTED,
+                    WARPS,
+                )
                 ahead = rest(ahead)
                 summed = ()
                 for b in tl.static_range(NB):
@@ -364,7 +383,17 @@ def pointwise_forward_kernel(
                 summed = ()
                 for b in tl.static_range(NB):
                     n = n0 + FIRST[b] + tl.arange(0, BLOCKS[b])
-                    w = right_operand(weight, n, start + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED)
+                    w = right_operand(
+                        weight,
+                        n,
+                        start + k,
+                        end,
+                        row_length,
+                        EXACT_N,
+                        EXACT_K or COPIED,
+                        dtype,
+                        PERMUTED and not COPIED,
+                    )
                     summed = summed + (dot(a, w, blocks[b], PRECISION),)
                 blocks = summed
         ok = (placed < left)[:, None]
@@ -406,7 +435,9 @@ def pointwise_forward_kernel(
                 for b in tl.static_range(NB):
                     n = n0 + FIRST[b] + tl.arange(0, BLOCKS[b])
                     mean_of_image = tl.sum(flat(pooled[b]), 0) / rows
-                    tl.store(y + tl.cast(t // tiles, tl.int64) * N + n, cast(mean_of_image, y.dtype.element_ty), mask=n < end)
+                    tl.store(
+                        y + tl.cast(t // tiles, tl.int64) * N + n, cast(mean_of_image, y.dtype.element_ty), mask=n < end
+                    )
                 pooled = zero_sums(BLOCKS, WARPS)
     if tile_count is not None:
         held = flat(count)
@@ -461,7 +492,9 @@ def pointwise_forward_kernel(
 
 
 def column_blocks(columns: int, one: bool) -> tuple[int, ...]:
-    """Powers of two from 16 on, the largest first, that sum to ``columns`` (rounded up to a multiple of 16), or one that covers them."""
+    """Powers of two from 16 on, the largest first, that sum to ``columns`` (rounded up to a multiple of 16), or one
+    that covers them.
+    """
     if one:
         return (max(16, 1 << (columns - 1).bit_length()),)
     blocks = []
@@ -495,9 +528,9 @@ def pointwise_forward(
         weight: [O, K, 1, 1] of any dtype, or its copy from ``weight_copies`` [O, K rounded up to a multiple of 32].
         dtype: compute dtype (default x's); x is rounded to it on load.
         prologue: a = act1(BN(x)). gates: fp32 [N, K], multiplies a.
-        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics: the last
-            programs finish them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one for each slice of columns
-            and one for each 32 of its programs.
+        partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics:
+            the last programs finish them instead, and (mean, rstd) fp32 [O] are returned; counters: int32, zero, one
+            for each slice of columns and one for each 32 of its programs.
         epilogue: act2(BN(y)) is stored. residual: added last, [N, H, W, O]. out_dtype: default dtype.
         pool: store only the mean over H, W, [N, O].
 

@@ -193,7 +193,9 @@ def pooled_norm_gradients(
 
 
 @launcher
-def pooled_norm_backward(dout: torch.Tensor, y: torch.Tensor, norm: BatchNorm, terms: BatchTerms | None, *, act: str) -> torch.Tensor:
+def pooled_norm_backward(
+    dout: torch.Tensor, y: torch.Tensor, norm: BatchNorm, terms: BatchTerms | None, *, act: str
+) -> torch.Tensor:
     """Return dy, like y [N, H, W, C], from dout [N, C]; terms: (k0, k1), or None where the statistics are frozen."""
     N, H, W, C = y.shape
     cfg = elementwise_config(C, y.dtype)

@@ -6,8 +6,8 @@
     for each image n and channel e, over its rows m, the sums of       dq phi',  dq phi' yhat2,  and where there is a
                                                                        gate  dq phi,  phi',  phi' yhat2
 
-Rows m are the pixels of an image n, in tiles of BLOCK_M. Both products are computed transposed, dq^T = w^T dy^T [E, BLOCK_M] and
-dw^T = q^T dy [E, O], because a thread of the tensor cores then holds few channels and many rows:
+Rows m are the pixels of an image n, in tiles of BLOCK_M. Both products are computed transposed, dq^T = w^T dy^T [E,
+BLOCK_M] and dw^T = q^T dy [E, O], because a thread of the tensor cores then holds few channels and many rows:
 
     accumulator [16 channels, BLOCK_M rows] of a warp; lane 4 l + q holds  channels l and l + 8
                                                                       rows 8 j + 2 q and 8 j + 2 q + 1 of each
@@ -104,14 +104,19 @@ def activation_coefficients(norm2, c, mask, HALVED: tl.constexpr):
 
 @triton.jit
 def half_tanh(h, beside):
-    """tanh(h), in the layout of ``beside``: Triton would else work on what depends on y2 alone in the layout it was loaded in, and again
-    in that of the products."""
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f,f", [h, beside], dtype=tl.float32, is_pure=True, pack=1)
+    """tanh(h), in the layout of ``beside``: Triton would else work on what depends on y2 alone in the layout it was
+    loaded in, and again in that of the products.
+    """
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f,f", [h, beside], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def phi_and_slope(z, beside, ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.constexpr):
-    """(phi(z), phi'(z)). HALVED (SiLU by tanh): z is given as h = z / 2, and the slope returned twice: five operations in all."""
+    """(phi(z), phi'(z)). HALVED (SiLU by tanh): z is given as h = z / 2, and the slope returned twice: five operations
+    in all.
+    """
     if HALVED:
         t = half_tanh(z, beside)
         up = t + 1.0
@@ -145,8 +150,9 @@ def store_sums(out, e, E, mask, s1, s3, s5, s2, s4, HALVED: tl.constexpr, GATED:
 def add_rows(total, x, ones, dtype: tl.constexpr):
     """total [BLOCK_E, 8] plus the sum of x [BLOCK_E, BLOCK_M] over its rows, in every column.
 
-    In bf16 a product with a matrix of ones, for which x lies right as it is: half an instruction a value, where adding takes one and half
-    of another to pass sums between lanes. Rounding each value of many leaves less error than rounding their sum. fp16 would overflow.
+    In bf16 a product with a matrix of ones, for which x lies right as it is: half an instruction a value, where adding
+    takes one and half of another to pass sums between lanes. Rounding each value of many leaves less error than
+    rounding their sum. fp16 would overflow.
     """
     if dtype == tl.bfloat16:
         return dot(cast(x, dtype), ones, total, "ieee")
@@ -198,7 +204,8 @@ def project_data_kernel(
 ):
     """dq of BLOCK_E channels, and the sums, in every ``programs``-th part of an image.
 
-    PIECES of BLOCK_K output channels stay in shared memory (or registers) all along; 0: the weight is loaded tile by tile.
+    PIECES of BLOCK_K output channels stay in shared memory (or registers) all along; 0: the weight is loaded tile by
+    tile.
     """
     O = OV * OVEC
     E = EV * EVEC
@@ -251,7 +258,9 @@ def project_data_kernel(
             s1 = add_rows(s1, slope, ones, dtype)
             s3 = add_rows(s3, slope * v, ones, dtype)
         row = sums + (image * parts + g % parts) * (5 if GATED else 2) * E
-        store_sums(row, e, E, me, one_column(s1), one_column(s3), one_column(s5), one_column(s2), one_column(s4), HALVED, GATED)
+        store_sums(
+            row, e, E, me, one_column(s1), one_column(s3), one_column(s5), one_column(s2), one_column(s4), HALVED, GATED
+        )
 
 
 @sized_jit
@@ -352,11 +361,12 @@ def project_both_kernel(
     HALVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, sums and partials of 16 PAIRS channels in one part of every ``step``-th image; BLOCK_O covers O. One warp: no barrier.
+    """dq, sums and partials of 16 PAIRS channels in one part of every ``step``-th image; BLOCK_O covers O. One warp: no
+    barrier.
 
     y2 goes from memory to the lane that needs it, and dq back, without shared memory: lane 4 l + q works on the 2 PAIRS
-    channels that follow one another from 2 PAIRS l on, 4 PAIRS bytes of a row. To the tensor cores these channels come in
-    another order (``channel``), which nobody sees: w is loaded, and dw stored, in it.
+    channels that follow one another from 2 PAIRS l on, 4 PAIRS bytes of a row. To the tensor cores these channels come
+    in another order (``channel``), which nobody sees: w is loaded, and dw stored, in it.
     """
     O = OV * OVEC
     E = EV * EVEC
@@ -633,12 +643,13 @@ def project_backward(
         dout: gradient of the block's output [N, h, w, O], of any dtype.
         y3: [N, h, w, O] and y2: [N, h, w, E], before their BatchNorms.
         weight: [O, E, 1, 1], rounded to y2's dtype on load, which happens once a program.
-        norm3, norm2: ``BatchNorm``. terms3: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None with running statistics.
+        norm3, norm2: ``BatchNorm``. terms3: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None with running
+            statistics.
         gates: fp32 [N, E] or None. branch_draws, keep: drop-path's, as in ``batchnorm.apply``.
         need_data: whether sums are wanted; need_dq: dq too; need_dw: the weight gradient.
 
-    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gates), E]: dq*phi', dq*phi'*yhat2, dq*phi, phi', phi'*yhat2, or
-        None; partials fp32 [S, O, E] of the weight gradient or None).
+    Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gates), E]: dq*phi', dq*phi'*yhat2, dq*phi,
+        phi', phi'*yhat2, or None; partials fp32 [S, O, E] of the weight gradient or None).
     """
     dy = project_dy(dout, y3, norm3, terms3, branch_draws=branch_draws, keep=keep, dtype=y2.dtype)
     if need_data and project_backward_is_fused(dy.shape[-1], y2.dtype, act):

@@ -98,7 +98,9 @@ def squeeze_excite_layers(
         for start in tl.range(0, C, BLOCK_C, num_stages=4):
             c = start + j
             mc = c < C
-            w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
+            w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(
+                tl.float32
+            )
             acc += w * load_vector(pooled + n * C, c, mc)[None, :]
         tl.store(u_out + n * R + r, tl.sum(acc, 1) + load_vector(b_reduce, r, mr), mask=mr)
     tl.debug_barrier()
@@ -148,7 +150,9 @@ def squeeze_excite_kernel(
         for t in range(0, parts):
             p += tl.load(sums + (n * parts + t) * C + c, mask=mc, other=0.0)
         tl.store(pooled + n * C + c, p * inverse_count, mask=mc)
-    squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, ACT, GATE)
+    squeeze_excite_layers(
+        pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, ACT, GATE
+    )
 
 
 @triton.jit
@@ -216,7 +220,9 @@ def pool_and_gate_kernel(
             cc = start + tl.arange(0, BLOCK_C)
             mcc = cc < C
             tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, cc, mcc, C, BLOCK_P) / rows, mask=mcc)
-        squeeze_excite_layers(pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, SE_ACT, GATE)
+        squeeze_excite_layers(
+            pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, SE_ACT, GATE
+        )
 
 
 @triton.jit
@@ -296,7 +302,9 @@ def gate_backward_units(
         for start in range(0, blocks_c, BLOCK_J):
             j = start + jj
             block = (j * N).to(tl.int64)[:, None, None] * R + at[None, :, :]
-            acc += tl.load(dv + block, mask=(j < blocks_c)[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
+            acc += tl.load(
+                dv + block, mask=(j < blocks_c)[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg"
+            )
         phi, dphi = activate_and_grad(tl.load(u_in + at, mask=mask, other=0.0), ACT, False)
         tl.store(du_out + at, tl.sum(acc, 0) * dphi, mask=mask)
 
@@ -400,7 +408,9 @@ def gate_backward_kernel(
     j = ticket % stage % blocks_c
     readers = counters + 1 + blocks_n + b
     if ticket < stage:
-        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_R, GATE)
+        gate_backward_to_units(
+            b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_R, GATE
+        )
         if last_to_arrive(counters + 1 + b, blocks_c):
             gate_backward_units(b, blocks_c, dv, u, du, N, R, BLOCK_N, BLOCK_R, BLOCK_J, ACT)
             tl.debug_barrier()
@@ -409,7 +419,9 @@ def gate_backward_kernel(
         while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
             pass
         tl.debug_barrier()
-        gate_backward_to_pool(b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, BLOCK_N, BLOCK_C, BLOCK_K)
+        gate_backward_to_pool(
+            b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, BLOCK_N, BLOCK_C, BLOCK_K
+        )
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
         if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
@@ -521,8 +533,12 @@ def squeeze_excite_wgrad_kernel(
             dp = tl.load(dpool + at_c, mask=mask_c, other=0.0)
             for t in range(0, parts):
                 row = sums + ((n * parts + t) * 5)[:, None] * C + c[None, :]
-                s1 += tl.sum(g * tl.load(row, mask=mask_c, other=0.0) + dp * tl.load(row + 3 * C, mask=mask_c, other=0.0), 0)
-                s3 += tl.sum(g * tl.load(row + C, mask=mask_c, other=0.0) + dp * tl.load(row + 4 * C, mask=mask_c, other=0.0), 0)
+                s1 += tl.sum(
+                    g * tl.load(row, mask=mask_c, other=0.0) + dp * tl.load(row + 3 * C, mask=mask_c, other=0.0), 0
+                )
+                s3 += tl.sum(
+                    g * tl.load(row + C, mask=mask_c, other=0.0) + dp * tl.load(row + 4 * C, mask=mask_c, other=0.0), 0
+                )
     mask = mc[:, None] & mr[None, :]
     tl.store(dw_expand + c[:, None] * R + r[None, :], cast(dwe, dw_expand.dtype.element_ty), mask=mask)
     tl.store(dw_reduce + r[None, :] * C + c[:, None], cast(dwr, dw_reduce.dtype.element_ty), mask=mask)
@@ -795,7 +811,9 @@ def squeeze_excite_backward(
         ACT=act,
         GATE=gate,
     )
-    dw_reduce, db_reduce, dw_expand, db_expand = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights)
+    dw_reduce, db_reduce, dw_expand, db_expand = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in weights
+    )
     finished = [fp32(u.device, C) for _ in range(4)] if norm is not None else None
     dgamma, dbeta, k0, k1 = finished or [None] * 4
     block_r = min(64, _blocks(R)["BLOCK_R"])

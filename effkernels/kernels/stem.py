@@ -56,7 +56,9 @@ def load_weight(w, c, k, K, mc, w_stride_s, w_stride_c, w_stride_h, w_stride_w, 
 
 
 @triton.jit
-def load_patches(x, r, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype: tl.constexpr, STRIDE: tl.constexpr):
+def load_patches(
+    x, r, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype: tl.constexpr, STRIDE: tl.constexpr
+):
     """[BLOCK_K, BLOCK_M]: the taps of output pixels r of the image at x, rounded to the compute dtype; 0 outside of
     it."""
     row, col, offset = taps
@@ -152,13 +154,17 @@ def stem_forward_kernel(
         xn = x + image * stride_n
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if SINGLE:
-            patches = load_patches(xn, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE)
+            patches = load_patches(
+                xn, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+            )
             acc = dot(tl.trans(patches), weight, acc, PRECISION)
         else:
             for start in range(0, K, BLOCK_K):
                 kk = start + k
                 taps_here = tap_positions(kk, K, H, stride_c, stride_h, stride_w)
-                patches = load_patches(xn, row0 + i, rows, taps_here, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE)
+                patches = load_patches(
+                    xn, row0 + i, rows, taps_here, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+                )
                 part = load_weight(w, c, kk, K, mc, w_stride_s, w_stride_c, w_stride_h, w_stride_w, dtype)
                 acc = dot(tl.trans(patches), part, acc, PRECISION)
         if mean is not None:
@@ -268,7 +274,9 @@ def stem_backward_kernel(
             dy = dy * dphi
         if terms is not None:
             dy = tl.where(ok[:, None], dy + (offset + slope * v), 0.0)
-        patches = load_patches(x + image * stride_n, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE)
+        patches = load_patches(
+            x + image * stride_n, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+        )
         dw = dot(patches, cast(dy, dtype), dw, PRECISION)
     out = partials + p.to(tl.int64) * N * K
     offset_out = tap_offset(k, w_stride_c, w_stride_h, w_stride_w)[:, None] + c[None, :] * w_stride_s

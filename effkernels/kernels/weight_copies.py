@@ -1,14 +1,17 @@
-"""Weights of 1x1 convolutions in the dtype and order that the kernels multiply them in, written once a step from the live parameters.
+"""Weights of 1x1 convolutions in the dtype and order that the kernels multiply them in, written once a step from the
+live parameters.
 
-A parameter is fp32 [O, K, 1, 1] as a rule. Read as it is by every tile of a product, it costs twice the bytes, is rounded again and goes
-through registers on its way to shared memory; a copy in the compute dtype is loaded there as it lies. The forms of a copy:
+A parameter is fp32 [O, K, 1, 1] as a rule. Read as it is by every tile of a product, it costs twice the bytes, is
+rounded again and goes through registers on its way to shared memory; a copy in the compute dtype is loaded there as it
+lies. The forms of a copy:
 
-    plain       [O, K]                               w[o, k]
-    transposed  [K, O]                               w[o, k] at [k, o]
-    permuted    [O, K rounded up to 32]              w[o, k(k')] at [o, k'], 0 for k >= K: the order of ``pointwise_forward``'s fragments
+    plain       [O, K]                               w[o, k] transposed  [K, O]                               w[o, k] at
+    [k, o] permuted    [O, K rounded up to 32]              w[o, k(k')] at [o, k'], 0 for k >= K: the order of
+    ``pointwise_forward``'s fragments
 
-In each 32 columns, counted in binary, k = (q1 q0 f h e) lies at k' = (f h q1 q0 e): q is the lane that loads 8 neighbouring values of k,
-f the step of 16 in which the tensor cores take them, h the half of that step, e the odd one of a pair.
+In each 32 columns, counted in binary, k = (q1 q0 f h e) lies at k' = (f h q1 q0 e): q is the lane that loads 8
+neighbouring values of k, f the step of 16 in which the tensor cores take them, h the half of that step, e the odd one
+of a pair.
 
 Nothing is kept from one step to the next, so nothing goes stale.
 """
@@ -45,17 +48,21 @@ def copy_block(weight, copy, O, K, block, FORM: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def weight_copies_kernel(weights, copies, sizes, FORMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Block program_id(0) of copy program_id(1). sizes: 2 O + 1 and 2 K + 1 of each: Triton compiles again for a size of 1 or a multiple
-    of 16 in a tuple, which such numbers never are."""
+    """Block program_id(0) of copy program_id(1). sizes: 2 O + 1 and 2 K + 1 of each: Triton compiles again for a size
+    of 1 or a multiple of 16 in a tuple, which such numbers never are.
+    """
     for c in tl.static_range(len(FORMS)):
         if tl.program_id(1) == c:
-            copy_block(weights[c], copies[c], sizes[2 * c] // 2, sizes[2 * c + 1] // 2, tl.program_id(0), FORMS[c], BLOCK)
+            copy_block(
+                weights[c], copies[c], sizes[2 * c] // 2, sizes[2 * c + 1] // 2, tl.program_id(0), FORMS[c], BLOCK
+            )
 
 
 def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
     """Copies in ``dtype`` of live weights, in one launch.
 
-    wanted: a list of (weight [O, K, 1, 1] or [O, K], form), as many as there are, those of a block or of a whole network.
+    wanted: a list of (weight [O, K, 1, 1] or [O, K], form), as many as there are, those of a block or of a whole
+        network.
 
     Returns: for each the copy. A plain one that has the dtype already is the weight itself, [O, K].
     """
@@ -77,8 +84,9 @@ def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def forward_weights(wanted, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """What ``pointwise_forward`` is to be given of each (weight or None, rows of its product, whether it transforms x on load): a permuted
-    copy, made in one launch for all of them, where that makes it faster, else the live weight."""
+    """What ``pointwise_forward`` is to be given of each (weight or None, rows of its product, whether it transforms x
+    on load): a permuted copy, made in one launch for all of them, where that makes it faster, else the live weight.
+    """
     results = [weight for weight, *_ in wanted]
     chosen = [
         i

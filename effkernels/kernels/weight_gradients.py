@@ -82,7 +82,9 @@ def expand_gradient(
         for start in range(0, gram_splits, 128):
             s = start + tl.arange(0, 128)
             sum_mask = (s < gram_splits)[:, None] & mi[None, :]
-            xsum += tl.sum(tl.load(grams + s.to(tl.int64)[:, None] * size + I * I + i[None, :], mask=sum_mask, other=0.0), 0)
+            xsum += tl.sum(
+                tl.load(grams + s.to(tl.int64)[:, None] * size + I * I + i[None, :], mask=sum_mask, other=0.0), 0
+            )
         acc += load_vector(terms[0], e, me)[:, None] * xsum[None, :]
         slope = load_vector(terms[1], e, me)
         for start in range(0, I, BLOCK_I):
@@ -226,7 +228,22 @@ def weight_gradients_kernel(
         se_programs = tl.cdiv(C, BLOCK_C) * tl.cdiv(R, BLOCK_R)
         if (pid >= 0) & (pid < se_programs):
             squeeze_excite_gradient(
-                pid, dt, du, u, pooled, dw_reduce, db_reduce, dw_expand, db_expand, N, C, R, BLOCK_N, BLOCK_R, BLOCK_C, ACT
+                pid,
+                dt,
+                du,
+                u,
+                pooled,
+                dw_reduce,
+                db_reduce,
+                dw_expand,
+                db_expand,
+                N,
+                C,
+                R,
+                BLOCK_N,
+                BLOCK_R,
+                BLOCK_C,
+                ACT,
             )
         pid -= se_programs
     if project_partials is not None:
@@ -240,7 +257,11 @@ def weight_gradients_kernel(
             k, tap_total = sum_of_partials(
                 pid, depthwise_partials, depthwise_parts, (TAPS + 2) * C, TAPS * C, DEPTHWISE_PARTS, DEPTHWISE_COLS
             )
-            tl.store(depthwise_out + k % C * TAPS + k // C, cast(tap_total, depthwise_out.dtype.element_ty), mask=k < TAPS * C)
+            tl.store(
+                depthwise_out + k % C * TAPS + k // C,
+                cast(tap_total, depthwise_out.dtype.element_ty),
+                mask=k < TAPS * C,
+            )
 
 
 def contiguous_like(t: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,9 @@ class FusedDepthwiseConvBNAct(nn.Module):
         self.kernel_size, self.stride, self.padding, self.act = kernel_size, stride, padding, act
         symmetric = (kernel_size - 1) // 2 if padding == "symmetric" else 0
         factory = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(channels, channels, kernel_size, stride, symmetric, groups=channels, bias=False, **factory)
+        self.conv = nn.Conv2d(
+            channels, channels, kernel_size, stride, symmetric, groups=channels, bias=False, **factory
+        )
         self.bn = nn.BatchNorm2d(channels, eps=bn_eps, momentum=bn_momentum, **factory)
 
     def check_input(self, x: torch.Tensor) -> None:
@@ -53,8 +55,11 @@ class FusedDepthwiseConvBNAct(nn.Module):
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
         C = getattr(self.conv, "in_channels", 1)
-        judge = (lambda: "bn is a SyncBatchNorm") if isinstance(self.bn, nn.SyncBatchNorm) else None  # whole blocks have it fused
-        return dispatch.why_not_fused(x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)}, judge)
+        # Whole blocks have it fused.
+        judge = (lambda: "bn is a SyncBatchNorm") if isinstance(self.bn, nn.SyncBatchNorm) else None
+        return dispatch.why_not_fused(
+            x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)}, judge
+        )
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch."""

@@ -88,9 +88,13 @@ class MBConvBase(nn.Module):
 
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
-        check_activation(x, getattr(self.conv_dw, "weight", None), self.in_channels, self.extent, self.stride, self.padding)
+        check_activation(
+            x, getattr(self.conv_dw, "weight", None), self.in_channels, self.extent, self.stride, self.padding
+        )
         if self.training and x.shape[0] == 0:
-            raise ValueError(f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got an empty batch of shape {tuple(x.shape)}"
+            )
 
     @property
     def drops(self) -> bool:
@@ -139,10 +143,12 @@ class MBConvBase(nn.Module):
 
 
 class FusedMBConv(MBConvBase):
-    """MBConv block on fused kernels (NOT EfficientNetV2's "Fused-MBConv", a dense k x k convolution for expand + depthwise).
+    """MBConv block on fused kernels (NOT EfficientNetV2's "Fused-MBConv", a dense k x k convolution for expand +
+    depthwise).
 
-    ``[1x1 expand, BN, act] -> k x k depthwise, BN, act -> squeeze-excite -> 1x1 project, BN -> [drop-path, + input]`` with the
-    arguments, parameters, buffers and numbers of ``efficientnet.MBConv``; swapping the two classes changes the speed only.
+    ``[1x1 expand, BN, act] -> k x k depthwise, BN, act -> squeeze-excite -> 1x1 project, BN -> [drop-path, + input]``
+    with the arguments, parameters, buffers and numbers of ``efficientnet.MBConv``; swapping the two classes changes the
+    speed only.
 
     Args:
         in_channels, out_channels: I and O; the expanded width is ``round(in_channels * expand_ratio)``.
@@ -152,13 +158,14 @@ class FusedMBConv(MBConvBase):
         bn_eps, bn_momentum: of every BatchNorm; momentum None is the cumulative average.
         drop_path: probability of dropping the residual branch of a sample in training.
         dilation: of the depthwise convolution; above 1 the plain layers run.
-        memory: what training keeps for the backward: "keep", the three convolutions' outputs; "recompute", not the first, which is
-            computed again from x (one more pass over it for about half the memory). The plain layers keep what autograd keeps.
+        memory: what training keeps for the backward: "keep", the three convolutions' outputs; "recompute", not the
+            first, which is computed again from x (one more pass over it for about half the memory). The plain layers
+            keep what autograd keeps.
 
-    Shapes: x [N, I, H, W] (channels_last costs no copy) -> [N, O, H', W'], channels_last. Dtypes: fp32, bf16, fp16, or what
-    autocast says; parameters fp32 or of the compute dtype.
-    Without a GPU or Triton, or for an input kernels do not serve, it runs the plain layers: ``why_not_fused(x)`` tells the reason.
-    Raises ValueError/TypeError for a wrong argument or input, RuntimeError if EFFKERNELS_BACKEND=triton cannot be honoured.
+    Shapes: x [N, I, H, W] (channels_last costs no copy) -> [N, O, H', W'], channels_last. Dtypes: fp32, bf16, fp16, or
+    what autocast says; parameters fp32 or of the compute dtype. Without a GPU or Triton, or for an input kernels do not
+    serve, it runs the plain layers: ``why_not_fused(x)`` tells the reason. Raises ValueError/TypeError for a wrong
+    argument or input, RuntimeError if EFFKERNELS_BACKEND=triton cannot be honoured.
     Source: Sandler et al. 2018 (MobileNetV2), Hu et al. 2018 (squeeze-excite), Tan & Le 2019 (EfficientNet).
     """
 
@@ -179,7 +186,9 @@ class FusedMBConv(MBConvBase):
         return dispatch.why_not_fused(x, self._layers(), max(E, O), (self.kernel_size, self.stride, pad), shapes)
 
     def _layers(self):
-        """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay for it."""
+        """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay
+        for it.
+        """
         for name, layer in self.named_children():
             if type(layer) in (SqueezeExcite, FusedSqueezeExcite) and not dispatch.has_hooks(layer):
                 yield from ((f"{name}.{inner}", sublayer) for inner, sublayer in layer.named_children())
@@ -187,7 +196,9 @@ class FusedMBConv(MBConvBase):
                 yield name, layer
 
     def forward(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
-        """draws: fp32 [N] from [0, 1) for drop_path (a network's own, drawn for all its blocks at once); else they are drawn here."""
+        """draws: fp32 [N] from [0, 1) for drop_path (a network's own, drawn for all its blocks at once); else they are
+        drawn here.
+        """
         if dispatch.recording(x):
             return self._plain(x, draws)
         self.check_input(x)
@@ -195,9 +206,12 @@ class FusedMBConv(MBConvBase):
             return self._plain(x, draws)
         return self.fused(x, draws)
 
-    def fused(self, x: torch.Tensor, draws: torch.Tensor | None = None, *, stem: tuple | None = None, stem_stride: int = 0):
-        """``forward`` on the kernels, unchecked. stem: (weight, BatchNormParams) of the 3x3 convolution before a block that does not
-        expand, to run with it as one; then x are its images."""
+    def fused(
+        self, x: torch.Tensor, draws: torch.Tensor | None = None, *, stem: tuple | None = None, stem_stride: int = 0
+    ):
+        """``forward`` on the kernels, unchecked. stem: (weight, BatchNormParams) of the 3x3 convolution before a block
+        that does not expand, to run with it as one; then x are its images.
+        """
         from effkernels import functional
 
         norm = BatchNormParams.of

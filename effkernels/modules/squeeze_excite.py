@@ -49,14 +49,16 @@ class SqueezeExcite(nn.Module):
 class FusedSqueezeExcite(SqueezeExcite):
     """``SqueezeExcite`` on fused kernels: pooling, both layers and the gate in two launches, the product in a third.
 
-    Same arguments, parameters and numbers. x [N, channels, H, W] fp32, bf16 or fp16; pooled sums, both layers and the gate are fp32.
-    Runs the plain layers where kernels cannot (``why_not_fused(x)`` tells the reason).
+    Same arguments, parameters and numbers. x [N, channels, H, W] fp32, bf16 or fp16; pooled sums, both layers and the
+    gate are fp32. Runs the plain layers where kernels cannot (``why_not_fused(x)`` tells the reason).
     """
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
         C, R = (getattr(self.conv_reduce, name, 1) for name in ("in_channels", "out_channels"))
-        return dispatch.why_not_fused(x, self.named_children(), C, shapes={"conv_reduce": (R, C), "conv_expand": (C, R)})
+        return dispatch.why_not_fused(
+            x, self.named_children(), C, shapes={"conv_reduce": (R, C), "conv_expand": (C, R)}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if dispatch.recording(x):

@@ -1,4 +1,6 @@
-"""A network's first and last feature layers, given as the plain layers that own the parameters: fused where the kernels can serve."""
+"""A network's first and last feature layers, given as the plain layers that own the parameters: fused where the kernels
+can serve.
+"""
 
 import torch
 from torch import nn
@@ -11,7 +13,9 @@ from effkernels.reference import activate
 
 
 def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
-    """``dispatch.why_not_fused`` for a convolution that must have ``expected`` kernel size, stride and padding, and its BatchNorm."""
+    """``dispatch.why_not_fused`` for a convolution that must have ``expected`` kernel size, stride and padding, and its
+    BatchNorm.
+    """
     if x.is_cpu and dispatch.only_plain_on_cpu():
         return "the input is on the CPU"
     if x.shape[0] == 0:
@@ -23,8 +27,12 @@ def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
     return dispatch.why_not_fused(x, ((name, conv), ("bn", bn)), conv.out_channels, expected)
 
 
-def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, *, fused: bool = True) -> torch.Tensor:
-    """``act(bn(conv(x)))`` of a k x k convolution of images; under padding "same" conv itself has none and x is padded here."""
+def stem(
+    x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, *, fused: bool = True
+) -> torch.Tensor:
+    """``act(bn(conv(x)))`` of a k x k convolution of images; under padding "same" conv itself has none and x is padded
+    here.
+    """
     k, stride = (conv.kernel_size[0], conv.stride[0]) if isinstance(conv, nn.Conv2d) else (3, 2)
     expected = (3, stride if stride in (1, 2) else 2, 1 if padding == "symmetric" else 0)
     if fused and not dispatch.recording(x) and _why_not_fused(x, "conv_stem", conv, bn, expected) is None:
@@ -36,8 +44,11 @@ def stem(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding
     return activate(bn(conv(x)), act)
 
 
-def stem_and_block(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, block: FusedMBConv) -> torch.Tensor | None:
-    """``block(stem(x, ...))`` in training as one autograd node, without storing the stem's output; None where that cannot be.
+def stem_and_block(
+    x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, padding: str, block: FusedMBConv
+) -> torch.Tensor | None:
+    """``block(stem(x, ...))`` in training as one autograd node, without storing the stem's output; None where that
+    cannot be.
 
     It can where both are fused, and ``block`` neither expands nor has a residual, as a network's first.
     """
@@ -46,7 +57,10 @@ def stem_and_block(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: st
     if not (bn.training or block.training) or type(block).forward is not FusedMBConv.forward:
         return None
     stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 0
-    if stride not in (1, 2) or _why_not_fused(x, "conv_stem", conv, bn, (3, stride, 1 if padding == "symmetric" else 0)) is not None:
+    if (
+        stride not in (1, 2)
+        or _why_not_fused(x, "conv_stem", conv, bn, (3, stride, 1 if padding == "symmetric" else 0)) is not None
+    ):
         return None
     size = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])
     inside = x.new_empty(1, dtype=dispatch.compute_dtype(x)).expand(x.shape[0], conv.out_channels, *size)

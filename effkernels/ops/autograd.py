@@ -1,15 +1,15 @@
 """Custom operators: where kernels meet autograd, torch.compile and fake tensors. This file: what all of them share.
 
-An ``Operator`` is described once, by the signature of its forward: from the names and types of its parameters come the schema in the
-``effkernels`` namespace, the fake implementations, what autograd keeps, and the schema of ``<name>_backward``. A parameter that is a
-NamedTuple (a BatchNorm, squeeze-excite, settings) is one argument here and one for each of its fields in the schema, which knows tensors
-and plain values only.
+An ``Operator`` is described once, by the signature of its forward: from the names and types of its parameters come the
+schema in the ``effkernels`` namespace, the fake implementations, what autograd keeps, and the schema of
+``<name>_backward``. A parameter that is a NamedTuple (a BatchNorm, squeeze-excite, settings) is one argument here and
+one for each of its fields in the schema, which knows tensors and plain values only.
 
-Eager calls go through one ``torch.autograd.Function`` straight to the implementation (a custom operator costs about 60 us a call); the
-dispatcher (under torch.compile, opcheck, ...) enters the same Function from the Autograd key and records the operators.
-``torch.library.custom_op`` is not used because the forwards update running statistics in place, which it does not allow together with an
-autograd formula. Tensors are NHWC and contiguous here. What is absent is ``None`` for an implementation, and a tensor of no elements where
-the dispatcher needs a tensor.
+Eager calls go through one ``torch.autograd.Function`` straight to the implementation (a custom operator costs about 60
+us a call); the dispatcher (under torch.compile, opcheck, ...) enters the same Function from the Autograd key and
+records the operators. ``torch.library.custom_op`` is not used because the forwards update running statistics in place,
+which it does not allow together with an autograd formula. Tensors are NHWC and contiguous here. What is absent is
+``None`` for an implementation, and a tensor of no elements where the dispatcher needs a tensor.
 """
 
 import contextlib
@@ -29,9 +29,11 @@ LIB = torch.library.Library("effkernels", "DEF")
 
 # A tensor that is kept for the backward, and has no gradient.
 Constant = Annotated[Tensor | None, "constant"]
-# A tensor that is added to the result last. Its gradient is the result's own, so the backward neither keeps it nor returns anything for it.
+# A tensor that is added to the result last. Its gradient is the result's own, so the backward neither keeps it nor
+# returns anything for it.
 Shortcut = Annotated[Tensor | None, "shortcut"]
-# Fields of a BatchNorm that a forward in training changes in place. They have no gradient, and its backward does not see them.
+# Fields of a BatchNorm that a forward in training changes in place. They have no gradient, and its backward does not
+# see them.
 UPDATED = ("running_mean", "running_var", "num_batches_tracked")
 
 _PLAIN = {str: "str", int: "int", float: "float", bool: "bool", float | None: "float?", torch.dtype: "ScalarType"}
@@ -44,13 +46,16 @@ def fp32(x: Tensor, *shape: int) -> Tensor:
 
 
 class Leaf(NamedTuple):
-    """One argument of an operator's schema: a parameter of the forward, or one field of a parameter that is a NamedTuple."""
+    """One argument of an operator's schema: a parameter of the forward, or one field of a parameter that is a
+    NamedTuple.
+    """
 
     name: str
     parameter: str
     field: str | None
     type: str  # in the schema's language
-    role: str  # "input" has a gradient; "constant" and "setting" are kept for the backward too; "updated" and "shortcut" are not
+    # "input" has a gradient; "constant" and "setting" are kept for the backward too; "updated" and "shortcut" are not.
+    role: str
 
     @property
     def is_tensor(self) -> bool:
@@ -127,12 +132,12 @@ class Operator:
 
     Args:
         name: in the ``effkernels`` namespace.
-        forward: the implementation, whose annotations describe the operator. It returns a tensor, or a NamedTuple of tensors (None for
-            what is absent) of which the first is the result and the others are kept for the backward.
+        forward: the implementation, whose annotations describe the operator. It returns a tensor, or a NamedTuple of
+            tensors (None for what is absent) of which the first is the result and the others are kept for the backward.
         fake: takes the same, returns tensors of the same shapes without computing.
-        backward: called as ``backward(dout, saved=..., needs=..., **parameters)`` with the forward's parameters by name (without what it
-            updated), its results, and the names of the arguments whose gradients are wanted; returns {name: gradient or None}.
-            None: the operator has no gradient, and updates nothing.
+        backward: called as ``backward(dout, saved=..., needs=..., **parameters)`` with the forward's parameters by name
+            (without what it updated), its results, and the names of the arguments whose gradients are wanted; returns
+            {name: gradient or None}. None: the operator has no gradient, and updates nothing.
     """
 
     def __init__(self, name: str, forward: Callable, fake: Callable, backward: Callable | None = None):
@@ -213,7 +218,9 @@ class Operator:
         """A gradient lies as its tensor does."""
         *flat, needs = flat
         tensors = {leaf.name: value for leaf, value in zip(self.kept, flat[: len(self.kept)], strict=True)}
-        return tuple(_present([torch.empty_like(tensors[name]) if name in needs else None for name in self.inputs], dout))
+        return tuple(
+            _present([torch.empty_like(tensors[name]) if name in needs else None for name in self.inputs], dout)
+        )
 
     def _define(self) -> None:
         def argument(i, leaf):
@@ -272,7 +279,9 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
         @staticmethod
         @once_differentiable
         def backward(ctx, dout, *unused):
-            wanted = {leaf.name for leaf, needed in zip(operator.leaves, ctx.needs_input_grad[1:], strict=True) if needed}
+            wanted = {
+                leaf.name for leaf, needed in zip(operator.leaves, ctx.needs_input_grad[1:], strict=True) if needed
+            }
             gradients = {}
             needs = [name for name in operator.inputs if name in wanted]
             if dout is not None and needs:
@@ -281,7 +290,9 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
                 saved = unpacked[len(tensors) :]
                 args = (dout.contiguous(), *(kept[leaf.name] for leaf in operator.kept), *saved, needs)
                 found = _below_autograd(f"{operator.name}_backward", operator._run_backward, ctx.dispatched, args)
-                gradients = {name: gradient for name, gradient in zip(operator.inputs, found, strict=True) if name in wanted}
+                gradients = {
+                    name: gradient for name, gradient in zip(operator.inputs, found, strict=True) if name in wanted
+                }
             if dout is not None:
                 gradients |= {name: dout.to(dtype) for name, dtype in ctx.shortcut_dtypes.items() if name in wanted}
             return None, *(gradients.get(leaf.name) for leaf in operator.leaves)

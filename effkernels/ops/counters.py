@@ -1,8 +1,10 @@
-"""Counters for the kernels whose last program finishes what all have begun: int32, 0 before a launch, and 0 again after it.
+"""Counters for the kernels whose last program finishes what all have begun: int32, 0 before a launch, and 0 again after
+it.
 
-On a GPU one buffer a stream serves every launch there: they follow each other, and each leaves it as it found it. Launches that
-are captured in a CUDA graph may be replayed on any stream, beside others, so a capture has counters of its own, zeroed in the graph;
-so has every operator that torch.compile calls, since it may capture it, or count the memory that outlives the call.
+On a GPU one buffer a stream serves every launch there: they follow each other, and each leaves it as it found it.
+Launches that are captured in a CUDA graph may be replayed on any stream, beside others, so a capture has counters of
+its own, zeroed in the graph; so has every operator that torch.compile calls, since it may capture it, or count the
+memory that outlives the call.
 """
 
 import functools

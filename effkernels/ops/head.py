@@ -1,8 +1,8 @@
 """Operators of a classifier's last feature layer: act(BN(1x1 convolution)), averaged over the image; x NHWC.
 
-Training takes two launches forward (convolution with BatchNorm's statistics; BatchNorm, activation and mean) and four backward, two
-of them cuBLAS's products; the autograd node keeps x, y (before the BatchNorm) and fp32 vectors. Inference takes one launch, and the
-feature map is never stored.
+Training takes two launches forward (convolution with BatchNorm's statistics; BatchNorm, activation and mean) and four
+backward, two of them cuBLAS's products; the autograd node keeps x, y (before the BatchNorm) and fp32 vectors. Inference
+takes one launch, and the feature map is never stored.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,10 @@ class HeadSettings(NamedTuple):
 
 
 class HeadResults(NamedTuple):
-    """out [N, O]; y [N, H, W, O], before its BatchNorm; fp32 mean and rstd [O] that normalised y; fp32 sums over the pixels of each
-    image, [N, O], of phi' (sum_dphi) and of phi' yhat (sum_dphi_yhat), which are all that BatchNorm's backward needs of y."""
+    """out [N, O]; y [N, H, W, O], before its BatchNorm; fp32 mean and rstd [O] that normalised y; fp32 sums over the
+    pixels of each image, [N, O], of phi' (sum_dphi) and of phi' yhat (sum_dphi_yhat), which are all that BatchNorm's
+    backward needs of y.
+    """
 
     out: Tensor
     y: Tensor

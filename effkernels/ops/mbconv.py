@@ -1,18 +1,26 @@
-"""The operator of a whole MBConv block: [1x1 expand, BN1, act] -> depthwise, BN2, act -> [squeeze-excite] -> 1x1 project, BN3 [+ x].
+"""The operator of a whole MBConv block: [1x1 expand, BN1, act] -> depthwise, BN2, act -> [squeeze-excite] -> 1x1
+project, BN3 [+ x].
 
-One autograd node. It keeps x, the outputs y1, y2, y3 of the three convolutions before their BatchNorms, and fp32 vectors; with
-``recompute`` not even y1. Launches, each reading what it says from memory once (e1: expanded tensor at input size, e2: after the
-depthwise convolution):
+One autograd node. It keeps x, the outputs y1, y2, y3 of the three convolutions before their BatchNorms, and fp32
+vectors; with ``recompute`` not even y1. Launches, each reading what it says from memory once (e1: expanded tensor at
+input size, e2: after the depthwise convolution):
 
-    forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project (y2 -> y3), BN3's
-              merge | apply (y3, x -> out)                                                                         2 e1 + 3 e2
-    backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1 -> dz1), BN1's
-              sums | expand's right operand | expand (dz1, x -> dx) | all weight gradients                         3 e1 + 4 e2
-              With many channels the expand backward is two launches that read dz1 each                            4 e1 + 4 e2
-    As the first of a network, a block that does not expand takes the stem along: a 3x3 convolution of images in place of the expand one.
+    forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project
+    (y2 -> y3), BN3's
+              merge | apply (y3, x -> out)                                                                         2 e1
+              + 3 e2
+    backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1
+    -> dz1), BN1's
+              sums | expand's right operand | expand (dz1, x -> dx) | all weight gradients                         3 e1
+              + 4 e2 With many channels the expand backward is two launches that read dz1 each
+              4 e1 + 4 e2
+    As the first of a network, a block that does not expand takes the stem along: a 3x3 convolution of images in place
+    of the expand one.
 
-    inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1 + 2 e2
-              or, where the model of costs says so, expand inside the depthwise kernel                                    0 e1 + 2 e2
+    inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1
+    + 2 e2
+              or, where the model of costs says so, expand inside the depthwise kernel
+              0 e1 + 2 e2
 """
 
 from typing import NamedTuple
@@ -38,8 +46,10 @@ class BlockSettings(NamedTuple):
     """What a block does besides its tensors.
 
     dtype: of the computation. stride, padding: of the depthwise convolution. residual: whether x is added.
-    keep: probability with which drop-path keeps an image's branch; with a negative one the draws are the branches' factors themselves.
-    stem_stride: 0, or the stride of the stem that stands for the expand convolution. recompute: whether y1 is made again in the backward.
+    keep: probability with which drop-path keeps an image's branch; with a negative one the draws are the branches'
+        factors themselves.
+    stem_stride: 0, or the stride of the stem that stands for the expand convolution. recompute: whether y1 is made
+        again in the backward.
     """
 
     dtype: torch.dtype
@@ -53,9 +63,10 @@ class BlockSettings(NamedTuple):
 
 
 class BlockResults(NamedTuple):
-    """out [N, H', W', O]; y1 [N, H, W, E] (None: it is recomputed, or there is no expand convolution), y2 [N, H', W', E] and
-    y3 [N, H', W', O] before their BatchNorms, each with the fp32 mean and rstd that normalised it; of squeeze-excite, fp32, its gate
-    [N, E], what was pooled [N, E] and the bottleneck before its activation [N, R]."""
+    """out [N, H', W', O]; y1 [N, H, W, E] (None: it is recomputed, or there is no expand convolution), y2 [N, H', W',
+    E] and y3 [N, H', W', O] before their BatchNorms, each with the fp32 mean and rstd that normalised it; of
+    squeeze-excite, fp32, its gate [N, E], what was pooled [N, E] and the bottleneck before its activation [N, R].
+    """
 
     out: Tensor
     y1: Tensor | None
@@ -90,7 +101,9 @@ def _first_convolution(x, weight, settings, **how):
 
 
 def _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings):
-    """Both 1x1 weights as the forward's kernels take them: the live ones, or their copies. The stem's stays as it is."""
+    """Both 1x1 weights as the forward's kernels take them: the live ones, or their copies. The stem's stays as it
+    is.
+    """
     from effkernels.kernels.weight_copies import forward_weights
 
     if settings.stem_stride:
@@ -169,7 +182,9 @@ def _forward(
         )
 
     wanted = batch_statistics(norm3, O, x.device)
-    y3, found = pointwise_forward(y2, project_weight, prologue=bn2, act1=act, gates=gates, statistics=wanted, counters=counters)
+    y3, found = pointwise_forward(
+        y2, project_weight, prologue=bn2, act1=act, gates=gates, statistics=wanted, counters=counters
+    )
     bn3 = normalisation(norm3, wanted, found, y3)
 
     out = batchnorm.apply(
@@ -238,7 +253,9 @@ def _backward(
     saved: BlockResults,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """What no wanted gradient depends on is not computed: a step runs where one of ``needs`` lies before it in the block."""
+    """What no wanted gradient depends on is not computed: a step runs where one of ``needs`` lies before it in the
+    block.
+    """
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
     from effkernels.kernels.expand_backward import expand_backward
     from effkernels.kernels.project_backward import project_backward
@@ -264,7 +281,9 @@ def _backward(
 
     terms3 = None
     if need_norm3:
-        sums3 = batchnorm.gradient_reduce(dout, saved.y3, bn3, branch_draws=branch_draws, keep=settings.keep, counters=counters)
+        sums3 = batchnorm.gradient_reduce(
+            dout, saved.y3, bn3, branch_draws=branch_draws, keep=settings.keep, counters=counters
+        )
         gradients["norm3_weight"], gradients["norm3_bias"], *_ = sums3
         terms3 = batch_terms(norm3, bn3, sums3, rows2)
 
@@ -410,7 +429,9 @@ def _inference(
     bn2 = frozen_normalisation(norm2)
     E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
     inside = expand_weight is not None and expand_inside(k, settings.stride, x.shape[-1], E, dtype, act)
-    copied, project_weight = _forward_weights(x, None if inside else expand_weight, depthwise_weight, project_weight, settings)
+    copied, project_weight = _forward_weights(
+        x, None if inside else expand_weight, depthwise_weight, project_weight, settings
+    )
     if inside:
         a, sums = expand_depthwise.expand_depthwise(
             x.to(dtype),
@@ -430,7 +451,9 @@ def _inference(
         else:
             epilogue = frozen_normalisation(norm1)
             a, _ = pointwise_forward(x, copied, dtype=dtype, epilogue=epilogue, act2=act)
-        a, _, sums = depthwise.depthwise_forward(a, depthwise_weight, settings.stride, pads, epilogue=bn2, act2=act, pool=se is not None)
+        a, _, sums = depthwise.depthwise_forward(
+            a, depthwise_weight, settings.stride, pads, epilogue=bn2, act2=act, pool=se is not None
+        )
     gates = None
     if se is not None:
         gates, _, _ = squeeze_excite.squeeze_excite_forward(

@@ -14,9 +14,11 @@ from effkernels.parameters import BatchNormParams
 
 
 def batch_statistics(norm: BatchNormParams, channels: int, device: torch.device):
-    """What the launch that produces a BatchNorm's input is to do about its statistics: a ``BatchStatistics``, or None to do nothing.
+    """What the launch that produces a BatchNorm's input is to do about its statistics: a ``BatchStatistics``, or None
+    to do nothing.
 
-    It updates the running statistics, unless several processes are normalised together: then it only finds this process's.
+    It updates the running statistics, unless several processes are normalised together: then it only finds this
+    process's.
     """
     from effkernels.kernels.norm import BatchStatistics
 
@@ -28,7 +30,9 @@ def batch_statistics(norm: BatchNormParams, channels: int, device: torch.device)
 
 
 def normalisation(norm: BatchNormParams, wanted, found, y: torch.Tensor):
-    """The ``BatchNorm`` that normalises y [..., C]: by (mean, rstd) = ``found``, or by the running statistics where none were wanted."""
+    """The ``BatchNorm`` that normalises y [..., C]: by (mean, rstd) = ``found``, or by the running statistics where
+    none were wanted.
+    """
     if wanted is None:
         return running_normalisation(norm)
     if norm.group:
@@ -44,7 +48,9 @@ def with_statistics(norm: BatchNormParams, mean: torch.Tensor, rstd: torch.Tenso
 
 
 def running_normalisation(norm: BatchNormParams):
-    """The ``BatchNorm`` of the running statistics, turned to (mean, rstd) now, since the backward must not see a later update."""
+    """The ``BatchNorm`` of the running statistics, turned to (mean, rstd) now, since the backward must not see a later
+    update.
+    """
     return with_statistics(norm, norm.running_mean.float().clone(), (norm.running_var.float() + norm.eps).rsqrt())
 
 
@@ -56,15 +62,17 @@ def frozen_normalisation(norm: BatchNormParams):
 
 
 def backward_norm(norm: BatchNormParams, mean: torch.Tensor, rstd: torch.Tensor):
-    """The ``BatchNorm`` of a backward. Kernels round the sums that they return to the parameters' dtype, which sums that are still to be
-    added over several processes must not be: those parameters are fp32."""
+    """The ``BatchNorm`` of a backward. Kernels round the sums that they return to the parameters' dtype, which sums
+    that are still to be added over several processes must not be: those parameters are fp32.
+    """
     if norm.group:
         norm = norm._replace(weight=norm.weight.float(), bias=norm.bias.float())
     return with_statistics(norm, mean, rstd)
 
 
 def batch_terms(norm: BatchNormParams, bn, sums, rows: int):
-    """(k0, k1) of dy = scale * dz + k0 + k1 * y: None where the statistics are not a batch's, else those of all processes.
+    """(k0, k1) of dy = scale * dz + k0 + k1 * y: None where the statistics are not a batch's, else those of all
+    processes.
 
     sums: (dgamma, dbeta, k0, k1) as this process's kernels found them, over ``rows`` values a channel.
     """

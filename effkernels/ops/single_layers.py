@@ -1,4 +1,5 @@
-"""Operators of single layers: [BN, act] -> depthwise -> BN, act -> [squeeze-excite]; BN, act, drop-path, residual; squeeze-excite.
+"""Operators of single layers: [BN, act] -> depthwise -> BN, act -> [squeeze-excite]; BN, act, drop-path, residual;
+squeeze-excite.
 
 Their BatchNorms are this process's alone: ``effkernels.functional`` refuses those that synchronise processes.
 """
@@ -32,7 +33,8 @@ class DepthwiseSettings(NamedTuple):
 
 
 class DepthwiseResults(NamedTuple):
-    """out and y, before its BatchNorm, [N, H', W', C]; fp32 mean and rstd [C] of each BatchNorm; as ``BlockResults`` of squeeze-excite.
+    """out and y, before its BatchNorm, [N, H', W', C]; fp32 mean and rstd [C] of each BatchNorm; as ``BlockResults`` of
+    squeeze-excite.
 
     Nothing activated is kept."""
 
@@ -52,7 +54,9 @@ def _pads(x, weight, settings):
 
 
 def _merged(norm: BatchNormParams, tiles):
-    """The ``BatchNorm`` of a batch whose partial statistics are ``tiles``, or of the running statistics (tiles None)."""
+    """The ``BatchNorm`` of a batch whose partial statistics are ``tiles``, or of the running statistics (tiles
+    None).
+    """
     from effkernels.kernels import batchnorm
 
     if not norm.training:
@@ -196,8 +200,9 @@ def _depthwise_inference(
     se: SqueezeExciteParams | None,
     settings: DepthwiseSettings,
 ) -> Tensor:
-    """Running statistics, no gradient: BN2, the activation and the pooling in the depthwise kernel's epilogue; scale and shift from the
-    live buffers."""
+    """Running statistics, no gradient: BN2, the activation and the pooling in the depthwise kernel's epilogue; scale
+    and shift from the live buffers.
+    """
     from effkernels.kernels import batchnorm, depthwise
 
     out, _, sums = depthwise.depthwise_forward(

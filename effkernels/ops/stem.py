@@ -1,8 +1,9 @@
 """Operators of the stem: act(BN(conv3x3(x))) for images x [N, I, H, W] of any strides; results NHWC.
 
-Training takes two launches forward (convolution with statistics; BatchNorm + activation) and three backward; the autograd node keeps x,
-y (before the BatchNorm) and fp32 vectors. Inference takes one launch. A network whose first block does not expand has it as that
-block's first convolution in training (``mbconv``), which saves the launches and the passes of its BatchNorm.
+Training takes two launches forward (convolution with statistics; BatchNorm + activation) and three backward; the
+autograd node keeps x, y (before the BatchNorm) and fp32 vectors. Inference takes one launch. A network whose first
+block does not expand has it as that block's first convolution in training (``mbconv``), which saves the launches and
+the passes of its BatchNorm.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from effkernels.parameters import BatchNormParams
 
 
 class StemSettings(NamedTuple):
-    """dtype: of the computation and its results. stride: 1 or 2. padding: a name of ``effkernels.geometry.PADDINGS``."""
+    """dtype: of the computation and its results. stride: 1 or 2. padding: a name of
+    ``effkernels.geometry.PADDINGS``.
+    """
 
     dtype: torch.dtype
     stride: int
@@ -36,14 +39,17 @@ class StemResults(NamedTuple):
 
 
 def stem_convolution(x: Tensor, weight: Tensor, stride: int, padding: str, dtype: torch.dtype, **how):
-    """(y [N, H', W', S], (mean, rstd) or None) of a 3x3 convolution; ``how`` as ``effkernels.kernels.stem.stem_forward`` takes it."""
+    """(y [N, H', W', S], (mean, rstd) or None) of a 3x3 convolution; ``how`` as
+    ``effkernels.kernels.stem.stem_forward`` takes it.
+    """
     from effkernels.kernels.stem import stem_forward
 
     return stem_forward(x, weight, stride, conv_pads(*x.shape[2:], 3, stride, padding), dtype=dtype, **how)
 
 
 def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, *, act="identity", need_dx: bool, need_dw: bool):
-    """(dx or None, partial sums of dw or None) of a 3x3 convolution, from the gradient dz of what follows its BatchNorm ``bn``.
+    """(dx or None, partial sums of dw or None) of a 3x3 convolution, from the gradient dz of what follows its BatchNorm
+    ``bn``.
 
     dx is rarely wanted, so PyTorch's own convolution makes it.
     """
@@ -84,7 +90,9 @@ def _forward(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSet
 
     wanted = batch_statistics(norm, weight.shape[0], x.device)
     counters = zeroed_counters(x, weight.shape[0])
-    y, found = stem_convolution(x, weight, settings.stride, settings.padding, settings.dtype, statistics=wanted, counters=counters)
+    y, found = stem_convolution(
+        x, weight, settings.stride, settings.padding, settings.dtype, statistics=wanted, counters=counters
+    )
     bn = normalisation(norm, wanted, found, y)
     return StemResults(batchnorm.apply(y, bn, act=settings.act), y, bn.mean, bn.rstd)
 
@@ -136,7 +144,9 @@ def _backward(dout, *, x, weight, norm, settings, saved: StemResults, needs) -> 
 def _inference(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSettings) -> Tensor:
     """Running statistics, no gradient; scale and shift come from the live buffers."""
     epilogue = frozen_normalisation(norm)
-    y, _ = stem_convolution(x, weight, settings.stride, settings.padding, settings.dtype, epilogue=epilogue, act=settings.act)
+    y, _ = stem_convolution(
+        x, weight, settings.stride, settings.padding, settings.dtype, epilogue=epilogue, act=settings.act
+    )
     return y
 
 

@@ -1,11 +1,12 @@
 """BatchNorm over the batches of several processes (``nn.SyncBatchNorm``): what the kernels of each find, put together.
 
-    forward    each process has (count, mean, M2) of its rows: all are gathered and merged by Chan's formula, as tiles are
-    backward   dgamma and dbeta stay each process's own (DistributedDataParallel averages them); their sums over all give the batch
+    forward    each process has (count, mean, M2) of its rows: all are gathered and merged by Chan's formula, as tiles
+    are backward   dgamma and dbeta stay each process's own (DistributedDataParallel averages them); their sums over all
+    give the batch
                terms of dy = scale * dz + k0 + k1 * y
 
-Two small collectives a BatchNorm and step, as in PyTorch. Processes may have different numbers of rows. ``group`` is the name of a
-process group, which an operator can take.
+Two small collectives a BatchNorm and step, as in PyTorch. Processes may have different numbers of rows. ``group`` is
+the name of a process group, which an operator can take.
 """
 
 import torch
@@ -16,7 +17,9 @@ def _group(name: str):
 
 
 def own_statistics(norm, channels: int, device: torch.device):
-    """``BatchStatistics`` that put this process's mean and unbiased variance into vectors of their own, as running ones of momentum 1."""
+    """``BatchStatistics`` that put this process's mean and unbiased variance into vectors of their own, as running ones
+    of momentum 1.
+    """
     from effkernels.kernels.norm import BatchStatistics
 
     mean, variance = torch.zeros(2, channels, dtype=torch.float32, device=device)
@@ -24,7 +27,8 @@ def own_statistics(norm, channels: int, device: torch.device):
 
 
 def merge_processes(norm, own, rows: int):
-    """(mean, rstd) fp32 [C] over all processes of ``norm.group``, and the running statistics of ``norm`` updated with them.
+    """(mean, rstd) fp32 [C] over all processes of ``norm.group``, and the running statistics of ``norm`` updated with
+    them.
 
     own: ``own_statistics`` after the launch that filled them, over this process's ``rows`` values a channel.
     """
@@ -43,8 +47,12 @@ def merge_processes(norm, own, rows: int):
     return merge((counts.view(-1), means, m2s), statistics)
 
 
-def batch_terms(dgamma: torch.Tensor, dbeta: torch.Tensor, bn, rows: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(k0, k1) fp32 [C] over all processes, from this process's gradients of a ``BatchNorm`` over ``rows`` values a channel."""
+def batch_terms(
+    dgamma: torch.Tensor, dbeta: torch.Tensor, bn, rows: int, group: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k0, k1) fp32 [C] over all processes, from this process's gradients of a ``BatchNorm`` over ``rows`` values a
+    channel.
+    """
     C = dgamma.numel()
     sums = torch.cat([dgamma.float(), dbeta.float(), bn.rstd.new_full((1,), rows)])
     torch.distributed.all_reduce(sums, group=_group(group))

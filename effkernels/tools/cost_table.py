@@ -55,7 +55,8 @@ def row_of(launch: Launch, arch: int = 90) -> dict:
         "kernel": launch.name,
         "dtype": launch.dtype,
         "constants": {
-            name: value if value is None or isinstance(value, (int, float, str)) else str(value) for name, value in launch.constants.items()
+            name: value if value is None or isinstance(value, (int, float, str)) else str(value)
+            for name, value in launch.constants.items()
         },
         "options": dict(sorted(launch.options.items())),
         "registers": cost.registers,
@@ -98,7 +99,22 @@ def goal_of(row: dict) -> tuple[int, str] | None:
 
 def described(row: dict) -> str:
     """What tells a row from others of its kernel."""
-    shown = ("K", "STRIDE", "TW", "S", "BLOCK_M", "BLOCK_ROWS", "BLOCK_C", "BLOCK_N", "BLOCK_K", "BLOCK_R", "BM", "BN", "BK", "WGRAD")
+    shown = (
+        "K",
+        "STRIDE",
+        "TW",
+        "S",
+        "BLOCK_M",
+        "BLOCK_ROWS",
+        "BLOCK_C",
+        "BLOCK_N",
+        "BLOCK_K",
+        "BLOCK_R",
+        "BM",
+        "BN",
+        "BK",
+        "WGRAD",
+    )
     constants = row["constants"]
     settings = " ".join(f"{name}={constants[name]}" for name in shown if name in constants)
     absent = " ".join(name for name, value in constants.items() if value is None)
@@ -156,7 +172,9 @@ def read_table(path: Path) -> dict:
         table = json.loads(path.read_text(encoding="utf-8"))
         assert all("digest" in row and "kernel" in row for row in table["rows"]) and "triton" in table
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not a table of static costs; write it again with python -m effkernels.inspect --update") from error
+        raise ValueError(
+            f"{path} is not a table of static costs; write it again with python -m effkernels.inspect --update"
+        ) from error
     return table
 
 
@@ -166,7 +184,9 @@ def write_table(path: Path, arch: int, rows) -> None:
     head = json.dumps({"triton": triton.__version__, "arch": arch})
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(f'{head[:-1]}, "rows": [\n' + ",\n".join(line for *_, line in lines) + "\n]}\n", encoding="utf-8")
+    temporary.write_text(
+        f'{head[:-1]}, "rows": [\n' + ",\n".join(line for *_, line in lines) + "\n]}\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
@@ -205,7 +225,8 @@ def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[s
     by_digest = {row["digest"]: row for row in rows}
     floors = ("bytes", "issue", "FMA", "SFU")
     lines = [
-        f"{'kernel':28} {'dtype':9} {'k':>1} {'s':>1} {'regs':>4} {'spill':>5} {'smem':>6} {'instr/elem':>10} {'loads':8} {'stores':6} "
+        f"{'kernel':28} {'dtype':9} {'k':>1} {'s':>1} {'regs':>4} {'spill':>5} {'smem':>6} {'instr/elem':>10} "
+        f"{'loads':8} {'stores':6} "
         + " ".join(f"{name + ' ps':>8}" for name in floors)
         + (f" {'predicted us':>12}" if predictions else "")
         + f" {'binds':5} goal for instr/elem"
@@ -227,7 +248,8 @@ def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[s
             over = row["per_element"] - goal[0]
             times += f" {goal[0]}" + (f", {over:.1f} over: {goal[1]}" if over > 0 else "")
         lines.append(
-            f"{row['kernel']:28} {row['dtype']:9} {k:>1} {s:>1} {row['registers']:4} {row['spills']:5} {row['shared']:6} "
+            f"{row['kernel']:28} {row['dtype']:9} {k:>1} {s:>1} {row['registers']:4} {row['spills']:5} "
+            f"{row['shared']:6} "
             f"{per:>10} {loads:8} {stores:6} {times}".rstrip()
         )
     return lines
@@ -235,20 +257,36 @@ def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[s
 
 def main(argv=None, predict=None):
     """predict(launches, gpu) gives a prediction for each launch; None: ``--predict`` is not offered."""
-    parser = argparse.ArgumentParser(prog="python -m effkernels.inspect", description="Static cost of every shipped configuration.")
-    parser.add_argument("--arch", type=int, default=90, choices=(80, 86, 89, 90, 100), help="compute capability to compile for")
-    parser.add_argument("--gpu", choices=GPUS, default="h200", help="whose rates the floors are computed with (default: h200)")
-    parser.add_argument("--update", action="store_true", help="compile what the table in git lacks, write it, and say what changed")
-    parser.add_argument("--check", action="store_true", help="compile nothing: print as JSON which configurations have no current row")
-    parser.add_argument("--sample", action="store_true", help="compile the sample of the table that the test suite compiles")
+    parser = argparse.ArgumentParser(
+        prog="python -m effkernels.inspect", description="Static cost of every shipped configuration."
+    )
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=(80, 86, 89, 90, 100), help="compute capability to compile for"
+    )
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="h200", help="whose rates the floors are computed with (default: h200)"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="compile what the table in git lacks, write it, and say what changed"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compile nothing: print as JSON which configurations have no current row"
+    )
+    parser.add_argument(
+        "--sample", action="store_true", help="compile the sample of the table that the test suite compiles"
+    )
     parser.add_argument("--reduced", action="store_true", help="a third of the configurations")
     parser.add_argument("--one-per-kernel", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--fresh", action="store_true", help="compile all of them, whatever the table says")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
-    parser.add_argument("--table", type=Path, help="the table's file (default: effkernels/configs/static_sm<arch>.json)")
+    parser.add_argument(
+        "--table", type=Path, help="the table's file (default: effkernels/configs/static_sm<arch>.json)"
+    )
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     if predict is not None:
-        parser.add_argument("--predict", action="store_true", help="also the time of each launch on --gpu, predicted (seconds each)")
+        parser.add_argument(
+            "--predict", action="store_true", help="also the time of each launch on --gpu, predicted (seconds each)"
+        )
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
@@ -270,7 +308,9 @@ def main(argv=None, predict=None):
             if digest not in known
         ]
         stale = [described(row) for row in table["rows"] if row["digest"] not in set(digests)]
-        print(json.dumps({"table": table["triton"], "installed": triton.__version__, "missing": missing, "stale": stale}))
+        print(
+            json.dumps({"table": table["triton"], "installed": triton.__version__, "missing": missing, "stale": stale})
+        )
         return
     if args.sample:
         drawn = {row["digest"] for row in sample([known[digest] for digest in digests if digest in known])}
@@ -280,7 +320,11 @@ def main(argv=None, predict=None):
     known |= {row["digest"]: row for row in compiled_rows(todo, args.arch, args.processes)}
     rows = [known[launch.digest(args.arch)] for launch in launches]
     predictions = predict(launches, args.gpu) if predict is not None and args.predict else None
-    print(json.dumps(rows) if args.json else "\n".join(table_lines(launches, rows, GPUS[args.gpu], args.arch, predictions)))
+    print(
+        json.dumps(rows)
+        if args.json
+        else "\n".join(table_lines(launches, rows, GPUS[args.gpu], args.arch, predictions))
+    )
 
 
 if __name__ == "__main__":

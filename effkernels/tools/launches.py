@@ -33,7 +33,11 @@ def members(name: str, value) -> dict:
     if not isinstance(value, tuple):
         return {name: value}
     fields = getattr(value, "_fields", range(len(value)))
-    return {path: v for field, member in zip(fields, value, strict=True) for path, v in members(f"{name}.{field}", member).items()}
+    return {
+        path: v
+        for field, member in zip(fields, value, strict=True)
+        for path, v in members(f"{name}.{field}", member).items()
+    }
 
 
 ROW_FORMAT = 2  # raised when a row's fields or their meaning change
@@ -55,7 +59,9 @@ class Launch:
     @property
     def constants(self) -> dict:
         """Compile-time arguments by name, and with them, as None, the optional arguments that are absent."""
-        return {p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr or self.arguments[p.name] is None}
+        return {
+            p.name: self.arguments[p.name] for p in self.fn.params if p.is_constexpr or self.arguments[p.name] is None
+        }
 
     @property
     def tensors(self) -> dict:
@@ -89,7 +95,10 @@ class Launch:
                 constants[path] = None
                 return "constexpr"
             if len(path) > 1 and isinstance(value, int) and (value == 1 or value % 16 == 0):
-                raise TypeError(f"{self.name}: Triton compiles again for a size of {value} in a tuple; give it as an argument of its own")
+                raise TypeError(
+                    f"{self.name}: Triton compiles again for a size of {value} in a tuple; give it as an argument of "
+                    "its own"
+                )
             if hints and _hint(value):
                 attributes[path] = [["tt.divisibility", 16]]
             return _type_of(value)

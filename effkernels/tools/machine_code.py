@@ -111,7 +111,9 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
 def _binary(name: str) -> str:
     path = os.path.join(BINARIES, name)
     if not os.path.exists(path):
-        raise RuntimeError(f"Triton {triton.__version__} does not carry {name} (looked for {path}); static costs need it")
+        raise RuntimeError(
+            f"Triton {triton.__version__} does not carry {name} (looked for {path}); static costs need it"
+        )
     return path
 
 

@@ -19,7 +19,9 @@ def _parameter(*shape):
 
 def _norm(channels, training):
     """A BatchNorm that does not count its batches."""
-    return BatchNormParams(_parameter(channels), _parameter(channels), _meta(channels), _meta(channels), momentum=0.1, training=training)
+    return BatchNormParams(
+        _parameter(channels), _parameter(channels), _meta(channels), _meta(channels), momentum=0.1, training=training
+    )
 
 
 def _squeeze_excite(channels, reduced, act="silu"):
@@ -33,7 +35,18 @@ def _squeeze_excite(channels, reduced, act="silu"):
 
 
 def block_launches(
-    dtype, kernel_size, stride, *, channels=96, size=56, images=64, reduced=8, expands=True, squeeze=True, training=True, act="silu"
+    dtype,
+    kernel_size,
+    stride,
+    *,
+    channels=96,
+    size=56,
+    images=64,
+    reduced=8,
+    expands=True,
+    squeeze=True,
+    training=True,
+    act="silu",
 ) -> list[Launch]:
     """Launches of one depthwise block (forward and backward, or inference) at a shape of an MBConv network."""
     from effkernels import functional
@@ -96,7 +109,9 @@ def family_blocks(width: float) -> list[tuple]:
     return blocks
 
 
-def mbconv_launches(dtype, inputs, outputs, k, stride, ratio, size, *, training, frozen=False, images=64, **how) -> list[Launch]:
+def mbconv_launches(
+    dtype, inputs, outputs, k, stride, ratio, size, *, training, frozen=False, images=64, **how
+) -> list[Launch]:
     """Launches of one whole MBConv block; frozen: training with running statistics."""
     from effkernels import FusedMBConv
 
@@ -120,7 +135,9 @@ def stem_and_head_launches(dtype, channels, inputs, features, *, training, image
         block = FusedMBConv(channels, channels // 2, 3, 1, 1, device="meta")
         launches += call_launches(lambda x: block.fused(x, stem=(weight, first), stem_stride=2), pixels, True)
     last, conv = norm(features), torch.nn.Parameter(_meta(features, inputs, 1, 1))
-    return launches + call_launches(lambda x: functional.head(x, conv, last), _meta(images, inputs, 7, 7, dtype=dtype), training)
+    return launches + call_launches(
+        lambda x: functional.head(x, conv, last), _meta(images, inputs, 7, 7, dtype=dtype), training
+    )
 
 
 def shipped_launches(full: bool = False) -> list[Launch]:
@@ -139,7 +156,9 @@ def shipped_launches(full: bool = False) -> list[Launch]:
         for inputs, outputs, k, stride, *rest in family_blocks(width):
             drop_paths = (0.0, 0.2) if stride == 1 and inputs == outputs else (0.0,)
             for drop_path in drop_paths:
-                launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=True, drop_path=drop_path)
+                launches += mbconv_launches(
+                    dtype, inputs, outputs, k, stride, *rest, training=True, drop_path=drop_path
+                )
             launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=False)
     for dtype, training in itertools.product((bf16, fp16, fp32) if full else (bf16,), (True, False)):
         launches += mbconv_launches(dtype, 24, 40, 3, 2, 6, 56, training=training, se_ratio=0.0)
@@ -158,7 +177,9 @@ def shipped_launches(full: bool = False) -> list[Launch]:
             launches += block_launches(dtype, k, stride, expands=False, training=False)
     for dtype in (bf16, fp16, fp32) if full else (bf16,):
         for stride in (1, 2):
-            launches += block_launches(dtype, 3, stride, squeeze=False) + block_launches(dtype, 3, stride, squeeze=False, training=False)
+            launches += block_launches(dtype, 3, stride, squeeze=False) + block_launches(
+                dtype, 3, stride, squeeze=False, training=False
+            )
     for dtype in (bf16, fp16, fp32):
         launches += norm_launches(dtype) + norm_launches(dtype, training=False)
     # Bottleneck widths of B0 (small) to L2 (large).

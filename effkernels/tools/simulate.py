@@ -37,7 +37,9 @@ def rows(predictions: list[Prediction]) -> list[dict]:
                 "us": 1e6 * time,
                 "bytes_us": 1e6 * sum(each.bytes_time for each in group),
                 "l2_us": 1e6 * sum(each.floors["L2"] for each in group),
-                "instructions_per_element": 32 * sum(each.instructions for each in group) / max(1, sum(each.elements for each in group)),
+                "instructions_per_element": 32
+                * sum(each.instructions for each in group)
+                / max(1, sum(each.elements for each in group)),
                 "instructions_per_clock": sum(each.instructions_per_clock * each.time for each in group) / time,
                 "registers": max(each.registers for each in group),
                 "programs_per_sm": min(each.resident for each in group),
@@ -56,16 +58,22 @@ def launch_row(prediction: Prediction) -> dict:
 
 def table(found: list[dict]) -> str:
     lines = [
-        f"{'kernel':34} {'launches':>8} {'us':>9} {'bytes':>9} {'share':>6} {'L2':>8} {'instr/elem':>10} {'instr/clk':>9} {'regs':>5} "
+        f"{'kernel':34} {'launches':>8} {'us':>9} {'bytes':>9} {'share':>6} {'L2':>8} {'instr/elem':>10} "
+        f"{'instr/clk':>9} {'regs':>5} "
         f"{'prog/SM':>7} {'bar/tile':>8} waits for"
     ]
     for row in found:
         lines.append(
-            f"{row['kernel']:34} {row['launches']:8} {row['us']:9.1f} {row['bytes_us']:9.1f} {100 * row['bytes_us'] / row['us']:5.0f}% "
-            f"{row['l2_us']:8.1f} {row['instructions_per_element']:10.1f} {row['instructions_per_clock']:9.2f} {row['registers']:5} "
-            f"{row['programs_per_sm']:7} {row['barriers_per_tile']:8.1f} {row['waits_for']}" + (" *" if row["unknown"] else "")
+            f"{row['kernel']:34} {row['launches']:8} {row['us']:9.1f} {row['bytes_us']:9.1f} "
+            f"{100 * row['bytes_us'] / row['us']:5.0f}% "
+            f"{row['l2_us']:8.1f} {row['instructions_per_element']:10.1f} {row['instructions_per_clock']:9.2f} "
+            f"{row['registers']:5} "
+            f"{row['programs_per_sm']:7} {row['barriers_per_tile']:8.1f} {row['waits_for']}"
+            + (" *" if row["unknown"] else "")
         )
-    notes = [f"* estimated from its loops: {row['kernel']}: {_counted(row['unknown'])}" for row in found if row["unknown"]]
+    notes = [
+        f"* estimated from its loops: {row['kernel']}: {_counted(row['unknown'])}" for row in found if row["unknown"]
+    ]
     return "\n".join(lines + notes)
 
 
@@ -92,10 +100,12 @@ def document(step: Step, baseline: float) -> dict:
 def summary(step: Step, baseline: float) -> str:
     images = step.batch / step.time
     return (
-        f"{step.model} {step.mode}, {step.batch} images, {project.GPUS[step.gpu].name}, bf16: {1e3 * step.time:.2f} ms, its bytes "
+        f"{step.model} {step.mode}, {step.batch} images, {project.GPUS[step.gpu].name}, bf16: {1e3 * step.time:.2f} "
+        "ms, its bytes "
         f"{1e3 * step.bytes_time:.2f} ms, {images:,.0f} images/s: predicted, not measured\n"
         f"of which {len(step.operators)} operators of PyTorch, at their bytes: {1e3 * step.operators_time:.3f} ms\n"
-        f"torch.compile, an optimist's estimate by the same bandwidth: {1e3 * baseline:.2f} ms, {baseline / step.time:.2f} times ours"
+        f"torch.compile, an optimist's estimate by the same bandwidth: {1e3 * baseline:.2f} ms, "
+        f"{baseline / step.time:.2f} times ours"
     )
 
 
@@ -118,14 +128,20 @@ def draw(path: Path, kernel: str, args) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m effkernels.tools.simulate", description="Kernel times, predicted without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m effkernels.tools.simulate", description="Kernel times, predicted without a GPU."
+    )
     parser.add_argument("--model", default="b0", choices=MODELS, help="default: b0")
     parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
     parser.add_argument("--batch-size", type=int, default=256, help="images (default: 256)")
     parser.add_argument("--gpu", default="h200", choices=tuple(project.GPUS), help="default: h200")
-    parser.add_argument("--each", action="store_true", help="a line for every launch, in order, instead of one for every kernel")
+    parser.add_argument(
+        "--each", action="store_true", help="a line for every launch, in order, instead of one for every kernel"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the prediction here as well")
-    parser.add_argument("--timeline", type=Path, metavar="PNG", help="draw what one SM does in the longest launch of --kernel")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="PNG", help="draw what one SM does in the longest launch of --kernel"
+    )
     parser.add_argument("--kernel", help="with --timeline: the kernel's name")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     args = parser.parse_args(argv)

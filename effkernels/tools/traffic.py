@@ -30,8 +30,8 @@ class LaunchTraffic:
     """One launch: distinct bytes (read, written) by argument, for those it touches, and the sizes of these tensors in
     bytes.
 
-    ``requested``: the bytes of every access, so often as it is made. ``read`` and ``written`` count a byte of memory once although
-    several arguments see it.
+    ``requested``: the bytes of every access, so often as it is made. ``read`` and ``written`` count a byte of memory
+    once although several arguments see it.
     """
 
     name: str
@@ -123,7 +123,8 @@ class _Recorder:
         anything."""
         if self.names is None:
             return pointers
-        active = np.broadcast_to(np.asarray(active, bool), pointers.shape)  # some masks are integers inside the interpreter
+        # Some masks are integers inside the interpreter.
+        active = np.broadcast_to(np.asarray(active, bool), pointers.shape)
         result = pointers.copy()
         lanes = pointers[active]
         if lanes.size == 0:
@@ -155,9 +156,13 @@ class Operators(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name
         if not any(part in name for part in self.free):
-            given, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
+            given, made = (
+                [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out)
+            )
             storages = {t.untyped_storage()._cdata for t in given}
-            written = made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
+            written = (
+                made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
+            )
             if any(t.numel() for t in written):
                 self.record(name, *(sum(t.numel() * t.element_size() for t in tensors) for tensors in (given, written)))
         return out
@@ -180,7 +185,9 @@ def count_traffic():
     from effkernels.tools.launches import members
 
     if not common.INTERPRET:
-        raise RuntimeError("count_traffic needs Triton's interpreter: set TRITON_INTERPRET=1 before anything imports Triton")
+        raise RuntimeError(
+            "count_traffic needs Triton's interpreter: set TRITON_INTERPRET=1 before anything imports Triton"
+        )
     from triton.runtime import interpreter
 
     recorder = _Recorder()
@@ -222,11 +229,15 @@ def count_traffic():
         return cas(self, translated(ptr, np.True_, ("read", "written")), *rest)
 
     patches = [(executor, "__call__", call, run), (interpreter, "_implicit_cvt", implicit_cvt, convert)]
-    patches += zip([builder] * 4, hooked, (masked_load, masked_store, atomic_rmw, atomic_cas), (load, store, rmw, cas), strict=True)
+    patches += zip(
+        [builder] * 4, hooked, (masked_load, masked_store, atomic_rmw, atomic_cas), (load, store, rmw, cas), strict=True
+    )
     try:
         for owner, name, replacement, _ in patches:
             setattr(owner, name, replacement)
-        with Operators(lambda name, read, written: recorder.records.append(LaunchTraffic(name, read=read, written=written))):
+        with Operators(
+            lambda name, read, written: recorder.records.append(LaunchTraffic(name, read=read, written=written))
+        ):
             yield recorder.records
     finally:
         for owner, name, _, original in patches:
@@ -265,5 +276,7 @@ def summary(launches) -> str:
     lines = [f"{'launch':32} {'programs':>8} {'read':>10} {'written':>10}"]
     for launch in launches:
         parts = [f"{name} {read}+{written}" for name, (read, written) in launch.arguments.items()]
-        lines.append(f"{launch.name:32} {math.prod(launch.grid):8} {launch.read:10} {launch.written:10}  {', '.join(parts)}")
+        lines.append(
+            f"{launch.name:32} {math.prod(launch.grid):8} {launch.read:10} {launch.written:10}  {', '.join(parts)}"
+        )
     return "\n".join(lines)

@@ -45,12 +45,39 @@ FIELDS = {
         "stages": (2, 3, 4),
         "waves": (1, 2, 3, 4, 5, 6),
     },
-    "project_both": {"BLOCK_M": (16, 32, 64), "BLOCK_E": (16, 32, 64), "stages": (1, 2, 3), "programs_per_sm": (4, 8, 12, 16)},
-    "project_data": {"BLOCK_M": (16, 32, 64), "num_warps": (4, 8), "stages": (1, 2, 3), "programs_per_sm": (1, 2, 3, 4, 6)},
-    "project_weight": {"BLOCK_M": (16, 32, 64), "num_warps": (4, 8), "stages": (2, 3, 4), "programs_per_sm": (1, 2, 3, 4)},
+    "project_both": {
+        "BLOCK_M": (16, 32, 64),
+        "BLOCK_E": (16, 32, 64),
+        "stages": (1, 2, 3),
+        "programs_per_sm": (4, 8, 12, 16),
+    },
+    "project_data": {
+        "BLOCK_M": (16, 32, 64),
+        "num_warps": (4, 8),
+        "stages": (1, 2, 3),
+        "programs_per_sm": (1, 2, 3, 4, 6),
+    },
+    "project_weight": {
+        "BLOCK_M": (16, 32, 64),
+        "num_warps": (4, 8),
+        "stages": (2, 3, 4),
+        "programs_per_sm": (1, 2, 3, 4),
+    },
     "expand_pass": {"BM": (32, 64, 128), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4, 5)},
-    "expand_data": {"BM": (64, 128), "BI": (32, 64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4)},
-    "expand_weight": {"BM": (32, 64, 128), "BE": (64, 128, 256), "num_warps": (4, 8), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3)},
+    "expand_data": {
+        "BM": (64, 128),
+        "BI": (32, 64, 128, 256),
+        "num_warps": (4, 8),
+        "stages": (1, 2, 3, 4),
+        "per_sm": (1, 2, 3, 4),
+    },
+    "expand_weight": {
+        "BM": (32, 64, 128),
+        "BE": (64, 128, 256),
+        "num_warps": (4, 8),
+        "stages": (1, 2, 3, 4),
+        "per_sm": (1, 2, 3),
+    },
 }
 GAIN = 0.98  # a configuration is faster if it takes at most this share of the time: less is noise
 MOST = 60  # configurations measured for one shape
@@ -109,7 +136,11 @@ def _difference(results, expected) -> float:
 
 def changed(config, start) -> dict:
     """Fields of ``config`` that differ from ``start``."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(start, f.name)}
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(start, f.name)
+    }
 
 
 def tune(workloads, table: dict, path: Path, device, timer: Callable, report: Callable = lambda line: None) -> int:
@@ -144,7 +175,13 @@ def tune(workloads, table: dict, path: Path, device, timer: Callable, report: Ca
                     return None
 
         best, time, rule_time = climb(workload.family, start, measure)
-        row = {"family": workload.family, "key": key, "config": changed(best, start), "us": round(time, 2), "rule_us": round(rule_time, 2)}
+        row = {
+            "family": workload.family,
+            "key": key,
+            "config": changed(best, start),
+            "us": round(time, 2),
+            "rule_us": round(rule_time, 2),
+        }
         table["rows"].append(row | {"workload": workload.name})
         tables.write(path, table)
         known.add((workload.family, key))
@@ -181,8 +218,15 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
 
         dq, y, x = (_random(device, *shape, dtype=dtype) for shape in (e2, e2, e1))
         w, gates, dpool = _random(device, E, 1, k, k), torch.rand(batch, E, device=device), _random(device, batch, E)
-        how = {"norm2": batch_norm(device, E), "y2": y, "terms2": (_random(device, E), _random(device, E)), "act2": "silu"}
-        how |= {"gates": gates, "dpool": dpool} | ({"norm1": batch_norm(device, E), "act1": "silu"} if ratio > 1 else {})
+        how = {
+            "norm2": batch_norm(device, E),
+            "y2": y,
+            "terms2": (_random(device, E), _random(device, E)),
+            "act2": "silu",
+        }
+        how |= {"gates": gates, "dpool": dpool} | (
+            {"norm1": batch_norm(device, E), "act1": "silu"} if ratio > 1 else {}
+        )
 
         def call():
             dx, partials, *_ = depthwise.depthwise_backward(dq, x, w, stride, pads, **how)
@@ -211,9 +255,19 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         from effkernels.kernels import project_backward
 
         dout, y3 = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
-        y2, w, gates = _random(device, *e2, dtype=dtype), _random(device, outputs, E, 1, 1), torch.rand(batch, E, device=device)
+        y2, w, gates = (
+            _random(device, *e2, dtype=dtype),
+            _random(device, outputs, E, 1, 1),
+            torch.rand(batch, E, device=device),
+        )
         terms = _random(device, outputs), _random(device, outputs)
-        how = {"norm3": batch_norm(device, outputs), "terms3": terms, "norm2": batch_norm(device, E), "act": "silu", "gates": gates}
+        how = {
+            "norm3": batch_norm(device, outputs),
+            "terms3": terms,
+            "norm2": batch_norm(device, E),
+            "act": "silu",
+            "gates": gates,
+        }
 
         def call():
             dq, sums, partials = project_backward.project_backward(dout, y3, y2, w, **how)
@@ -285,9 +339,15 @@ def _microseconds(call) -> float:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m effkernels.tune", description="Measure launch configurations on the present GPU.")
-    parser.add_argument("--output", type=Path, help="the table (default: EFFKERNELS_TABLE, or the package's own of this architecture)")
-    parser.add_argument("--widths", type=float, nargs="+", default=[1.0], help="width coefficients of the networks (default: 1, B0)")
+    parser = argparse.ArgumentParser(
+        prog="python -m effkernels.tune", description="Measure launch configurations on the present GPU."
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the table (default: EFFKERNELS_TABLE, or the package's own of this architecture)"
+    )
+    parser.add_argument(
+        "--widths", type=float, nargs="+", default=[1.0], help="width coefficients of the networks (default: 1, B0)"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--batches", type=int, nargs="+", default=[128], help="images in a batch (default: 128)")
     args = parser.parse_args(argv)
@@ -300,11 +360,19 @@ def main(argv=None) -> int:
     capability = torch.cuda.get_device_capability(device)
     path = args.output or tables.default_path(capability)
     gpu = torch.cuda.get_device_name(device)
-    table = {"gpu": gpu, "capability": list(capability), "torch": torch.__version__, "triton": triton.__version__, "rows": []}
+    table = {
+        "gpu": gpu,
+        "capability": list(capability),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": [],
+    }
     if path.exists():
         table = tables.read(path, capability)
         if table.get("gpu") != gpu:
-            print(f"python -m effkernels.tune: {path} was measured on {table.get('gpu')}, this is {gpu}", file=sys.stderr)
+            print(
+                f"python -m effkernels.tune: {path} was measured on {table.get('gpu')}, this is {gpu}", file=sys.stderr
+            )
             return 2
     todo = workloads(args.widths, [getattr(torch, name) for name in args.dtypes], args.batches)
     try:

@@ -1,4 +1,6 @@
-"""A campaign ends on time, keeps what was measured, and goes on where it stopped, also when a row hangs or its process dies."""
+"""A campaign ends on time, keeps what was measured, and goes on where it stopped, also when a row hangs or its process
+dies.
+"""
 
 import json
 import sys
@@ -13,7 +15,8 @@ from benchmarks.variants import CHANNELS_LAST, EAGER, OURS
 
 SHAPE = shapes.blocks("b0")[0]
 
-# Stands in for pytest: leaves files as the fixture does; a row named "hang" sleeps, "die" kills the process, "fail" leaves no result.
+# Stands in for pytest: leaves files as the fixture does; a row named "hang" sleeps, "die" kills the process, "fail"
+# leaves no result.
 WORKER = """
 import json, os, sys, time
 folder, *pairs = sys.argv[1:]
@@ -125,7 +128,8 @@ def test_a_damaged_state_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--minutes", "0"], "minutes must be above 0"), (["--minutes", "1", "--only", "("], "--only")]
+    "arguments, message",
+    [(["--minutes", "0"], "minutes must be above 0"), (["--minutes", "1", "--only", "("], "--only")],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -135,7 +139,9 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
 
 def test_the_most_important_rows_come_first():
     on_gpu = [str(job.row) for job in campaign.jobs(gpu=True)]
-    assert on_gpu[:4] == [f"b0-224px-inference-{name}" for name in ("ours", "channels_last", "compile-default", "eager")]
+    assert on_gpu[:4] == [
+        f"b0-224px-inference-{name}" for name in ("ours", "channels_last", "compile-default", "eager")
+    ]
     first = {
         name: on_gpu.index(f"{name}-ours")
         for name in ("b0-224px-training", "b4-380px-inference", "b4-380px-training", "b7-600px-inference")
@@ -168,7 +174,9 @@ def test_layers_share_a_process():
     changes = sum(a != b for a, b in zip(processes, processes[1:], strict=False))
     assert changes < 30 and len(todo) > 500, "a few processes, not one for each of the layers"
     together = [str(job.row.variant) for job in todo if job.process == processes[0]]
-    assert together[:3] == ["eager", "channels_last", "ours"] and len(together) == len(set(together)) * 4, "of each block in turn"
+    assert together[:3] == ["eager", "channels_last", "ours"] and len(together) == len(set(together)) * 4, (
+        "of each block in turn"
+    )
 
 
 def test_without_a_gpu_only_what_runs_there():

@@ -1,4 +1,6 @@
-"""Two results side by side: what is slower, costlier or gone must be seen, and the present tree must not be worse than its baseline."""
+"""Two results side by side: what is slower, costlier or gone must be seen, and the present tree must not be worse than
+its baseline.
+"""
 
 import copy
 import json
@@ -55,7 +57,10 @@ def test_a_threshold(tmp_path):
 
 @pytest.mark.parametrize(
     "changed, message",
-    [({"device": "another"}, "device is 'a GPU' in the old file and 'another'"), ({"batch_size": 8}, "batch_size is 256")],
+    [
+        ({"device": "another"}, "device is 'a GPU' in the old file and 'another'"),
+        ({"batch_size": 8}, "batch_size is 256"),
+    ],
 )
 def test_rows_that_cannot_be_compared(changed, message, tmp_path, capsys):
     assert compare.main(written(tmp_path, *documents(**changed))) == 2
@@ -110,7 +115,10 @@ def test_static_costs(section, entry, field, value, worse, tmp_path):
 def test_entries_of_one_side():
     new = copy.deepcopy(TABLE)
     new["machine code"]["b_kernel float16"] = new["machine code"].pop("a_kernel bfloat16")
-    assert compare.compare(TABLE, new) == ([], ["machine code: a_kernel bfloat16 is gone", "machine code: b_kernel float16 is new"])
+    assert compare.compare(TABLE, new) == (
+        [],
+        ["machine code: a_kernel bfloat16 is gone", "machine code: b_kernel float16 is new"],
+    )
 
 
 def test_a_table_comes_back_as_it_was(tmp_path):
@@ -124,7 +132,8 @@ def test_a_table_comes_back_as_it_was(tmp_path):
 LAUNCH = """
 import effkernels.modules.mbconv as m
 forward = m.FusedMBConv.forward
-m.FusedMBConv.forward = lambda self, x, draws=None: forward(self, x.clone(), draws)  # a pass and a launch more in every block
+# A pass and a launch more in every block.
+m.FusedMBConv.forward = lambda self, x, draws=None: forward(self, x.clone(), draws)
 """
 PASS = """
 import torch
@@ -137,7 +146,9 @@ batchnorm.apply = another
 
 
 def _present(*args, before=""):
-    """``python -m benchmarks.compare --static`` on this tree, after the statements ``before``; Triton compiles there."""
+    """``python -m benchmarks.compare --static`` on this tree, after the statements ``before``; Triton compiles
+    there.
+    """
     return _run(f"{before}\nimport sys\nfrom benchmarks.compare import main\nsys.exit(main({['--static', *args]}))")
 
 
@@ -147,7 +158,9 @@ def _run(code):
 
 
 def test_a_pass_and_a_launch_more_in_a_block_are_seen():
-    """Of B0's second block in training: as it is, with one tensor more in a launch, with a copy of its input besides."""
+    """Of B0's second block in training: as it is, with one tensor more in a launch, with a copy of its input
+    besides.
+    """
     pytest.importorskip("triton")
     code = "import json\nfrom benchmarks import shapes, static\nblock = shapes.blocks('b0')[1]\n"
     for change in ("", PASS, LAUNCH):
@@ -158,7 +171,10 @@ def test_a_pass_and_a_launch_more_in_a_block_are_seen():
     tables = [{"kind": "static", "blocks": {key: json.loads(line)}} for line in done.stdout.splitlines()]
     plain, more_bytes, both = tables
     assert plain["blocks"][key] == static.read(static.BASELINE)["blocks"][key]
-    seen = [{c.name.rpartition(": ")[2]: c.new - c.old for c in compare.compare(plain, new)[0] if c.worse} for new in (more_bytes, both)]
+    seen = [
+        {c.name.rpartition(": ")[2]: c.new - c.old for c in compare.compare(plain, new)[0] if c.worse}
+        for new in (more_bytes, both)
+    ]
     out, x = (2 * channels * size**2 for channels, size in ((24, 56), (16, 112)))
     assert seen == [{"bytes_per_image": out}, {"launches": 1, "bytes_per_image": out + 2 * x}]
 
@@ -170,7 +186,9 @@ def test_the_present_tree_is_not_worse_than_its_baseline():
 
 
 def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
-    """The time of a step is kept with a digest of its launches; what was accepted stays, and what was not is left out."""
+    """The time of a step is kept with a digest of its launches; what was accepted stays, and what was not is left
+    out.
+    """
     pytest.importorskip("triton")
     from effkernels.tools.simulator import network
 

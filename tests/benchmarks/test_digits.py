@@ -14,7 +14,9 @@ NO_TRANSFER, NO_CLASSIFIER = ("--transfer-seeds", "0"), ("--classifier-seeds", "
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Options of every training that was started, by name; its accuracy at epoch e of three is 0.5 + e / 10 + seed / 100."""
+    """Options of every training that was started, by name; its accuracy at epoch e of three is 0.5 + e / 10 + seed /
+    100.
+    """
     started = []
 
     def train(command, env, **how):
@@ -36,19 +38,26 @@ def test_the_last_epoch_of_every_seed(trainings, tmp_path):
     digits.main(["--seeds", "2", *NO_TRANSFER, *NO_CLASSIFIER, "--out", str(out)])
     table = json.loads(out.read_text())
     assert [options["data"] for options in trainings] == ["digits", "digits"]
-    assert {seed: (run["accuracy"], run["epochs"]) for seed, run in table["seeds"].items()} == {"0": (0.7, 3), "1": (0.71, 3)}
+    assert {seed: (run["accuracy"], run["epochs"]) for seed, run in table["seeds"].items()} == {
+        "0": (0.7, 3),
+        "1": (0.71, 3),
+    }
     assert all(run["cpu_s"] >= 0 for run in table["seeds"].values())
     assert table["kind"] == "digits" and "transfer" not in table and table["versions"]["torch"]
 
 
 def test_transfer_takes_the_trunk_it_names(trainings, tmp_path):
-    """The best of training on digits 0 to 4, and of the random trunk the last: its statistics are all that was trained."""
+    """The best of training on digits 0 to 4, and of the random trunk the last: its statistics are all that was
+    trained.
+    """
     out = tmp_path / "digits.json"
     out.write_text('{"seeds": {"0": {"accuracy": 0.9}}}')
     digits.main(["--seeds", "0", "--transfer-seeds", "1", *NO_CLASSIFIER, "--out", str(out)])
     table = json.loads(out.read_text())
     assert table["seeds"] == {"0": {"accuracy": 0.9}}, "what is not measured again stays"
-    assert table["transfer"] == {"0": {f"{trunk}, until {until}": 0.7 for trunk in ("digits 0 to 4", "random") for until in ("3", "head")}}
+    assert table["transfer"] == {
+        "0": {f"{trunk}, until {until}": 0.7 for trunk in ("digits 0 to 4", "random") for until in ("3", "head")}
+    }
     trunk, *heads, random, last, _ = trainings
     assert trunk["data"] == random["data"] == "digits:0-4" and {run["data"] for run in (*heads, last)} == {"digits:5-9"}
     assert "--lr" not in trunk and float(random["--lr"]) < 1e-10

@@ -1,4 +1,6 @@
-"""Everything that is for a GPU, on a stand-in for one (support/fake_gpu.py): no line of it may wait for a GPU to run for the first time."""
+"""Everything that is for a GPU, on a stand-in for one (support/fake_gpu.py): no line of it may wait for a GPU to run
+for the first time.
+"""
 
 import json
 import os
@@ -45,7 +47,9 @@ ENVIRONMENT = INHERITED | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", 
 
 
 def run_suite(folder):
-    """A layer's, a network's and its latency's rows on the stand-in, each saved as a campaign does. The network is a tiny one."""
+    """A layer's, a network's and its latency's rows on the stand-in, each saved as a campaign does. The network is a
+    tiny one.
+    """
     suites = {
         "depthwise": {"shape": "Depthwise(8, 9, 3, 2)", "steps": (False, True), "latency": False},
         "model": {"shape": 'Shallow("b0", 32)', "steps": (True,), "latency": False},
@@ -53,8 +57,22 @@ def run_suite(folder):
     }
     for kind, what in suites.items():
         (folder / f"test_{kind}.py").write_text(SUITE.format(kind=kind, TINY=TINY, **what))
-    plugins = ("-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "-p", "support.fake_gpu", "-p", "benchmarks.conftest")
-    how = ("--benchmark-only", "-p", "no:cacheprovider", f"--save-rows={folder / 'out'}", f"--benchmark-json={folder}/all.json")
+    plugins = (
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        f"--rootdir={ROOT}",
+        "-p",
+        "support.fake_gpu",
+        "-p",
+        "benchmarks.conftest",
+    )
+    how = (
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+        f"--save-rows={folder / 'out'}",
+        f"--benchmark-json={folder}/all.json",
+    )
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *how, "--batch-size=2", "-k", FEW, str(folder)]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +88,12 @@ def check(row):
     assert row["peak_memory_mb"] == (13.998 if re.search("max-autotune|reduce-overhead", row["variant"]) else 4.999)
     assert row["launches"] > 0 and sum(row["kernels_ms"].values()) > 0 and "time_over" not in row
     assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-    assert (row["device"], row["driver"], row["cuda"], row["cudnn"]) == ("NVIDIA H100 80GB HBM3", "580.1", "13.0", 91000)
+    assert (row["device"], row["driver"], row["cuda"], row["cudnn"]) == (
+        "NVIDIA H100 80GB HBM3",
+        "580.1",
+        "13.0",
+        91000,
+    )
     assert row["copy_gb_per_s"] > 0 and set(row["errors"]) == set(row["eager_errors"])
 
 
@@ -87,7 +110,9 @@ def check_layer(folder):
     for (_, variant), row in rows.items():
         check(row)
         graphs = re.search("max-autotune|reduce-overhead", variant)
-        assert row["timing"] == ("events, queued ahead, graphs of its own" if graphs else row["timing"]), "never captured twice"
+        assert row["timing"] == ("events, queued ahead, graphs of its own" if graphs else row["timing"]), (
+            "never captured twice"
+        )
         assert row["timing"].startswith(("graph", "events, queued ahead")) and row["dtype"] == "bfloat16"
     assert set(rows["training", "ours"]["errors"]) == {"out", "dx", "weights"}
 
@@ -111,7 +136,12 @@ def check_report(folder):
     text = (folder / "out" / "report.md").read_text()
     assert "NVIDIA H100 80GB HBM3, bfloat16, copy bandwidth" in text and "driver 580.1, cuda 13.0, cudnn 91000" in text
     assert re.search(rf"\| B0 \| {NOT_YET} \| {NOT_YET} \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", readme.read_text())
-    assert {path.name for path in (folder / "out").glob("*.png")} == {"roofline.png", "speed.png", "kernels.png", "memory.png"}
+    assert {path.name for path in (folder / "out").glob("*.png")} == {
+        "roofline.png",
+        "speed.png",
+        "kernels.png",
+        "memory.png",
+    }
 
 
 COMMAND = """
@@ -128,7 +158,11 @@ sys.exit(code)
 @pytest.mark.parametrize(
     "arguments, timing, baseline_timing",
     [
-        ("--mode infer --cuda-graph --baseline compile-reduce-overhead", "graph", "events, queued ahead, graphs of its own"),
+        (
+            "--mode infer --cuda-graph --baseline compile-reduce-overhead",
+            "graph",
+            "events, queued ahead, graphs of its own",
+        ),
         ("--mode train --baseline compile", "events", "events"),
     ],
 )
@@ -141,7 +175,14 @@ def test_the_command(arguments, timing, baseline_timing):
     mode = arguments.split()[1]
     assert (ours["timing"], other["timing"]) == (timing, baseline_timing)
     for record in (ours, other):
-        assert record[f"{mode}_launches"] > 0 and record["dtype"] == "bfloat16" and record["device"] == "NVIDIA H100 80GB HBM3"
+        assert (
+            record[f"{mode}_launches"] > 0
+            and record["dtype"] == "bfloat16"
+            and record["device"] == "NVIDIA H100 80GB HBM3"
+        )
     assert ours[f"{mode}_peak_memory_mb"] == 5.0 and ours[f"{mode}_memory_ratio"] in (1.0, 0.357)
     calls = json.loads(done.stderr.splitlines()[-1])
-    assert calls.count("compiler.reset") == 1 and f"compile {arguments.split('compile')[1].lstrip('-') or 'default'}" in calls
+    assert (
+        calls.count("compiler.reset") == 1
+        and f"compile {arguments.split('compile')[1].lstrip('-') or 'default'}" in calls
+    )

@@ -17,7 +17,8 @@ def test_launches_and_bytes_kept():
     page = words("docs/kernels.md")
     assert f"B0 takes {inference} launches in inference and {training} in a training step" in page
     small, recomputed, large = (
-        static["kept"][f"b0, {key}"]["of_plain"] for key in ("64 pixels, keep", "64 pixels, recompute", "224 pixels, keep")
+        static["kept"][f"b0, {key}"]["of_plain"]
+        for key in ("64 pixels, keep", "64 pixels, recompute", "224 pixels, keep")
     )
     assert f"{large:.2f} at 224 pixels and {small:.2f} at 64; {recomputed:.2f} at 64 with recomputation" in page
 
@@ -25,7 +26,9 @@ def test_launches_and_bytes_kept():
 def test_accuracy_on_digits():
     runs = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))["seeds"]
     accuracies, seconds = (sorted(run[key] for run in runs.values()) for key in ("accuracy", "cpu_s"))
-    measured = f"{100 * accuracies[0]:.1f} to {100 * accuracies[-1]:.1f} % held-out accuracy (seeds 0 to {len(runs) - 1})"
+    measured = (
+        f"{100 * accuracies[0]:.1f} to {100 * accuracies[-1]:.1f} % held-out accuracy (seeds 0 to {len(runs) - 1})"
+    )
     assert f"{measured} in {seconds[0]:.0f} to {seconds[-1]:.0f} s of CPU time" in words("README.md")
 
 

@@ -35,7 +35,13 @@ def test_floors_by_hand():
     assert (depthwise.elements, depthwise.products, depthwise.taps) == (e1 + e2, 0, 9 * e2)
     assert project.products == 24 * e2
     times = floors(depthwise, UNIT, 2, torch.bfloat16, weights=96 * 9, instructions=10 * e2)
-    expected = {"bytes": 2 * (2 * (e1 + e2) + 864), "matrix": 0, "FMA": 2 * 9 * e2 / 128, "SFU": 2 * e2 / 16, "issue": 20 * e2 / 128}
+    expected = {
+        "bytes": 2 * (2 * (e1 + e2) + 864),
+        "matrix": 0,
+        "FMA": 2 * 9 * e2 / 128,
+        "SFU": 2 * e2 / 16,
+        "issue": 20 * e2 / 128,
+    }
     assert times == pytest.approx(expected)
     wide = floors(expand, UNIT, 1, torch.float32)  # no 16-bit matrix units, two special functions an activation
     assert (wide["matrix"], wide["FMA"], wide["SFU"]) == (0, 16 * e1 / 128, 2 * e1 / 16)
@@ -59,7 +65,14 @@ def test_a_depthwise_that_transforms_on_load_is_bound_by_issue_slots():
 
 
 def row(**info):
-    extra = {"device": "NVIDIA H200", "cuda": "13.0", "dtype": "bfloat16", "batch_size": 256, "variant": "ours", "step": "inference"} | info
+    extra = {
+        "device": "NVIDIA H200",
+        "cuda": "13.0",
+        "dtype": "bfloat16",
+        "batch_size": 256,
+        "variant": "ours",
+        "step": "inference",
+    } | info
     return {"fullname": json.dumps(info, sort_keys=True), "extra_info": extra}
 
 
@@ -76,7 +89,12 @@ def test_measured_times_stand_beside(tmp_path, capsys):
     how = ["--mode", "infer", "--results", str(tmp_path), "--plot", str(tmp_path / "roof.png")]
     assert plan.main(how) == 0
     shown = capsys.readouterr().out
-    assert "| step | 49 | 27.42 |" in shown and "| 4.000 | " in shown and "| depthwise |" in shown and results.NOT_YET in shown
+    assert (
+        "| step | 49 | 27.42 |" in shown
+        and "| 4.000 | " in shown
+        and "| depthwise |" in shown
+        and results.NOT_YET in shown
+    )
     assert (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG"
     plan.main([*how, "--gpu", "a100"])  # measured on another GPU
     assert "4.000" not in capsys.readouterr().out
@@ -104,7 +122,11 @@ def test_later_results_replace_earlier_ones(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"benchmarks": rows}))
     (tmp_path / "state.json").write_text("[]")
     (found,) = results.load(tmp_path)
-    assert found["median_ms"] == 1 and results.find([found], shape="s") is found and results.find([found], shape="t") is None
+    assert (
+        found["median_ms"] == 1
+        and results.find([found], shape="s") is found
+        and results.find([found], shape="t") is None
+    )
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(ValueError, match="state.json is not JSON"):
         results.load(tmp_path)

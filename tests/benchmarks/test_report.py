@@ -7,21 +7,44 @@ import pytest
 from benchmarks import plan, report, shapes
 from benchmarks.results import NOT_YET
 
-GPU = {"device": "NVIDIA H200", "cuda": "13.0", "driver": "580", "cudnn": 9, "torch": "2.13", "triton": "3.7", "dtype": "bfloat16"}
+GPU = {
+    "device": "NVIDIA H200",
+    "cuda": "13.0",
+    "driver": "580",
+    "cudnn": 9,
+    "torch": "2.13",
+    "triton": "3.7",
+    "dtype": "bfloat16",
+}
 GPU |= {"copy_gb_per_s": 4300.0}
 
 
 def model_row(name, step, variant, factor, **more):
     batch = plan.BATCH[name]
     milliseconds = factor * (1 + 3 * (step == "training")) * (1 + int(name[1]))
-    row = {"kind": "model", "model": name, "shape": str(shapes.model(name)), "step": step, "variant": variant, "batch_size": batch}
-    row |= {"median_ms": milliseconds, "images_per_s": 1e3 * batch / milliseconds, "peak_memory_mb": 1e3 * factor, "share_of_copy": 0.5}
+    row = {
+        "kind": "model",
+        "model": name,
+        "shape": str(shapes.model(name)),
+        "step": step,
+        "variant": variant,
+        "batch_size": batch,
+    }
+    row |= {
+        "median_ms": milliseconds,
+        "images_per_s": 1e3 * batch / milliseconds,
+        "peak_memory_mb": 1e3 * factor,
+        "share_of_copy": 0.5,
+    }
     path = "fused kernels" if variant == "ours" else "PyTorch"
     return GPU | row | {"launches": 65, "gb_per_s": 2000.0, "path": path} | more
 
 
 def kernels(count):
-    return {f"{'a_rather_long_name_of_a_kernel_that_does_much' if i == 2 else 'kernel'}_{i}": 1.0 / (1 + i) for i in range(count)}
+    return {
+        f"{'a_rather_long_name_of_a_kernel_that_does_much' if i == 2 else 'kernel'}_{i}": 1.0 / (1 + i)
+        for i in range(count)
+    }
 
 
 @pytest.fixture
@@ -32,11 +55,17 @@ def folder(tmp_path):
         for step in report.STEPS:
             rows.append(model_row(name, step, "ours", 2.0, kernels_ms=kernels(12)))
             rows.append(model_row(name, step, "channels_last", 8.0))
-            rows += [model_row(name, step, f"compile-{mode}", factor) for mode, factor in (("default", 5.0), ("max-autotune", 4.0))]
+            rows += [
+                model_row(name, step, f"compile-{mode}", factor)
+                for mode, factor in (("default", 5.0), ("max-autotune", 4.0))
+            ]
     rows.append(model_row("b0", "inference", "ours", 0.1) | {"kind": "latency", "batch_size": 1})
     layer = {"kind": "depthwise", "shape": str(shapes.blocks("b0")[0].depthwise), "step": "inference"}
     rows += [model_row("b0", "inference", name, f) | layer for name, f in (("ours", 0.02), ("eager", 0.08))]
-    rows.append({k: v for k, v in model_row("b0", "inference", "ours", 1e-6).items() if k != "cuda"} | {"device": "one thread of a CPU"})
+    rows.append(
+        {k: v for k, v in model_row("b0", "inference", "ours", 1e-6).items() if k != "cuda"}
+        | {"device": "one thread of a CPU"}
+    )
     (tmp_path / "results").mkdir()
     benchmarks = [{"fullname": str(i), "extra_info": row} for i, row in enumerate(rows)]
     (tmp_path / "results" / "all.json").write_text(json.dumps({"benchmarks": benchmarks}))
@@ -53,9 +82,20 @@ def test_without_results(tmp_path, capsys):
     assert report.main([str(tmp_path / "none"), "--readme", str(page)]) == 0
     text = (tmp_path / "none" / "report.md").read_text()
     for line in text.splitlines():
-        assert not (line.startswith(("| B", "| all", "GPU", "CPU:", "Speed", "Time", "Memory", "Tests")) and NOT_YET not in line), line
-    assert not any(character.isdigit() for line in text.splitlines() if line.startswith("| B") for character in line.split("|", 2)[2])
-    assert page.read_text().count(NOT_YET) == 6 + 4 and "old" not in page.read_text() and page.read_text().endswith("\nrest\n")
+        assert not (
+            line.startswith(("| B", "| all", "GPU", "CPU:", "Speed", "Time", "Memory", "Tests")) and NOT_YET not in line
+        ), line
+    assert not any(
+        character.isdigit()
+        for line in text.splitlines()
+        if line.startswith("| B")
+        for character in line.split("|", 2)[2]
+    )
+    assert (
+        page.read_text().count(NOT_YET) == 6 + 4
+        and "old" not in page.read_text()
+        and page.read_text().endswith("\nrest\n")
+    )
     assert [path.name for path in (tmp_path / "none").glob("*.png")] == ["roofline.png"], "floors need no measurement"
 
 
@@ -69,7 +109,12 @@ def test_tables(folder, tmp_path, capsys):
     assert "c32-112px-k3-s1, inference | 0.0200 | 0.0800 (eager) | 2,000 | 50% |" in text
     assert "NVIDIA H200, bfloat16, copy bandwidth 4,300 GB/s" in text and "driver 580, cuda 13.0, cudnn 9" in text
     assert "| B0 | 128,000 | 2.00 | 32,000 | 2.00 | 0.50 |" in page.read_text() and "B7" not in page.read_text()
-    assert sorted(path.name for path in folder.glob("*.png")) == ["kernels.png", "memory.png", "roofline.png", "speed.png"]
+    assert sorted(path.name for path in folder.glob("*.png")) == [
+        "kernels.png",
+        "memory.png",
+        "roofline.png",
+        "speed.png",
+    ]
     before = page.read_text()
     assert report.main([str(folder), "--readme", str(page)]) == 0 and page.read_text() == before
     assert "updated" not in capsys.readouterr().out.splitlines()[-1]
@@ -77,8 +122,12 @@ def test_tables(folder, tmp_path, capsys):
 
 def test_devices_dtypes_and_batches_are_not_mixed(folder):
     rows = report.results.load(folder)
-    others = [model_row("b0", "inference", "ours", 1e-3, **other) for other in ({"device": "another"}, {"dtype": "float32"})]
-    assert {(row["device"], row["dtype"]) for row in report.gpu_rows([*others, *rows, *others])} == {("NVIDIA H200", "bfloat16")}
+    others = [
+        model_row("b0", "inference", "ours", 1e-3, **other) for other in ({"device": "another"}, {"dtype": "float32"})
+    ]
+    assert {(row["device"], row["dtype"]) for row in report.gpu_rows([*others, *rows, *others])} == {
+        ("NVIDIA H200", "bfloat16")
+    }
     assert report.gpu_rows([row for row in rows if "cuda" not in row]) == []
     small = [
         model_row("b0", "inference", "compile-default", 1e-3, batch_size=8),
@@ -96,7 +145,14 @@ def test_ours_on_plain_layers_says_so(folder):
     assert line in report.readme_table(rows) and line in report.report(folder, rows, {})
 
 
-CPU = {"kind": "model", "shape": "b0-112px", "step": "training", "variant": "ours", "median_ms": 100.0, "device": "one thread of a CPU"}
+CPU = {
+    "kind": "model",
+    "shape": "b0-112px",
+    "step": "training",
+    "variant": "ours",
+    "median_ms": 100.0,
+    "device": "one thread of a CPU",
+}
 CPU |= {"dtype": "float32", "batch_size": 4, "torch": "2.13", "torchvision": "0.28", "date": "2026-11-24"}
 
 

@@ -54,12 +54,16 @@ def test_rows_without_a_gpu(tmp_path):
         assert "peak_memory_mb" not in row and "launches" not in row
     assert rows["eager"]["path"] == "PyTorch" and "on the CPU" in rows["ours"]["path"]
     assert [rows[name]["layout"] for name in ("eager", "channels_last", "ours")] == ["NCHW", "NHWC", "NHWC"]
-    assert set(rows["ours"]["time_over"]) == {"channels_last"} and rows["ours"]["time_over"]["channels_last"]["median"] > 0
+    assert (
+        set(rows["ours"]["time_over"]) == {"channels_last"} and rows["ours"]["time_over"]["channels_last"]["median"] > 0
+    )
     document = json.loads((tmp_path / "b.json").read_text())
     assert "node" not in document["machine_info"] and set(document["commit_info"]) == {"id", "time", "dirty"}
     assert len(document["commit_info"]["id"]) == 40 or not (ROOT / ".git").exists()
     assert all(datetime.date.fromisoformat(row["date"]) and row["timm"] for row in rows.values())
-    assert {row["variant"]: row["median_ms"] for row in load(tmp_path / "saved")} == {name: row["median_ms"] for name, row in rows.items()}
+    assert {row["variant"]: row["median_ms"] for row in load(tmp_path / "saved")} == {
+        name: row["median_ms"] for name, row in rows.items()
+    }
 
 
 KERNELS = """
@@ -108,7 +112,16 @@ def test_a_wrong_kernel_is_refused_and_a_slower_one_is_caught(tmp_path, capsys):
     """Wrong: one channel in 24 off by a thousandth. Slower: 40 more passes over the output."""
     suite, path = tmp_path / "test_kernels.py", tmp_path / "all.json"
     suite.write_text(KERNELS)
-    how = ("-c", "pyproject.toml", f"--rootdir={ROOT}", "-p", "benchmarks.conftest", f"--benchmark-json={path}", "-k", "ours")
+    how = (
+        "-c",
+        "pyproject.toml",
+        f"--rootdir={ROOT}",
+        "-p",
+        "benchmarks.conftest",
+        f"--benchmark-json={path}",
+        "-k",
+        "ours",
+    )
     done = run(str(suite), *how)
     assert done.returncode == 1, done.stdout
     assert "out: relative L2 error" in done.stdout and "1 failed, 2 passed" in done.stdout
@@ -153,9 +166,17 @@ def test_every_group_holds_the_baselines():
         for row in rows.rows_of(module):
             cases.setdefault(row.case, set()).add(row.variant.name)
         for found in cases.values():
-            libraries = {f"{library}-{name}" for library in ("timm", "torchvision") for name in plain} if module is test_model else set()
+            libraries = (
+                {f"{library}-{name}" for library in ("timm", "torchvision") for name in plain}
+                if module is test_model
+                else set()
+            )
             assert found == names | libraries | {"ours"}
     assert (
-        {row.model for row in rows.rows_of(test_model)} == {f"b{i}" for i in range(8)} == {row.model for row in rows.rows_of(test_latency)}
+        {row.model for row in rows.rows_of(test_model)}
+        == {f"b{i}" for i in range(8)}
+        == {row.model for row in rows.rows_of(test_latency)}
     )
-    assert {row.variant.graph for row in rows.rows_of(test_latency)} == {True, False}, "but for the mode that has graphs of its own"
+    assert {row.variant.graph for row in rows.rows_of(test_latency)} == {True, False}, (
+        "but for the mode that has graphs of its own"
+    )

@@ -16,7 +16,8 @@ def test_inference_bytes_of_an_image_in_bf16(name, parameters, megabytes):
 
 
 def test_training_bytes_of_an_image_in_bf16():
-    # Between a schedule that also merges kernels across blocks (83.1 MB) and one that reads y1 twice in the backward (88.7 MB).
+    # Between a schedule that also merges kernels across blocks (83.1 MB) and one that reads y1 twice in the backward
+    # (88.7 MB).
     moved = 2 * activation_elements(model("b0"), True) + weight_bytes(B0_PARAMETERS, True, 2) / 256
     assert 83.1e6 < moved < 88.7e6
 
@@ -50,7 +51,10 @@ def test_blocks_by_hand():
 
 def test_stem_and_head_by_hand():
     image, stem, features, head = 3 * 224**2, 32 * 112**2, 320 * 7**2, 1280 * 7**2
-    for training, expected in ((False, image + stem + features), (True, 2 * image + 3 * stem + 3 * features + 3 * head)):
+    for training, expected in (
+        (False, image + stem + features),
+        (True, 2 * image + 3 * stem + 3 * features + 3 * head),
+    ):
         in_blocks = sum(activation_elements(block, training) for block in blocks("b0"))
         assert activation_elements(model("b0"), training) - in_blocks == expected
 

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from benchmarks.shapes import Block, Depthwise, Model, SqueezeExciteLayer, blocks, depthwise_layers, model, squeeze_excite_layers
+from benchmarks.shapes import (
+    Block,
+    Depthwise,
+    Model,
+    SqueezeExciteLayer,
+    blocks,
+    depthwise_layers,
+    model,
+    squeeze_excite_layers,
+)
 from efficientnet import create_model
 
 # (channels, input pixels, kernel size, stride) of Table 1 of the paper.
@@ -45,12 +54,15 @@ def test_blocks_are_what_the_network_computes(name, image_size):
     seen = []
     for stage in network.blocks:
         for block in stage:
-            block.conv_dw.register_forward_hook(lambda conv, args, out: seen.append([*args[0].shape[1:], *out.shape[2:]]))
+            block.conv_dw.register_forward_hook(
+                lambda conv, args, out: seen.append([*args[0].shape[1:], *out.shape[2:]])
+            )
             block.se.conv_reduce.register_forward_hook(lambda conv, args, out: seen[-1].append(out.shape[1]))
             block.register_forward_hook(lambda block, args, out: seen[-1].extend([args[0].shape[1], out.shape[1]]))
     network(torch.empty(1, 3, image_size, image_size, device="meta"))
     expected = [
-        [b.expanded, b.size, b.size, b.out_size, b.out_size, b.reduced, b.in_channels, b.out_channels] for b in blocks(name, image_size)
+        [b.expanded, b.size, b.size, b.out_size, b.out_size, b.reduced, b.in_channels, b.out_channels]
+        for b in blocks(name, image_size)
     ]
     assert seen == expected
 

@@ -18,7 +18,13 @@ def event(name, device, microseconds, annotation=False):
 
 
 def test_a_profile_is_added_up():
-    events = [event("a", CUDA, 10), event("b", CUDA, 5), event("a", CUDA, 30), event("aten::add", CPU, 99), event("step", CUDA, 99, True)]
+    events = [
+        event("a", CUDA, 10),
+        event("b", CUDA, 5),
+        event("a", CUDA, 30),
+        event("aten::add", CPU, 99),
+        event("step", CUDA, 99, True),
+    ]
     assert tally(events) == {"a": (2, 0.04), "b": (1, 0.005)}
 
 
@@ -69,7 +75,10 @@ def test_a_step_that_cannot_be_captured_is_timed_and_says_so(monkeypatch):
     timed, how = FakeGpu(1e-6).prepared(lambda: "run", "kernels")
     assert (timed(), how) == ("run", "events, queued ahead, no graph: operation not permitted when stream is capturing")
     monkeypatch.setattr(timing, "capture", lambda step: pytest.fail("captured"))
-    assert FakeGpu(1e-6).prepared(list, "kernels", capturable=False) == (list, "events, queued ahead, graphs of its own")
+    assert FakeGpu(1e-6).prepared(list, "kernels", capturable=False) == (
+        list,
+        "events, queued ahead, graphs of its own",
+    )
 
 
 @pytest.mark.parametrize("queued, writes", [(0.0, 1), (1e-3, 6), (10.0, timing.MOST_WRITES)])
@@ -105,5 +114,9 @@ def test_versions_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(timing, "_driver", lambda: "580.1")
     found = timing.versions(torch.device("cuda"))
-    assert (found["device"], found["driver"], found["torch"]) == ("a GPU", "580.1", torch.__version__) and "cudnn" in found
+    assert (found["device"], found["driver"], found["torch"]) == (
+        "a GPU",
+        "580.1",
+        torch.__version__,
+    ) and "cudnn" in found
     assert "driver" not in timing.versions(torch.device("cpu"))

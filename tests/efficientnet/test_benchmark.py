@@ -15,7 +15,8 @@ from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, for
 from efficientnet.model.profile import count_activations
 
 SMALL = {"img_size": 32, "batch_size": 2, "num_warm_iter": 1, "num_bench_iter": 3}
-# The columns of timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, and what its benchmark-infer-*.csv have besides.
+# The columns of timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv, and what its benchmark-infer-*.csv
+# have besides.
 TIMM = {"model", "{}_samples_per_sec", "{}_step_time", "{}_batch_size", "{}_img_size", "param_count"}
 TIMM_INFER = {"infer_gmacs", "infer_macts"}
 
@@ -38,7 +39,9 @@ def test_records(bench, mode):
         time = record[f"{mode}_step_time"]
         assert 0 < record[f"{mode}_step_time_p20"] <= time <= record[f"{mode}_step_time_p80"]
         assert record[f"{mode}_samples_per_sec"] == pytest.approx(2e3 / time, rel=0.01)
-        assert record[f"{mode}_gb_per_s"] / 1e-9 / bench.copy_bandwidth == pytest.approx(record[f"{mode}_share_of_copy"], abs=0.02)
+        assert record[f"{mode}_gb_per_s"] / 1e-9 / bench.copy_bandwidth == pytest.approx(
+            record[f"{mode}_share_of_copy"], abs=0.02
+        )
         assert record["dtype"] == "float32" and record["timing"] == "process" and record["torch"] == torch.__version__
     assert (ours["implementation"], eager["implementation"]) == ("ours", "eager")
     assert "PyTorch reference for 16" in ours["backend"] and "backend" not in eager
@@ -54,10 +57,14 @@ def test_activations_are_those_of_timms_results(name, size, macts):
 
 
 def test_the_compiler_starts_afresh_for_each_network(bench, monkeypatch):
-    """Eight networks, or eight batch sizes, would reach its limit of recompilations: after it, eager runs under the compiler's name."""
+    """Eight networks, or eight batch sizes, would reach its limit of recompilations: after it, eager runs under the
+    compiler's name.
+    """
     resets = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    monkeypatch.setattr(bench, "_measure", lambda config, batch, baseline: (_ for _ in ()).throw(torch.OutOfMemoryError("")))
+    monkeypatch.setattr(
+        bench, "_measure", lambda config, batch, baseline: (_ for _ in ()).throw(torch.OutOfMemoryError(""))
+    )
     for baseline, count in ((None, 0), ("eager", 0), ("compile", 1), ("compile-max-autotune", 2)):
         with pytest.raises(torch.OutOfMemoryError):
             bench.measure(BenchmarkConfig("b0", **SMALL), 2, baseline)
@@ -93,7 +100,10 @@ def memory(error, fits):
 
 
 def test_the_batch_decays_until_it_fits():
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ):
         measure, asked = memory(error, 30)
         said = []
         assert with_decay(measure, 100, say=said.append) == {"infer_batch_size": 24}
@@ -115,7 +125,11 @@ def test_the_baseline_starts_at_our_batch(bench, monkeypatch):
         asked.append((baseline, batch))
         if batch > (8 if baseline is None else 6):
             raise torch.OutOfMemoryError("")
-        return {"infer_batch_size": batch, "infer_samples_per_sec": 10.0 if baseline else 25.0, "infer_peak_memory_mb": 4.0}
+        return {
+            "infer_batch_size": batch,
+            "infer_samples_per_sec": 10.0 if baseline else 25.0,
+            "infer_peak_memory_mb": 4.0,
+        }
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "difference", lambda config: 1e-7)
@@ -141,11 +155,16 @@ def test_formats():
 
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "r.json"
-    arguments = "--img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 2 --results-format json --device cpu --num-classes 10"
+    arguments = (
+        "--img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 2 --results-format json --device cpu "
+        "--num-classes 10"
+    )
     assert cli.main(["benchmark", "--model", "b0..b1", *arguments.split(), "--results-file", str(path)]) == 0
     out = capsys.readouterr()
     records = json.loads(out.out)
-    assert [record["model"] for record in records] == ["efficientnet_b0", "efficientnet_b1"] and json.loads(path.read_text()) == records
+    assert [record["model"] for record in records] == ["efficientnet_b0", "efficientnet_b1"] and json.loads(
+        path.read_text()
+    ) == records
     assert "b0 infer ours x2" in out.err, "a progress bar"
 
 
@@ -162,7 +181,12 @@ def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkey
         cli.main(["benchmark", "--model", "b0", "b1..b3", "--device", "cpu", "--results-format", "json"])
     out = capsys.readouterr()
     assert stopped.value.code == 2 and "b0: not even the smallest batch fits; b1: the outputs differ" in out.err
-    assert [(r["model"], "error" in r) for r in json.loads(out.out)] == [("b0", True), ("b1", True), ("b2", False), ("b3", False)]
+    assert [(r["model"], "error" in r) for r in json.loads(out.out)] == [
+        ("b0", True),
+        ("b1", True),
+        ("b2", False),
+        ("b3", False),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +200,10 @@ def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkey
         ("--num-bench-iter 1", "num_bench_iter must be an integer >= 2"),
         ("--baseline quick", "invalid choice: 'quick'"),
         ("--cuda-graph --device cpu", "needs a CUDA device"),
-        ("--results-file /no/such/folder/x --img-size 32 --batch-size 1 --num-warm-iter 1 --num-bench-iter 2", "no such folder"),
+        (
+            "--results-file /no/such/folder/x --img-size 32 --batch-size 1 --num-warm-iter 1 --num-bench-iter 2",
+            "no such folder",
+        ),
     ],
 )
 def test_bad_input(arguments, message, capsys):

@@ -43,7 +43,12 @@ def same_state(a, b):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"padding": "same", "bn_eps": 0.25, "bn_momentum": 0.01, "in_chans": 1}, {"num_classes": 0, "drop_path_rate": 0.4}]
+    "kwargs",
+    [
+        {},
+        {"padding": "same", "bn_eps": 0.25, "bn_momentum": 0.01, "in_chans": 1},
+        {"num_classes": 0, "drop_path_rate": 0.4},
+    ],
 )
 def test_a_file_builds_its_own_model(tmp_path, kwargs):
     model = small_model(**kwargs)
@@ -61,7 +66,9 @@ def test_channels_last_weights_survive(tmp_path, model):
     assert same_state(strided, load_checkpoint(None, tmp_path / "m.safetensors"))
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "args": Namespace(lr=1)}, lambda s: {"model": s}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s, "args": Namespace(lr=1)}, lambda s: {"model": s}]
+)
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 def test_torch_files(tmp_path, model, wrap, suffix):
     path = tmp_path / f"m{suffix}"
@@ -109,7 +116,9 @@ def test_every_misfit_is_named_and_nothing_is_loaded(tmp_path, model):
 
 
 def test_batch_counters_may_be_missing(tmp_path, model):
-    torch.save({key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key}, tmp_path / "m.pt")
+    torch.save(
+        {key: tensor for key, tensor in model.state_dict().items() if "num_batches" not in key}, tmp_path / "m.pt"
+    )
     assert torch.equal(logits(load_checkpoint("b0", tmp_path / "m.pt")), logits(model))
 
 
@@ -155,7 +164,11 @@ def test_a_pickle_is_not_run(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"{name}' is refused: reading it would run code \({cause}") as caught:
             load_checkpoint("b0", tmp_path / name)
-        assert ".safetensors" in str(caught.value) and "state_dict()" in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            ".safetensors" in str(caught.value)
+            and "state_dict()" in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
     assert not (tmp_path / "boom").exists()
 
 
@@ -193,7 +206,9 @@ def test_no_such_file(tmp_path):
     for read in (lambda path: load_checkpoint("b0", path), read_metadata, load_training_state):
         with pytest.raises(FileNotFoundError, match="no such checkpoint file"):
             read(tmp_path / "none.safetensors")
-        with pytest.raises(ValueError, match="has none of model.safetensors, pytorch_model.bin, which save_pretrained writes"):
+        with pytest.raises(
+            ValueError, match="has none of model.safetensors, pytorch_model.bin, which save_pretrained writes"
+        ):
             read(tmp_path)
 
 
@@ -234,7 +249,9 @@ def save_forever(path, value, started):
 
 
 def test_killed_while_writing_the_files_are_whole(tmp_path):
-    """SIGKILL at random moments of a process that does nothing but write: what is there is one of its states, complete."""
+    """SIGKILL at random moments of a process that does nothing but write: what is there is one of its states,
+    complete.
+    """
     path, context, rng = tmp_path / "m.safetensors", multiprocessing.get_context("fork"), random.Random(0)
     value = 0
     for _ in range(15):
@@ -249,5 +266,7 @@ def test_killed_while_writing_the_files_are_whole(tmp_path):
         stored = read_metadata(path)["value"]
         assert stored > value and all((parameter == stored).all() for parameter in linear.parameters())
         state = load_training_state(path.with_suffix(".pt"))
-        assert state["value"] in (stored, stored - 1) and all((t == state["value"]).all() for t in state["model"].values())
+        assert state["value"] in (stored, stored - 1) and all(
+            (t == state["value"]).all() for t in state["model"].values()
+        )
         value = stored

@@ -33,7 +33,8 @@ def test_list_models_wildcards(filter, exclude, expected):
 
 # Padding and BatchNorm are not in a state_dict: these numbers are what timm's weights of that name need.
 @pytest.mark.parametrize(
-    "name, padding, bn_eps", [("efficientnet_b3", "symmetric", 1e-5), ("tf_efficientnet_b3", "same", 1e-3), ("b3", "symmetric", 1e-5)]
+    "name, padding, bn_eps",
+    [("efficientnet_b3", "symmetric", 1e-5), ("tf_efficientnet_b3", "same", 1e-3), ("b3", "symmetric", 1e-5)],
 )
 def test_names_choose_padding_and_batchnorm(name, padding, bn_eps):
     config = EfficientNetConfig.from_name(name)

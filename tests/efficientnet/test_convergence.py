@@ -25,7 +25,14 @@ def curves(config, output):
 def test_b0_on_digits_on_the_cpu(tmp_path, monkeypatch):
     """B0 on two digits: without a GPU the fused blocks are the reference, so the curves are the same to the bit."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    settings = {"epochs": 2, "batch_size": 24, "lr": 1e-3, "warmup_epochs": 0.5, "bn_momentum": 0.3, "drop_path_rate": 0.0}
+    settings = {
+        "epochs": 2,
+        "batch_size": 24,
+        "lr": 1e-3,
+        "warmup_epochs": 0.5,
+        "bn_momentum": 0.3,
+        "drop_path_rate": 0.0,
+    }
     config = TrainConfig("digits:0-1", val_fraction=0.3, log_interval=1, device="cpu", **settings)
     (fused, reached), (plain, expected) = curves(config, tmp_path)
     assert len(fused) == 20 and fused == plain and reached == expected
@@ -35,9 +42,17 @@ def test_b0_on_digits_on_the_cpu(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="the interpreter is off (TRITON_INTERPRET)")
 def test_a_few_updates_in_the_interpreter(tmp_path, monkeypatch):
-    """A tiny network of seven kinds of blocks at 16 pixels: the kernels' losses are plain PyTorch's, and fall with them."""
+    """A tiny network of seven kinds of blocks at 16 pixels: the kernels' losses are plain PyTorch's, and fall with
+    them.
+    """
     config = TrainConfig(
-        "digits:0-1", model="efficientnet_d0.1_w0.1_r32", img_size=16, batch_size=4, warmup_epochs=0.0, lr=3e-3, device="cpu"
+        "digits:0-1",
+        model="efficientnet_d0.1_w0.1_r32",
+        img_size=16,
+        batch_size=4,
+        warmup_epochs=0.0,
+        lr=3e-3,
+        device="cpu",
     )
     losses = {}
     for fused in (True, False):
@@ -61,7 +76,9 @@ def test_a_few_updates_in_the_interpreter(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_b0_on_digits_on_the_gpu(tmp_path):
-    """In bf16, ten epochs: both reach 97 %, the curves stay together (means of every twenty updates, within a tenth)."""
+    """In bf16, ten epochs: both reach 97 %, the curves stay together (means of every twenty updates, within a
+    tenth).
+    """
     config = TrainConfig("digits", device="cuda", amp="bf16", log_interval=1)
     (fused, reached), (plain, expected) = curves(config, tmp_path)
     assert min(reached.accuracy, expected.accuracy) >= 0.97 and abs(reached.accuracy - expected.accuracy) <= 0.015

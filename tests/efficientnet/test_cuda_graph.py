@@ -1,4 +1,6 @@
-"""The training step as a CUDA graph. There is no GPU here: a stand-in records and replays on the CPU, the ``gpu`` test is for one."""
+"""The training step as a CUDA graph. There is no GPU here: a stand-in records and replays on the CPU, the ``gpu`` test
+is for one.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,14 +47,23 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def config(image_folder):
-    settings = {"epochs": 2, "batch_size": 10, "device": "cpu", "img_size": 16, "drop_path_rate": 0.3, "opt": "rmsproptf", "mixup": 0.2}
+    settings = {
+        "epochs": 2,
+        "batch_size": 10,
+        "device": "cpu",
+        "img_size": 16,
+        "drop_path_rate": 0.3,
+        "opt": "rmsproptf",
+        "mixup": 0.2,
+    }
     return TrainConfig(f"imagefolder:{image_folder}", model=TINY, **settings)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_replayed_steps_are_the_steps_themselves(config, tmp_path, accumulated):
-    """Bit for bit over two epochs, dropout, statistics and momentum included: warming up leaves no trace, inputs and gradients are
-    read and written where the capture had them."""
+    """Bit for bit over two epochs, dropout, statistics and momentum included: warming up leaves no trace, inputs and
+    gradients are read and written where the capture had them.
+    """
     config = replace(config, batch_size=10 // accumulated, grad_accum_steps=accumulated)
     plain = Trainer(replace(config, output=str(tmp_path / "plain")))
     plain.run()
@@ -82,7 +93,9 @@ def test_gradients_are_added_to_those_that_are_there():
     graphed(x, y)
     torch.testing.assert_close(model.weight.grad, 1 + 2 * once)
     assert x.data_ptr() not in [t.data_ptr() for t in graphed.inputs]
-    with pytest.raises(ValueError, match=r"a CUDA graph of inputs \(4, 3\) torch.float64 cannot take \(3, 3\) torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"a CUDA graph of inputs \(4, 3\) torch.float64 cannot take \(3, 3\) torch.float64"
+    ):
         graphed(x[:3], y[:3])
     with pytest.raises(ValueError, match=r"of inputs \(4, 2\) torch.float64 cannot take \(4, 2\) torch.float32"):
         graphed(x, y.float())
@@ -108,7 +121,9 @@ def test_where_a_graph_cannot_work(config, change, device, world, message):
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_a_graph_on_the_gpu(config, tmp_path, amp):
     """Against the same training without: the losses of two epochs."""
-    config = replace(config, device="cuda", img_size=64, model="efficientnet_b0", amp=amp, drop_path_rate=0.0, drop_rate=0.0)
+    config = replace(
+        config, device="cuda", img_size=64, model="efficientnet_b0", amp=amp, drop_path_rate=0.0, drop_rate=0.0
+    )
     rows = []
     for graphs in (False, True):
         trainer = Trainer(replace(config, cuda_graphs=graphs, output=str(tmp_path / str(graphs))))

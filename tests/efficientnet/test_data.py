@@ -63,7 +63,9 @@ def test_split_is_stratified_disjoint_and_always_the_same():
     assert stratified_split(labels, 0.2) == (train, val)
 
 
-@pytest.mark.parametrize(("height", "width", "top", "left"), [(20, 40, 0, 10), (40, 20, 10, 0), (20, 20, 0, 0), (20, 21, 0, 0)])
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"), [(20, 40, 0, 10), (40, 20, 10, 0), (20, 20, 0, 0), (20, 21, 0, 0)]
+)
 def test_preprocess_crops_the_centre(height, width, top, left):
     image = image_of(height, width)
     assert torch.allclose(identity(20)(image) * 255, image[:, top : top + 20, left : left + 20].float(), atol=1e-3)
@@ -139,7 +141,9 @@ def test_sixteen_bits_become_eight(tmp_path):
     levels = np.array([[0, 255, 256], [1000, 40000, 65535]], dtype=np.uint16)
     for name in ("x.png", "x.tif"):
         Image.fromarray(levels).save(tmp_path / name)
-        assert torch.equal(read_image(tmp_path / name), torch.from_numpy((levels >> 8).astype(np.uint8)).expand(3, -1, -1))
+        assert torch.equal(
+            read_image(tmp_path / name), torch.from_numpy((levels >> 8).astype(np.uint8)).expand(3, -1, -1)
+        )
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match="cannot decode image '.*float.tif' .*floating-point"):
         read_image(tmp_path / "float.tif")
@@ -195,7 +199,9 @@ def test_image_folder_without_enough_to_learn_from(tmp_path, counts, message):
 
 @pytest.mark.parametrize("name", ["", "digit", "digits:", "imagefolder", "imagefolder:", "cifar10", "mnist:x"])
 def test_unknown_data(name):
-    with pytest.raises(InputError, match=rf"data must be one of digits\[:CLASSES\], imagefolder:PATH, cifar10:ROOT, .*got '{name}'"):
+    with pytest.raises(
+        InputError, match=rf"data must be one of digits\[:CLASSES\], imagefolder:PATH, cifar10:ROOT, .*got '{name}'"
+    ):
         load_data(name, 8)
 
 
@@ -238,7 +244,9 @@ def test_a_folder_with_damaged_images_trains(tmp_path, capsys):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(6):
             pixels = np.clip(np.array(colour) + rng.normal(0, 10, (24, 20, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).convert("CMYK" if i == 5 else "RGB").save(tmp_path / "images" / name / f"{i}.jpg", quality=95)
+            Image.fromarray(pixels).convert("CMYK" if i == 5 else "RGB").save(
+                tmp_path / "images" / name / f"{i}.jpg", quality=95
+            )
     for name, colour in colours.items():
         path = tmp_path / "images" / name / "5.jpg"
         assert Image.open(path).mode == "CMYK"
@@ -247,12 +255,20 @@ def test_a_folder_with_damaged_images_trains(tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:-200])
     text.write_text("not an image")
     name = f"imagefolder:{tmp_path / 'images'}"
-    config = TrainConfig(name, model=TINY, img_size=8, epochs=3, batch_size=3, device="cpu", output=str(tmp_path / "run"), max_corrupt=2)
+    config = TrainConfig(
+        name, model=TINY, img_size=8, epochs=3, batch_size=3, device="cpu", output=str(tmp_path / "run"), max_corrupt=2
+    )
     Trainer(config).run()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped, ")]
-    assert [line[:21] for line in said] == ["skipped, 1 of at most", "skipped, 2 of at most"]  # once each, in three epochs
-    assert sum(f"cannot decode image '{cut}'" in line for line in said) == sum(f"'{text}'" in line for line in said) == 1
-    with pytest.raises(InputError, match="cannot decode image '.*' .* \\(after 1 others that were skipped\\); --max-corrupt allows more"):
+    # Once each, in three epochs.
+    assert [line[:21] for line in said] == ["skipped, 1 of at most", "skipped, 2 of at most"]
+    assert (
+        sum(f"cannot decode image '{cut}'" in line for line in said) == sum(f"'{text}'" in line for line in said) == 1
+    )
+    with pytest.raises(
+        InputError,
+        match="cannot decode image '.*' .* \\(after 1 others that were skipped\\); --max-corrupt allows more",
+    ):
         Trainer(replace(config, output=str(tmp_path / "other"), max_corrupt=1)).run()
 
 
@@ -270,7 +286,10 @@ def test_batches_travel_as_bytes_and_are_normalised_at_the_device(num_workers, c
     expected = torch.stack([data.preprocess(image) for image in data.val.images])
     assert torch.equal(torch.cat([images for images, _ in received]), expected)
     assert torch.cat([labels for _, labels in received]).tolist() == data.val.labels
-    assert not batches.loader.pin_memory and Runner(torch.device("cuda")).batches(data.val, 16, num_workers).loader.pin_memory
+    assert (
+        not batches.loader.pin_memory
+        and Runner(torch.device("cuda")).batches(data.val, 16, num_workers).loader.pin_memory
+    )
 
 
 def test_augmentation_reaches_workers_that_are_not_forked():

@@ -1,5 +1,6 @@
-"""Processes of one run (gloo, on the CPU): the same training as in one, exact evaluation, how they end, lost processes, wrong
-environments."""
+"""Processes of one run (gloo, on the CPU): the same training as in one, exact evaluation, how they end, lost processes,
+wrong environments.
+"""
 
 import atexit
 import gc
@@ -32,16 +33,26 @@ from efficientnet.training.trainer import Trainer, _for_processes
 from effkernels import explain
 from support import processes
 
-# The same sums in another order, in fp32, over six updates. At five times the rate one part in 10^7 of the weights grows tenfold with
-# every update: there a tolerance would say nothing.
+# The same sums in another order, in fp32, over six updates. At five times the rate one part in 10^7 of the weights
+# grows tenfold with every update: there a tolerance would say nothing.
 LOSS = 5e-6  # relative
 STATE = 1e-4  # of a tensor's norm
 
 
 @pytest.fixture(scope="module")
 def config(image_folder):
-    """Updates of 10 images, by the order of the same seed the same ones whoever takes them; no noise that depends on the process."""
-    settings = {"opt": "sgd", "lr": 0.01, "warmup_epochs": 0.0, "drop_rate": 0.0, "drop_path_rate": 0.0, "log_interval": 1, "device": "cpu"}
+    """Updates of 10 images, by the order of the same seed the same ones whoever takes them; no noise that depends on
+    the process.
+    """
+    settings = {
+        "opt": "sgd",
+        "lr": 0.01,
+        "warmup_epochs": 0.0,
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "log_interval": 1,
+        "device": "cpu",
+    }
     data = f"imagefolder:{image_folder}"
     return TrainConfig(data, model="efficientnet_d0.1_w0.1_r32", img_size=16, epochs=2, batch_size=5, **settings)
 
@@ -59,7 +70,9 @@ def losses(history, *keys):
 
 def train_group(config, tmp_path):
     """(history, state of the first process, of the second)."""
-    group = processes.start_group(2, processes.train, replace(config, output=str(tmp_path / "two")), log=tmp_path / "log")
+    group = processes.start_group(
+        2, processes.train, replace(config, output=str(tmp_path / "two")), log=tmp_path / "log"
+    )
     (history, first), (other, second) = processes.results(*group)
     for key in ("train_loss", "val_loss", "val_acc"):
         assert losses(history, key) == losses(other, key)
@@ -78,7 +91,9 @@ def test_synchronised_processes_train_as_one_of_twice_the_batch(config, tmp_path
     assert_close(state, expected)
     rows = [[line for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 6
-    apart = processes.results(*processes.start_group(2, processes.train, replace(config, output=str(tmp_path / "apart"))))[0][0]
+    apart = processes.results(
+        *processes.start_group(2, processes.train, replace(config, output=str(tmp_path / "apart")))
+    )[0][0]
     assert losses(apart, "train_loss") != pytest.approx(losses(one, "train_loss"), rel=20 * LOSS)
     averages = [read_state(RunStates(tmp_path / name / "checkpoints").paths()[0])["average"] for name in ("two", "one")]
     assert_close(*({key: value.numpy() for key, value in average.items()} for average in averages))
@@ -86,8 +101,9 @@ def test_synchronised_processes_train_as_one_of_twice_the_batch(config, tmp_path
 
 @pytest.mark.parametrize("dist_bn", ["reduce", "broadcast"])
 def test_processes_of_their_own_statistics(config, tmp_path, dist_bn):
-    """Without synchronisation each normalises by its own half. By hand: two copies of a model, gradients averaged, then statistics
-    averaged or the first one's."""
+    """Without synchronisation each normalises by its own half. By hand: two copies of a model, gradients averaged, then
+    statistics averaged or the first one's.
+    """
     config = replace(config, dist_bn=dist_bn)
     history, state = train_group(config, tmp_path)
 
@@ -149,7 +165,9 @@ def evaluate(data):
 def test_evaluation_is_shared_out_and_exact(image_folder, tmp_path, world):
     """7 images for 2 processes, 3 for 4: every image once, the counts of one process."""
     data = load_data(f"imagefolder:{image_folder}", 8, 0.2)
-    data.val.images, data.val.labels = (part[: 7 if world == 2 else 3] for part in (data.train.images[::4], data.train.labels[::4]))
+    data.val.images, data.val.labels = (
+        part[: 7 if world == 2 else 3] for part in (data.train.images[::4], data.train.labels[::4])
+    )
     alone, *_ = evaluate(data)
     found = processes.results(*processes.start_group(world, evaluate, data, log=tmp_path / "log"))
     seen = [index for *_, indices in found for index in indices]
@@ -176,7 +194,9 @@ def normalise(x, weight, sizes, kwargs):
     return y.detach().numpy(), share.grad.numpy(), grads, buffers, inference
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"momentum": None, "affine": False}, {"track_running_stats": False, "eps": 1e-3}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"momentum": None, "affine": False}, {"track_running_stats": False, "eps": 1e-3}]
+)
 def test_sync_batch_norm_is_batch_norm_of_all(tmp_path, kwargs):
     """Shares of 3 and 5 images in float64, against nn.BatchNorm2d on all 8, to 1e-12."""
     torch.manual_seed(0)
@@ -187,7 +207,9 @@ def test_sync_batch_norm_is_batch_norm_of_all(tmp_path, kwargs):
         y = layer(whole)
     (y * weight).sum().backward()
     for i, expected in enumerate((y, whole.grad)):
-        np.testing.assert_allclose(np.concatenate([part[i] for part in found]), expected.detach().numpy(), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            np.concatenate([part[i] for part in found]), expected.detach().numpy(), rtol=1e-12, atol=1e-12
+        )
     for *_, grads, buffers, _ in found:
         for grad, p in zip(grads, layer.parameters(), strict=True):
             np.testing.assert_allclose(grad, p.grad.numpy(), rtol=1e-12, atol=1e-12)
@@ -200,11 +222,15 @@ def test_sync_batch_norm_is_batch_norm_of_all(tmp_path, kwargs):
 
 
 def test_on_a_gpu_synchronised_blocks_run_in_kernels():
-    """There --sync-bn takes torch's SyncBatchNorm, which the kernels merge: every block stays eligible. On no device, so without a GPU."""
+    """There --sync-bn takes torch's SyncBatchNorm, which the kernels merge: every block stays eligible. On no device,
+    so without a GPU.
+    """
     model = create_model("efficientnet_b0", device="meta")
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
     model = synchronize_batch_norm(model)
-    assert [name for name, layer in model.named_modules() if type(layer) is nn.SyncBatchNorm] == names and len(names) == 49
+    assert [name for name, layer in model.named_modules() if type(layer) is nn.SyncBatchNorm] == names and len(
+        names
+    ) == 49
     assert explain(model).fused == 16
 
 
@@ -283,7 +309,9 @@ def test_two_hundred_runs_end(config, tmp_path):
     """Each in its time, with no thread left: ``processes`` looks at the threads of every process."""
     config = replace(config, epochs=1, output=str(tmp_path / "two"))
     for _ in range(200):
-        histories = [history for history, _ in processes.results(*processes.start_group(2, processes.train, config), seconds=60)]
+        histories = [
+            history for history, _ in processes.results(*processes.start_group(2, processes.train, config), seconds=60)
+        ]
         assert [len(history) for history in histories] == [1, 1]
 
 
@@ -321,7 +349,21 @@ def command(*argv):
 
 
 def arguments(config, output, *more):
-    argv = ["train", "--data", config.data, "--model", config.model, "--img-size", 16, "--batch-size", 5, "--device", "cpu", "--drop", 0]
+    argv = [
+        "train",
+        "--data",
+        config.data,
+        "--model",
+        config.model,
+        "--img-size",
+        16,
+        "--batch-size",
+        5,
+        "--device",
+        "cpu",
+        "--drop",
+        0,
+    ]
     return [*argv, "--drop-path", 0, "--opt", "sgd", "--sched", "step", "--warmup-epochs", 0, "--output", output, *more]
 
 
@@ -345,21 +387,26 @@ def test_a_killed_process_is_an_error_and_a_checkpoint_to_go_on_from(config, tmp
     for output in ("two", "whole"):
         argv = arguments(config, tmp_path / output, "--resume", "auto", *epochs)
         assert processes.results(*processes.start_group(2, command, *argv, log=tmp_path / "log")) == [0, 0]
-    resumed, whole = (RunStates(tmp_path / output / "checkpoints").newest(pytest.fail)[1] for output in ("two", "whole"))
+    resumed, whole = (
+        RunStates(tmp_path / output / "checkpoints").newest(pytest.fail)[1] for output in ("two", "whole")
+    )
     assert resumed["step"] == whole["step"] > state["step"]
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
 
 
 @pytest.mark.parametrize(
-    ("output", "message"), [("two", "no checkpoint in .* can be read"), ("file/two", "output .* cannot be written: Not a directory")]
+    ("output", "message"),
+    [("two", "no checkpoint in .* can be read"), ("file/two", "output .* cannot be written: Not a directory")],
 )
 def test_what_only_the_first_process_finds_wrong_ends_all(config, tmp_path, output, message):
     """The same line from each, and exit code 2."""
     (tmp_path / "file").touch()
     (tmp_path / "two" / "checkpoints").mkdir(parents=True)
     (tmp_path / "two" / "checkpoints" / "step-00000003.train.pt").touch()
-    group = processes.start_group(2, command, *arguments(config, tmp_path / output, "--resume", "auto"), log=tmp_path / "log")
+    group = processes.start_group(
+        2, command, *arguments(config, tmp_path / output, "--resume", "auto"), log=tmp_path / "log"
+    )
     for rank, process in enumerate(group):
         process.join(300)
         err = [line for line in (tmp_path / f"log.{rank}").read_text().splitlines() if "falling back" not in line]
@@ -377,7 +424,10 @@ def test_a_process_that_ends_before_training_is_one_line_in_the_others(config, t
         process.join(300)
     texts = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert [process.exitcode for process in group] == [1, 2] and not any("Traceback" in text for text in texts), texts
-    assert "efficientnet: error: process 0 lost another process of the run (" in texts[0] and "; it had not begun to train" in texts[0]
+    assert (
+        "efficientnet: error: process 0 lost another process of the run (" in texts[0]
+        and "; it had not begun to train" in texts[0]
+    )
     assert texts[1] == "efficientnet: error: data folder '/no/such' does not exist\n"
 
 
@@ -444,7 +494,10 @@ def test_another_server_at_the_port_is_one_line(tmp_path):
         ]
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "process 1 of 2 cannot reach the others at 127.0.0.1:" in done.stderr and "check world size, rank and port" in done.stderr
+    assert (
+        "process 1 of 2 cannot reach the others at 127.0.0.1:" in done.stderr
+        and "check world size, rank and port" in done.stderr
+    )
 
 
 def test_what_needs_other_numbers_of_processes(config, tmp_path):
@@ -456,6 +509,9 @@ def test_what_needs_other_numbers_of_processes(config, tmp_path):
     with pytest.raises(InputError, match=message):
         _for_processes(replace(config, global_batch_size=100, grad_accum_steps=2), cpu, 4)
     assert _for_processes(replace(config, global_batch_size=104, grad_accum_steps=2), cpu, 4).batch_size == 13
-    with pytest.raises(InputError, match="an update takes 50 images .batch_size 25 x 2 accumulated x 1 processes., but the training set"):
+    with pytest.raises(
+        InputError,
+        match="an update takes 50 images .batch_size 25 x 2 accumulated x 1 processes., but the training set",
+    ):
         Trainer(replace(config, batch_size=25, grad_accum_steps=2, output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,13 @@ from support.command_line import assert_one_line
 
 STAGES = (StageConfig(3, 1, 1, 8, 1), StageConfig(5, 2, 6, 16, 2))
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
-PREPROCESS = {"img_size": 19, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "crop_pct": 1.0}
+PREPROCESS = {
+    "img_size": 19,
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.2, 0.2],
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +110,18 @@ def test_a_program_that_differs_is_not_kept(checkpoint, tmp_path, format, monkey
 
     monkeypatch.setattr(efficientnet.weights.export, writer, faulty)
     (tmp_path / "program").write_text("from before")
-    with pytest.raises(InputError, match=rf"^the exported {format} program differs from the model by 0\.\d+ where logits reach"):
+    with pytest.raises(
+        InputError, match=rf"^the exported {format} program differs from the model by 0\.\d+ where logits reach"
+    ):
         export_model(model, tmp_path / "program", format, image_size=19)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("program", "from before")]
 
 
 @pytest.mark.parametrize("format", EXPORT_FORMATS)
 def test_a_failed_export_leaves_nothing(run, checkpoint, tmp_path, format, monkeypatch):  # noqa: F811
-    module = {"onnx": "torch.onnx.export", "torchscript": "torch.jit.trace", "torch-export": "torch.export.export"}[format]
+    module = {"onnx": "torch.onnx.export", "torchscript": "torch.jit.trace", "torch-export": "torch.export.export"}[
+        format
+    ]
 
     def failing(*args, **kwargs):
         raise RuntimeError("no such operator\nmany more lines")
@@ -132,8 +142,14 @@ def test_a_failed_export_leaves_nothing(run, checkpoint, tmp_path, format, monke
         (["--format", "onnx", "--batch-size", 0], "batch_size must be an integer >= 1, got 0"),
         (["--format", "onnx", "--batch-size", 2, "--dynamic-batch"], "batch_size is not for dynamic_batch"),
         (["--format", "onnx", "--img-size", 0], "img_size must be an integer >= 1, got 0"),
-        (["--format", "onnx", "--checkpoint", "/no/such.safetensors"], "no such checkpoint file: '/no/such.safetensors'"),
-        (["--format", "onnx", "--output", "/no/such/m.onnx"], "output '/no/such/m.onnx' must be a file in a folder that exists"),
+        (
+            ["--format", "onnx", "--checkpoint", "/no/such.safetensors"],
+            "no such checkpoint file: '/no/such.safetensors'",
+        ),
+        (
+            ["--format", "onnx", "--output", "/no/such/m.onnx"],
+            "output '/no/such/m.onnx' must be a file in a folder that exists",
+        ),
         (["--format", "onnx", "--output", "/"], "output '/' must be a file in a folder that exists"),
         (["--format", "onnx", "--model", "b4"], "does not fit the model"),
     ],

@@ -1,4 +1,6 @@
-"""Checkpoint files as they are in the world: names, wrappers, prefixes, what is kept beside the weights, and what is no checkpoint."""
+"""Checkpoint files as they are in the world: names, wrappers, prefixes, what is kept beside the weights, and what is no
+checkpoint.
+"""
 
 import collections
 import datetime
@@ -51,7 +53,9 @@ def same(model, weights):
     ],
 )
 def test_any_name(weights, tmp_path, name):
-    torch.save({"epoch": 3, "arch": "efficientnet_b0", "state_dict": weights, "metric": 77.3, "version": 2}, tmp_path / name)
+    torch.save(
+        {"epoch": 3, "arch": "efficientnet_b0", "state_dict": weights, "metric": 77.3, "version": 2}, tmp_path / name
+    )
     assert same(load_checkpoint(NAME, tmp_path / name), weights)
     torch.save(weights, tmp_path / name, _use_new_zipfile_serialization=False)  # as before torch 1.6
     assert same(load_checkpoint(NAME, tmp_path / name), weights)
@@ -66,7 +70,11 @@ def test_safetensors_of_any_name(weights, tmp_path, name):
 
 
 WRAPPED = {
-    "model_state_dict": lambda w: {"epoch": 1, "model_state_dict": w, "optimizer_state_dict": {"state": {}, "param_groups": []}},
+    "model_state_dict": lambda w: {
+        "epoch": 1,
+        "model_state_dict": w,
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+    },
     "net": lambda w: {"net": w},
     "network and loss": lambda w: {"network": w, "loss": torch.tensor(0.5)},
     "weights": lambda w: {"weights": w, "classes": ["a", "b", "c"]},
@@ -126,7 +134,9 @@ def test_what_is_beside_the_network_is_left_out_with_a_warning(weights, averaged
     torch.save({"state_dict": lightning}, tmp_path / "w.ckpt")
     with pytest.warns(UserWarning, match="1 keys beside those of the network are left out: criterion.weight"):
         assert same(load_checkpoint(NAME, tmp_path / "w.ckpt"), weights)
-    both = {f"student.{key}": value for key, value in weights.items()} | {f"teacher.{key}": value for key, value in averaged.items()}
+    both = {f"student.{key}": value for key, value in weights.items()} | {
+        f"teacher.{key}": value for key, value in averaged.items()
+    }
     torch.save(both, tmp_path / "w.pt")
     with pytest.warns(UserWarning, match="beside those of the network are left out: student.conv_stem.weight"):
         assert same(load_checkpoint(NAME, tmp_path / "w.pt"), averaged)
@@ -139,7 +149,11 @@ def test_what_is_beside_the_network_is_left_out_with_a_warning(weights, averaged
 VALUES = {
     "numpy": {"best": np.float64(0.5), "epoch": np.int64(3), "flag": np.bool_(True), "curve": np.arange(3.0)},
     "paths": {"output": pathlib.PosixPath("/runs"), "where": pathlib.PurePosixPath("a/b")},
-    "containers": {"history": collections.defaultdict(list, a=[1, 2]), "counts": collections.Counter("abca"), "set": {1, 2}},
+    "containers": {
+        "history": collections.defaultdict(list, a=[1, 2]),
+        "counts": collections.Counter("abca"),
+        "set": {1, 2},
+    },
     "settings": {"args": SimpleNamespace(lr=0.1), "when": datetime.datetime(2024, 1, 2), "took": datetime.timedelta(1)},
     "types": {"dtype": torch.float16, "device": torch.device("cpu"), "size": torch.Size([2])},
 }
@@ -152,26 +166,39 @@ def test_values_beside_the_weights(weights, tmp_path, name):
 
 
 def test_names_of_numpy_1(weights, tmp_path):
-    """numpy 2 writes and reads the same classes under another module's name; windows' paths are read on other systems."""
+    """numpy 2 writes and reads the same classes under another module's name; windows' paths are read on other
+    systems.
+    """
     torch.save({"model": weights, "best": np.float32(2.0)}, tmp_path / "new.pt")
     with zipfile.ZipFile(tmp_path / "new.pt") as source, zipfile.ZipFile(tmp_path / "old.pt", "w") as target:
         for name in source.namelist():
             data = source.read(name)
-            target.writestr(name, data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray") if name.endswith("data.pkl") else data)
+            target.writestr(
+                name,
+                data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                if name.endswith("data.pkl")
+                else data,
+            )
     assert same(load_checkpoint(NAME, tmp_path / "old.pt"), weights)
 
 
 def test_folders_of_save_pretrained(weights, tmp_path):
     model = create_model(NAME, num_classes=3)
     model.load_state_dict(weights)
-    for name, write in (("model.safetensors", save_checkpoint), ("pytorch_model.bin", lambda m, path: torch.save(m.state_dict(), path))):
+    for name, write in (
+        ("model.safetensors", save_checkpoint),
+        ("pytorch_model.bin", lambda m, path: torch.save(m.state_dict(), path)),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         write(model, folder / name)
         assert same(load_checkpoint(NAME, folder), weights) and same(load_checkpoint(NAME, str(folder) + "/"), weights)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="folder .*none' has none of model.safetensors, pytorch_model.bin, which save_pretrained writes"):
+    with pytest.raises(
+        ValueError,
+        match="folder .*none' has none of model.safetensors, pytorch_model.bin, which save_pretrained writes",
+    ):
         load_checkpoint(NAME, tmp_path / "none")
 
 
@@ -211,7 +238,9 @@ def test_what_is_no_checkpoint(tmp_path, capsys, name, content, message):
         main(["predict", "--checkpoint", str(path), "--model", NAME, str(tmp_path)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err and str(path) in err
-    assert not any(word in err for word in ("weights_only", "Weights only", "trust the source", "allowlist", "safe_globals"))
+    assert not any(
+        word in err for word in ("weights_only", "Weights only", "trust the source", "allowlist", "safe_globals")
+    )
 
 
 def test_code_is_refused(weights, tmp_path, capsys):
@@ -223,7 +252,11 @@ def test_code_is_refused(weights, tmp_path, capsys):
 
 
 def test_no_state_dict_says_what_there_is(tmp_path):
-    for value, message in (({"epoch": 1, "lr": 0.1}, "its keys are epoch, lr"), ([1, 2], "but a list"), ({}, "its keys are none")):
+    for value, message in (
+        ({"epoch": 1, "lr": 0.1}, "its keys are epoch, lr"),
+        ([1, 2], "but a list"),
+        ({}, "its keys are none"),
+    ):
         torch.save(value, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=f"holds no state_dict .*{message}"):
             load_checkpoint(NAME, tmp_path / "w.pt")

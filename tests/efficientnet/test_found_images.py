@@ -1,4 +1,6 @@
-"""Folders and files of images as they are in the world: names, links, what systems leave about, sizes, channels, orientations."""
+"""Folders and files of images as they are in the world: names, links, what systems leave about, sizes, channels,
+orientations.
+"""
 
 import io
 import json
@@ -46,7 +48,14 @@ def split(root, train, held_out, classes=("cat", "dog"), images=2):
 @pytest.mark.parametrize(
     "train, held_out",
     [
-        *(("Train", "Val"), ("TRAIN", "TEST"), ("training", "validation"), ("Training", "Testing"), ("train", "eval"), ("train", "dev")),
+        *(
+            ("Train", "Val"),
+            ("TRAIN", "TEST"),
+            ("training", "validation"),
+            ("Training", "Testing"),
+            ("train", "eval"),
+            ("train", "dev"),
+        ),
         *(("train", "Evaluation"), ("train", "holdout"), ("Trn", "Tst"), ("train_set", "test_set"), ("train", "valid")),
     ],
 )
@@ -54,7 +63,9 @@ def test_split_folders(tmp_path, train, held_out):
     split(tmp_path, train, held_out)
     data = load_data(f"imagefolder:{tmp_path}", 8)
     assert data.classes == ["cat", "dog"]
-    assert {path.parts[-3] for path in data.train.images} == {train} and {path.parts[-3] for path in data.val.images} == {held_out}
+    assert {path.parts[-3] for path in data.train.images} == {train} and {
+        path.parts[-3] for path in data.val.images
+    } == {held_out}
 
 
 def test_the_better_held_out_part_is_taken(tmp_path):
@@ -66,7 +77,11 @@ def test_the_better_held_out_part_is_taken(tmp_path):
 @pytest.mark.parametrize(
     "present, message",
     [
-        ("train", "has 'train', but no held-out images beside it, in val, validation, valid, validate or the like; to hold out a share"),
+        (
+            "train",
+            "has 'train', but no held-out images beside it, in val, validation, valid, validate or the like; to hold "
+            "out a share",
+        ),
         ("Training", "has 'Training', but no held-out images beside it"),
         ("Test", "has 'Test', but no training images beside it, in train"),
     ],
@@ -85,7 +100,14 @@ def test_classes_that_are_called_so(tmp_path):
     assert load_data(f"imagefolder:{tmp_path}", 8).classes == ["test", "train", "tram"]
 
 
-LITTER = [".ipynb_checkpoints/0-checkpoint.png", "._0.png", ".hidden.jpg", "@eaDir/0.png", "__MACOSX/x/0.png", "a/.b/0.png"]
+LITTER = [
+    ".ipynb_checkpoints/0-checkpoint.png",
+    "._0.png",
+    ".hidden.jpg",
+    "@eaDir/0.png",
+    "__MACOSX/x/0.png",
+    "a/.b/0.png",
+]
 
 
 @pytest.mark.parametrize("litter", LITTER)
@@ -96,7 +118,9 @@ def test_what_systems_leave_about_is_no_image(tmp_path, litter):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"\0\5\x16\7")
     data = load_data(f"imagefolder:{tmp_path}", 8)
-    assert sorted(path.name for path in data.train.images + data.val.images) == sorted(2 * [f"{i}.png" for i in range(4)])
+    assert sorted(path.name for path in data.train.images + data.val.images) == sorted(
+        2 * [f"{i}.png" for i in range(4)]
+    )
 
 
 def test_litter_is_no_class_and_no_part(tmp_path):
@@ -122,7 +146,10 @@ def test_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     split(tmp_path / "pets", "train", "val")
     assert len(load_data("imagefolder:~/pets", 8).train) == 4
-    assert Trainer(TrainConfig("imagefolder:~/pets", model=TINY, img_size=8, output="~/run", device="cpu")).output == tmp_path / "run"
+    assert (
+        Trainer(TrainConfig("imagefolder:~/pets", model=TINY, img_size=8, output="~/run", device="cpu")).output
+        == tmp_path / "run"
+    )
 
 
 def test_suffixes(tmp_path, monkeypatch):
@@ -131,7 +158,9 @@ def test_suffixes(tmp_path, monkeypatch):
     (tmp_path / "e.heic").write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("x")
     monkeypatch.setattr(reading, "image_suffixes", lambda: reading.IMAGE_SUFFIXES)
-    with pytest.warns(UserWarning, match=r"1 files \(.heic\) in '.*' are left out: Pillow, as it is here, cannot read them"):
+    with pytest.warns(
+        UserWarning, match=r"1 files \(.heic\) in '.*' are left out: Pillow, as it is here, cannot read them"
+    ):
         assert [path.name for path in find_images(tmp_path)] == ["a.jfif", "b.jpe", "c.JPG", "d.WebP"]
     monkeypatch.setattr(reading, "image_suffixes", lambda: (*reading.IMAGE_SUFFIXES, ".heic"))
     assert len(find_images(tmp_path)) == 5
@@ -149,7 +178,9 @@ def test_thin_images(size, crop_pct, monkeypatch):
     generator = np.random.default_rng(0)
     image = torch.from_numpy(generator.integers(0, 255, (3, *size), dtype=np.uint8))
     largest, interpolate = [], F.interpolate
-    monkeypatch.setattr(F, "interpolate", lambda x, *args, **kwargs: largest.append(interpolate(x, *args, **kwargs)) or largest[-1])
+    monkeypatch.setattr(
+        F, "interpolate", lambda x, *args, **kwargs: largest.append(interpolate(x, *args, **kwargs)) or largest[-1]
+    )
     found = Preprocess(32, crop_pct=crop_pct).pixels(image)
     assert found.shape == (3, 32, 32) and largest[0].numel() <= 3 * 32 * 32 * 5 / crop_pct**2
     if min(size) > 1:  # the whole: its middle is at the same place
@@ -169,7 +200,9 @@ def test_a_thin_image_fits_a_small_memory(tmp_path):
     save_checkpoint(create_model(TINY, num_classes=2), tmp_path / "m.safetensors")
     argv = ["predict", "--checkpoint", tmp_path / "m.safetensors", "--img-size", "224", tmp_path / "strip.png"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # noqa: E731
-    done = subprocess.run([sys.executable, "-m", "efficientnet", *argv], capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(
+        [sys.executable, "-m", "efficientnet", *argv], capture_output=True, text=True, preexec_fn=limit
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -177,7 +210,15 @@ def test_large_photographs(tmp_path, capsys, monkeypatch):
     picture(tmp_path / "a.png", size=(40, 30))
     save_checkpoint(create_model(TINY, num_classes=2), tmp_path / "m.safetensors")
     monkeypatch.setitem(reading._limits, "pixels", 1)
-    argv = ["predict", "--checkpoint", str(tmp_path / "m.safetensors"), "--img-size", "16", str(tmp_path / "a.png"), "--max-pixels"]
+    argv = [
+        "predict",
+        "--checkpoint",
+        str(tmp_path / "m.safetensors"),
+        "--img-size",
+        "16",
+        str(tmp_path / "a.png"),
+        "--max-pixels",
+    ]
     with pytest.raises(SystemExit):
         main([*argv, "1199"])
     assert "a.png' (ValueError: 40 x 30 pixels, more than 1199; --max-pixels allows more)" in capsys.readouterr().err
@@ -227,7 +268,21 @@ def test_channels(channels, tmp_path):
 def test_train_validate_predict_of_other_channels(tmp_path, capsys, channels):
     split(tmp_path / "data", ".", ".", images=6)
     data = f"imagefolder:{tmp_path / 'data'}"
-    argv = ["train", "--data", data, "--model", TINY, "--img-size", "16", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+    argv = [
+        "train",
+        "--data",
+        data,
+        "--model",
+        TINY,
+        "--img-size",
+        "16",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main([*argv, "--in-chans", str(channels), "--output", str(tmp_path / "run")]) == 0
     checkpoint = str(tmp_path / "run" / "last.safetensors")
     assert main(["validate", "--data", data, "--checkpoint", checkpoint, "--json"]) == 0
@@ -248,7 +303,9 @@ def test_channels_that_no_file_has(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.endswith("in_chans must be one of 1 (L), 3 (RGB), 4 (RGBA) to read image files, got 2\n")
+        assert stop.value.code == 2 and err.endswith(
+            "in_chans must be one of 1 (L), 3 (RGB), 4 (RGBA) to read image files, got 2\n"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -273,13 +330,17 @@ def test_class_names_in_shards(tmp_path, labels):
     data = load_data(train, 8, val_data=val)
     names = sorted(label.decode().strip() for label in labels)
     assert data.classes == names
-    config = TrainConfig(train, val_data=val, model=TINY, img_size=16, batch_size=4, epochs=1, device="cpu", output=str(tmp_path / "run"))
+    config = TrainConfig(
+        train, val_data=val, model=TINY, img_size=16, batch_size=4, epochs=1, device="cpu", output=str(tmp_path / "run")
+    )
     evaluation = Trainer(config).run()
     assert [total for _, total in evaluation.per_class] == [int(name == labels[0].decode().strip()) for name in names]
 
 
 def test_numbers_in_shards_stay_numbers(tmp_path):
-    data = load_data(shard(tmp_path / "a.tar", [b"0", b"02", b"1\n", b"2"]), 8, val_data=shard(tmp_path / "b.tar", [b"1"]))
+    data = load_data(
+        shard(tmp_path / "a.tar", [b"0", b"02", b"1\n", b"2"]), 8, val_data=shard(tmp_path / "b.tar", [b"1"])
+    )
     assert data.classes == ["0", "1", "2"]
 
 
@@ -295,9 +356,21 @@ def test_names_that_cannot_be_printed(tmp_path, encoding):
         with open(folder + b"/" + name, "wb") as file:
             Image.new("RGB", (9, 9)).save(file, "PNG")
     names = b"\n".join(folder + b"/" + name for name in os.listdir(folder)) + b"\n"
-    command = [sys.executable, "-m", "efficientnet", "predict", "--checkpoint", str(tmp_path / "m.safetensors"), "--img-size", "16", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "efficientnet",
+        "predict",
+        "--checkpoint",
+        str(tmp_path / "m.safetensors"),
+        "--img-size",
+        "16",
+        "-",
+    ]
     sheet = ["--contact-sheet", str(tmp_path / "sheet.png")]
-    done = subprocess.run([*command, *sheet], input=names, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    done = subprocess.run(
+        [*command, *sheet], input=names, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"zebra.png\n") == 1 and len(done.stdout.splitlines()) == 9
     assert b"caf\xe9.png\n" in done.stdout or encoding != "utf-8:strict"
@@ -314,7 +387,10 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path, capsys, value):
     model = create_model(TINY, num_classes=2)
     torch.nn.init.constant_(model.classifier.bias, value)
     save_checkpoint(model, tmp_path / "m.safetensors", classes=["cat", "dog"])
-    for argv in (["predict", str(tmp_path / "data")], ["validate", "--data", f"imagefolder:{tmp_path / 'data'}", "--split", "all"]):
+    for argv in (
+        ["predict", str(tmp_path / "data")],
+        ["validate", "--data", f"imagefolder:{tmp_path / 'data'}", "--split", "all"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*argv, "--checkpoint", str(tmp_path / "m.safetensors"), "--img-size", "16"])
         result = capsys.readouterr()

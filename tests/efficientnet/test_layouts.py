@@ -55,9 +55,13 @@ def close(actual, expected):
 def build(library, variant):
     """The library's own model."""
     if library == "timm":
-        return pytest.importorskip("timm").create_model(f"efficientnet_{variant}", num_classes=CLASSES, drop_path_rate=0.0)
+        return pytest.importorskip("timm").create_model(
+            f"efficientnet_{variant}", num_classes=CLASSES, drop_path_rate=0.0
+        )
     if library == "tf":
-        return pytest.importorskip("timm").create_model(f"tf_efficientnet_{variant}", num_classes=CLASSES, drop_path_rate=0.0)
+        return pytest.importorskip("timm").create_model(
+            f"tf_efficientnet_{variant}", num_classes=CLASSES, drop_path_rate=0.0
+        )
     if library == "torchvision":
         return getattr(pytest.importorskip("torchvision").models, f"efficientnet_{variant}")(num_classes=CLASSES)
     if library == "lukemelas":
@@ -88,7 +92,9 @@ def build(library, variant):
     ],
 )
 def test_round_trip_through_every_layout(tmp_path, name, suffix):
-    """timm -> torchvision -> lukemelas -> Hugging Face -> NVIDIA -> timm: the same tensors, and in between the same logits."""
+    """timm -> torchvision -> lukemelas -> Hugging Face -> NVIDIA -> timm: the same tensors, and in between the same
+    logits.
+    """
     model = calibrated(create_model(name, num_classes=CLASSES, fused=False))
     expected, path = logits(model), tmp_path / "0.pt"
     torch.save(model.state_dict(), path)
@@ -123,7 +129,9 @@ def test_libraries_give_the_logits_of_each_other(tmp_path, source, variant, targ
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     name = f"{'tf_' if source == 'tf' else ''}efficientnet_{variant}"
     ours = load_checkpoint(name, tmp_path / "theirs.pth", fused=False)
-    trained = SAME if source in ("lukemelas", "huggingface") else SAME | {"bn_momentum": 0.1} if source == "tf" else SYMMETRIC
+    trained = (
+        SAME if source in ("lukemelas", "huggingface") else SAME | {"bn_momentum": 0.1} if source == "tf" else SYMMETRIC
+    )
     assert {field: getattr(ours.config, field) for field in SAME} == trained
     norms = [m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {(m.eps, m.momentum) for m in norms} == {(trained["bn_eps"], trained["bn_momentum"])}
@@ -153,13 +161,19 @@ def test_nvidia_names_and_shapes(tmp_path):
     model = create_model("b0", num_classes=CLASSES, fused=False, padding="symmetric", bn_eps=1e-3, bn_momentum=0.01)
     theirs = translate(model.state_dict(), LAYOUTS["timm"], LAYOUTS["nvidia"], config_plan(model.config))
     assert list(dict.fromkeys(key.rpartition(".")[0] for key in theirs)) == nvidia_names()
-    assert theirs["layers.1.block0.se.squeeze.weight"].shape == (4, 96) and theirs["layers.1.block0.se.expand.weight"].shape == (96, 4)
+    assert theirs["layers.1.block0.se.squeeze.weight"].shape == (4, 96) and theirs[
+        "layers.1.block0.se.expand.weight"
+    ].shape == (96, 4)
     assert theirs["layers.1.block0.expand.conv.weight"].shape == (96, 16, 1, 1)
     # Files of 2020 and 2021 call the stages layer1 to layer7.
     old = {f"module.{key}".replace("module.layers.0", "module.layer1"): tensor for key, tensor in theirs.items()}
     torch.save({"state_dict": old, "epoch": 3}, tmp_path / "nvidia.pth")
     loaded = load_checkpoint("b0", tmp_path / "nvidia.pth")
-    assert {field: getattr(loaded.config, field) for field in SAME} == {"padding": "symmetric", "bn_eps": 1e-3, "bn_momentum": 0.01}
+    assert {field: getattr(loaded.config, field) for field in SAME} == {
+        "padding": "symmetric",
+        "bn_eps": 1e-3,
+        "bn_momentum": 0.01,
+    }
     assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
 
 
@@ -168,7 +182,9 @@ def test_conventions_are_those_of_torchvision(torchvision, variant):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, f"efficientnet_{variant}")()
     usual = conventions(LAYOUTS["torchvision"], EfficientNetConfig.from_name(variant))
-    assert {(m.eps, m.momentum) for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)} == {(usual["bn_eps"], usual["bn_momentum"])}
+    assert {(m.eps, m.momentum) for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)} == {
+        (usual["bn_eps"], usual["bn_momentum"])
+    }
     assert recognise(theirs.state_dict()).name == "torchvision"
 
 
@@ -182,7 +198,9 @@ def lukemelas_file(tmp_path_factory):
 
 
 def test_another_padding_is_refused_and_can_be_overruled(lukemelas_file):
-    with pytest.raises(ValueError, match="lukemelas layout.* trained with padding='same', but the model has padding='symmetric'"):
+    with pytest.raises(
+        ValueError, match="lukemelas layout.* trained with padding='same', but the model has padding='symmetric'"
+    ):
         load_checkpoint(create_model("b0", num_classes=CLASSES), lukemelas_file)
     with pytest.raises(ValueError, match="trained with bn_eps=0.001, but the model has bn_eps=1e-05"):
         load_checkpoint(create_model("b0", num_classes=CLASSES, padding="same"), lukemelas_file)
@@ -222,17 +240,23 @@ def test_the_weights_that_are_not_averaged(tmp_path, lukemelas_file):
 def test_hugging_face_without_a_classifier(tmp_path):
     model = create_model("b0", num_classes=0, fused=False, **SAME)
     state = translate(model.state_dict(), LAYOUTS["timm"], LAYOUTS["huggingface"], config_plan(model.config))
-    save_file({key.removeprefix("efficientnet."): t.contiguous() for key, t in state.items()}, tmp_path / "base.safetensors")
+    save_file(
+        {key.removeprefix("efficientnet."): t.contiguous() for key, t in state.items()}, tmp_path / "base.safetensors"
+    )
     loaded = load_checkpoint("b0", tmp_path / "base.safetensors")
     assert loaded.num_classes == 0 and torch.equal(loaded.conv_head.weight, model.conv_head.weight)
 
 
 def test_unknown_layouts_show_keys_and_the_nearest(tmp_path, torchvision):
     torch.save({f"backbone.layer{i}.weight": torch.zeros(1) for i in range(9)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match=r"unknown layout: the nearest .*9 of 9 keys: backbone.layer0.weight, .*layer2.weight, \.\.\."):
+    with pytest.raises(
+        ValueError, match=r"unknown layout: the nearest .*9 of 9 keys: backbone.layer0.weight, .*layer2.weight, \.\.\."
+    ):
         load_checkpoint("b0", tmp_path / "resnet.pt")
     torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "mobilenet.pt")
-    with pytest.raises(ValueError, match=r"nearest .* is torchvision, which does not know \d+ of 314 keys: features.1.conv.0.0.weight"):
+    with pytest.raises(
+        ValueError, match=r"nearest .* is torchvision, which does not know \d+ of 314 keys: features.1.conv.0.0.weight"
+    ):
         load_checkpoint("b0", tmp_path / "mobilenet.pt")
     with pytest.raises(ValueError, match="layout must be one of timm, torchvision, .*, got 'keras'"):
         load_checkpoint("b0", tmp_path / "mobilenet.pt", layout="keras")
@@ -267,11 +291,16 @@ def test_convert_command(tmp_path, lukemelas_file, capsys):
     assert "timm layout, efficientnet_b0, trained with padding 'same' and bn_eps 0.001" in capsys.readouterr().out
     assert read_metadata(target)["num_classes"] == CLASSES
     model = load_checkpoint("b0", lukemelas_file)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_checkpoint(None, target).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), load_checkpoint(None, target).parameters(), strict=True)
+    )
 
     assert main(["convert", str(target), str(tmp_path / "tv.pt"), "--to", "torchvision"]) == 0
     error = capsys.readouterr().err
-    assert "warning: these weights were trained with padding='same', bn_eps=0.001, but torchvision's own models have" in error
+    assert (
+        "warning: these weights were trained with padding='same', bn_eps=0.001, but torchvision's own models have"
+        in error
+    )
     with pytest.raises(ValueError, match="trained with padding='same'"):  # the file remembers
         load_checkpoint(create_model("b0", num_classes=CLASSES), tmp_path / "tv.pt")
 

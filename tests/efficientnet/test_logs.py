@@ -17,7 +17,10 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def config(image_folder):
-    model, settings = "efficientnet_d0.1_w0.1_r32", {"img_size": 16, "epochs": 2, "batch_size": 5, "log_interval": 2, "device": "cpu"}
+    model, settings = (
+        "efficientnet_d0.1_w0.1_r32",
+        {"img_size": 16, "epochs": 2, "batch_size": 5, "log_interval": 2, "device": "cpu"},
+    )
     return TrainConfig(f"imagefolder:{image_folder}", model=model, tensorboard=True, checkpoint_interval=1, **settings)
 
 
@@ -61,7 +64,8 @@ def test_an_epoch_whose_row_was_lost_is_written_again(config, tmp_path):
     config = replace(config, output=str(tmp_path), tensorboard=False)
     Trainer(config).run()
     whole = (tmp_path / "metrics.jsonl").read_text()
-    (tmp_path / "metrics.jsonl").write_text(whole.splitlines(keepends=True)[0])  # killed between the checkpoint and the row
+    # Killed between the checkpoint and the row.
+    (tmp_path / "metrics.jsonl").write_text(whole.splitlines(keepends=True)[0])
     Trainer(replace(config, resume="auto")).run()
     assert (tmp_path / "metrics.jsonl").read_text() == whole
 

@@ -112,7 +112,10 @@ def test_input_is_left_alone():
 
 
 def test_names_set_padding_and_batchnorm_everywhere():
-    for name, eps, padding, symmetric in (("efficientnet_b0", 1e-5, "symmetric", 1), ("tf_efficientnet_b0", 1e-3, "same", 0)):
+    for name, eps, padding, symmetric in (
+        ("efficientnet_b0", 1e-5, "symmetric", 1),
+        ("tf_efficientnet_b0", 1e-3, "same", 0),
+    ):
         model = create_model(name, fused=False, device="meta")
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert {(m.eps, m.momentum) for m in norms} == {(eps, 0.1)} and len(norms) == 49
@@ -121,7 +124,9 @@ def test_names_set_padding_and_batchnorm_everywhere():
 
 
 def test_keywords_override_the_name():
-    model = create_model("tf_efficientnet_b0", padding="symmetric", bn_eps=1e-4, bn_momentum=0.01, fused=False, device="meta")
+    model = create_model(
+        "tf_efficientnet_b0", padding="symmetric", bn_eps=1e-4, bn_momentum=0.01, fused=False, device="meta"
+    )
     assert {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {(1e-4, 0.01)}
     assert {m.padding for m in model.modules() if isinstance(m, MBConv)} == {"symmetric"}
     assert model.conv_stem.padding == (1, 1)
@@ -193,7 +198,9 @@ def test_feature_info_describes_the_modules():
     model = tiny().eval()
     shapes = {}
     for info in model.feature_info:
-        model.get_submodule(info["module"]).register_forward_hook(lambda m, i, o, n=info["module"]: shapes.update({n: o.shape}))
+        model.get_submodule(info["module"]).register_forward_hook(
+            lambda m, i, o, n=info["module"]: shapes.update({n: o.shape})
+        )
     model(torch.randn(1, 3, 32, 32))
     assert [(i["module"], i["num_chs"], i["reduction"]) for i in model.feature_info] == [
         ("blocks.0", 8, 2),
@@ -252,7 +259,9 @@ def test_wrong_names_and_keywords():
         create_model("efficientnet_b9")
     with pytest.raises(TypeError, match="name must be a str, Scaling or EfficientNetConfig, got float"):
         create_model(1.5)
-    with pytest.raises(TypeError, match="unknown keyword 'classes'; accepted: pretrained, num_classes, in_chans, drop_rate"):
+    with pytest.raises(
+        TypeError, match="unknown keyword 'classes'; accepted: pretrained, num_classes, in_chans, drop_rate"
+    ):
         create_model("b0", classes=10)
     with pytest.raises(ValueError, match="out_indices is for features_only=True"):
         create_model("b0", out_indices=(1,))

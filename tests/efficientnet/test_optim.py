@@ -13,7 +13,9 @@ from efficientnet.training.settings import TrainConfig
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_rmsprop_is_timms(timm, weight_decay, momentum):
-    """300 steps with gradients over six orders of magnitude, a schedule, a parameter without gradient: the same to 1e-6 of the change."""
+    """300 steps with gradients over six orders of magnitude, a schedule, a parameter without gradient: the same to 1e-6
+    of the change.
+    """
     from timm.optim import RMSpropTF as Timms
 
     torch.manual_seed(0)
@@ -67,9 +69,12 @@ def test_learning_rate_warms_up_then_falls_to_zero():
 
 def test_learning_rate_falls_in_the_papers_steps():
     """x 0.97 every 2.4 epochs after a warm-up of 5, 0.016 for 256 images: 0.256 for the paper's 4096."""
-    config = TrainConfig(sched="step", epochs=350, warmup_epochs=5, decay_epochs=2.4, decay_rate=0.97, lr_base=0.016, lr=123.0)
+    config = TrainConfig(
+        sched="step", epochs=350, warmup_epochs=5, decay_epochs=2.4, decay_rate=0.97, lr_base=0.016, lr=123.0
+    )
     rates = [learning_rate(config, step, 10, 4096) for step in range(3500)]
-    assert rates[49] == pytest.approx(0.256 * 50 / 51) and rates[50] == pytest.approx(0.256 * 0.97**2)  # 5 / 2.4 is 2 steps
+    # 5 / 2.4 is 2 steps.
+    assert rates[49] == pytest.approx(0.256 * 50 / 51) and rates[50] == pytest.approx(0.256 * 0.97**2)
     changes = [i for i in range(51, 3500) if rates[i] != rates[i - 1]]
     assert changes[:3] == [72, 96, 120] and rates[96] / rates[95] == pytest.approx(0.97)
     assert rates[-1] == pytest.approx(0.256 * 0.97**145)

@@ -51,7 +51,9 @@ def test_files_folders_and_lists(run, checkpoint, pictures, monkeypatch):  # noq
     rows = rows_of(run(*options, pictures))
     assert [row["image"] for row in rows] == [str(path) for path in inside]
     (alone,) = rows_of(run(*options, inside[3]))
-    assert alone["top"] == [entry | {"probability": pytest.approx(entry["probability"], abs=1e-6)} for entry in rows[3]["top"]]
+    assert alone["top"] == [
+        entry | {"probability": pytest.approx(entry["probability"], abs=1e-6)} for entry in rows[3]["top"]
+    ]
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{inside[1]}\n\n{pictures / 'deeper'}\r\n"))
     listed = rows_of(run(*options, inside[4], "-", inside[0]))
@@ -96,7 +98,9 @@ def test_images_that_cannot_be_read_are_named_and_skipped(run, checkpoint, pictu
 def test_contact_sheet(run, checkpoint, pictures, tmp_path):  # noqa: F811
     (text,) = (path for path in damaged(pictures) if path.name == "text.png")
     images = [pictures / "0.png", text, pictures / "1.png"]
-    code, _, err = run("predict", "--checkpoint", checkpoint, "--topk", 2, "--contact-sheet", tmp_path / "sheet.png", *images)
+    code, _, err = run(
+        "predict", "--checkpoint", checkpoint, "--topk", 2, "--contact-sheet", tmp_path / "sheet.png", *images
+    )
     assert code == 0 and str(tmp_path / "sheet.png") in err.splitlines()[-1]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"

@@ -1,4 +1,6 @@
-"""Weight sets by name: the table against timm's, the transform against timm's, files from caches that the tests write."""
+"""Weight sets by name: the table against timm's, the transform against timm's, files from caches that the tests
+write.
+"""
 
 import http.server
 import os
@@ -35,7 +37,9 @@ def test_the_table_is_timms(timm):
         assert list_pretrained(model)[0].partition(".")[2] == timm.get_pretrained_cfg(model).tag
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0.ra_in1k", "tf_efficientnet_b3.ap_in1k", "efficientnet_b5.sw_in12k_ft_in1k"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0.ra_in1k", "tf_efficientnet_b3.ap_in1k", "efficientnet_b5.sw_in12k_ft_in1k"]
+)
 def test_the_transform_is_timms(timm, torchvision, name):
     from PIL import Image
 
@@ -53,7 +57,9 @@ def test_transform_of_unknown_weights():
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(cache, weights): a Hub cache as huggingface_hub lays it out, with two of timm's repositories; one has the older file."""
+    """(cache, weights): a Hub cache as huggingface_hub lays it out, with two of timm's repositories; one has the older
+    file.
+    """
     home, states = tmp_path_factory.mktemp("hub"), {}
     for model, tag, filename in (
         ("efficientnet_b0", "ra_in1k", "model.safetensors"),
@@ -100,7 +106,9 @@ def test_pretrained_from_the_cache(offline):
 
 
 def test_other_classes_get_a_fresh_classifier_and_the_rest_is_strict(offline, tmp_path):
-    with pytest.warns(UserWarning, match="classifier is re-initialised: num_classes is 10, but checkpoint .* has 1000") as caught:
+    with pytest.warns(
+        UserWarning, match="classifier is re-initialised: num_classes is 10, but checkpoint .* has 1000"
+    ) as caught:
         model = create_model("efficientnet_b0", pretrained=True, num_classes=10)
     assert len(caught) == 1 and caught[0].filename == __file__
     assert model.classifier.weight.shape == (10, 1280) and model.pretrained_cfg["num_classes"] == 10
@@ -109,7 +117,9 @@ def test_other_classes_get_a_fresh_classifier_and_the_rest_is_strict(offline, tm
         warnings.simplefilter("error")
         model = create_model("efficientnet_b0", pretrained=True, num_classes=0)
         features = create_model("efficientnet_b0", pretrained=True, features_only=True, out_indices=(1, 4))
-    assert torch.equal(features.conv_stem.weight, model.conv_stem.weight) and features.pretrained_cfg["tag"] == "ra_in1k"
+    assert (
+        torch.equal(features.conv_stem.weight, model.conv_stem.weight) and features.pretrained_cfg["tag"] == "ra_in1k"
+    )
     state = dict(offline["efficientnet_b0"])
     del state["bn2.weight"]
     torch.save(state, tmp_path / "w.pt")
@@ -128,7 +138,9 @@ def test_our_own_checkpoints_as_pretrained(tmp_path):
 
 
 def test_unknown_tags_name_the_known():
-    with pytest.raises(ValueError, match="pretrained weights 'ra9' of 'efficientnet_b0' are not known; its tags: ra_in1k, ra4_"):
+    with pytest.raises(
+        ValueError, match="pretrained weights 'ra9' of 'efficientnet_b0' are not known; its tags: ra_in1k, ra4_"
+    ):
         create_model("efficientnet_b0", pretrained="ra9")
     with pytest.raises(ValueError, match="weights True of 'efficientnet_b8' are not known; none is published"):
         create_model("efficientnet_b8", pretrained=True)
@@ -137,14 +149,25 @@ def test_unknown_tags_name_the_known():
 
 
 def test_hub_ids_that_cannot_be_reached(offline):
-    with pytest.raises(ConnectionError, match="cannot fetch .*'timm/efficientnet_b4.ra2_in1k'.*models--timm--efficientnet_b4.ra2_in1k"):
+    with pytest.raises(
+        ConnectionError, match="cannot fetch .*'timm/efficientnet_b4.ra2_in1k'.*models--timm--efficientnet_b4.ra2_in1k"
+    ):
         create_model("efficientnet_b4", pretrained=True)
 
 
 def test_the_command_line_offline(tmp_path):
     """HF_HUB_OFFLINE as a user sets it: one line, exit code 2, nothing written."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "efficientnet", "convert", "timm/efficientnet_b0.ra_in1k", str(tmp_path / "x.pt"), "--to", "timm"]
+    command = [
+        sys.executable,
+        "-m",
+        "efficientnet",
+        "convert",
+        "timm/efficientnet_b0.ra_in1k",
+        str(tmp_path / "x.pt"),
+        "--to",
+        "timm",
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(
@@ -204,7 +227,10 @@ def test_without_a_connection_the_hub_is_asked_once(tmp_path, monkeypatch):
             monkeypatch.setattr(f"{owner}.ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}", raising=False)
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", sleeping)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(ConnectionError, match=r"cannot fetch .* of 'nobody/nothing' from the Hub \(.*, nor from the cache '.*nothing'"):
+        with pytest.raises(
+            ConnectionError,
+            match=r"cannot fetch .* of 'nobody/nothing' from the Hub \(.*, nor from the cache '.*nothing'",
+        ):
             fetch("nobody/nothing")
         snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)

@@ -53,7 +53,9 @@ def test_macs_by_hand(padding, image_size, h, w):
 
 def test_stage_table_of_b0_is_table_1_of_the_paper():
     rows = stage_table(create_model("b0", fused=False, device="meta"))
-    assert [(r.operator, r.kernel_size, r.stride, r.expand_ratio, r.input_size, r.channels, r.repeats) for r in rows] == [
+    assert [
+        (r.operator, r.kernel_size, r.stride, r.expand_ratio, r.input_size, r.channels, r.repeats) for r in rows
+    ] == [
         ("Conv", 3, 2, None, (224, 224), 32, 1),
         ("MBConv", 3, 1, 1, (112, 112), 16, 1),
         ("MBConv", 3, 2, 6, (112, 112), 24, 2),

@@ -28,7 +28,13 @@ def test_the_papers_recipe_has_the_papers_numbers():
     """Section 5.2 of the paper, and what its TensorFlow release adds."""
     config = TrainConfig(**load_recipe("paper-b3"))
     assert (config.opt, config.alpha, config.momentum, config.opt_eps) == ("rmsproptf", 0.9, 0.9, 1e-3)
-    assert (config.lr_base, config.lr_base_size, config.sched, config.decay_rate, config.decay_epochs) == (0.016, 256, "step", 0.97, 2.4)
+    assert (config.lr_base, config.lr_base_size, config.sched, config.decay_rate, config.decay_epochs) == (
+        0.016,
+        256,
+        "step",
+        0.97,
+        2.4,
+    )
     assert (config.warmup_epochs, config.epochs, config.bn_momentum, config.bn_eps) == (5, 350, 0.01, 1e-3)
     assert (config.model_ema, config.model_ema_decay, config.aa, config.scale) == (True, 0.9999, "auto", (0.08, 1.0))
     assert config.drop_rate is None and config.drop_path_rate is None and config.model == "tf_efficientnet_b3"
@@ -46,13 +52,38 @@ def test_a_recipe_trains_and_options_override_it(image_folder, tmp_path, monkeyp
             seen.append(self)
 
     monkeypatch.setattr("efficientnet.training.trainer.Trainer", Spy)
-    options = ("--data", f"imagefolder:{image_folder}", "--epochs", "1", "-b", "10", "--img-size", "16", "--drop", "0.0", "--dr", "0.5")
+    options = (
+        "--data",
+        f"imagefolder:{image_folder}",
+        "--epochs",
+        "1",
+        "-b",
+        "10",
+        "--img-size",
+        "16",
+        "--drop",
+        "0.0",
+        "--dr",
+        "0.5",
+    )
     assert main(["train", "--recipe", "paper-b0", *TINY, *options, "--output", str(tmp_path), "--no-model-ema"]) == 0
     (trainer,) = seen
-    given = {"model": TINY[1], "device": "cpu", "amp": "none", "num_workers": 0, "data": options[1], "epochs": 1, "batch_size": 10}
+    given = {
+        "model": TINY[1],
+        "device": "cpu",
+        "amp": "none",
+        "num_workers": 0,
+        "data": options[1],
+        "epochs": 1,
+        "batch_size": 10,
+    }
     given |= {"img_size": 16, "drop_rate": 0.0, "decay_rate": 0.5, "output": str(tmp_path), "model_ema": False}
     assert trainer.config == TrainConfig(**load_recipe("paper-b0") | given)
-    assert type(trainer.optimizer).__name__ == "RMSpropTF" and trainer.average is None and trainer.model.bn1.momentum == 0.01
+    assert (
+        type(trainer.optimizer).__name__ == "RMSpropTF"
+        and trainer.average is None
+        and trainer.model.bn1.momentum == 0.01
+    )
     assert trainer.step == 3 and trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.016 * 10 / 256 * 3 / 3)
 
 

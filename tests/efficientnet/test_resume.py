@@ -1,4 +1,6 @@
-"""Nothing lost: resumed runs against runs that never stopped, damaged and unwritable checkpoints, signals, kills at random moments."""
+"""Nothing lost: resumed runs against runs that never stopped, damaged and unwritable checkpoints, signals, kills at
+random moments.
+"""
 
 import errno
 import multiprocessing
@@ -52,10 +54,26 @@ def newest(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def config(image_folder):
-    """Four epochs of three updates with everything that has a state: averages, momentum, dropout, augmentation, mixing."""
-    settings = {"opt": "rmsproptf", "model_ema": True, "drop_path_rate": 0.2, "reprob": 0.3, "mixup": 0.2, "aa": "rand-m5-n1"}
+    """Four epochs of three updates with everything that has a state: averages, momentum, dropout, augmentation,
+    mixing.
+    """
+    settings = {
+        "opt": "rmsproptf",
+        "model_ema": True,
+        "drop_path_rate": 0.2,
+        "reprob": 0.3,
+        "mixup": 0.2,
+        "aa": "rand-m5-n1",
+    }
     return TrainConfig(
-        f"imagefolder:{image_folder}", model=TINY, img_size=16, epochs=4, batch_size=10, device="cpu", checkpoint_interval=1, **settings
+        f"imagefolder:{image_folder}",
+        model=TINY,
+        img_size=16,
+        epochs=4,
+        batch_size=10,
+        device="cpu",
+        checkpoint_interval=1,
+        **settings,
     )
 
 
@@ -74,7 +92,9 @@ class Stop(BaseException):
 @pytest.mark.parametrize("updates", [1, 3, 7])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_run_that_never_stopped(config, whole, tmp_path, monkeypatch, updates, workers):
-    """Stopped in the first epoch, at the end of one and within the third: the same states, bit for bit, and the same rows."""
+    """Stopped in the first epoch, at the end of one and within the third: the same states, bit for bit, and the same
+    rows.
+    """
     if workers and updates != 7:
         pytest.skip("once with workers")
     config = replace(config, output=str(tmp_path), num_workers=workers)
@@ -124,7 +144,12 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(config, whole,
     first.write_bytes(spoiled.get(damage, data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]))
     trainer = Trainer(replace(config, output=str(tmp_path), resume="auto"))
     out = capsys.readouterr().out
-    assert trainer.step == 11 and f"{str(first)!r} is" in out and "falling back to the one before" in out and str(second) in out
+    assert (
+        trainer.step == 11
+        and f"{str(first)!r} is" in out
+        and "falling back to the one before" in out
+        and str(second) in out
+    )
     trainer.run()
     assert_same(newest(tmp_path), newest(whole))
 
@@ -150,12 +175,17 @@ def test_a_new_run_sets_older_checkpoints_aside(config, tmp_path, capsys):
 
 def test_the_last_few_and_the_best_are_kept(config, tmp_path):
     Trainer(replace(config, output=str(tmp_path), checkpoint_hist=2, epochs=2)).run()
-    assert [path.name for path in RunStates(tmp_path / "checkpoints").paths()] == ["step-00000006.train.pt", "step-00000005.train.pt"]
+    assert [path.name for path in RunStates(tmp_path / "checkpoints").paths()] == [
+        "step-00000006.train.pt",
+        "step-00000005.train.pt",
+    ]
     assert read_metadata(tmp_path / "best.safetensors")["classes"] == ["blue", "green", "red"]
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monkeypatch):
-    """/dev/full takes no byte: the write fails as on a full disk, the message has the last good checkpoint, which goes on."""
+    """/dev/full takes no byte: the write fails as on a full disk, the message has the last good checkpoint, which goes
+    on.
+    """
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     config = replace(config, output=str(tmp_path))
@@ -172,7 +202,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monk
 
     monkeypatch.setattr(RunStates, "save", full)
     with pytest.raises(
-        TrainingStopped, match=r"cannot write checkpoint .*step-00000005.*No space left.*last good .*step-00000004.*--resume auto"
+        TrainingStopped,
+        match=r"cannot write checkpoint .*step-00000005.*No space left.*last good .*step-00000004.*--resume auto",
     ):
         trainer.run()
     monkeypatch.undo()
@@ -182,7 +213,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(config, whole, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("writes", "what"), [("Log.step", "the update's row"), ("Log.epoch", "the epoch's row"), ("save_checkpoint", "weights")]
+    ("writes", "what"),
+    [("Log.step", "the update's row"), ("Log.epoch", "the epoch's row"), ("save_checkpoint", "weights")],
 )
 def test_a_full_disk_ends_the_run_whatever_is_written(config, tmp_path, monkeypatch, writes, what):
     def full(*args, **kwargs):
@@ -190,7 +222,8 @@ def test_a_full_disk_ends_the_run_whatever_is_written(config, tmp_path, monkeypa
 
     monkeypatch.setattr(f"efficientnet.training.trainer.{writes}", full)
     with pytest.raises(
-        TrainingStopped, match=rf"cannot write {what}: .*No space left on device.*the last good checkpoint is .*step-0000000"
+        TrainingStopped,
+        match=rf"cannot write {what}: .*No space left on device.*the last good checkpoint is .*step-0000000",
     ):
         Trainer(replace(config, output=str(tmp_path), log_interval=2)).run()
 
@@ -227,7 +260,9 @@ def test_divergence_stops_with_the_step_the_batch_and_the_last_good_checkpoint(c
 
 def test_a_rate_that_is_too_large_stops_the_run(config, tmp_path):
     trainer = Trainer(replace(config, output=str(tmp_path), lr=1e30, opt="sgd", mixup=0.0))
-    with pytest.raises(TrainingStopped, match=r"loss \S+, gradient norm (nan|inf) in step \d.*a lower --lr or --clip-grad may help"):
+    with pytest.raises(
+        TrainingStopped, match=r"loss \S+, gradient norm (nan|inf) in step \d.*a lower --lr or --clip-grad may help"
+    ):
         trainer.run()
 
 
@@ -271,12 +306,17 @@ def test_out_of_memory_names_the_batch_to_try(config, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     monkeypatch.setattr(trainer, "forward_backward", out_of_memory)
-    with pytest.raises(TrainingStopped, match="out of memory with batches of 10: try --batch-size 5 --grad-accum-steps 2, or --auto-batch"):
+    with pytest.raises(
+        TrainingStopped,
+        match="out of memory with batches of 10: try --batch-size 5 --grad-accum-steps 2, or --auto-batch",
+    ):
         trainer.run()
 
 
 def test_auto_batch_halves_until_it_fits(config, tmp_path, monkeypatch):
-    """Memory for 7 images: 5 at a time, two batches an update, the same images in it; what was tried leaves no trace."""
+    """Memory for 7 images: 5 at a time, two batches an update, the same images in it; what was tried leaves no
+    trace.
+    """
     from efficientnet.model.network import EfficientNet
 
     def small(self, images):
@@ -331,7 +371,8 @@ def test_sigterm_saves_the_update_and_names_the_checkpoint(config, tmp_path):
         code = process.wait(120)
         log.seek(0)
         text = log.read()
-    # A data worker may see its end of the pipe close, and then Python prints that worker's traceback; ours never is one of them.
+    # A data worker may see its end of the pipe close, and then Python prints that worker's traceback; ours never is one
+    # of them.
     assert code == 128 + signal.SIGTERM and "efficientnet/cli.py" not in text
     last = [line for line in text.splitlines() if line.startswith("efficientnet: ")][-1]
     newest_path = RunStates(tmp_path / "checkpoints").paths()[0]
@@ -343,8 +384,14 @@ def test_sigterm_saves_the_update_and_names_the_checkpoint(config, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_within_an_update_or_an_evaluation(config, whole, tmp_path, monkeypatch, signum):
-    """The update that it comes in is finished and saved, the evaluation is not waited for; the rest of the run is the whole one's."""
-    config, update, evaluate = replace(config, output=str(tmp_path), checkpoint_interval=None), Trainer._update, Trainer._finish_epoch
+    """The update that it comes in is finished and saved, the evaluation is not waited for; the rest of the run is the
+    whole one's.
+    """
+    config, update, evaluate = (
+        replace(config, output=str(tmp_path), checkpoint_interval=None),
+        Trainer._update,
+        Trainer._finish_epoch,
+    )
 
     def signalled(self, batches):
         if self.step == 4:
@@ -375,9 +422,12 @@ def test_a_signal_within_an_update_or_an_evaluation(config, whole, tmp_path, mon
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_never_was(config, tmp_path):
-    """kill -9 from outside at a random moment within an update, a save or an evaluation, again and again, each time resumed."""
+    """kill -9 from outside at a random moment within an update, a save or an evaluation, again and again, each time
+    resumed.
+    """
     kills, moments = 20, random.Random(0)
-    config = replace(config, sched="step", warmup_epochs=0.0, checkpoint_hist=2)  # a rate that does not depend on when the run ends
+    # A rate that does not depend on when the run ends.
+    config = replace(config, sched="step", warmup_epochs=0.0, checkpoint_hist=2)
     killed = replace(config, output=str(tmp_path / "killed"), resume="auto", epochs=100_000)
     states, log, progress = RunStates(tmp_path / "killed" / "checkpoints"), tmp_path / "log", [0]
 
@@ -420,14 +470,25 @@ CHANGES = [
 @pytest.mark.parametrize("opt, first, second, key", CHANGES, ids=lambda value: str(value))
 def test_changed_optimizer_settings_are_used(image_folder, tmp_path, opt, first, second, key):
     """Those of a fresh optimizer, and each parameter's own moments, however the parameters are grouped."""
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "opt": opt, "output": str(tmp_path)}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "device": "cpu",
+        "opt": opt,
+        "output": str(tmp_path),
+    }
     config = TrainConfig(f"imagefolder:{image_folder}", **base)
     before = Trainer(replace(config, epochs=1, **first))
     before.run()
     resumed = Trainer(replace(config, epochs=2, resume="auto", **{**first, **second}))
     fresh = Trainer(replace(config, epochs=2, output=str(tmp_path / "new"), **{**first, **second}))
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in t.optimizer.param_groups] for t in (resumed, fresh)]
-    assert groups[0] == groups[1] != [{k: v for k, v in g.items() if k != "params"} for g in before.optimizer.param_groups]
+    groups = [
+        [{k: v for k, v in g.items() if k != "params"} for g in t.optimizer.param_groups] for t in (resumed, fresh)
+    ]
+    assert (
+        groups[0] == groups[1] != [{k: v for k, v in g.items() if k != "params"} for g in before.optimizer.param_groups]
+    )
     assert any(group[key] == groups[1][0][key] for group in groups[0])
     for (name, p), q in zip(before.model.named_parameters(), resumed.model.parameters(), strict=True):
         states = before.optimizer.state[p], resumed.optimizer.state[q]
@@ -449,7 +510,13 @@ def test_changed_optimizer_settings_are_used(image_folder, tmp_path, opt, first,
     ],
 )
 def test_what_cannot_be_used_is_refused(image_folder, tmp_path, first, second, message):
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "output": str(tmp_path)}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "device": "cpu",
+        "output": str(tmp_path),
+    }
     config = TrainConfig(f"imagefolder:{image_folder}", **base)
     Trainer(replace(config, epochs=1, **first)).run()
     with pytest.raises(InputError, match=message):
@@ -457,7 +524,13 @@ def test_what_cannot_be_used_is_refused(image_folder, tmp_path, first, second, m
 
 
 def test_loss_scaling_may_begin_later(image_folder, tmp_path):
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "device": "cpu", "output": str(tmp_path)}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "device": "cpu",
+        "output": str(tmp_path),
+    }
     config = TrainConfig(f"imagefolder:{image_folder}", **base)
     Trainer(replace(config, epochs=1)).run()
     resumed = Trainer(replace(config, epochs=2, resume="auto", amp="fp16"))
@@ -486,7 +559,14 @@ class Broken(RuntimeError):
 )
 def test_an_evaluation_that_fails_costs_no_epoch(image_folder, tmp_path, monkeypatch, error, raised, message):
     """What was trained is saved, and the run goes on with the evaluation, to the same rows and weights."""
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 3, "device": "cpu", "model_ema": True}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "epochs": 3,
+        "device": "cpu",
+        "model_ema": True,
+    }
     config = TrainConfig(f"imagefolder:{image_folder}", **base)
     whole = Trainer(replace(config, output=str(tmp_path / "whole")))
     whole.run()
@@ -508,12 +588,22 @@ def test_an_evaluation_that_fails_costs_no_epoch(image_folder, tmp_path, monkeyp
     measured = ("images_per_s", "data_wait", "seconds")
     rows = [[{k: v for k, v in row.items() if k not in measured} for row in t.history] for t in (whole, resumed)]
     assert rows[0] == rows[1]
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True)
+    )
 
 
 def test_evaluation_takes_the_memory_there_is(image_folder, tmp_path, monkeypatch, capsys):
     """Batches that do not fit are halved; where one image does not, that is the error, and the epoch is saved."""
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 1, "device": "cpu", "num_workers": 1}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "epochs": 1,
+        "device": "cpu",
+        "num_workers": 1,
+    }
     trainer = Trainer(TrainConfig(f"imagefolder:{image_folder}", output=str(tmp_path / "a"), **base))
     plain = Trainer(TrainConfig(f"imagefolder:{image_folder}", output=str(tmp_path / "b"), **base)).run()
     forward, limit = trainer.model.forward, 3
@@ -535,7 +625,14 @@ def test_evaluation_takes_the_memory_there_is(image_folder, tmp_path, monkeypatc
 
 
 def test_the_average_in_a_training_state(image_folder, tmp_path):
-    base = {"model": "efficientnet_d0.1_w0.1_r32", "img_size": 8, "batch_size": 10, "epochs": 1, "device": "cpu", "output": str(tmp_path)}
+    base = {
+        "model": "efficientnet_d0.1_w0.1_r32",
+        "img_size": 8,
+        "batch_size": 10,
+        "epochs": 1,
+        "device": "cpu",
+        "output": str(tmp_path),
+    }
     Trainer(TrainConfig(f"imagefolder:{image_folder}", model_ema=True, model_ema_decay=0.5, **base)).run()
     (path,) = (tmp_path / "checkpoints").glob("*.train.pt")
     averaged, raw = load_checkpoint(None, path).state_dict(), load_checkpoint(None, path, use_ema=False).state_dict()

@@ -54,14 +54,18 @@ def test_largest_phi_is_the_last_that_fits():
 @pytest.mark.parametrize("base", ["efficientnet_b0", "resnet50"])
 def test_costs_never_fall_as_phi_grows(base):
     """What the bisection relies on."""
-    models = [create_scaled(base, compound_scale(phi / 20), fused=False, device="meta") for phi in (0, 1, 2, 9, 10, 20, 21)]
+    models = [
+        create_scaled(base, compound_scale(phi / 20), fused=False, device="meta") for phi in (0, 1, 2, 9, 10, 20, 21)
+    ]
     for counted in (count_parameters, count_macs):
         costs = [counted(model) for model in models]
         assert costs == sorted(costs) and costs[0] < costs[-1]
 
 
 def calibrated(model):
-    """Random BatchNorm weights and biases, and running statistics of what the layers then see, so that images make a difference."""
+    """Random BatchNorm weights and biases, and running statistics of what the layers then see, so that images make a
+    difference.
+    """
     torch.manual_seed(0)
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.momentum = 1.0
@@ -86,7 +90,8 @@ def oracle(base, torchvision, timm):
 
 
 @pytest.mark.parametrize(
-    "base, parameters, gmacs", [("mobilenet_v1", 4_231_976, 0.569), ("mobilenet_v2", 3_504_872, 0.301), ("resnet50", 25_557_032, 4.089)]
+    "base, parameters, gmacs",
+    [("mobilenet_v1", 4_231_976, 0.569), ("mobilenet_v2", 3_504_872, 0.301), ("resnet50", 25_557_032, 4.089)],
 )
 def test_unscaled_networks_are_those_of_the_libraries(torchvision, timm, base, parameters, gmacs):
     """The same parameters, MACs and, with the library's weights, logits."""
@@ -108,7 +113,9 @@ def test_resnet50_has_the_names_of_torchvision(torchvision):
 
 
 def test_scaled_mobilenet_v2_is_timms(timm):
-    """timm's mobilenetv2_120d is width 1.2, depth 1.4 with stem, first and last stage's depth left alone: the stages between agree."""
+    """timm's mobilenetv2_120d is width 1.2, depth 1.4 with stem, first and last stage's depth left alone: the stages
+    between agree.
+    """
     theirs = timm.create_model("mobilenetv2_120d", device="meta")
     ours = create_scaled("mobilenet_v2", Scaling(1.4, 1.2, 224), fused=False, device="meta")
     for stage in range(2, 6):
@@ -127,9 +134,12 @@ OURS = {
 @pytest.mark.parametrize("base", TABLE_3)
 def test_table_3(base):
     for row, expected in zip(TABLE_3[base], OURS[base], strict=True):
-        model = create_scaled(base, Scaling(row.depth, row.width, round(224 * row.resolution)), fused=False, device="meta")
+        model = create_scaled(
+            base, Scaling(row.depth, row.width, round(224 * row.resolution)), fused=False, device="meta"
+        )
         assert round(count_macs(model) / 1e9, 3) == expected
-        if row.what in ("baseline", "resolution"):  # nothing is rounded there: the paper's figure is met but for its digits
+        # Nothing is rounded there: the paper's figure is met but for its digits.
+        if row.what in ("baseline", "resolution"):
             assert abs(expected / row.gmacs - 1) < 0.06
 
 
@@ -161,7 +171,9 @@ def test_scaled_networks_train(base):
 
 
 def test_unknown_base():
-    with pytest.raises(ValueError, match="base must be one of efficientnet_b0, mobilenet_v1, mobilenet_v2, resnet50, got 'vgg'"):
+    with pytest.raises(
+        ValueError, match="base must be one of efficientnet_b0, mobilenet_v1, mobilenet_v2, resnet50, got 'vgg'"
+    ):
         create_scaled("vgg")
 
 
@@ -184,7 +196,11 @@ def test_scale_by_phi_is_compound_scale(run):  # noqa: F811
 
 @pytest.mark.parametrize(
     "base, option, budget",
-    [("efficientnet_b0", "--flops", "700M"), ("efficientnet_b0", "--params", "6.1M"), ("mobilenet_v1", "--flops", "1.1e9")],
+    [
+        ("efficientnet_b0", "--flops", "700M"),
+        ("efficientnet_b0", "--params", "6.1M"),
+        ("mobilenet_v1", "--flops", "1.1e9"),
+    ],
 )
 def test_scale_to_a_budget_is_the_largest_that_fits(run, base, option, budget):  # noqa: F811
     code, out, _ = run("scale", "--base", base, option, budget)
@@ -212,7 +228,9 @@ def test_scale_to_a_latency(run, monkeypatch):  # noqa: F811
 
 
 def test_measured_latency():
-    """Milliseconds of a forward, in eval and without gradients: at least what this one takes, however busy the machine is."""
+    """Milliseconds of a forward, in eval and without gradients: at least what this one takes, however busy the machine
+    is.
+    """
     from efficientnet.measure.latency import measure_latency
 
     class Sleeper(torch.nn.Module):
@@ -263,7 +281,9 @@ def test_search_by_macs(run, tmp_path):  # noqa: F811
         assert (row["macs"], row["parameters"]) == (count_macs(model), count_parameters(model))
         assert row["macs_of_base"] == row["macs"] / base
     best = min(result["rows"], key=lambda row: max(row["macs_of_base"] / 2, 2 / row["macs_of_base"]))
-    assert result["best"] == best and "9 candidates; the best as options of scale: --alpha 1 --beta 1 --gamma 1.4" in out
+    assert (
+        result["best"] == best and "9 candidates; the best as options of scale: --alpha 1 --beta 1 --gamma 1.4" in out
+    )
     assert out.splitlines()[1].split()[:4] == ["1", "1.0", "1.0", "1.4"]
 
 
@@ -279,7 +299,20 @@ def test_search_by_latency(run, tmp_path, monkeypatch):  # noqa: F811
         return Latency(count_macs(model) / 1e7 * (1 + model.config.stem_channels / 32), 0.5)
 
     monkeypatch.setattr("efficientnet.measure.latency.measure_latency", clock)
-    argv = ("scale", "--search", "--base", "mobilenet_v2", "--step", 0.2, "--at-least", 1.8, "--img-size", 64, "--batch-size", 2)
+    argv = (
+        "scale",
+        "--search",
+        "--base",
+        "mobilenet_v2",
+        "--step",
+        0.2,
+        "--at-least",
+        1.8,
+        "--img-size",
+        64,
+        "--batch-size",
+        2,
+    )
     argv = (*argv, "--device", "cpu", "--output", tmp_path / "r.json")
     code, out, _ = run(*argv)
     result = json.loads((tmp_path / "r.json").read_text())
@@ -303,14 +336,30 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
             super().__init__(config)
             resumed.append((self.output.name, self.step))
 
-    options = (*SEARCH, "--data", f"imagefolder:{image_folder}", "--img-size", 8, "--epochs", 2, "--batch-size", 10, "--lr", 3e-3)
+    options = (
+        *SEARCH,
+        "--data",
+        f"imagefolder:{image_folder}",
+        "--img-size",
+        8,
+        "--epochs",
+        2,
+        "--batch-size",
+        10,
+        "--lr",
+        3e-3,
+    )
     argv = [str(arg) for arg in (*options, "--device", "cpu", "--output")]
     killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "efficientnet", *argv, killed], env=env, stdout=-3, stderr=-3)
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("killed.json.runs/*/metrics.jsonl")) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not list(tmp_path.glob("killed.json.runs/*/metrics.jsonl"))
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -318,7 +367,10 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
     assert list(tmp_path.rglob("*.train.pt")), "it was to be killed while it trained"
     before = json.loads(killed.read_text())
     unfinished = [path.parent for path in tmp_path.glob("*/*/metrics.jsonl") if path.read_text().count("\n") < 2]
-    steps = {folder.name: int(re.search(r"\d+", max(path.name for path in folder.rglob("*.train.pt")))[0]) for folder in unfinished}
+    steps = {
+        folder.name: int(re.search(r"\d+", max(path.name for path in folder.rglob("*.train.pt")))[0])
+        for folder in unfinished
+    }
     monkeypatch.setattr("efficientnet.training.trainer.Trainer", Spy)
     assert before["best"] is None and len(before["rows"]) < 3
     for output in (killed, whole):
@@ -328,7 +380,11 @@ def test_search_by_training_survives_a_kill(run, image_folder, tmp_path, monkeyp
     result = json.loads(whole.read_text())
     assert json.loads(killed.read_text()) == result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
-    assert [(row["alpha"], row["beta"], row["gamma"]) for row in result["rows"]] == [(1, 1, 1.4), (1, 1.4, 1), (2, 1, 1)]
+    assert [(row["alpha"], row["beta"], row["gamma"]) for row in result["rows"]] == [
+        (1, 1, 1.4),
+        (1, 1.4, 1),
+        (2, 1, 1),
+    ]
     assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in result["rows"])
 
     # What is best: the accuracy decides, then the loss.
@@ -362,7 +418,10 @@ def test_a_search_of_other_settings_is_not_continued(run, tmp_path):  # noqa: F8
         (["--phi", 1, "--num-classes", -1], "num_classes must be an integer >= 0, got -1"),
         (["--flops", "3x"], "must be a number > 0 such as 400M, 1.8G or 4.2e9, got '3x'"),
         (["--flops", "-1G"], "must be a number > 0|expected one argument"),
-        (["--flops", "1M"], r"flops 1e\+06 is less than the 3.85815e\+08 multiply-accumulates of the unscaled efficientnet_b0"),
+        (
+            ["--flops", "1M"],
+            r"flops 1e\+06 is less than the 3.85815e\+08 multiply-accumulates of the unscaled efficientnet_b0",
+        ),
         (["--params", "2M", "--base", "resnet50"], "less than the 2.5557e.07 parameters of the unscaled resnet50"),
         (["--latency", "nan"], "latency must be a finite number of milliseconds > 0, got nan"),
         (["--data", "digits", "--phi", 1], "data is for --search"),
@@ -370,10 +429,19 @@ def test_a_search_of_other_settings_is_not_continued(run, tmp_path):  # noqa: F8
         (["--search", "--objective", "size"], "objective must be one of accuracy, latency, macs, got 'size'"),
         (["--search", "--step", 0], r"step must be in \[0.01, 0.5\], got 0.0"),
         (["--search", "--at-least", 3], "at_least and at_most must be in order"),
-        (["--search", "--objective", "accuracy"], "data is what objective accuracy is measured on, got objective 'accuracy' and data None"),
-        (["--search", "--data", "digits", "--base", "resnet50"], "base must be efficientnet_b0 for objective accuracy, got 'resnet50'"),
+        (
+            ["--search", "--objective", "accuracy"],
+            "data is what objective accuracy is measured on, got objective 'accuracy' and data None",
+        ),
+        (
+            ["--search", "--data", "digits", "--base", "resnet50"],
+            "base must be efficientnet_b0 for objective accuracy, got 'resnet50'",
+        ),
         (["--search", "--data", "digits", "--epochs", 0], "epochs must be an integer >= 1, got 0"),
-        (["--search", "--output", "/no/such/r.json"], "output '/no/such/r.json' must be a file in a folder that exists"),
+        (
+            ["--search", "--output", "/no/such/r.json"],
+            "output '/no/such/r.json' must be a file in a folder that exists",
+        ),
         (["--latency", 5, "--batch-size", 0], "batch_size must be an integer >= 1, got 0"),
     ],
 )

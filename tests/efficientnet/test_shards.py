@@ -37,7 +37,9 @@ def png(value):
 
 
 def write_shards(root, counts, damage=()):
-    """Shards of so many samples; sample i is a grey PNG of value i and class i % 3. ``damage``: sample -> what it is instead."""
+    """Shards of so many samples; sample i is a grey PNG of value i and class i % 3. ``damage``: sample -> what it is
+    instead.
+    """
     i = 0
     for number, count in enumerate(counts):
         with wds.TarWriter(str(root / f"s-{number:02d}.tar")) as writer:
@@ -251,7 +253,15 @@ def learnable(tmp_path_factory):
 
 def config_for(learnable, output, **more):
     train, val = learnable
-    settings = {"model": TINY, "img_size": 8, "epochs": 2, "batch_size": 6, "lr": 3e-3, "device": "cpu", "num_workers": 2}
+    settings = {
+        "model": TINY,
+        "img_size": 8,
+        "epochs": 2,
+        "batch_size": 6,
+        "lr": 3e-3,
+        "device": "cpu",
+        "num_workers": 2,
+    }
     settings |= {"output": str(output)}
     return TrainConfig(data=train, val_data=val, **settings | more)
 
@@ -278,12 +288,21 @@ def test_training_from_shards_resumes_within_an_epoch(learnable, tmp_path, capsy
         Trainer(replace(resumed, num_workers=0))
     assert Trainer(resumed).run().correct == evaluation.correct
     whole, again = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "stopped"))
-    assert load(whole).keys() == load(again).keys() and all(torch.equal(load(whole)[key], load(again)[key]) for key in load(whole))
+    assert load(whole).keys() == load(again).keys() and all(
+        torch.equal(load(whole)[key], load(again)[key]) for key in load(whole)
+    )
 
 
 def test_two_processes_resume_from_shards_within_an_epoch(learnable, tmp_path):
     """The same weights at the end; one process, for which the shards would be shared out otherwise, is refused."""
-    settings = {"num_workers": 1, "batch_size": 3, "sched": "step", "warmup_epochs": 0.0, "checkpoint_interval": 1, "checkpoint_hist": 9}
+    settings = {
+        "num_workers": 1,
+        "batch_size": 3,
+        "sched": "step",
+        "warmup_epochs": 0.0,
+        "checkpoint_interval": 1,
+        "checkpoint_hist": 9,
+    }
     config = config_for(learnable, tmp_path / "whole", **settings)
     stopped = replace(config, output=str(tmp_path / "stopped"), epochs=1)
     groups = [processes.start_group(2, processes.train, part, log=tmp_path / "log") for part in (config, stopped)]
@@ -312,14 +331,22 @@ def test_validate_on_shards(run, learnable, image_folder, trained):  # noqa: F81
 
 def test_shards_from_a_command(learnable):
     """Not local: streams that webdataset opens, whose samples nobody can count beforehand."""
-    train, val = ("webdataset:" + "::".join(f"pipe:cat {path}" for path in find_shards(data.partition(":")[2])) for data in learnable)
+    train, val = (
+        "webdataset:" + "::".join(f"pipe:cat {path}" for path in find_shards(data.partition(":")[2]))
+        for data in learnable
+    )
     with pytest.raises(InputError, match="classes of 'pipe:cat .*' cannot be counted beforehand: give --num-classes"):
         load_data(train, 8, val_data=val)
-    with pytest.raises(InputError, match="samples of 'webdataset:pipe:.*' cannot be counted beforehand: give --train-num-samples"):
+    with pytest.raises(
+        InputError, match="samples of 'webdataset:pipe:.*' cannot be counted beforehand: give --train-num-samples"
+    ):
         load_data(train, 8, val_data=val, num_classes=3)
     data = load_data(train, 8, val_data=val, num_classes=3, num_samples=36)
     local = load_data(learnable[0], 8, val_data=learnable[1])
-    for loader, other in ((ShardLoader(of.val, 4) for of in (data, local)), (ShardLoader(of.train, 4) for of in (data, local))):
+    for loader, other in (
+        (ShardLoader(of.val, 4) for of in (data, local)),
+        (ShardLoader(of.train, 4) for of in (data, local)),
+    ):
         for ((images, labels), _), ((expected, expected_labels), _) in zip(loader, other, strict=True):
             assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
     assert len(list(training(data.train, 36))) == 9
@@ -337,10 +364,16 @@ def test_bad_input(run, learnable, tmp_path):  # noqa: F811
         (["--data", f"webdataset:{tmp_path}/text.tar"], "shard '.*text.tar' is no tar file"),
         (["--data", f"webdataset:{tmp_path}/one.tar"], "must have samples of 2 classes or more, got 1 of 1"),
         (["--data", f"{train}::{train.removeprefix('webdataset:')}"], "names a shard twice"),
-        (["--data", train, "--val-data", val, "--num-workers", 5], "4 shards are too few for 1 processes with 5 loading processes each"),
+        (
+            ["--data", train, "--val-data", val, "--num-workers", 5],
+            "4 shards are too few for 1 processes with 5 loading processes each",
+        ),
         (["--data", train, "--val-data", "digits"], "val_data 'digits' has other classes than data 'webdataset:"),
         (["--data", "digits", "--num-classes", 5], "num_classes is for webdataset:SHARDS only, and data is 'digits'"),
-        (["--data", "digits", "--train-num-samples", 5], "train_num_samples is for webdataset:SHARDS only, and data is 'digits'"),
+        (
+            ["--data", "digits", "--train-num-samples", 5],
+            "train_num_samples is for webdataset:SHARDS only, and data is 'digits'",
+        ),
         (["--data", "webdataset:"], "data must be one of digits"),
     ]:
         assert_one_line(run("train", "--output", tmp_path / "out", "--img-size", 8, *argv), message)
@@ -349,4 +382,6 @@ def test_bad_input(run, learnable, tmp_path):  # noqa: F811
 
 def test_without_webdataset(run, learnable, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
-    assert_one_line(run("train", "--data", learnable[0]), r'webdataset is not installed; pip install "effkernels\[train\]"')
+    assert_one_line(
+        run("train", "--data", learnable[0]), r'webdataset is not installed; pip install "effkernels\[train\]"'
+    )

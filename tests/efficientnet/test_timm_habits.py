@@ -1,4 +1,6 @@
-"""What users of timm reach for: options of training, questions to a model, old names; against timm where it has an answer."""
+"""What users of timm reach for: options of training, questions to a model, old names; against timm where it has an
+answer.
+"""
 
 import copy
 
@@ -62,13 +64,25 @@ def test_indices_that_there_are_not(pair, indices):
 
 @pytest.mark.parametrize("out_indices", [None, (1, 3), (-2, -1)])
 def test_feature_info(timm, out_indices):
-    theirs = timm.create_model("efficientnet_b0", features_only=True, **({} if out_indices is None else {"out_indices": out_indices}))
+    theirs = timm.create_model(
+        "efficientnet_b0", features_only=True, **({} if out_indices is None else {"out_indices": out_indices})
+    )
     ours = create_model("efficientnet_b0", features_only=True, out_indices=out_indices)
     for name in ("channels", "reduction"):
         for idx in (None, 0, 2, [1, 3]):
             assert getattr(ours.feature_info, name)(idx) == getattr(theirs.feature_info, name)(idx), (name, idx)
-    assert ours.feature_info.get("num_chs") == ours.feature_info.channels() == [info["num_chs"] for info in ours.feature_info]
-    assert create_model("efficientnet_b0").feature_info.module_name() == ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+    assert (
+        ours.feature_info.get("num_chs")
+        == ours.feature_info.channels()
+        == [info["num_chs"] for info in ours.feature_info]
+    )
+    assert create_model("efficientnet_b0").feature_info.module_name() == [
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+        "blocks.4",
+        "blocks.6",
+    ]
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", ""])
@@ -86,11 +100,14 @@ def test_pooling(timm, pool, num_classes):
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(X), theirs(X))
     torch.testing.assert_close(
-        ours.forward_head(ours.forward_features(X), pre_logits=True), theirs.forward_head(theirs.forward_features(X), pre_logits=True)
+        ours.forward_head(ours.forward_features(X), pre_logits=True),
+        theirs.forward_head(theirs.forward_features(X), pre_logits=True),
     )
     new = create_model("efficientnet_b0", num_classes=num_classes, global_pool=pool)
     assert {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert new.head_hidden_size == theirs.head_hidden_size and type(new.get_classifier()) is type(theirs.get_classifier())
+    assert new.head_hidden_size == theirs.head_hidden_size and type(new.get_classifier()) is type(
+        theirs.get_classifier()
+    )
     ours.reset_classifier(3 if pool else 0)  # keeps the pooling
     assert ours.global_pool.pool_type == pool
 
@@ -100,7 +117,9 @@ def test_pooling_is_kept_with_a_checkpoint(tmp_path):
     save_checkpoint(model, tmp_path / "m.safetensors")
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(load_checkpoint(None, tmp_path / "m.safetensors").eval()(x), model(x))
-    with pytest.raises(ValueError, match="global_pool must be one of 'avg', 'max', 'avgmax', 'catavgmax', '', got 'median'"):
+    with pytest.raises(
+        ValueError, match="global_pool must be one of 'avg', 'max', 'avgmax', 'catavgmax', '', got 'median'"
+    ):
         model.reset_classifier(3, "median")
 
 
@@ -161,10 +180,14 @@ def norms(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
 
 
-@pytest.mark.parametrize("thaw", [lambda m: m.train(), lambda m: m.blocks.train(), lambda m: m.blocks[0].train(), lambda m: m.bn1.train()])
+@pytest.mark.parametrize(
+    "thaw", [lambda m: m.train(), lambda m: m.blocks.train(), lambda m: m.blocks[0].train(), lambda m: m.bn1.train()]
+)
 @pytest.mark.parametrize("kind", ["model", "features", "copy", "accelerated"])
 def test_frozen_norms_stay_frozen(thaw, kind):
-    """Under train() of whatever part, of the features-only form, of a copy; and go on where nothing is frozen any more."""
+    """Under train() of whatever part, of the features-only form, of a copy; and go on where nothing is frozen any
+    more.
+    """
     model = create_model(TINY, num_classes=3, features_only=kind == "features", fused=kind != "accelerated")
     assert freeze(model, 1) == ["conv_stem", "bn1", "blocks.0", "blocks.1"]
     if kind == "copy":
@@ -175,7 +198,11 @@ def test_frozen_norms_stay_frozen(thaw, kind):
         accelerate(model)
     model.eval()
     thaw(model)
-    frozen = {name: layer for name, layer in norms(model).items() if name == "bn1" or name.startswith(("blocks.0", "blocks.1"))}
+    frozen = {
+        name: layer
+        for name, layer in norms(model).items()
+        if name == "bn1" or name.startswith(("blocks.0", "blocks.1"))
+    }
     assert len(frozen) > 4 and not any(layer.training for layer in frozen.values())
     before = {name: layer.running_mean.clone() for name, layer in norms(model).items()}
     model.train()
@@ -214,16 +241,33 @@ def test_plateau():
 
 
 def test_epochs_without_gain():
-    assert [epochs_without_gain(a) for a in ([], [0.1], [0.1, 0.1], [0.1, 0.3, 0.2, 0.3], [0.3, 0.2, 0.4])] == [0, 0, 1, 2, 0]
+    assert [epochs_without_gain(a) for a in ([], [0.1], [0.1, 0.1], [0.1, 0.3, 0.2, 0.3], [0.3, 0.2, 0.4])] == [
+        0,
+        0,
+        1,
+        2,
+        0,
+    ]
 
 
 def test_early_stop(image_folder, tmp_path, capsys, monkeypatch):
     """It ends the run, and a resumed one at once; with more patience that goes on."""
-    base = {"model": TINY, "img_size": 8, "batch_size": 10, "device": "cpu", "output": str(tmp_path), "lr": 1e-12, "epochs": 9}
+    base = {
+        "model": TINY,
+        "img_size": 8,
+        "batch_size": 10,
+        "device": "cpu",
+        "output": str(tmp_path),
+        "lr": 1e-12,
+        "epochs": 9,
+    }
     config = TrainConfig(f"imagefolder:{image_folder}", early_stop=2, bn_momentum=0.0, **base)
     trainer = Trainer(config)
     trainer.run()
-    assert len(trainer.history) == 3 and "early stop  2 epochs without a better held-out accuracy" in capsys.readouterr().out
+    assert (
+        len(trainer.history) == 3
+        and "early stop  2 epochs without a better held-out accuracy" in capsys.readouterr().out
+    )
     again = Trainer(TrainConfig(**{**vars(config), "resume": "auto"}))
     evaluation = again.run()
     assert len(again.history) == 3 and evaluation.total == trainer.history[-1]["val_total"]
@@ -260,19 +304,31 @@ def test_balanced_sampler():
 @pytest.mark.parametrize("given, weights", [("balanced", [1.0, 1.0, 1.0]), ("1,2.5,0", [1.0, 2.5, 0.0])])
 def test_class_weights(image_folder, tmp_path, given, weights):
     config = TrainConfig(
-        f"imagefolder:{image_folder}", model=TINY, img_size=8, batch_size=10, device="cpu", output=str(tmp_path), class_weights=given
+        f"imagefolder:{image_folder}",
+        model=TINY,
+        img_size=8,
+        batch_size=10,
+        device="cpu",
+        output=str(tmp_path),
+        class_weights=given,
     )
     trainer = Trainer(config)
     assert trainer.class_weights.tolist() == pytest.approx(weights)
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 2, 1, 1])
     trainer.model.eval()
     loss = trainer.forward_backward(images, labels)
-    expected = F.cross_entropy(trainer.model(images), labels, torch.tensor(weights), label_smoothing=config.label_smoothing)
+    expected = F.cross_entropy(
+        trainer.model(images), labels, torch.tensor(weights), label_smoothing=config.label_smoothing
+    )
     torch.testing.assert_close(loss, expected.detach())
 
 
 def test_balanced_weights_of_a_set_that_is_not(image_folder, tmp_path):
-    trainer = Trainer(TrainConfig(f"imagefolder:{image_folder}", model=TINY, img_size=8, batch_size=10, device="cpu", output=str(tmp_path)))
+    trainer = Trainer(
+        TrainConfig(
+            f"imagefolder:{image_folder}", model=TINY, img_size=8, batch_size=10, device="cpu", output=str(tmp_path)
+        )
+    )
     trainer.data.train.labels = [0] * 6 + [1] * 3 + [2] * 1
     object.__setattr__(trainer.config, "class_weights", "balanced")
     assert trainer._class_weights().tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
@@ -281,7 +337,12 @@ def test_balanced_weights_of_a_set_that_is_not(image_folder, tmp_path):
 @pytest.mark.parametrize("given", ["1,2", "a,b,c", "1,2,-1", "1,2,nan", "0,0,0", ""])
 def test_class_weights_that_are_none(image_folder, tmp_path, given):
     config = TrainConfig(
-        f"imagefolder:{image_folder}", model=TINY, img_size=8, device="cpu", output=str(tmp_path / "out"), class_weights=given
+        f"imagefolder:{image_folder}",
+        model=TINY,
+        img_size=8,
+        device="cpu",
+        output=str(tmp_path / "out"),
+        class_weights=given,
     )
     with pytest.raises(InputError, match="class_weights must be balanced, or 3 numbers >= 0 with commas between, got"):
         Trainer(config)
@@ -291,7 +352,12 @@ def test_class_weights_that_are_none(image_folder, tmp_path, given):
 @pytest.mark.parametrize(
     "given, meant",
     [
-        *(("--learning-rate", "--lr"), ("--optimizer=adam", "--opt"), ("--arch", "--model"), ("--wd", "--weight-decay")),
+        *(
+            ("--learning-rate", "--lr"),
+            ("--optimizer=adam", "--opt"),
+            ("--arch", "--model"),
+            ("--wd", "--weight-decay"),
+        ),
         *(
             ("--early-stopping", "--early-stop"),
             ("--patience", "--early-stop"),

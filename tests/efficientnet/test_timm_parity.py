@@ -42,7 +42,10 @@ def test_eval(timm, name, size):
     assert relative_error(ours(x), theirs(x)) < 1e-5
     features = theirs.forward_features(x)
     assert relative_error(ours.forward_features(x), features) < 1e-5
-    assert relative_error(ours.forward_head(features, pre_logits=True), theirs.forward_head(features, pre_logits=True)) < 1e-5
+    assert (
+        relative_error(ours.forward_head(features, pre_logits=True), theirs.forward_head(features, pre_logits=True))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -60,7 +63,8 @@ def test_training(timm, name, size):
     assert relative_error(images[1].grad, images[0].grad) < 1e-9
     expected = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
-        # Relative to the gradient plus the weight: some gradients are zero up to rounding (a bias in front of a BatchNorm).
+        # Relative to the gradient plus the weight: some gradients are zero up to rounding (a bias in front of a
+        # BatchNorm).
         grad = expected[key].grad
         assert (parameter.grad - grad).norm() < 1e-9 * (grad.norm() + parameter.norm()), key
     state = theirs.state_dict()
@@ -76,7 +80,10 @@ def test_layout(timm, name):
     for ours_info, info in zip(ours.feature_info, theirs.feature_info, strict=True):
         assert ours_info == {key: info[key] for key in ours_info}
     assert (ours.num_features, ours.num_classes) == (theirs.num_features, theirs.num_classes)
-    norms = [[(n, m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)] for model in (ours, theirs)]
+    norms = [
+        [(n, m.eps, m.momentum) for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for model in (ours, theirs)
+    ]
     assert norms[0] == norms[1]
 
 

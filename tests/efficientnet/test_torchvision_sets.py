@@ -32,7 +32,10 @@ def write_cifar(root, monkeypatch, kind):
     }[kind]
     folder, rng, written = root / cls.base_folder, np.random.default_rng(0), {}
     folder.mkdir(parents=True)
-    for part, files, count in (("train", [file for file, _ in cls.train_list], 12), ("test", [file for file, _ in cls.test_list], 5)):
+    for part, files, count in (
+        ("train", [file for file, _ in cls.train_list], 12),
+        ("test", [file for file, _ in cls.test_list], 5),
+    ):
         pixels, labels = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), [i % 3 for i in range(count)]
         written[part] = torch.from_numpy(pixels), labels
         for file, at in zip(files, np.array_split(np.arange(count), len(files)), strict=True):
@@ -93,7 +96,10 @@ def write_food(root, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def listing(numbers):
-        return {name: [f"{name}/{1000 + i}" for i in numbers if i % 2 == odd] for odd, name in enumerate(("apple_pie", "waffles"))}
+        return {
+            name: [f"{name}/{1000 + i}" for i in numbers if i % 2 == odd]
+            for odd, name in enumerate(("apple_pie", "waffles"))
+        }
 
     (folder / "meta" / "train.json").write_text(json.dumps(listing(range(4))))
     (folder / "meta" / "test.json").write_text(json.dumps(listing(range(4, 7))))
@@ -124,21 +130,27 @@ def test_sets_of_image_files(tmp_path, monkeypatch, kind):
 
 def test_training_on_cifar(tmp_path, monkeypatch, capsys):
     write_cifar(tmp_path, monkeypatch, "cifar10")
-    config = TrainConfig(f"cifar10:{tmp_path}", img_size=8, epochs=1, batch_size=4, device="cpu", output=str(tmp_path / "run"))
+    config = TrainConfig(
+        f"cifar10:{tmp_path}", img_size=8, epochs=1, batch_size=4, device="cpu", output=str(tmp_path / "run")
+    )
     assert Trainer(config).run().total == 5
     assert "12 training and 5 held-out images, 8 x 8" in capsys.readouterr().out
 
 
 def test_nothing_is_fetched_unless_asked(run, tmp_path, monkeypatch):  # noqa: F811
     fetched = []
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", lambda *args, **more: fetched.append(args))
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.download_and_extract_archive", lambda *args, **more: fetched.append(args)
+    )
     argv = ("train", "--data", f"cifar10:{tmp_path / 'root'}", "--output", tmp_path / "out")
     assert_one_line(run(*argv), "cifar10 is not there, or not whole, in '.*root'; --download fetches it")
     assert not fetched
     assert_one_line(run(*argv, "--download"), "cifar10 cannot be fetched into '.*root': Dataset not found or corrupted")
     assert fetched == [(datasets.CIFAR10.url, tmp_path / "root")] and not (tmp_path / "out").exists()
     for kind in ("cifar100", "flowers102", "oxfordiiitpet", "food101"):
-        assert_one_line(run("train", "--data", f"{kind}:{tmp_path / 'root'}"), f"{kind} is not there, or not whole, in '.*root'")
+        assert_one_line(
+            run("train", "--data", f"{kind}:{tmp_path / 'root'}"), f"{kind} is not there, or not whole, in '.*root'"
+        )
 
 
 def test_without_torchvision(run, tmp_path, monkeypatch):  # noqa: F811
@@ -146,4 +158,7 @@ def test_without_torchvision(run, tmp_path, monkeypatch):  # noqa: F811
         raise ModuleNotFoundError(name="torchvision")
 
     monkeypatch.setattr("efficientnet.data.torchvision_modules.import_module", missing)
-    assert_one_line(run("train", "--data", f"cifar10:{tmp_path}"), r'torchvision is not installed; pip install "effkernels\[train\]"')
+    assert_one_line(
+        run("train", "--data", f"cifar10:{tmp_path}"),
+        r'torchvision is not installed; pip install "effkernels\[train\]"',
+    )

@@ -33,7 +33,9 @@ def last_state(output):
 
 def test_it_learns_digits(tmp_path):
     """Three of them, half of their images: the loss falls, and most held-out digits are told apart."""
-    config = TrainConfig("digits:0-2", epochs=5, warmup_epochs=1, batch_size=32, val_fraction=0.5, device="cpu", output=str(tmp_path))
+    config = TrainConfig(
+        "digits:0-2", epochs=5, warmup_epochs=1, batch_size=32, val_fraction=0.5, device="cpu", output=str(tmp_path)
+    )
     trainer = Trainer(config)
     evaluation = trainer.run()
     assert evaluation.accuracy > 0.8 and evaluation.total > 250
@@ -62,7 +64,11 @@ def test_files_of_a_run(trained):
     with Image.open(output / "curves.png") as image:
         assert image.format == "PNG" and image.width > 500
     metadata = read_metadata(output / "last.safetensors")
-    assert metadata["classes"] == ["blue", "green", "red"] and metadata["epoch"] == 4 and metadata["preprocess"]["img_size"] == 8
+    assert (
+        metadata["classes"] == ["blue", "green", "red"]
+        and metadata["epoch"] == 4
+        and metadata["preprocess"]["img_size"] == 8
+    )
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: row["val_acc"])  # the first of equals
     assert read_metadata(output / "best.safetensors")["metrics"] == best
@@ -99,7 +105,9 @@ def test_resume_refuses_another_run(trained, tmp_path, change, message):
 def test_decay_spares_biases_and_norms(trained, tmp_path):
     config, *_ = trained
     trainer = Trainer(replace(config, weight_decay=0.3, output=str(tmp_path)))
-    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    decayed = {
+        id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]
+    }
     spared = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
     for name, parameter in trainer.model.named_parameters():
         plain = name.endswith(".bias") or "bn" in name
@@ -127,8 +135,11 @@ def test_evaluation_counts_every_held_out_image(image_folder):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_amp_trains(trained, tmp_path, amp):
     config, *_ = trained
-    # Not 8 pixels: oneDNN's bf16 weight gradient of a 5x5 depthwise convolution on 1x1 maps reads memory that it did not write (2.13).
-    trainer = Trainer(replace(config, img_size=32, epochs=1, batch_size=16, amp=amp, num_workers=1, output=str(tmp_path)))
+    # Not 8 pixels: oneDNN's bf16 weight gradient of a 5x5 depthwise convolution on 1x1 maps reads memory that it did
+    # not write (2.13).
+    trainer = Trainer(
+        replace(config, img_size=32, epochs=1, batch_size=16, amp=amp, num_workers=1, output=str(tmp_path))
+    )
     before = trainer.model.blocks[3][1].conv_pwl.weight.clone()
     with trainer.runner.autocast():
         assert trainer.model(torch.zeros(2, 3, 32, 32)).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -204,7 +215,9 @@ TINY = "efficientnet_d0.1_w0.1_r32"
 
 
 def test_pretrained_weights_of_other_classes_keep_the_trunk(image_folder, trained, tmp_path):
-    """From a checkpoint of ours: the trunk is its, its normalisation too, the classifier starts at zero; of the same classes it stays."""
+    """From a checkpoint of ours: the trunk is its, its normalisation too, the classifier starts at zero; of the same
+    classes it stays.
+    """
     config, output, _ = trained
     weights = load_checkpoint(None, output / "last.safetensors").state_dict()
     settings = {"pretrained": str(output / "last.safetensors"), "output": str(tmp_path), "device": "cpu"}
@@ -219,7 +232,10 @@ def test_pretrained_weights_of_other_classes_keep_the_trunk(image_folder, traine
 
 @pytest.mark.parametrize(
     ("pretrained", "message"),
-    [("no_such_tag", "pretrained weights 'no_such_tag' of 'efficientnet_b0' are not known; its tags: ra_in1k"), ("no/such.pt", "no such")],
+    [
+        ("no_such_tag", "pretrained weights 'no_such_tag' of 'efficientnet_b0' are not known; its tags: ra_in1k"),
+        ("no/such.pt", "no such"),
+    ],
 )
 def test_pretrained_weights_that_are_not_there(tmp_path, pretrained, message):
     with pytest.raises((InputError, ValueError, OSError), match=message):
@@ -228,10 +244,22 @@ def test_pretrained_weights_that_are_not_there(tmp_path, pretrained, message):
 
 
 def test_frozen_layers_stay_and_layers_have_rates_of_their_own(image_folder, tmp_path):
-    """Stages 0 to 2 with their statistics are left as they are, also in the average; later blocks learn by 0.5 to the depth."""
-    settings = {"img_size": 16, "epochs": 2, "batch_size": 10, "warmup_epochs": 0.0, "model_ema": True, "device": "cpu", "lr": 0.1}
+    """Stages 0 to 2 with their statistics are left as they are, also in the average; later blocks learn by 0.5 to the
+    depth.
+    """
+    settings = {
+        "img_size": 16,
+        "epochs": 2,
+        "batch_size": 10,
+        "warmup_epochs": 0.0,
+        "model_ema": True,
+        "device": "cpu",
+        "lr": 0.1,
+    }
     data = f"imagefolder:{image_folder}"
-    trainer = Trainer(TrainConfig(data, model=TINY, output=str(tmp_path), freeze_until="2", layer_decay=0.5, sched="step", **settings))
+    trainer = Trainer(
+        TrainConfig(data, model=TINY, output=str(tmp_path), freeze_until="2", layer_decay=0.5, sched="step", **settings)
+    )
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.run()
     frozen = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.", "blocks.2.")
@@ -240,7 +268,9 @@ def test_frozen_layers_stay_and_layers_have_rates_of_their_own(image_folder, tmp
             assert torch.equal(value, before[key]) == key.startswith(frozen), key
     rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates["classifier.decay"] == pytest.approx(0.1) and rates["blocks.6.0.no_decay"] == pytest.approx(0.05)
-    assert rates["blocks.3.0.decay"] == pytest.approx(0.1 / 16) and not any(name.startswith("blocks.2") for name in rates)
+    assert rates["blocks.3.0.decay"] == pytest.approx(0.1 / 16) and not any(
+        name.startswith("blocks.2") for name in rates
+    )
 
 
 @pytest.mark.parametrize("freeze_bn", ["all", "weights", "none"])
@@ -264,7 +294,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(trained, tmp_path):
     config, *_ = trained
     gradients = []
     for parts in (1, 2):
-        settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "batch_size": 10 // parts, "grad_accum_steps": parts}
+        settings = {
+            "drop_rate": 0.0,
+            "drop_path_rate": 0.0,
+            "model": TINY,
+            "batch_size": 10 // parts,
+            "grad_accum_steps": parts,
+        }
         trainer = Trainer(replace(config, output=str(tmp_path), **settings))
         torch.nn.init.normal_(trainer.model.classifier.weight, generator=torch.Generator().manual_seed(0))
         trainer.order.begin(0, 0)
@@ -277,7 +313,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(trained, tmp_path):
 
 def test_gradients_are_clipped_by_their_norm(trained, tmp_path):
     config, *_ = trained
-    trainer = Trainer(replace(config, model=TINY, clip_grad=1e-3, opt="sgd", momentum=0.0, weight_decay=0.0, output=str(tmp_path)))
+    trainer = Trainer(
+        replace(config, model=TINY, clip_grad=1e-3, opt="sgd", momentum=0.0, weight_decay=0.0, output=str(tmp_path))
+    )
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.order.begin(0, 0)
     trainer._update(iter(trainer.loader))
@@ -303,7 +341,15 @@ def test_images_grow_in_stages(trained, tmp_path, monkeypatch):
 
 def test_mixing_and_erasing_train(trained, tmp_path):
     config, *_ = trained
-    settings = {"mixup": 0.2, "cutmix": 1.0, "reprob": 0.3, "aa": "auto", "scale": (0.3, 1.0), "model": TINY, "img_size": 32}
+    settings = {
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "reprob": 0.3,
+        "aa": "auto",
+        "scale": (0.3, 1.0),
+        "model": TINY,
+        "img_size": 32,
+    }
     trainer = Trainer(replace(config, epochs=1, output=str(tmp_path), **settings))
     evaluation = trainer.run()
     assert trainer.step == 3 and evaluation.total == 6 and 0 < trainer.history[0]["train_loss"] < 3
@@ -311,9 +357,18 @@ def test_mixing_and_erasing_train(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_the_same(trained, tmp_path):
-    """By Inductor: the losses of the model as it is, the same names in its files, and stopped and resumed the same weights."""
+    """By Inductor: the losses of the model as it is, the same names in its files, and stopped and resumed the same
+    weights.
+    """
     config, *_ = trained
-    settings = {"drop_rate": 0.0, "drop_path_rate": 0.0, "model": TINY, "img_size": 16, "sched": "step", "warmup_epochs": 0.0}
+    settings = {
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "model": TINY,
+        "img_size": 16,
+        "sched": "step",
+        "warmup_epochs": 0.0,
+    }
     config, losses = replace(config, epochs=2, **settings), []
     for compiled in (True, False):
         trainer = Trainer(replace(config, compile=compiled, output=str(tmp_path / str(compiled))))
@@ -333,9 +388,18 @@ class Left(BaseException):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_path, monkeypatch, signum):
-    """The handler of before has it, which ends a command at once; after the first update, and its second size, the update is finished."""
+    """The handler of before has it, which ends a command at once; after the first update, and its second size, the
+    update is finished.
+    """
     config, *_ = trained
-    settings = {"model": TINY, "img_size": 16, "progressive_size": 8, "progressive_stages": 2, "epochs": 4, "compile": True}
+    settings = {
+        "model": TINY,
+        "img_size": 16,
+        "progressive_size": 8,
+        "progressive_stages": 2,
+        "epochs": 4,
+        "compile": True,
+    }
     config, at = replace(config, output=str(tmp_path), **settings), [0]
 
     def leave(signum, frame):
@@ -352,8 +416,10 @@ def test_a_signal_while_a_model_is_compiled_is_not_kept_waiting(trained, tmp_pat
     before = signal.signal(signum, leave)
     try:
         monkeypatch.setattr("efficientnet.training.trainer._compiled", compiled)
-        monkeypatch.setattr("efficientnet.training.trainer._for_processes", lambda config, *_: config)  # no compiler is asked for
-        for at[0], stop in ((0, Left), (1, Interrupted), (6, Left), (8, Interrupted)):  # updates 6 on are of the second size
+        # No compiler is asked for.
+        monkeypatch.setattr("efficientnet.training.trainer._for_processes", lambda config, *_: config)
+        # Updates 6 on are of the second size.
+        for at[0], stop in ((0, Left), (1, Interrupted), (6, Left), (8, Interrupted)):
             trainer = Trainer(replace(config, resume="auto"))
             with pytest.raises(stop):
                 trainer.run()
@@ -376,11 +442,35 @@ def test_processes_come_around_what_is_compiled(trained, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_while_the_compiler_runs(image_folder, tmp_path, monkeypatch):
     """Ctrl-C reaches the compiler as well: one line, no traceback, and the checkpoint of before goes on."""
-    options = ["--data", f"imagefolder:{image_folder}", "--model", TINY, "--img-size", "16", "--batch-size", "10", "--device", "cpu"]
-    options = [sys.executable, "-m", "efficientnet", "train", *options, "--output", str(tmp_path / "out"), "--resume", "auto", "--epochs"]
+    options = [
+        "--data",
+        f"imagefolder:{image_folder}",
+        "--model",
+        TINY,
+        "--img-size",
+        "16",
+        "--batch-size",
+        "10",
+        "--device",
+        "cpu",
+    ]
+    options = [
+        sys.executable,
+        "-m",
+        "efficientnet",
+        "train",
+        *options,
+        "--output",
+        str(tmp_path / "out"),
+        "--resume",
+        "auto",
+        "--epochs",
+    ]
     subprocess.run([*options, "1"], check=True, capture_output=True)
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    with subprocess.Popen([*options, "2", "--compile"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        [*options, "2", "--compile"], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         while not list((tmp_path / "cache").rglob("*.main.cpp")) and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
@@ -393,7 +483,9 @@ def test_ctrl_c_while_the_compiler_runs(image_folder, tmp_path, monkeypatch):
 
 def test_compiling_needs_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler, and there is no no-such-compiler .*; leave --compile out"):
+    with pytest.raises(
+        InputError, match=r"compile needs a C\+\+ compiler, and there is no no-such-compiler .*; leave --compile out"
+    ):
         Trainer(TrainConfig(compile=True, device="cpu", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
@@ -405,7 +497,11 @@ def test_tf32_is_set_for_both_interfaces(yes):
     try:
         use_tf32(yes)
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == yes
-        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == (torch.backends.cudnn.conv.fp32_precision == "tf32") == yes
+        assert (
+            (torch.backends.cuda.matmul.fp32_precision == "tf32")
+            == (torch.backends.cudnn.conv.fp32_precision == "tf32")
+            == yes
+        )
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]

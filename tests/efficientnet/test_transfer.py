@@ -28,7 +28,9 @@ def part(name):
     return next(p for p in PARTS if f"{name}.".startswith(f"{p}."))
 
 
-@pytest.mark.parametrize(("until", "count"), [(None, 0), ("stem", 2), (0, 3), (4, 7), (6, 9), ("head", 11), ("all", 12)])
+@pytest.mark.parametrize(
+    ("until", "count"), [(None, 0), ("stem", 2), (0, 3), (4, 7), (6, 9), ("head", 11), ("all", 12)]
+)
 @pytest.mark.parametrize("bn", [True, "weights", False])
 def test_a_step_changes_what_is_not_frozen(model, until, count, bn):
     model = copy.deepcopy(model).double()
@@ -110,7 +112,9 @@ def test_groups_without_layer_decay(model):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 71)])
-@pytest.mark.parametrize(("name", "stride"), [("efficientnet_b0", 32), ("efficientnet_b0", 8), ("tf_efficientnet_b0", 16), ("b0", 2)])
+@pytest.mark.parametrize(
+    ("name", "stride"), [("efficientnet_b0", 32), ("efficientnet_b0", 8), ("tf_efficientnet_b0", 16), ("b0", 2)]
+)
 @torch.no_grad()
 def test_feature_maps_are_timms(timm, name, stride, size):
     torch.manual_seed(0)
@@ -178,10 +182,14 @@ def test_other_input_channels(tmp_path, timm, model, in_chans):
 
 
 def test_what_was_learnt_on_some_digits_helps_with_the_others(tmp_path):
-    """The README's example, on a small network: digits 0-4 first, then 5-9 with that trunk frozen, beats the same with a random trunk."""
+    """The README's example, on a small network: digits 0-4 first, then 5-9 with that trunk frozen, beats the same with
+    a random trunk.
+    """
 
     def train(name, data, **settings):
-        config = TrainConfig(data, model="efficientnet_d0.1_w0.5_r32", device="cpu", epochs=3, output=str(tmp_path / name))
+        config = TrainConfig(
+            data, model="efficientnet_d0.1_w0.5_r32", device="cpu", epochs=3, output=str(tmp_path / name)
+        )
         return Trainer(replace(config, **settings)).run().accuracy
 
     assert train("low", "digits:0-4") > 0.9
@@ -193,7 +201,9 @@ def test_what_was_learnt_on_some_digits_helps_with_the_others(tmp_path):
     classifier = train("classifier-random", "digits:5-9", pretrained=sources["random"], freeze_until="head")
     assert learnt > random + 0.05 and learnt > classifier + 0.1, (learnt, random, classifier)
 
-    before, after = (load_checkpoint(None, path).state_dict() for path in (sources["low"], tmp_path / "high" / "last.safetensors"))
+    before, after = (
+        load_checkpoint(None, path).state_dict() for path in (sources["low"], tmp_path / "high" / "last.safetensors")
+    )
     for key, value in before.items():
         frozen = key.startswith(("conv_stem", "bn1", "blocks")) and not key.startswith("blocks.6")
         if not key.endswith("num_batches_tracked"):

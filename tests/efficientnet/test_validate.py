@@ -60,22 +60,35 @@ def test_figures_are_those_of_the_images_one_by_one(run, seven, split):  # noqa:
     right = logits.argmax(1) == labels
     among5 = (logits.topk(5).indices == labels[:, None]).any(1)
     assert 0 < right.sum() < among5.sum() < len(labels)  # or the figures could be one another's
-    assert row["top1"] == pytest.approx(100 * right.double().mean().item()) and row["top1_err"] == pytest.approx(100 - row["top1"])
-    assert row["top5"] == pytest.approx(100 * among5.double().mean().item()) and row["top5_err"] == pytest.approx(100 - row["top5"])
+    assert row["top1"] == pytest.approx(100 * right.double().mean().item()) and row["top1_err"] == pytest.approx(
+        100 - row["top1"]
+    )
+    assert row["top5"] == pytest.approx(100 * among5.double().mean().item()) and row["top5_err"] == pytest.approx(
+        100 - row["top5"]
+    )
     assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=5e-5)
     assert row["per_class"] == [
-        {"class": f"class{c}", "images": int((labels == c).sum()), "top1": pytest.approx(100 * right[labels == c].double().mean().item())}
+        {
+            "class": f"class{c}",
+            "images": int((labels == c).sum()),
+            "top1": pytest.approx(100 * right[labels == c].double().mean().item()),
+        }
         for c in range(7)
     ]
     assert (row["img_size"], row["crop_pct"], row["unreadable"]) == (16, 1.0, [])
 
     code, out, _ = run("validate", "--checkpoint", checkpoint, *options, "--per-class")
     lines = out.splitlines()
-    assert lines[0].endswith(f"loss: {row['loss']:.4f}") and "16 x 16 pixels, 100 % of the shorter side, bilinear" in lines[1]
+    assert (
+        lines[0].endswith(f"loss: {row['loss']:.4f}")
+        and "16 x 16 pixels, 100 % of the shorter side, bilinear" in lines[1]
+    )
     assert lines[2].split() == ["class", "images", "right", "top-1", "%"]
     for line, entry in zip(lines[3:10], row["per_class"], strict=True):
         name, images, hits, share = line.split()
-        assert (name, int(images), share) == (entry["class"], entry["images"], f"{entry['top1']:.2f}") and int(hits) <= int(images)
+        assert (name, int(images), share) == (entry["class"], entry["images"], f"{entry['top1']:.2f}") and int(
+            hits
+        ) <= int(images)
     assert lines[10] == f"top-5 accuracy: {row['top5']:.2f} % ({among5.sum()}/{len(labels)})"
     assert lines[11] == f"test accuracy: {row['top1']:.2f} % ({right.sum()}/{len(labels)})" and len(lines) == 12
 
@@ -103,10 +116,25 @@ def test_images_that_cannot_be_read(run, seven, tmp_path):  # noqa: F811
             Image.new("RGB", (16, 16), (36 * c, 0, 0)).save(tmp_path / f"class{c}" / f"{i}.png")
     for c in (2, 4):
         (tmp_path / f"class{c}" / "0.png").write_text("text")
-    options = ("validate", "--checkpoint", checkpoint, "--data", f"imagefolder:{tmp_path}", "--split", "all", "--batch-size", 3)
+    options = (
+        "validate",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        f"imagefolder:{tmp_path}",
+        "--split",
+        "all",
+        "--batch-size",
+        3,
+    )
     code, out, err = run(*options, "--json")
     row = json.loads(out)
-    assert code == 0 and row["images"] == 12 and len(row["unreadable"]) == 2 and "class2/0.png" in "".join(row["unreadable"])
+    assert (
+        code == 0
+        and row["images"] == 12
+        and len(row["unreadable"]) == 2
+        and "class2/0.png" in "".join(row["unreadable"])
+    )
     assert [entry["images"] for entry in row["per_class"]] == [2, 2, 1, 2, 1, 2, 2]
     assert len(err.splitlines()) == 2 and all("cannot decode image" in line for line in err.splitlines())
     code, out, err = run(*options, "--max-corrupt", 1)
@@ -117,7 +145,16 @@ def test_processes_share_the_images(run, seven, tmp_path):  # noqa: F811
     """Three processes of 35 images, one of them damaged: the figures of one process, printed once."""
     shutil.copytree(seven[0], tmp_path / "images")
     (tmp_path / "images" / "class3" / "1.png").write_text("text")
-    argv = ["validate", "--checkpoint", str(seven[1]), "--data", f"imagefolder:{tmp_path / 'images'}", "--split", "all", "--json"]
+    argv = [
+        "validate",
+        "--checkpoint",
+        str(seven[1]),
+        "--data",
+        f"imagefolder:{tmp_path / 'images'}",
+        "--split",
+        "all",
+        "--json",
+    ]
     argv += ["--batch-size", "4", "--device", "cpu"]
     _, out, _ = run(*argv)
     assert results(*start_group(3, main, argv, log=tmp_path / "log")) == [0, 0, 0]

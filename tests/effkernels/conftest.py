@@ -1,4 +1,6 @@
-"""Where kernels run in the tests of this folder: on the CPU in Triton's interpreter, and on a GPU under the marker ``gpu``."""
+"""Where kernels run in the tests of this folder: on the CPU in Triton's interpreter, and on a GPU under the marker
+``gpu``.
+"""
 
 from dataclasses import replace
 
@@ -30,19 +32,25 @@ GUARD = 64  # elements on either side: 128 bytes or more, so that alignment is k
 
 @pytest.fixture
 def scratch(device, monkeypatch):
-    """Memory that launchers allocate starts as NaN (counters: a wild number) between such margins, which the test must not change.
+    """Memory that launchers allocate starts as NaN (counters: a wild number) between such margins, which the test must
+    not change.
 
     So an element that a kernel leaves unwritten, reads before it is written, or reads or writes beyond an end is seen.
     """
     from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
-    get_torch_obj_rule_map()  # the compiler keeps for good what torch.empty is when it first looks: that must not be ours
+    # The compiler keeps for good what torch.empty is when it first looks: that must not be ours.
+    get_torch_obj_rule_map()
     margins = []
 
     def guarded(allocate):
         def allocation(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if tensor.numel() <= 1 or tensor.device.type != device or not (tensor.is_floating_point() or tensor.dtype == torch.int32):
+            if (
+                tensor.numel() <= 1
+                or tensor.device.type != device
+                or not (tensor.is_floating_point() or tensor.dtype == torch.int32)
+            ):
                 return tensor
             poison = float("nan") if tensor.is_floating_point() else 0x7A7A7A7A  # int32: counters
             size = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -56,13 +64,16 @@ def scratch(device, monkeypatch):
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
     yield
     for was, *pair in margins:  # as bytes, since NaN is not NaN
-        assert all(torch.equal(margin.view(torch.uint8), was.view(torch.uint8)) for margin in pair), "a kernel wrote beyond an end"
+        assert all(torch.equal(margin.view(torch.uint8), was.view(torch.uint8)) for margin in pair), (
+            "a kernel wrote beyond an end"
+        )
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Depthwise tiles that the interpreter runs ten times faster: it unrolls columns, but does strips at once. For tests of what is
-    around the kernels; test_depthwise.py runs the tiles that ship."""
+    """Depthwise tiles that the interpreter runs ten times faster: it unrolls columns, but does strips at once. For
+    tests of what is around the kernels; test_depthwise.py runs the tiles that ship.
+    """
     if INTERPRET and HAS_TRITON:
         from effkernels.kernels import depthwise
 
@@ -73,7 +84,9 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def twins_serve(monkeypatch):
-    """CPU tensors pass the gate, and what the kernels would compute the plain twins of ``effkernels.reference`` do: blocks so run."""
+    """CPU tensors pass the gate, and what the kernels would compute the plain twins of ``effkernels.reference`` do:
+    blocks so run.
+    """
     from effkernels import dispatch, functional, reference
 
     served = []

@@ -74,7 +74,9 @@ def test_gate_and_its_derivative(gate, device, scratch):
     bias = values(device).flatten()
     C = len(bias)
     weights = [guarded(t.to(device)) for t in (torch.ones(1, C), torch.zeros(1), torch.zeros(C, 1))] + [bias]
-    gates, pooled, u = squeeze_excite_forward(guarded(torch.zeros(1, 1, C, device=device)), 1, *weights, act="identity", gate=gate)
+    gates, pooled, u = squeeze_excite_forward(
+        guarded(torch.zeros(1, 1, C, device=device)), 1, *weights, act="identity", gate=gate
+    )
     sums = guarded(torch.ones(1, 1, 5, C, device=device))
     _, grads, _ = squeeze_excite_backward(sums, 1, gates, pooled, u, weights, act="identity", gate=gate)
 

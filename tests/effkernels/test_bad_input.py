@@ -1,4 +1,6 @@
-"""Wrong arguments and inputs: the error names the argument, the value and what is accepted, before anything is changed."""
+"""Wrong arguments and inputs: the error names the argument, the value and what is accepted, before anything is
+changed.
+"""
 
 import copy
 
@@ -90,7 +92,8 @@ def test_inputs(module, x, error, message):
         module()(x)
 
 
-# One pixel of one image; and two by two pixels of which stride 2 leaves one, which the depthwise convolution's BatchNorm alone sees.
+# One pixel of one image; and two by two pixels of which stride 2 leaves one, which the depthwise convolution's
+# BatchNorm alone sees.
 @pytest.mark.parametrize(
     "module, size",
     [
@@ -121,5 +124,7 @@ def test_one_value_per_channel_on_the_plain_path():
 def test_parameters_of_another_dtype(device):
     """What a convolution would raise, not a silent cast; with the reason where kernels are asked for by name."""
     block = FusedMBConv(8, 8).to(device, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="a parameter is torch.bfloat16; it must be float32 or the compute dtype torch.float32"):
+    with pytest.raises(
+        RuntimeError, match="a parameter is torch.bfloat16; it must be float32 or the compute dtype torch.float32"
+    ):
         block(torch.randn(2, 8, 4, 4, device=device))

@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from effkernels.reference import ACTIVATIONS
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
+from support.truth import (
+    assert_close_to_truth,
+    batch_norm,
+    batch_terms,
+    guarded,
+    nchw,
+    nhwc,
+    norm_of,
+    norm_vectors,
+    on_gpu,
+    relative_error,
+)
 
 EPS = 1e-3
 # Rows (pixels) below, at and above one block of 32 to 128, C a multiple of 8 or not and above one block of channels;
@@ -132,7 +143,8 @@ def test_merge_keeps_the_dtype_of_the_running_statistics_and_its_nan(device, scr
     for value in (mean, rstd, *running):
         assert value.isnan().tolist() == [c == 5 for c in range(8)]
     for value, wanted in zip(running, expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=2**-7, atol=0, equal_nan=True)  # one rounding of bf16, of x and of the result
+        # One rounding of bf16, of x and of the result.
+        torch.testing.assert_close(value, wanted, rtol=2**-7, atol=0, equal_nan=True)
 
 
 # ---- forward
@@ -229,7 +241,9 @@ def check_backward(shape, act, batch, masked, one_launch=False, dout_dtype=None)
     mask = forward_terms(*shape)[1] if masked else None
     gamma, beta, mean, var = norm_vectors(C, device)
     if batch:
-        mean, var = (guarded(v.float()) for v in (x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)))
+        mean, var = (
+            guarded(v.float()) for v in (x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False))
+        )
     rstd = guarded((var + EPS).rsqrt())
 
     def network(x):
@@ -244,7 +258,9 @@ def check_backward(shape, act, batch, masked, one_launch=False, dout_dtype=None)
     norm = norm_of((gamma, beta, mean, var), rstd)
     if one_launch:
         counters = torch.zeros(-(-C // 16), dtype=torch.int32, device=device)
-        dgamma, dbeta, k0, k1 = gradient_reduce(nhwc(dout), nhwc(x), norm, act=act, branch_draws=mask, counters=counters)
+        dgamma, dbeta, k0, k1 = gradient_reduce(
+            nhwc(dout), nhwc(x), norm, act=act, branch_draws=mask, counters=counters
+        )
         assert not counters.any()
     else:
         sums = gradient_sums(nhwc(dout), nhwc(x), norm, act=act, branch_scale=mask)
@@ -273,7 +289,9 @@ def test_gradient_reduce_of_many_small_images_and_another_dtype(device, scratch,
 
     if device == "cpu":
         monkeypatch.setattr(rules, "processor_count", lambda device: 4)
-    check_backward((17, 35, 5, 7, torch.bfloat16, device), "identity", True, True, one_launch=True, dout_dtype=torch.float32)
+    check_backward(
+        (17, 35, 5, 7, torch.bfloat16, device), "identity", True, True, one_launch=True, dout_dtype=torch.float32
+    )
 
 
 def test_gradient_reduce_keeps_the_dtype_of_the_parameters(device, scratch):
@@ -286,7 +304,13 @@ def test_gradient_reduce_keeps_the_dtype_of_the_parameters(device, scratch):
     counters = torch.zeros(1, dtype=torch.int32, device=device)
     narrow = [guarded(t.bfloat16()) for t in (gamma, beta)]
     results = [
-        gradient_reduce(nhwc(dout), nhwc(x), norm_of((*parameters, mean, var), guarded((var + EPS).rsqrt())), act="relu", counters=counters)
+        gradient_reduce(
+            nhwc(dout),
+            nhwc(x),
+            norm_of((*parameters, mean, var), guarded((var + EPS).rsqrt())),
+            act="relu",
+            counters=counters,
+        )
         for parameters in (narrow, [guarded(t.float()) for t in narrow])
     ]
     for a, b, dtype in zip(*results, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
@@ -324,7 +348,13 @@ def test_gradient_sums_for_a_gate(act, device, scratch):
         z = (xhat * gamma + beta).requires_grad_()
         phi = ACTIVATIONS[act](z)
         (dphi,) = torch.autograd.grad(phi.sum(), z)
-        terms = {"dz": dq * dphi, "dz xhat": dq * dphi * xhat, "gate": dq * phi.detach(), "dphi": dphi, "dphi xhat": dphi * xhat}
+        terms = {
+            "dz": dq * dphi,
+            "dz xhat": dq * dphi * xhat,
+            "gate": dq * phi.detach(),
+            "dphi": dphi,
+            "dphi xhat": dphi * xhat,
+        }
         return {name: term.sum((2, 3)) for name, term in terms.items()}
 
     norm = None if bn is None else norm_of(bn, bn[3])

@@ -49,7 +49,9 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"
 
 def inspect(*args):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "effkernels.inspect", "--json", *args], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "effkernels.inspect", "--json", *args], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -115,7 +117,11 @@ def test_every_kernel_is_in_the_table(sm90):
     # The interpreter's stand-ins and the compiler's functions both carry the kernel's name.
     defined = set()
     for module in pkgutil.iter_modules(effkernels.kernels.__path__):
-        defined |= {name for name in vars(importlib.import_module(f"effkernels.kernels.{module.name}")) if name.endswith("_kernel")}
+        defined |= {
+            name
+            for name in vars(importlib.import_module(f"effkernels.kernels.{module.name}"))
+            if name.endswith("_kernel")
+        }
     assert {row["kernel"] for row in sm90} == defined
     assert STREAMING | WITH_OTHERS | MIXED <= defined
 
@@ -144,8 +150,15 @@ def test_depthwise_forward_keeps_to_its_goal_or_says_why_not(sm90):
 
     goals = [(row, goal_of(row)) for row in sm90 if goal_of(row) is not None]
     kept = [row for row, (most, why) in goals if not why]
-    assert {(row["constants"]["K"], "norm1" not in row["constants"]) for row in kept} == {(3, False), (3, True), (5, False), (5, True)}
-    assert [(described(row), row["per_element"]) for row, (most, why) in goals if row["per_element"] > most and not why] == []
+    assert {(row["constants"]["K"], "norm1" not in row["constants"]) for row in kept} == {
+        (3, False),
+        (3, True),
+        (5, False),
+        (5, True),
+    }
+    assert [
+        (described(row), row["per_element"]) for row, (most, why) in goals if row["per_element"] > most and not why
+    ] == []
 
 
 def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
@@ -206,7 +219,8 @@ same = [
 ]
 other = [
     digest(BASE.replace("x * SCALE", "SCALE + x")), digest(BASE.replace("constexpr(2)", "constexpr(3)")),
-    digest(BASE.replace("other=0.0", "other=1.0")), digest(n=32), digest(n=2**40), digest(x=x.bfloat16()), digest(B=64), digest(arch=80),
+    digest(BASE.replace("other=0.0", "other=1.0")), digest(n=32), digest(n=2**40),
+    digest(x=x.bfloat16()), digest(B=64), digest(arch=80),
     digest(num_warps=8), digest(BASE.replace("    i = tl", "    if B > 1:\\n        n = n\\n    i = tl")),
 ]
 triton.__version__ = "0"
@@ -233,7 +247,9 @@ def test_floors_by_hand():
     # of the kernels).
     floors = GPUS["h200"].floors({"per_element": 27.0, "fma": 9.0, "mufu": 1.0}, 4)
     assert floors == pytest.approx({"bytes": 0.930, "issue": 0.911, "FMA": 0.304, "SFU": 0.270}, abs=1e-3)
-    assert GPUS["a100"].floors({"per_element": 0.0, "fma": 64.0, "mufu": 0.0}, 0)["FMA"] == pytest.approx(1e12 / (108 * 1.41e9))
+    assert GPUS["a100"].floors({"per_element": 0.0, "fma": 64.0, "mufu": 0.0}, 0)["FMA"] == pytest.approx(
+        1e12 / (108 * 1.41e9)
+    )
 
 
 def test_update_compiles_what_is_missing_only(tmp_path, monkeypatch):
@@ -250,7 +266,13 @@ def test_update_compiles_what_is_missing_only(tmp_path, monkeypatch):
             compiled.append(launch)
             if launch == "stop":
                 raise KeyboardInterrupt
-            yield {"digest": launch.digest(arch), "kernel": launch, "dtype": "float32", "constants": {"K": 3}, "instructions": len(launch)}
+            yield {
+                "digest": launch.digest(arch),
+                "kernel": launch,
+                "dtype": "float32",
+                "constants": {"K": 3},
+                "instructions": len(launch),
+            }
 
     monkeypatch.setattr(cost_table, "compiled_rows", rows)
     path = tmp_path / "tables" / "static.json"

@@ -1,5 +1,6 @@
-"""What PyTorch promises of a layer holds for the fused ones: compilation without recompiling, autocast, functional calls, hooks,
-inference mode, deterministic algorithms, the tensors' own device, bit-equal repetition."""
+"""What PyTorch promises of a layer holds for the fused ones: compilation without recompiling, autocast, functional
+calls, hooks, inference mode, deterministic algorithms, the tensors' own device, bit-equal repetition.
+"""
 
 import contextlib
 import copy
@@ -24,7 +25,7 @@ def fused(device, cls=FusedMBConv, args=SMALL, **kwargs):
     return module
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -54,10 +55,11 @@ def test_a_block_compiles_once_for_every_batch_and_size(training, device, counte
         x = images(*shape, device=device)
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(compiled(x), eager(x))
-    assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1  # Dynamo starts over once and leaves an empty one
+    # Dynamo starts over once and leaves an empty one.
+    assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1
 
 
-# ---- autocast --------------------------------------------------------------------------------------------------------------------
+# ---- autocast --------------------------------------------------------------------------------------------------------
 
 
 def test_autocast_nests(device):
@@ -77,7 +79,7 @@ def test_autocast_nests(device):
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
 
 
-# ---- functional calls and transforms ---------------------------------------------------------------------------------------------
+# ---- functional calls and transforms ---------------------------------------------------------------------------------
 
 
 def test_functional_call(device):
@@ -105,7 +107,9 @@ def test_functional_call(device):
 
 
 def test_function_transforms_run_the_plain_layers(device, monkeypatch):
-    """torch.func.grad: a custom autograd function has no rule for it, so the gate says no, with the reason; the numbers are the same."""
+    """torch.func.grad: a custom autograd function has no rule for it, so the gate says no, with the reason; the numbers
+    are the same.
+    """
     monkeypatch.setenv("EFFKERNELS_BACKEND", "auto")
     module, x = fused(device).eval(), images(2, 8, 3, 3, device=device)
     reasons = []
@@ -121,10 +125,12 @@ def test_function_transforms_run_the_plain_layers(device, monkeypatch):
     torch.testing.assert_close(transformed, leaf.grad, rtol=1e-5, atol=1e-5)
 
 
-# ---- inference mode, hooks -------------------------------------------------------------------------------------------------------
+# ---- inference mode, hooks -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (8,)), (FusedSqueezeExcite, (8, 2))])
+@pytest.mark.parametrize(
+    "cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (8,)), (FusedSqueezeExcite, (8, 2))]
+)
 def test_inference_mode(cls, args, device):
     module, x = fused(device, cls, args).eval(), images(2, 8, 3, 3, device=device)
     with torch.no_grad():
@@ -136,7 +142,9 @@ def test_inference_mode(cls, args, device):
 
 
 def test_hooks_of_a_block_and_its_tensors(device):
-    """Forward and backward hooks of the block, and hooks of tensors and parameters, see what they see of the plain block."""
+    """Forward and backward hooks of the block, and hooks of tensors and parameters, see what they see of the plain
+    block.
+    """
     modules, seen = twins(FusedMBConv, *SMALL, device=device), {}
     x, gradient = images(2, 8, 3, 3, device=device), torch.randn(2, 8, 3, 3, device=device)
     for name, module in modules.items():
@@ -163,7 +171,7 @@ def test_a_hook_that_changes_the_gradient(device):
     assert torch.equal(twice["x"], 2 * once["x"]) and torch.equal(twice["bn2.weight"], 2 * once["bn2.weight"])
 
 
-# ---- determinism -----------------------------------------------------------------------------------------------------------------
+# ---- determinism -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -176,7 +184,9 @@ def deterministic():
 
 
 def test_deterministic_algorithms_and_repetition(device, monkeypatch):
-    """torch.use_deterministic_algorithms(True) finds nothing to object to, fills memory with NaN, and changes no bit; nor does a run."""
+    """torch.use_deterministic_algorithms(True) finds nothing to object to, fills memory with NaN, and changes no bit;
+    nor does a run.
+    """
     if device == "cuda":
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     block, x = fused(device, drop_path=0.4), images(3, 8, 3, 4, device=device)
@@ -190,8 +200,9 @@ def test_deterministic_algorithms_and_repetition(device, monkeypatch):
 
 @pytest.fixture
 def rows_are_alike(device, monkeypatch):
-    """The interpreter multiplies with NumPy, whose BLAS sums the rows of a matrix in different orders on some CPUs; a GPU does not.
-    Products of fp64, rounded, are the same in any."""
+    """The interpreter multiplies with NumPy, whose BLAS sums the rows of a matrix in different orders on some CPUs; a
+    GPU does not. Products of fp64, rounded, are the same in any.
+    """
     if device == "cuda":
         return
     from triton.runtime import interpreter
@@ -204,10 +215,13 @@ def rows_are_alike(device, monkeypatch):
 
 
 @pytest.mark.usefixtures("rows_are_alike")
-@pytest.mark.parametrize("cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (8,)), (FusedSqueezeExcite, (8, 2))])
+@pytest.mark.parametrize(
+    "cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (8,)), (FusedSqueezeExcite, (8, 2))]
+)
 def test_an_image_does_not_depend_on_its_place_in_the_batch(cls, args, device):
-    """With running statistics: the outputs and input gradients of a permuted batch are the permuted ones, and an image alone has the
-    same output, bit for bit."""
+    """With running statistics: the outputs and input gradients of a permuted batch are the permuted ones, and an image
+    alone has the same output, bit for bit.
+    """
     order = torch.tensor([2, 0, 3, 1], device=device)
     x, gradient = images(4, 8, 3, 4, device=device), torch.randn(4, 8, 3, 4, device=device)
     module = fused(device, cls, args).eval()
@@ -218,7 +232,7 @@ def test_an_image_does_not_depend_on_its_place_in_the_batch(cls, args, device):
         assert torch.equal(module(x)[:1], module(x[:1]))
 
 
-# ---- devices ---------------------------------------------------------------------------------------------------------------------
+# ---- devices ---------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_start_on_the_tensors_device(monkeypatch):
@@ -244,7 +258,9 @@ def test_kernels_start_on_the_tensors_device(monkeypatch):
         raise Ran
 
     monkeypatch.setattr(torch.cuda, "device", device_of)
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")
+    }
     runs = {}
     for name, operator in OPERATORS.items():
         monkeypatch.setattr(operator, "forward", implementation)
@@ -279,7 +295,9 @@ def test_the_gate_asks_the_tensors_own_gpu(monkeypatch):
 
 @on_gpu
 def test_weights_changed_under_a_captured_graph(device):
-    """A replay reads weights and running statistics where they are: changed in place they count, as nothing is folded ahead."""
+    """A replay reads weights and running statistics where they are: changed in place they count, as nothing is folded
+    ahead.
+    """
     block = fused(device, args=(16, 16, 3, 1, 2, 0.5)).eval()
     x = images(2, 16, 14, 14, device=device)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""accelerate, restore and explain on whole models of every library: the same numbers, the same objects, and back again."""
+"""accelerate, restore and explain on whole models of every library: the same numbers, the same objects, and back
+again.
+"""
 
 import copy
 import io
@@ -34,7 +36,12 @@ MODELS = {
     "lukemelas-b2": (lambda: lukemelas_model("efficientnet-b2", drop_connect_rate=0), 23, 23, 49),
     "lukemelas-b0-dynamic": (lambda: lukemelas_model("efficientnet-b0", image_size=None), 16, 16, 49),
     "transformers-b0": (lambda: transformers_model(1.0, 1.0, 224, drop_connect_rate=0.0), 16, 16, 64),
-    "transformers-b1": (lambda: transformers_model(1.0, 1.1, 240, drop_connect_rate=0.0, depthwise_padding=[5, 8]), 23, 23, 49),
+    "transformers-b1": (
+        lambda: transformers_model(1.0, 1.1, 240, drop_connect_rate=0.0, depthwise_padding=[5, 8]),
+        23,
+        23,
+        49,
+    ),
     "transformers-half": (lambda: transformers_model(0.5, 0.5, 224, drop_connect_rate=0.0), 10, 10, 64),
     "own-b0": (lambda: create_model("efficientnet_b0", num_classes=10, fused=False), 16, 16, 64),
     "own-tf_b0": (lambda: create_model("tf_efficientnet_b0", num_classes=10, fused=False), 16, 16, 49),
@@ -44,7 +51,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_and_back(name, twins_serve):
-    """Same logits through what is read from each block; every eligible block fused; restored: the same objects and bits.
+    """Same logits through what is read from each block; every eligible block fused; restored: the same objects and
+    bits.
 
     In float64, since networks this deep and random amplify fp32's rounding to 1e-5, more or less by the kind of CPU.
     """
@@ -61,7 +69,9 @@ def test_a_model_and_back(name, twins_serve):
     assert relative_error(fused, plain) < 1e-10
     ends = [end.rpartition(".")[2] for end, reason in before.ends.items() if reason is None]
     separable = [end for end in ends if end not in ("stem", "head")]  # layers that are no module by themselves
-    assert Counter(twins_serve) == Counter(["mbconv"] * (eligible + len(separable)) + ["stem"] + ["head"] * ("head" in ends))
+    assert Counter(twins_serve) == Counter(
+        ["mbconv"] * (eligible + len(separable)) + ["stem"] + ["head"] * ("head" in ends)
+    )
     assert len(separable) == ("mnasnet0_5" in name)
     assert "stem" in ends and ("head" in ends) == ("transformers" not in name and "timm-tf_mobilenetv3" not in name)
 
@@ -90,16 +100,20 @@ TRAINED_TOO = [
 ]
 
 
-trained = pytest.mark.parametrize("name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINED_TOO)])
+trained = pytest.mark.parametrize(
+    "name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINED_TOO)]
+)
 
 
 @trained
 def test_training_with_an_optimizer_made_before(name, twins_serve):
-    """Two steps of SGD give the parameters and buffers of the plain model; a checkpoint of it loads into the plain model strictly."""
+    """Two steps of SGD give the parameters and buffers of the plain model; a checkpoint of it loads into the plain
+    model strictly.
+    """
     make, _, eligible, size = MODELS[name]
     model, x = calibrated(make, size)
-    # Weights this random amplify rounding from layer to layer: in float64 what is left is what is wrong. So drop-path's factors are
-    # ones that fp32 holds exactly.
+    # Weights this random amplify rounding from layer to layer: in float64 what is left is what is wrong. So drop-path's
+    # factors are ones that fp32 holds exactly.
     for m in model.modules():
         if hasattr(m, "drop_prob"):
             m.drop_prob = 0.5
@@ -117,7 +131,8 @@ def test_training_with_an_optimizer_made_before(name, twins_serve):
             logits(trained, x.double()).square().sum().backward()
             optimizer.step()
         results.append(trained)
-    assert twins_serve.count("mbconv") == 2 * (eligible + ("mnasnet0_5" in name))  # whose first separable layers are no module
+    # Whose first separable layers are no module.
+    assert twins_serve.count("mbconv") == 2 * (eligible + ("mnasnet0_5" in name))
     assert twins_serve.count("stem") == (0 if "own" in name else 2)  # it is part of the first block there, in training
     plain, fused = results
     for key, value in fused.state_dict().items():
@@ -129,9 +144,13 @@ def test_training_with_an_optimizer_made_before(name, twins_serve):
 
 
 def test_drop_connect_over_a_whole_network(twins_serve):
-    """efficientnet_pytorch hands every block a rate of its own: with one seed the accelerated network drops what the plain one drops."""
+    """efficientnet_pytorch hands every block a rate of its own: with one seed the accelerated network drops what the
+    plain one drops.
+    """
     package = pytest.importorskip("efficientnet_pytorch")
-    settings = package.utils.efficientnet(0.25, 1.0, dropout_rate=0.0, drop_connect_rate=0.5, image_size=32, num_classes=10)
+    settings = package.utils.efficientnet(
+        0.25, 1.0, dropout_rate=0.0, drop_connect_rate=0.5, image_size=32, num_classes=10
+    )
     model, _ = calibrated(lambda: package.EfficientNet(*settings), 32)
     x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
 
@@ -151,7 +170,9 @@ def test_drop_connect_over_a_whole_network(twins_serve):
 
 @trained
 def test_training_without_kernels(name, monkeypatch):
-    """On the reference backend, fp32 on the CPU: logits, all gradients and running statistics to 1e-5, in both modes."""
+    """On the reference backend, fp32 on the CPU: logits, all gradients and running statistics to 1e-5, in both
+    modes.
+    """
     make, blocks, _, size = MODELS[name]
     monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
     model, x = calibrated(make, min(size, 49))
@@ -169,7 +190,7 @@ def test_training_without_kernels(name, monkeypatch):
         assert relative_error(a, b.double()) <= 1e-5
 
 
-# ---- life as a module --------------------------------------------------------------------------------------------------------------
+# ---- life as a module ------------------------------------------------------------------------------------------------
 
 
 def narrow(seed=0):
@@ -212,7 +233,9 @@ def test_a_block_that_copies_itself_in_its_own_way():
 
 
 def test_moving_average_and_modes(twins_serve):
-    """timm's EMA copies the model; train() and eval() reach what is inside; half() and to() replace tensors that restore keeps."""
+    """timm's EMA copies the model; train() and eval() reach what is inside; half() and to() replace tensors that
+    restore keeps.
+    """
     timm = pytest.importorskip("timm")
     model, x = narrow()
     average = timm.utils.ModelEmaV3(accelerate(model), decay=0.5)
@@ -294,7 +317,9 @@ def test_symbolic_tracing_sees_the_plain_layers():
     assert [node.target for node in torch.fx.symbolic_trace(accelerate(model)).graph.nodes] == plain
 
 
-@pytest.mark.parametrize("name", ["timm-efficientnet_b0", "torchvision-mobilenet_v3_small", "lukemelas-b0", "transformers-half"])
+@pytest.mark.parametrize(
+    "name", ["timm-efficientnet_b0", "torchvision-mobilenet_v3_small", "lukemelas-b0", "transformers-half"]
+)
 def test_compiled_as_one_graph(name):
     make, *_ = MODELS[name]
     torch.manual_seed(0)
@@ -309,12 +334,18 @@ def test_compiled_as_one_graph(name):
 
 EXPORTED = {  # 64 pixels: of fewer, calibrated statistics are those of four values, and eager PyTorch itself is 5 % off
     "timm-narrow": narrow,
-    **{f"timm-{n}": lambda n=n: calibrated(lambda: timm_model(n), 64) for n in ("mobilenetv2_035", "tf_mobilenetv3_small_100")},
+    **{
+        f"timm-{n}": lambda n=n: calibrated(lambda: timm_model(n), 64)
+        for n in ("mobilenetv2_035", "tf_mobilenetv3_small_100")
+    },
     **{
         f"torchvision-{n}": lambda n=n: calibrated(lambda: torchvision_model(n), 64)
         for n in ("mobilenet_v3_small", "mobilenet_v2", "efficientnet_b0")
     },
-    **{f"lukemelas-b{i}": lambda i=i: calibrated(lambda: lukemelas_model(f"efficientnet-b{i}", image_size=64), 64) for i in range(3)},
+    **{
+        f"lukemelas-b{i}": lambda i=i: calibrated(lambda: lukemelas_model(f"efficientnet-b{i}", image_size=64), 64)
+        for i in range(3)
+    },
     **{
         f"transformers-{w}-{d}": lambda w=w, d=d: calibrated(lambda: transformers_model(w, d, 224), 64)
         for w, d in ((0.5, 0.5), (1.0, 1.0), (1.0, 1.1))
@@ -323,7 +354,9 @@ EXPORTED = {  # 64 pixels: of fewer, calibrated statistics are those of four val
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "timm-narrow" else pytest.mark.slow) for name in EXPORTED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "timm-narrow" else pytest.mark.slow) for name in EXPORTED]
+)
 def test_onnx_export_of_a_restored_model(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -354,10 +387,17 @@ def test_no_library_is_imported():
 
 
 LARGE = {
-    **{f"timm-{p}efficientnet_b{i}": lambda n=f"{p}efficientnet_b{i}": timm_model(n) for p in ("", "tf_") for i in range(2, 9)},
+    **{
+        f"timm-{p}efficientnet_b{i}": lambda n=f"{p}efficientnet_b{i}": timm_model(n)
+        for p in ("", "tf_")
+        for i in range(2, 9)
+    },
     **{f"timm-tf_efficientnet_lite{i}": lambda i=i: timm_model(f"tf_efficientnet_lite{i}") for i in range(1, 5)},
     **{f"torchvision-efficientnet_b{i}": lambda i=i: torchvision_model(f"efficientnet_b{i}") for i in range(1, 8)},
-    **{f"torchvision-{n}": lambda n=n: torchvision_model(n) for n in ("efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large")},
+    **{
+        f"torchvision-{n}": lambda n=n: torchvision_model(n)
+        for n in ("efficientnet_v2_m", "efficientnet_v2_l", "mobilenet_v3_large")
+    },
     **{f"lukemelas-b{i}": lambda i=i: lukemelas_model(f"efficientnet-b{i}") for i in range(2, 9)},
 }
 

@@ -1,4 +1,6 @@
-"""Accelerated blocks of every library on kernels, against the library's own block and float64: outputs, gradients, running statistics."""
+"""Accelerated blocks of every library on kernels, against the library's own block and float64: outputs, gradients,
+running statistics.
+"""
 
 import copy
 import itertools
@@ -24,14 +26,25 @@ from support.truth import assert_close_to_truth, images_away_from_kinks, relativ
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-# name: (block, height and width). Every reader, padding rule, activation and gate that a library's models have, with and without
-# expansion, squeeze-excite, residual and drop-path. Eight channels and more, as in test_modules.py.
+# name: (block, height and width). Every reader, padding rule, activation and gate that a library's models have, with
+# and without expansion, squeeze-excite, residual and drop-path. Eight channels and more, as in test_modules.py.
 BLOCKS = {
-    "timm-b0": (lambda: timm_block("InvertedResidual", 8, 8, 3, exp_ratio=2, act_layer=nn.SiLU, se=0.5, drop_path_rate=0.3), (5, 4)),
-    "timm-tf": (lambda: timm_block("InvertedResidual", 8, 16, 5, 2, pad_type="same", exp_ratio=2, act_layer=nn.SiLU, se=0.5), (6, 5)),
-    "timm-lite": (lambda: timm_block("DepthwiseSeparableConv", 16, 16, 3, act_layer=nn.ReLU6, drop_path_rate=0.4), (4, 4)),
+    "timm-b0": (
+        lambda: timm_block("InvertedResidual", 8, 8, 3, exp_ratio=2, act_layer=nn.SiLU, se=0.5, drop_path_rate=0.3),
+        (5, 4),
+    ),
+    "timm-tf": (
+        lambda: timm_block("InvertedResidual", 8, 16, 5, 2, pad_type="same", exp_ratio=2, act_layer=nn.SiLU, se=0.5),
+        (6, 5),
+    ),
+    "timm-lite": (
+        lambda: timm_block("DepthwiseSeparableConv", 16, 16, 3, act_layer=nn.ReLU6, drop_path_rate=0.4),
+        (4, 4),
+    ),
     "timm-mobilenetv3": (
-        lambda: timm_block("InvertedResidual", 8, 8, 5, exp_ratio=2, act_layer=nn.Hardswish, se=0.5, gate=nn.Hardsigmoid),
+        lambda: timm_block(
+            "InvertedResidual", 8, 8, 5, exp_ratio=2, act_layer=nn.Hardswish, se=0.5, gate=nn.Hardsigmoid
+        ),
         (3, 5),
     ),
     "timm-mnasnet": (lambda: timm_block("DepthwiseSeparableConv", 16, 8, 3, act_layer=nn.ReLU, se=0.5), (4, 3)),
@@ -103,7 +116,9 @@ HALF = [
 
 @pytest.mark.parametrize("name, dtype, how", HALF)
 def test_block_in_half_precision(name, dtype, how, device, scratch, monkeypatch):
-    """Parameters, buffers and images in half precision, or fp32 ones under autocast: in training, all gradients too, and in inference."""
+    """Parameters, buffers and images in half precision, or fp32 ones under autocast: in training, all gradients too,
+    and in inference.
+    """
     make, size = BLOCKS[name]
     modules, runs, dtype = triple(make), kernels_of(monkeypatch), getattr(torch, dtype)
     if how == "cast":
@@ -127,7 +142,9 @@ def test_block_in_half_precision(name, dtype, how, device, scratch, monkeypatch)
 
 
 def test_drop_connect_is_drawn_as_the_library_draws(device):
-    """efficientnet_pytorch takes the rate at the call, and draws floor(keep + uniform), whose stream depends on the dtype."""
+    """efficientnet_pytorch takes the rate at the call, and draws floor(keep + uniform), whose stream depends on the
+    dtype.
+    """
     modules = triple(lambda: lukemelas_block(3, 1, 32, 32, 1, 8))
     x = images(6, 32, 3, 3)
     outs = {}
@@ -139,26 +156,38 @@ def test_drop_connect_is_drawn_as_the_library_draws(device):
     assert relative_error(outs["fused"], outs["eager"]) < 1e-5
 
 
-# ---- stem and head -----------------------------------------------------------------------------------------------------------------
+# ---- stem and head ---------------------------------------------------------------------------------------------------
 
 
 def timm_network(**settings):
     timm = pytest.importorskip("timm")
     blocks = timm.models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
     kind = timm.models.efficientnet.EfficientNet
-    return kind(blocks, num_classes=8, num_features=24, stem_size=16, pad_type="same", act_layer=nn.SiLU, drop_rate=0.3, **settings)
+    return kind(
+        blocks,
+        num_classes=8,
+        num_features=24,
+        stem_size=16,
+        pad_type="same",
+        act_layer=nn.SiLU,
+        drop_rate=0.3,
+        **settings,
+    )
 
 
 def timm_mobilenet():
     timm = pytest.importorskip("timm")
     blocks = timm.models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
-    return timm.models.mobilenetv3.MobileNetV3(blocks, num_classes=8, num_features=24, stem_size=16, act_layer=nn.Hardswish)
+    return timm.models.mobilenetv3.MobileNetV3(
+        blocks, num_classes=8, num_features=24, stem_size=16, act_layer=nn.Hardswish
+    )
 
 
 def torchvision_network():
     models = pytest.importorskip("torchvision").models
     model = models.MobileNetV2(num_classes=8, inverted_residual_setting=[[1, 16, 1, 1]], width_mult=0.25)
-    model.features[-1] = models.mobilenetv2.Conv2dNormActivation(8, 24, kernel_size=1)  # not the 1280 channels that it has at any width
+    # Not the 1280 channels that it has at any width.
+    model.features[-1] = models.mobilenetv2.Conv2dNormActivation(8, 24, kernel_size=1)
     model.classifier = nn.Linear(24, 8)
     return model
 
@@ -166,7 +195,12 @@ def torchvision_network():
 def lukemelas_network():
     package = pytest.importorskip("efficientnet_pytorch")
     blocks, settings = package.utils.efficientnet(
-        width_coefficient=0.25, depth_coefficient=1.0, dropout_rate=0.0, drop_connect_rate=0.0, image_size=8, num_classes=8
+        width_coefficient=0.25,
+        depth_coefficient=1.0,
+        dropout_rate=0.0,
+        drop_connect_rate=0.0,
+        image_size=8,
+        num_classes=8,
     )
     return package.EfficientNet(blocks[:1], settings)
 
@@ -236,7 +270,11 @@ def edit_stem(model):
             "features does not begin and end with a convolution",
         ),
         (torchvision_network, lambda m: setattr(m.features[0][0], "dilation", (2, 2)), "features.0.0 has dilation"),
-        (lukemelas_network, lambda m: setattr(m._conv_head, "bias", nn.Parameter(torch.zeros(320))), "_conv_head has a bias"),
+        (
+            lukemelas_network,
+            lambda m: setattr(m._conv_head, "bias", nn.Parameter(torch.zeros(320))),
+            "_conv_head has a bias",
+        ),
     ],
 )
 def test_why_stem_and_head_are_not_fused(make, edit, reason):
@@ -259,7 +297,10 @@ def test_networks_own_forward():
 
     blocks = pytest.importorskip("timm").models._efficientnet_builder.decode_arch_def([["ds_r1_k3_s1_e1_c16"]])
     assert explain(Other(blocks, stem_size=16)).ends["stem"] == "Other has a forward of its own"
-    assert explain(timm_network(global_pool="max")).ends == {"stem": None, "head": explain(timm_network(global_pool="max")).ends["head"]}
+    assert explain(timm_network(global_pool="max")).ends == {
+        "stem": None,
+        "head": explain(timm_network(global_pool="max")).ends["head"],
+    }
     assert "global_pool is" in explain(timm_network(global_pool="avgmax")).ends["head"]
 
 

@@ -1,7 +1,9 @@
-"""Whole accelerated networks of every library on kernels, nothing left out of them: logits, all gradients, running statistics.
+"""Whole accelerated networks of every library on kernels, nothing left out of them: logits, all gradients, running
+statistics.
 
-Images are small, so that the interpreter comes to an end: 33 pixels leave odd sizes at every stride and 2 x 2 of the last features,
-which with three images are enough values for a BatchNorm. Inference of the smallest always runs, the others are slow (minutes each).
+Images are small, so that the interpreter comes to an end: 33 pixels leave odd sizes at every stride and 2 x 2 of the
+last features, which with three images are enough values for a BatchNorm. Inference of the smallest always runs, the
+others are slow (minutes each).
 """
 
 import copy
@@ -26,11 +28,20 @@ def _block(size, most=256):
 
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
-    """Blocks that take most layers of a network in one program each: the interpreter's time is its operations, whatever their size, so
-    a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and blocks run."""
+    """Blocks that take most layers of a network in one program each: the interpreter's time is its operations, whatever
+    their size, so a network takes a fifth of the time that it takes in blocks for a GPU, which the tests of kernels and
+    blocks run.
+    """
     if not (HAS_TRITON and INTERPRET):
         return
-    from effkernels.kernels import depthwise, expand_backward, pointwise_forward, project_backward, squeeze_excite, weight_gradients
+    from effkernels.kernels import (
+        depthwise,
+        expand_backward,
+        pointwise_forward,
+        project_backward,
+        squeeze_excite,
+        weight_gradients,
+    )
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
@@ -46,21 +57,34 @@ def large_blocks(monkeypatch):
     enlarge(pointwise_forward, "pointwise_forward_config", sizes)
     for name in ("project_both_config", "project_data_config", "project_weight_config"):
         enlarge(project_backward, name, lambda E, O, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)})
-    enlarge(expand_backward, "expand_matrix_config", lambda E, I, *_: {"BM": _block(E), "BI": _block(I), "BK": _block(E)})
+    enlarge(
+        expand_backward, "expand_matrix_config", lambda E, I, *_: {"BM": _block(E), "BI": _block(I), "BK": _block(E)}
+    )
     enlarge(expand_backward, "expand_pass_config", lambda E, I, rows, *_: {"BM": _block(rows)})
     enlarge(expand_backward, "expand_data_config", lambda E, I, rows, *_: {"BM": _block(rows), "BK": _block(E)})
     enlarge(expand_backward, "expand_weight_config", lambda E, I, rows, *_: {"BM": _block(rows), "BE": _block(E)})
     enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})
-    blocks = {"DEPTHWISE_PARTS": 16, "DEPTHWISE_COLS": 8192, "BLOCK_P": 16, "BLOCK_COLS": 16384, "BLOCK_E": 256, "BLOCK_I": 256}
+    blocks = {
+        "DEPTHWISE_PARTS": 16,
+        "DEPTHWISE_COLS": 8192,
+        "BLOCK_P": 16,
+        "BLOCK_COLS": 16384,
+        "BLOCK_E": 256,
+        "BLOCK_I": 256,
+    }
     enlarge(weight_gradients, "weight_gradient_config", lambda *_: blocks | {"BLOCK_S": 1, "BLOCK_C": 256})
 
 
 slow = pytest.mark.slow
 # name: (model, MBConv blocks, whether its head is fused too)
 NETWORKS = {
-    "torchvision-mobilenet_v3_small-narrow": (lambda: torchvision_model("mobilenet_v3_small", width_mult=0.25), 11, True),
+    "torchvision-mobilenet_v3_small-narrow": (
+        lambda: torchvision_model("mobilenet_v3_small", width_mult=0.25),
+        11,
+        True,
+    ),
     "timm-efficientnet_b0": (lambda: timm_model("efficientnet_b0", drop_path_rate=0.2), 16, True),
     "timm-tf_efficientnet_lite0": (lambda: timm_model("tf_efficientnet_lite0"), 16, True),
     "timm-tf_mobilenetv3_small_100": (lambda: timm_model("tf_mobilenetv3_small_100"), 11, False),
@@ -71,21 +95,37 @@ NETWORKS = {
     "torchvision-mobilenet_v3_small": (lambda: torchvision_model("mobilenet_v3_small"), 11, True),
     "torchvision-mnasnet0_5": (lambda: torchvision_model("mnasnet0_5"), 16, True),
     "lukemelas-b0": (lambda: lukemelas_model("efficientnet-b0", image_size=33, drop_connect_rate=0), 16, True),
-    "lukemelas-b0-drop-connect": (lambda: lukemelas_model("efficientnet-b0", image_size=33, drop_connect_rate=0.5), 16, True),
-    "lukemelas-b1-dynamic": (lambda: lukemelas_model("efficientnet-b1", image_size=None, drop_connect_rate=0), 23, True),
+    "lukemelas-b0-drop-connect": (
+        lambda: lukemelas_model("efficientnet-b0", image_size=33, drop_connect_rate=0.5),
+        16,
+        True,
+    ),
+    "lukemelas-b1-dynamic": (
+        lambda: lukemelas_model("efficientnet-b1", image_size=None, drop_connect_rate=0),
+        23,
+        True,
+    ),
     "lukemelas-b2": (lambda: lukemelas_model("efficientnet-b2", image_size=33, drop_connect_rate=0), 23, True),
     "transformers-b0": (lambda: transformers_model(1.0, 1.0, 224, drop_connect_rate=0.0), 16, False),
-    "transformers-b1": (lambda: transformers_model(1.0, 1.1, 240, drop_connect_rate=0.0, depthwise_padding=[5, 8]), 23, False),
+    "transformers-b1": (
+        lambda: transformers_model(1.0, 1.1, 240, drop_connect_rate=0.0, depthwise_padding=[5, 8]),
+        23,
+        False,
+    ),
     "transformers-b2": (lambda: transformers_model(1.1, 1.2, 260, drop_connect_rate=0.0), 23, False),
 }
 
 
 def networks(always=0):
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=slow if i >= always else ()) for i, name in enumerate(NETWORKS)])
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=slow if i >= always else ()) for i, name in enumerate(NETWORKS)]
+    )
 
 
 def triple(name, size=33, batch=3):
-    """{"fused", "eager", "truth"} of one network with random and calibrated BatchNorms, in eval, without dropout; and images."""
+    """{"fused", "eager", "truth"} of one network with random and calibrated BatchNorms, in eval, without dropout; and
+    images.
+    """
     make, blocks, _ = NETWORKS[name]
     eager, _ = calibrated(make, size)
     for module in eager.modules():
@@ -106,11 +146,12 @@ def operators(name, stem, block, head):
 
 
 def assert_within_bound(fused, eagers, truth):
-    """The rule of ``truth.py`` against the largest of several errors of eager PyTorch, for each tensor; of the tensors of a training
-    step most are within it against the median of those errors.
+    """The rule of ``truth.py`` against the largest of several errors of eager PyTorch, for each tensor; of the tensors
+    of a training step most are within it against the median of those errors.
 
-    The gradient of a bias vanishes where a BatchNorm follows without a residual in between: what is left of it is rounding, which is
-    measured against the gradient of that layer's weight. That of a block whose images are all dropped is zero.
+    The gradient of a bias vanishes where a BatchNorm follows without a residual in between: what is left of it is
+    rounding, which is measured against the gradient of that layer's weight. That of a block whose images are all
+    dropped is zero.
     """
     assert fused.keys() == truth.keys()
     ratios = []
@@ -119,8 +160,12 @@ def assert_within_bound(fused, eagers, truth):
         size, weight = value.norm(), truth.get(name.removesuffix("bias") + "weight")
         if name.endswith("bias") and weight is not None and size < 1e-9 * weight.norm():
             size = weight.norm()
-        error, *eager = ((result[name].double() - value).norm().item() / (size.item() or 1.0) for result in (fused, *eagers))
-        assert error <= 2 * max(eager) + 1e-6, f"{name}: relative error {error:.3g}, eager PyTorch's up to {max(eager):.3g}"
+        error, *eager = (
+            (result[name].double() - value).norm().item() / (size.item() or 1.0) for result in (fused, *eagers)
+        )
+        assert error <= 2 * max(eager) + 1e-6, (
+            f"{name}: relative error {error:.3g}, eager PyTorch's up to {max(eager):.3g}"
+        )
         ratios.append(error / (statistics.median(eager) + 1e-9))
     median = statistics.median(ratios)
     assert len(ratios) == 1 or median <= 2, f"errors are {median:.3g} times eager PyTorch's, by the median"
@@ -129,15 +174,18 @@ def assert_within_bound(fused, eagers, truth):
 def eager_runs(module, x, run):
     """Results of ``run`` in every order of the images, in both memory formats, with and without oneDNN.
 
-    All are eager PyTorch's of the same function, but rounded otherwise: through the layers of a whole network with weights this random
-    one of them is now and then five times nearer to the truth than another, and is no yardstick by itself.
+    All are eager PyTorch's of the same function, but rounded otherwise: through the layers of a whole network with
+    weights this random one of them is now and then five times nearer to the truth than another, and is no yardstick by
+    itself.
     """
     first, *others = itertools.permutations(range(len(x)))
     for order in [first] if drops_images(module) else [first, *others]:
         back = torch.argsort(torch.tensor(order))
         for layout, onednn in itertools.product((torch.contiguous_format, torch.channels_last), (False, True)):
             with torch.backends.mkldnn.flags(enabled=onednn):
-                result = run(copy.deepcopy(module).to(memory_format=layout), x[list(order)].contiguous(memory_format=layout))
+                result = run(
+                    copy.deepcopy(module).to(memory_format=layout), x[list(order)].contiguous(memory_format=layout)
+                )
             yield {key: value[back] if key in PER_IMAGE else value for key, value in result.items()}
 
 
@@ -145,7 +193,9 @@ PER_IMAGE = ("logits", "images")
 
 
 def drops_images(module):
-    """Whether training draws which images leave out a block: the first draw is for the first image, in whatever order they come."""
+    """Whether training draws which images leave out a block: the first draw is for the first image, in whatever order
+    they come.
+    """
     settings = getattr(module, "_global_params", None)  # efficientnet_pytorch
     rates = [getattr(m, "p" if type(m).__name__ == "StochasticDepth" else "drop_prob", 0) for m in module.modules()]
     return any(rates) or bool(settings and settings.drop_connect_rate)
@@ -174,15 +224,21 @@ def test_network_in_inference(name, device, monkeypatch):
     runs = kernels_of(monkeypatch)
     fused = inference(modules["fused"], x)
     assert runs == operators(name, "stem_inference", "mbconv_inference", "head_inference")
-    assert_within_bound(fused, list(eager_runs(modules["eager"], x, inference)), inference(modules["truth"], x.double()))
+    assert_within_bound(
+        fused, list(eager_runs(modules["eager"], x, inference)), inference(modules["truth"], x.double())
+    )
     assert torch.equal(logits(restore(modules["fused"]), x), logits(modules["eager"], x))
 
 
 @pytest.fixture
 def same_draws(monkeypatch):
-    """efficientnet_pytorch draws in the dtype of the images, and so another stream in float64: here the truth draws as fp32 does."""
+    """efficientnet_pytorch draws in the dtype of the images, and so another stream in float64: here the truth draws as
+    fp32 does.
+    """
     rand = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype=None, **settings: rand(*size, **settings).to(dtype or torch.float32))
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, dtype=None, **settings: rand(*size, **settings).to(dtype or torch.float32)
+    )
 
 
 @networks()
@@ -192,4 +248,6 @@ def test_network_in_training(name, device, same_draws, monkeypatch):
     runs = kernels_of(monkeypatch)
     fused = training_step(modules["fused"], x)
     assert runs == operators(name, "stem", "mbconv", "head")
-    assert_within_bound(fused, list(eager_runs(modules["eager"], x, training_step)), training_step(modules["truth"], x.double()))
+    assert_within_bound(
+        fused, list(eager_runs(modules["eager"], x, training_step)), training_step(modules["truth"], x.double())
+    )

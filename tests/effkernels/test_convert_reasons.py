@@ -1,4 +1,6 @@
-"""What keeps a block of a known library from running fused: each reason by itself, named after the layer, and the block's own numbers."""
+"""What keeps a block of a known library from running fused: each reason by itself, named after the layer, and the
+block's own numbers.
+"""
 
 import copy
 import functools
@@ -11,11 +13,23 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from efficientnet import MBConv
 from effkernels import accelerate, explain
-from support.other_blocks import lukemelas_block, timm_block, torchvision_block, torchvision_efficientnet_block, transformers_block
+from support.other_blocks import (
+    lukemelas_block,
+    timm_block,
+    torchvision_block,
+    torchvision_efficientnet_block,
+    transformers_block,
+)
 
 
 def inverted(**settings):
-    return timm_block("InvertedResidual", 8, 8, 3, **{"exp_ratio": 2, "act_layer": nn.SiLU, "se": 0.5, "drop_path_rate": 0.2} | settings)
+    return timm_block(
+        "InvertedResidual",
+        8,
+        8,
+        3,
+        **{"exp_ratio": 2, "act_layer": nn.SiLU, "se": 0.5, "drop_path_rate": 0.2} | settings,
+    )
 
 
 def separable(**settings):
@@ -28,7 +42,9 @@ def put(path, value):
     def edit(block):
         *owners, name = path.split(".")
         owner = block.get_submodule(".".join(owners))
-        setattr(owner, name, value(getattr(owner, name)) if callable(value) and not isinstance(value, nn.Module) else value)
+        setattr(
+            owner, name, value(getattr(owner, name)) if callable(value) and not isinstance(value, nn.Module) else value
+        )
 
     return edit
 
@@ -78,16 +94,36 @@ def projection_padding(block):
         (functools.partial(inverted, dilation=2), None, r"conv_dw has dilation \(2, 2\), kernels need \(1, 1\).*"),
         (functools.partial(inverted, group_size=4), None, "conv_dw .*"),
         (inverted, put("conv_pwl", conv(16, 8, groups=2)), "conv_pwl .*"),
-        (inverted, put("conv_pwl", conv(24, 8)), r"conv_pwl does not fit its neighbours: its weight is \(8, 24, 1, 1\).*"),
+        (
+            inverted,
+            put("conv_pwl", conv(24, 8)),
+            r"conv_pwl does not fit its neighbours: its weight is \(8, 24, 1, 1\).*",
+        ),
         (inverted, put("conv_pw", conv(8, 16, 3)), "conv_pw has kernel_size .*"),
-        (inverted, put("conv_dw", conv(16, 16, 4, groups=16)), "conv_dw has kernel_size 4, kernels have odd ones up to 9"),
+        (
+            inverted,
+            put("conv_dw", conv(16, 16, 4, groups=16)),
+            "conv_dw has kernel_size 4, kernels have odd ones up to 9",
+        ),
         (inverted, put("conv_dw", conv(16, 16, (3, 5), groups=16, padding=(1, 2))), "conv_dw has kernel_size .*"),
         (inverted, put("conv_dw", conv(16, 16, 3, groups=16, stride=3)), "conv_dw has stride 3, kernels have 1 and 2"),
-        (inverted, put("conv_dw", conv(16, 16, 3, groups=16, padding=0)), "conv_dw pads .*neither symmetrically nor as TensorFlow does"),
-        (inverted, put("conv_dw", conv(16, 16, 3, groups=16, padding_mode="reflect")), "conv_dw has padding_mode reflect.*"),
+        (
+            inverted,
+            put("conv_dw", conv(16, 16, 3, groups=16, padding=0)),
+            "conv_dw pads .*neither symmetrically nor as TensorFlow does",
+        ),
+        (
+            inverted,
+            put("conv_dw", conv(16, 16, 3, groups=16, padding_mode="reflect")),
+            "conv_dw has padding_mode reflect.*",
+        ),
         (inverted, weight_standardised, "conv_pw is a StdConv2d"),
         (inverted, mixed_kernels, "conv_dw is a MixedConv2d"),
-        (inverted, lambda b: parametrize.register_parametrization(b.conv_dw, "weight", nn.Identity()), "conv_dw is a ParametrizedConv2d"),
+        (
+            inverted,
+            lambda b: parametrize.register_parametrization(b.conv_dw, "weight", nn.Identity()),
+            "conv_dw is a ParametrizedConv2d",
+        ),
         (inverted, lambda b: parametrizations.spectral_norm(b.conv_pwl), "conv_pwl is a ParametrizedConv2d"),
         (inverted, lambda b: spectral_norm(b.conv_pwl), "conv_pwl has hooks"),
         (inverted, put("conv_pw", torch.ao.nn.quantized.Conv2d(8, 16, 1)), "conv_pw is a Conv2d"),
@@ -96,9 +132,17 @@ def projection_padding(block):
         (inverted, put("bn2", nn.BatchNorm2d(16)), r"the activation after the expand convolution \(bn1.act SiLU\(.*"),
         (inverted, split_norms, "bn1 is a SplitBatchNorm2d"),
         (inverted, put("bn1.drop", nn.Dropout(0.5)), "bn1.drop is a Dropout"),
-        (inverted, put("bn1.act", nn.ReLU()), r"the activation after the expand convolution \(bn1.act ReLU\(\)\) is not .* \(silu\)"),
+        (
+            inverted,
+            put("bn1.act", nn.ReLU()),
+            r"the activation after the expand convolution \(bn1.act ReLU\(\)\) is not .* \(silu\)",
+        ),
         (functools.partial(inverted, act_layer=nn.Mish), None, r"bn2.act is Mish\(.*\), not one of silu, relu, .*"),
-        (functools.partial(separable, pw_act=True), None, "bn2.act is ReLU.*: kernels have no activation after the project convolution"),
+        (
+            functools.partial(separable, pw_act=True),
+            None,
+            "bn2.act is ReLU.*: kernels have no activation after the project convolution",
+        ),
         (inverted, put("se.act1", nn.Tanh()), r"se.act1 is Tanh\(\), not one of .*"),
         (functools.partial(inverted, gate=nn.Tanh), None, r"se.gate is Tanh\(.*\), not one of sigmoid, hard_sigmoid"),
         (inverted, put("se", nn.Conv2d(16, 16, 1)), "se is a Conv2d, which is not squeeze-excite as kernels have it"),
@@ -117,14 +161,42 @@ def projection_padding(block):
         (inverted, put("conv_pw.forward", lambda forward: forward), "conv_pw.forward was replaced"),
         (inverted, lambda b: setattr(b, "forward", b.forward), "the block's forward was replaced"),
         (lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0), forward_hook("block.0"), "block.0 has hooks"),
-        (lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0), put("block.2", nn.Identity()), "block.2 is a Identity.*|block .*"),
-        (lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0), put("block.1.1", nn.Identity()), "block.1.1 is a Identity.*|block .*"),
-        (lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0), put("block.2", nn.Tanh()), "block.2 is a Tanh, where kernels .*"),
-        (lambda: torchvision_block("mobilenetv2.InvertedResidual", 8, 8, 1, 2), put("conv.1.0.dilation", (2, 2)), "conv.1.0 has .*"),
-        (lambda: lukemelas_block(3, 1, 8, 8, 2, 8), depthwise_padding, "_depthwise_conv.static_padding pads ZeroPad2d.*"),
-        (lambda: lukemelas_block(3, 1, 8, 8, 2, 8), projection_padding, "_project_conv.static_padding pads a 1x1 convolution"),
+        (
+            lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0),
+            put("block.2", nn.Identity()),
+            "block.2 is a Identity.*|block .*",
+        ),
+        (
+            lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0),
+            put("block.1.1", nn.Identity()),
+            "block.1.1 is a Identity.*|block .*",
+        ),
+        (
+            lambda: torchvision_efficientnet_block(3, 1, 8, 8, 2, 0.0),
+            put("block.2", nn.Tanh()),
+            "block.2 is a Tanh, where kernels .*",
+        ),
+        (
+            lambda: torchvision_block("mobilenetv2.InvertedResidual", 8, 8, 1, 2),
+            put("conv.1.0.dilation", (2, 2)),
+            "conv.1.0 has .*",
+        ),
+        (
+            lambda: lukemelas_block(3, 1, 8, 8, 2, 8),
+            depthwise_padding,
+            "_depthwise_conv.static_padding pads ZeroPad2d.*",
+        ),
+        (
+            lambda: lukemelas_block(3, 1, 8, 8, 2, 8),
+            projection_padding,
+            "_project_conv.static_padding pads a 1x1 convolution",
+        ),
         (lambda: lukemelas_block(3, 1, 8, 8, 2, 8), put("_swish", nn.Mish()), "_swish is Mish.*"),
-        (lambda: transformers_block(3, 1, 8, 8, 2, True, act="gelu_new"), None, "depthwise_conv.depthwise_act is NewGELUActivation.*"),
+        (
+            lambda: transformers_block(3, 1, 8, 8, 2, True, act="gelu_new"),
+            None,
+            "depthwise_conv.depthwise_act is NewGELUActivation.*",
+        ),
         (lambda: transformers_block(3, 1, 8, 8, 2, True), forward_hook("expansion"), "expansion has hooks"),
         (lambda: MBConv(8, 8), forward_hook("bn1"), "bn1 has hooks"),
         (lambda: MBConv(8, 8), put("conv_dw.dilation", (2, 2)), "conv_dw has dilation .*"),
@@ -148,7 +220,9 @@ def test_reason(make, edit, reason):
 
 
 def test_reasons_after_accelerate(device, monkeypatch):
-    """What is edited later is seen at the next call: the block's own forward runs then, and again the kernels once it is undone."""
+    """What is edited later is seen at the next call: the block's own forward runs then, and again the kernels once it
+    is undone.
+    """
     monkeypatch.setenv("EFFKERNELS_BACKEND", "auto")
     block = accelerate(inverted().eval())
     x, seen = torch.randn(2, 8, 4, 4), []
@@ -166,8 +240,14 @@ def test_reasons_after_accelerate(device, monkeypatch):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: transformers_block(3, 1, 8, 8, 2, True, drop=0.2), "in training, projection.dropout (p=0.2) drops single elements"),
-        (lambda: put_drop_path(scale_by_keep=False), "in training, drop_path is DropPath(drop_prob=0.500): kernels drop samples"),
+        (
+            lambda: transformers_block(3, 1, 8, 8, 2, True, drop=0.2),
+            "in training, projection.dropout (p=0.2) drops single elements",
+        ),
+        (
+            lambda: put_drop_path(scale_by_keep=False),
+            "in training, drop_path is DropPath(drop_prob=0.500): kernels drop samples",
+        ),
         (lambda: stochastic_depth(0.5, "batch"), "in training, stochastic_depth is StochasticDepth(p=0.5, mode=batch)"),
         (lambda: stochastic_depth(1.0, "row"), "in training, stochastic_depth is StochasticDepth(p=1.0, mode=row)"),
     ],
@@ -222,7 +302,10 @@ def test_blocks_that_are_not_mbconv():
     reasons = explain(nn.Sequential(dense, edge, conditional, universal))
     assert reasons["0"] == reasons["1"] and "a dense k x k convolution" in reasons["0"]
     assert "CondConv" in reasons["2"] and "MobileNetV4" in reasons["3"]
-    with pytest.raises(ValueError, match="(?s)Sequential has no block that effkernels can run:\n  0: a dense.*\n  1: .*\n  2: .*CondConv"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)Sequential has no block that effkernels can run:\n  0: a dense.*\n  1: .*\n  2: .*CondConv",
+    ):
         accelerate(nn.Sequential(dense, edge, conditional))
 
 

@@ -76,7 +76,11 @@ def test_results_are_the_same_and_nothing_stays_patched(toy):
     assert torch.equal(*outs) and torch.equal(*counters) and outs[0].any()
     with pytest.raises(KeyError), count_traffic():
         raise KeyError
-    assert before == (interpreter.GridExecutor.__call__, interpreter._implicit_cvt, dict(vars(interpreter.InterpreterBuilder)))
+    assert before == (
+        interpreter.GridExecutor.__call__,
+        interpreter._implicit_cvt,
+        dict(vars(interpreter.InterpreterBuilder)),
+    )
 
 
 def test_shared_memory_is_told_apart_by_argument_and_counted_once_in_all(toy):
@@ -92,7 +96,10 @@ def test_shared_memory_is_told_apart_by_argument_and_counted_once_in_all(toy):
 @pytest.mark.parametrize("ahead, count", [(60, 6), (-1, 6), (64, 1)])
 def test_an_access_outside_of_the_tensor_raises(toy, ahead, count):
     x, counter = torch.zeros(64), torch.zeros(2, dtype=torch.int32)
-    with count_traffic(), pytest.raises(triton.runtime.errors.InterpreterError, match="toy_kernel: 'x' is read outside of its storage"):
+    with (
+        count_traffic(),
+        pytest.raises(triton.runtime.errors.InterpreterError, match="toy_kernel: 'x' is read outside of its storage"),
+    ):
         toy(x, torch.zeros(64), torch.zeros(128), counter, count, ahead)
 
 
@@ -191,7 +198,9 @@ def test_depthwise(k, stride, device, small_tiles):
     norm1, norm2 = (norm_of(norm_vectors(C, "cpu"), torch.rand(C)) for _ in range(2))
     pads = (k // 2,) * 4
     with count_traffic() as launches:
-        y, *_ = depthwise.depthwise_forward(x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True)
+        y, *_ = depthwise.depthwise_forward(
+            x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True
+        )
     forward = next(launch for launch in launches if launch.name == "depthwise_forward_kernel")
     e1, e2 = x.numel() * 2, y.numel() * 2
     expected = {"x": (e1, 0), "y": (0, e2), "w": (C * k * k * 4, 0)}
@@ -230,7 +239,9 @@ def test_depthwise(k, stride, device, small_tiles):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k, stride, outputs, backward", [(3, 2, 24, (3, 4, 9)), (3, 1, 16, (3, 4, 9)), (3, 2, 40, (3, 5, 10))])
+@pytest.mark.parametrize(
+    "k, stride, outputs, backward", [(3, 2, 24, (3, 4, 9)), (3, 1, 16, (3, 4, 9)), (3, 2, 40, (3, 5, 10))]
+)
 def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small_tiles):
     """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's
     included.
@@ -250,7 +261,8 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
         most_e1, most_e2, most_launches = budgets[name]
         over_e1, over_e2 = passes(launches, e1, e2)
         moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
-        least = 0 if name == "inference" else 0.9 * budget  # which may expand inside the depthwise kernel, and store no e1
+        # Which may expand inside the depthwise kernel, and store no e1.
+        least = 0 if name == "inference" else 0.9 * budget
         assert least <= moved <= 1.02 * budget, f"{name}: {over_e1:.2f} e1 + {over_e2:.2f} e2\n{summary(launches)}"
         assert len(launches) <= most_launches, f"{name}\n{summary(launches)}"
 
@@ -260,7 +272,9 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
 # backward.
 KINDS = [
     pytest.param(6, 0.25, 5, 2, {"forward": (2, 3, 5), "backward": (3, 4, 9), "inference": (2, 2, 4)}, id="5x5"),
-    pytest.param(6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 9), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"),
+    pytest.param(
+        6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 9), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"
+    ),
     pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 4), "backward": (2, 4, 6), "inference": (1, 2, 3)}, id="no expand"),
 ]
 

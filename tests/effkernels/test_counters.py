@@ -1,4 +1,6 @@
-"""Which counters a launch gets: one buffer a stream, but none that a CUDA graph or a compiled graph could share with others."""
+"""Which counters a launch gets: one buffer a stream, but none that a CUDA graph or a compiled graph could share with
+others.
+"""
 
 from types import SimpleNamespace
 

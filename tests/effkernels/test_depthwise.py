@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from effkernels.configs.rules import DepthwiseConfig
 from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu, relative_error
+from support.truth import (
+    assert_close_to_truth,
+    batch_norm,
+    batch_terms,
+    guarded,
+    nchw,
+    nhwc,
+    norm_of,
+    norm_vectors,
+    on_gpu,
+    relative_error,
+)
 
 EPS = 1e-3
 # Every k x stride x padding once; dtype, batch, odd, even and tiny H and W, and C (multiples of 8, not, above one block
@@ -45,7 +56,8 @@ REAL_SHAPES = [
     (7, 2, "symmetric", 4, 57, 33, 72, torch.float32),
     (9, 2, "same", 2, 31, 29, 40, torch.float32),
 ]
-ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]  # test_activations.py compares each in detail; here they take turns
+# test_activations.py compares each in detail; here they take turns.
+ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]
 ARGUMENTS = "i, k, stride, padding, N, H, W, C, dtype"
 
 
@@ -157,7 +169,9 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
         if norm2 == "frozen":
             z2 = batch_norm(y, *bn2, EPS)
         elif norm2 == "batch":
-            z2 = F.batch_norm(y, None, None, *(v.double() if y.dtype == torch.float64 else v for v in bn2[:2]), True, 0.0, EPS)
+            z2 = F.batch_norm(
+                y, None, None, *(v.double() if y.dtype == torch.float64 else v for v in bn2[:2]), True, 0.0, EPS
+            )
         gradient = dq.to(x.dtype)
         if gated:
             gradient = gradient * gate.to(x.dtype)[:, :, None, None] + dpool.to(x.dtype)[:, :, None, None]
@@ -269,7 +283,11 @@ def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, m
     x, weight = data(1, N, 40, H, 1, torch.float32, device)
     x = x + torch.linspace(-3, 3, 40, device=device)[:, None, None]
     counters = torch.zeros(8, dtype=torch.int32, device=device)
-    running = [guarded(torch.zeros(40, device=device)), guarded(torch.ones(40, device=device)), torch.zeros((), dtype=torch.int64)]
+    running = [
+        guarded(torch.zeros(40, device=device)),
+        guarded(torch.ones(40, device=device)),
+        torch.zeros((), dtype=torch.int64),
+    ]
     running[2] = running[2].to(device)
     truth = [torch.zeros(40).double().to(device), torch.ones(40).double().to(device)]
     eager = [v.float() for v in truth]
@@ -282,7 +300,9 @@ def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, m
             out = F.conv2d(x.to(dtype), weight.to(dtype), groups=40)
             F.batch_norm(out, *expected, training=True, momentum=0.3, eps=EPS)
             m, v = mean_and_var(out)
-            results.append({"mean": m, "rstd": (v + EPS).rsqrt(), "running mean": expected[0], "running var": expected[1]})
+            results.append(
+                {"mean": m, "rstd": (v + EPS).rsqrt(), "running mean": expected[0], "running var": expected[1]}
+            )
         fused = {"mean": mean, "rstd": rstd, "running mean": running[0], "running var": running[1]}
         assert_close_to_truth(fused, results[1], results[0], f"call {call}")
         assert (counters == 0).all() and running[2] == call
@@ -303,7 +323,14 @@ def test_last_program_finishes_bn1s_gradients(N, H, programs, device, scratch, m
     for _ in range(2):
         dq = guarded(torch.randn(N, H, 1, C).to(device))
         dz, _, finished = depthwise_backward(
-            dq, nhwc(x), weight, 1, (0, 0, 0, 0), norm1=norm_of((gamma, beta, mean, None), rstd), act1="silu", counters=counters
+            dq,
+            nhwc(x),
+            weight,
+            1,
+            (0, 0, 0, 0),
+            norm1=norm_of((gamma, beta, mean, None), rstd),
+            act1="silu",
+            counters=counters,
         )
         terms = batch_terms(nchw(dz).double(), x.double(), gamma.double(), mean.double(), rstd.double())
         assert [t.dtype for t in finished] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
@@ -391,4 +418,6 @@ def test_more_than_2_to_the_31_elements(device):
     y, _, _ = depthwise_forward(x, weight, 1, (1, 1, 1, 1))
     assert torch.equal(y[-1:], depthwise_forward(x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])
     dx, _, _ = depthwise_backward(y, x, weight, 1, (1, 1, 1, 1))
-    assert torch.equal(dx[-1:], depthwise_backward(y[-1:].contiguous(), x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0])
+    assert torch.equal(
+        dx[-1:], depthwise_backward(y[-1:].contiguous(), x[-1:].contiguous(), weight, 1, (1, 1, 1, 1))[0]
+    )

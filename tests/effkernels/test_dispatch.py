@@ -6,7 +6,16 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from efficientnet import MBConv
-from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, dispatch, explain, functional, reference, why_not_fused
+from effkernels import (
+    FusedDepthwiseConvBNAct,
+    FusedMBConv,
+    FusedSqueezeExcite,
+    dispatch,
+    explain,
+    functional,
+    reference,
+    why_not_fused,
+)
 from effkernels.modules.squeeze_excite import SqueezeExcite
 from support.python import run_python
 
@@ -34,7 +43,9 @@ def assert_reason(gate, block, reason, x=X):
     assert torch.equal(block(x), plain) and not gate
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("EFFKERNELS_BACKEND", "triton")
-        with pytest.raises(RuntimeError, match="EFFKERNELS_BACKEND=triton, but the fused kernels cannot serve: .*") as error:
+        with pytest.raises(
+            RuntimeError, match="EFFKERNELS_BACKEND=triton, but the fused kernels cannot serve: .*"
+        ) as error:
             block(x)
         assert reason in str(error.value)
 
@@ -46,12 +57,14 @@ def test_nothing_against_it(gate):
     assert len(gate) == 1
 
 
-# ---- the platform ----------------------------------------------------------------------------------------------------------------
+# ---- the platform ----------------------------------------------------------------------------------------------------
 
 
 def test_cpu_without_the_interpreter(gate, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert_reason(gate, FusedMBConv(8, 8).eval(), "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)")
+    assert_reason(
+        gate, FusedMBConv(8, 8).eval(), "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+    )
     assert FusedMBConv(8, 8).why_not_fused() is None, "the layers alone are fine"
 
 
@@ -82,7 +95,7 @@ def test_platforms(gate, device, capability, hip, reason, monkeypatch):
     assert dispatch.platform_problem(device, 0) == reason
 
 
-# ---- EFFKERNELS_BACKEND ----------------------------------------------------------------------------------------------------------
+# ---- EFFKERNELS_BACKEND ----------------------------------------------------------------------------------------------
 
 
 def test_reference_by_name(gate, monkeypatch):
@@ -105,14 +118,18 @@ def test_the_environment_is_read_at_each_call(gate, monkeypatch):
 def test_nonsense(gate, monkeypatch, interpret):
     monkeypatch.setenv("EFFKERNELS_BACKEND", "cuda")
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    with pytest.raises(ValueError, match=r"EFFKERNELS_BACKEND must be one of \('auto', 'triton', 'reference'\), got 'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"EFFKERNELS_BACKEND must be one of \('auto', 'triton', 'reference'\), got 'cuda'"
+    ):
         FusedMBConv(8, 8)(X)
 
 
 @pytest.mark.parametrize("backend", [None, "", "auto", " Reference ", "triton", "cuda"])
 @pytest.mark.parametrize("interpret", [None, "", "0", "off", "1", "On"])
 def test_the_short_gate_of_a_cpu_agrees_with_the_whole(gate, monkeypatch, backend, interpret):
-    """It says yes exactly where the whole gate gives a reason that holds for every CPU tensor, and never where it would raise."""
+    """It says yes exactly where the whole gate gives a reason that holds for every CPU tensor, and never where it would
+    raise.
+    """
     for name, value in (("EFFKERNELS_BACKEND", backend), ("TRITON_INTERPRET", interpret)):
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     try:
@@ -131,7 +148,7 @@ def test_a_cpu_without_kernels_asks_nothing_of_the_layers(gate, monkeypatch):
         module(X)
 
 
-# ---- the input -------------------------------------------------------------------------------------------------------------------
+# ---- the input -------------------------------------------------------------------------------------------------------
 
 
 def test_float64(gate):
@@ -157,7 +174,10 @@ def test_too_large_an_image(gate):
 
 def test_parameters_of_another_dtype_or_device(gate):
     block = FusedMBConv(8, 8)
-    assert "a parameter is torch.bfloat16; it must be float32 or the compute dtype torch.float32" in block.bfloat16().why_not_fused(X)
+    assert (
+        "a parameter is torch.bfloat16; it must be float32 or the compute dtype torch.float32"
+        in block.bfloat16().why_not_fused(X)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert block.why_not_fused(X) is None
     assert block.why_not_fused(X.bfloat16()) is None
@@ -166,14 +186,20 @@ def test_parameters_of_another_dtype_or_device(gate):
     assert block.why_not_fused(X) == "a parameter is on meta, the input on cpu"
 
 
-# ---- the layers ------------------------------------------------------------------------------------------------------------------
+# ---- the layers ------------------------------------------------------------------------------------------------------
 
 LAYERS = ("conv_pw", "bn1", "conv_dw", "bn2", "se", "se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3")
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
-    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"]
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
 )
 def test_hooks(gate, name, register):
     """A hook on a submodule runs."""
@@ -243,7 +269,9 @@ def test_plain_squeeze_excite_is_fused_too(gate):
     assert block.why_not_fused(X) is None
 
 
-@pytest.mark.parametrize("module, name", [(lambda: FusedDepthwiseConvBNAct(8), "bn"), (lambda: FusedSqueezeExcite(8, 2), "conv_expand")])
+@pytest.mark.parametrize(
+    "module, name", [(lambda: FusedDepthwiseConvBNAct(8), "bn"), (lambda: FusedSqueezeExcite(8, 2), "conv_expand")]
+)
 def test_the_smaller_modules_ask_too(gate, module, name):
     module = module()
     assert module.why_not_fused(X) is None and module.why_not_fused() is None
@@ -266,7 +294,7 @@ def test_explain(gate):
     assert explain(model).waiting == {"1"}  # a plain block that accelerate would fuse
 
 
-# ---- processes of their own ------------------------------------------------------------------------------------------------------
+# ---- processes of their own ------------------------------------------------------------------------------------------
 
 
 def test_imports_are_lazy():
@@ -276,7 +304,8 @@ def test_imports_are_lazy():
         import sys
         import effkernels
         assert "torch" not in sys.modules and "triton" not in sys.modules
-        from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, explain, functional, reference, why_not_fused
+        from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite
+        from effkernels import explain, functional, reference, why_not_fused
         from effkernels.configs.rules import depthwise_forward_config
         import torch
         assert "triton" not in sys.modules
@@ -318,7 +347,9 @@ def test_where_triton_is_not_installed():
 
 
 def test_interpreter_by_environment():
-    """TRITON_INTERPRET=1 in the environment of a fresh process runs the kernels on CPU tensors, with nothing else said."""
+    """TRITON_INTERPRET=1 in the environment of a fresh process runs the kernels on CPU tensors, with nothing else
+    said.
+    """
     if dispatch.triton_problem():
         pytest.skip("Triton is not installed")
     run_python(

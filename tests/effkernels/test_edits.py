@@ -1,4 +1,6 @@
-"""Edits that PyTorch and timm allow: each row of docs/edits.md, and what records, counts or listens to torch's own operators."""
+"""Edits that PyTorch and timm allow: each row of docs/edits.md, and what records, counts or listens to torch's own
+operators.
+"""
 
 import copy
 import io
@@ -59,7 +61,9 @@ def rows():
     for heading, table in re.findall(r"## `model = (\S+)\(.*\n((?:.|\n)*?)(?=\n## |\Z)", text):
         for line in re.findall(r"^\| (`.*) \|$", table, re.MULTILINE):
             code, part, runs, reason = (cell.strip() for cell in re.split(r" \|(?: |$)", line))
-            yield pytest.param(heading, code.partition("`,")[0].strip("`"), part, runs, reason, id=f"{heading}: {code.strip('`')[:60]}")
+            yield pytest.param(
+                heading, code.partition("`,")[0].strip("`"), part, runs, reason, id=f"{heading}: {code.strip('`')[:60]}"
+            )
 
 
 ROWS = list(rows())
@@ -97,15 +101,20 @@ def test_a_row_of_the_table(heading, code, part, runs, reason, twins_serve, monk
         monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
         plain = model(x) if heading == "create_model" else restore(model)(x)
     assert relative_error(fused, plain) < 1e-10 and len(twins_serve) == served
-    assert served or code in ("timm.layers.convert_splitbn_model(model, 2)", "timm.layers.freeze_batch_norm_2d(model)")  # edits of all
+    # Edits of all.
+    assert served or code in ("timm.layers.convert_splitbn_model(model, 2)", "timm.layers.freeze_batch_norm_2d(model)")
 
 
 # ---- conversions that leave children behind --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_035", "mobilenetv3_small_050", "mnasnet_small", "tf_efficientnet_lite0", "semnasnet_075"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_035", "mobilenetv3_small_050", "mnasnet_small", "tf_efficientnet_lite0", "semnasnet_075"]
+)
 def test_sync_batch_norm_of_torch_takes_timm_s_activations(timm, name, twins_serve):
-    """Its conversion keeps BatchNormAct2d's ``act`` as a child that nobody calls: the kernels must not call it either."""
+    """Its conversion keeps BatchNormAct2d's ``act`` as a child that nobody calls: the kernels must not call it
+    either.
+    """
     model = timm.create_model(name, num_classes=5, drop_rate=0.0)
     torch.manual_seed(0)
     before, x = model.double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -152,7 +161,8 @@ def test_torchvision_s_containers_can_be_anything(torchvision, name):
 
 
 @pytest.mark.parametrize(
-    "module, name", [(FusedSqueezeExcite(8, 2), "conv_reduce"), (FusedDepthwiseConvBNAct(8), "conv"), (FusedMBConv(8, 8), "conv_dw")]
+    "module, name",
+    [(FusedSqueezeExcite(8, 2), "conv_reduce"), (FusedDepthwiseConvBNAct(8), "conv"), (FusedMBConv(8, 8), "conv_dw")],
 )
 def test_modules_of_their_own_with_an_adapter(module, name):
     module, x = copy.deepcopy(module).eval(), torch.randn(2, 8, 5, 5)
@@ -188,7 +198,9 @@ def test_another_stem_is_timm_s_answer(timm, padding, stem):
 @pytest.mark.parametrize("name", ["bn1", "blocks.1.0.bn1", "blocks.1.0.bn2", "blocks.1.0.se.conv_reduce", "bn2"])
 def test_what_a_hook_keeps_stays(name, fused):
     model, x, kept = create_model(TINY, num_classes=3, fused=fused).eval(), torch.randn(2, 3, 32, 32), []
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: kept.append((output, output.detach().clone())))
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: kept.append((output, output.detach().clone()))
+    )
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             model(x)
@@ -262,7 +274,9 @@ def test_feature_extractor(torchvision):
     features = create_feature_extractor(model, {"blocks.2": "a", "blocks.4.0.bn1": "b"}).eval()(x)
     maps = {}
     for name in ("blocks.2", "blocks.4.0.bn1"):
-        model.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: maps.update({name: output}))
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: maps.update({name: output})
+        )
     model(x)
     assert torch.equal(features["a"], maps["blocks.2"]) and torch.equal(features["b"], maps["blocks.4.0.bn1"])
 
@@ -285,7 +299,9 @@ def test_counted_operations(name, make, twins_serve):
             if backward:
                 out.sum().backward()
         counts.append(counter.get_total_flops())
-    forward = sum(2 * weight * outputs for weight, outputs in sizes(restore(model) if "accelerated" in name else model, x))
+    forward = sum(
+        2 * weight * outputs for weight, outputs in sizes(restore(model) if "accelerated" in name else model, x)
+    )
     assert counts[0] == forward and counts[1] > 2 * forward and not twins_serve
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
@@ -297,11 +313,15 @@ def test_counted_operations(name, make, twins_serve):
 
 
 def sizes(model, x):
-    """(elements of the weight, outputs of a channel of all images) of each convolution and linear layer of a forward pass."""
+    """(elements of the weight, outputs of a channel of all images) of each convolution and linear layer of a forward
+    pass.
+    """
     found = []
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     handles = [
-        layer.register_forward_hook(lambda layer, args, out: found.append((layer.weight.numel(), out.numel() // out.shape[1])))
+        layer.register_forward_hook(
+            lambda layer, args, out: found.append((layer.weight.numel(), out.numel() // out.shape[1]))
+        )
         for layer in layers
     ]
     model(x)

@@ -78,7 +78,8 @@ def check(fused, results):
     return names
 
 
-# One pass with channels of dz as rows, of x as rows (I > 32); split (E > 256), with several blocks of every kind (I = 140).
+# One pass with channels of dz as rows, of x as rows (I > 32); split (E > 256), with several blocks of every kind (I =
+# 140).
 SHAPES = [(2, 9, 10, 16, 96), (3, 5, 7, 10, 30), (2, 7, 7, 40, 240), (1, 6, 7, 70, 140)]
 
 
@@ -109,7 +110,9 @@ def test_several_blocks_and_splits(device, scratch, monkeypatch):
 @pytest.mark.parametrize(("I", "E"), [(24, 144), (48, 100), (70, 140)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_input_far_from_zero(I, E, dtype, device, scratch):
-    """|mean| / std = 4 of x, and terms of BatchNorm's backward as large as the rest: x G and c cancel for the most part."""
+    """|mean| / std = 4 of x, and terms of BatchNorm's backward as large as the rest: x G and c cancel for the most
+    part.
+    """
     tensors = case(2, 5, 6, I, E, dtype, device, mean=4.0, shift=0.5)
     check(run(*tensors), truth_and_eager(*tensors))
 
@@ -139,8 +142,15 @@ def test_right_operand(dtype, slope, device, scratch):
     matrix, c = right_operand(weight, norm, (k0, k1), E_rows=96, I_rows=32, identity=True)
     assert matrix.shape == (160, I) and matrix.dtype == dtype
     w, scale = weight.double(), (norm.weight * norm.rstd).double()
-    exact = {"scaled": scale[:, None] * w, "G": w.t() @ (k1.double()[:, None] * w), "1": torch.eye(I).double(), "c": k0.double() @ w}
-    found = dict(zip(("scaled", "G", "1"), (matrix[at : at + n] for at, n in ((0, E), (96, I), (128, I))), strict=True)) | {"c": c}
+    exact = {
+        "scaled": scale[:, None] * w,
+        "G": w.t() @ (k1.double()[:, None] * w),
+        "1": torch.eye(I).double(),
+        "c": k0.double() @ w,
+    }
+    found = dict(
+        zip(("scaled", "G", "1"), (matrix[at : at + n] for at, n in ((0, E), (96, I), (128, I))), strict=True)
+    ) | {"c": c}
     eager = {name: value.to(found[name].dtype) for name, value in exact.items()}
     assert_close_to_truth(found, eager, exact)
     assert not matrix[E:96].any() and not matrix[96 + I : 128].any() and not matrix[128 + I :].any()

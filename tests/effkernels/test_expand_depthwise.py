@@ -48,7 +48,10 @@ def check(i, k, stride, padding, N, H, W, I, E, dtype, device, precision="ieee")
     torch.manual_seed(0)
     act, pool = ACTS[i % 4], i % 3 != 2
     x = torch.randn(N, I, H, W).to(device, dtype)
-    w1, weight = guarded((torch.randn(E, I, 1, 1) / I**0.5).to(device)), guarded((torch.randn(E, 1, k, k) / k).to(device))
+    w1, weight = (
+        guarded((torch.randn(E, I, 1, 1) / I**0.5).to(device)),
+        guarded((torch.randn(E, 1, k, k) / k).to(device)),
+    )
     bn1, bn2 = norm_vectors(E, device), norm_vectors(E, device)
 
     def network(x, w1, weight):
@@ -61,7 +64,9 @@ def check(i, k, stride, padding, N, H, W, I, E, dtype, device, precision="ieee")
     y, sums = expand_depthwise(nhwc(x), w1, norm1, weight, norm2, stride, pads, act=act, pool=pool, precision=precision)
     assert y.dtype == dtype and (sums is None) == (not pool)
     fused = {"y": nchw(y), "pool": sums.double().sum(1) if pool else None}
-    assert_close_to_truth(fused, network(x, w1.to(dtype), weight.to(dtype)), network(x.double(), w1.double(), weight.double()))
+    assert_close_to_truth(
+        fused, network(x, w1.to(dtype), weight.to(dtype)), network(x.double(), w1.double(), weight.double())
+    )
 
 
 @pytest.mark.parametrize(ARGUMENTS, numbered(SHAPES))
@@ -102,7 +107,9 @@ def test_same_as_the_launches_it_replaces(device):
         y, sums = expand_depthwise(x, w1, norm1, weight, norm2, 2, (1, 1, 1, 1), act="silu", pool=True)
         # One product summed in another order may round one expanded value to its neighbour.
         assert (y != expected).float().mean() < (0.01 if dtype is torch.bfloat16 else 1)
-        torch.testing.assert_close(y.float(), expected.float(), rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
+        torch.testing.assert_close(
+            y.float(), expected.float(), rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-3
+        )
         torch.testing.assert_close(sums.sum(1), pool.sum(1), rtol=1e-2, atol=1e-2)
 
 
@@ -148,7 +155,8 @@ for name, k, s, I in json.loads(sys.argv[1]):
         expand_depthwise(x, meta(96, I, 1, 1), norm, meta(96, 1, k, k), norm, s, pads, act="silu", pool=True)
     cost, c = cost_of(launches[0]), launches[0].constants
     elements = c["S"] * c["BE"] * c["TW"] * s * s / (32 * launches[0].options["num_warps"])
-    rows.append((cost.spill_bytes, cost.loop_instructions / elements, sorted(cost.opcodes), sorted(cost.loop_widths("LDG"))))
+    loads = sorted(cost.loop_widths("LDG"))
+    rows.append((cost.spill_bytes, cost.loop_instructions / elements, sorted(cost.opcodes), loads))
 print(json.dumps(rows))
 """
 

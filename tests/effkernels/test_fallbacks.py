@@ -1,4 +1,6 @@
-"""A configuration that does not compile, or needs more than the GPU has: the next one is tried, warned of once and remembered."""
+"""A configuration that does not compile, or needs more than the GPU has: the next one is tried, warned of once and
+remembered.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ FAILURES = [SHARED_MEMORY, PTXASError("ptxas fatal"), RuntimeError("PassManager:
 
 @pytest.fixture
 def refuse(device, monkeypatch):
-    """refuse(when, error): a launch whose arguments ``when`` is true of raises ``error``; yields the list of launches attempted."""
+    """refuse(when, error): a launch whose arguments ``when`` is true of raises ``error``; yields the list of launches
+    attempted.
+    """
     cls, attempts = type(depthwise.depthwise_forward_kernel), []
     run = cls.run
 
@@ -65,7 +69,11 @@ def test_the_next_configuration_is_tried_once_and_remembered(error, device, refu
     assert [kwargs["STAGES"] for kwargs in attempts] == [3, 3, 1], "as it was, the rule's, with less in flight"
     (message,) = messages(warned)
     key = "depthwise_forward at K=3 stride=1 N=1 OH=4 OW=4 C=8 dtype=float32"
-    assert message.startswith(f"depthwise_forward: {type(error).__name__}: {error}") and key in message and "stages=1" in message
+    assert (
+        message.startswith(f"depthwise_forward: {type(error).__name__}: {error}")
+        and key in message
+        and "stages=1" in message
+    )
     attempts.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -87,7 +95,9 @@ def test_every_step_is_reached(device, refuse):
 
 def test_none_compiles(device, refuse):
     refuse(lambda kwargs: True, SHARED_MEMORY)
-    with pytest.raises(RuntimeError, match="depthwise_forward: no configuration.*EFFKERNELS_BACKEND=reference") as raised:
+    with pytest.raises(
+        RuntimeError, match="depthwise_forward: no configuration.*EFFKERNELS_BACKEND=reference"
+    ) as raised:
         convolve(device)
     assert raised.value.__cause__ is SHARED_MEMORY and not tables._remembered
 
@@ -129,7 +139,9 @@ def test_a_row_that_does_not_fit_gives_way_to_the_rule(device, refuse, tmp_path,
 
 
 def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
-    """No launch may keep more than one row in flight or ask for registers: the same numbers, a warning a configuration."""
+    """No launch may keep more than one row in flight or ask for registers: the same numbers, a warning a
+    configuration.
+    """
     torch.manual_seed(0)
     block = FusedMBConv(16, 16, expand_ratio=2, kernel_size=5).to(device)
     x = torch.randn(2, 16, 4, 4, device=device).requires_grad_()
@@ -146,7 +158,13 @@ def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
         found = step()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     families = {message.split(":")[0] for message in messages(warned)}
-    assert families >= {"depthwise_forward", "depthwise_backward", "pointwise_forward", "project_data", "project_weight"}
+    assert families >= {
+        "depthwise_forward",
+        "depthwise_backward",
+        "pointwise_forward",
+        "project_data",
+        "project_weight",
+    }
     assert len(set(messages(warned))) == len(messages(warned))
     attempts.clear()
     with warnings.catch_warnings():

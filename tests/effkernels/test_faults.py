@@ -1,4 +1,6 @@
-"""What goes wrong around the kernels ends in the plain layers with a reason, or in an error that names it (more in test_dispatch.py)."""
+"""What goes wrong around the kernels ends in the plain layers with a reason, or in an error that names it (more in
+test_dispatch.py).
+"""
 
 import json
 import sys
@@ -27,7 +29,9 @@ def a_gpu(monkeypatch):
 
 
 def test_triton_that_cannot_be_imported(a_gpu, monkeypatch):
-    """Installed, but for another Python or without a library it needs: the reason, not a traceback from within a model."""
+    """Installed, but for another Python or without a library it needs: the reason, not a traceback from within a
+    model.
+    """
     assert dispatch.platform_problem("cuda", 0) is None
     dispatch.triton_import_problem.cache_clear()
     monkeypatch.setitem(sys.modules, "triton.language", None)
@@ -36,7 +40,9 @@ def test_triton_that_cannot_be_imported(a_gpu, monkeypatch):
 
 
 def test_a_broken_triton_in_a_process(tmp_path):
-    """A package named triton that raises: the plain layers run, ``why_not_fused`` tells, and forcing kernels raises with the reason."""
+    """A package named triton that raises: the plain layers run, ``why_not_fused`` tells, and forcing kernels raises
+    with the reason.
+    """
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
     run_python(
@@ -95,7 +101,9 @@ def test_a_nonsensical_table_is_an_error_that_names_the_file(content, tmp_path, 
 
 
 def test_every_configuration_fits_the_smallest_shared_memory():
-    """The table in git says what each needs on sm_90; what is above 99 KB there is compiled for sm_86 and sm_89, where it needs less."""
+    """The table in git says what each needs on sm_90; what is above 99 KB there is compiled for sm_86 and sm_89, where
+    it needs less.
+    """
     rows = json.loads(TABLE.read_text())["rows"]
     assert len(rows) > 100
     over = {described(row["kernel"], row["constants"]) for row in rows if row["shared"] > SMALLEST_SHARED_MEMORY}
@@ -119,9 +127,13 @@ def described(kernel, constants):
     return kernel, *(constants.get(name) for name in ("BM", "BN", "BK", "STAGES", "SINGLE"))
 
 
-@pytest.mark.parametrize("make", [lambda: FusedMBConv(8, 8), lambda: FusedDepthwiseConvBNAct(8), lambda: FusedSqueezeExcite(8, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda: FusedMBConv(8, 8), lambda: FusedDepthwiseConvBNAct(8), lambda: FusedSqueezeExcite(8, 2)]
+)
 def test_weights_are_read_where_they_are(make, device, monkeypatch):
-    """What a captured graph replays are launches with these addresses: changed in place, weights and statistics count."""
+    """What a captured graph replays are launches with these addresses: changed in place, weights and statistics
+    count.
+    """
     from effkernels.kernels import depthwise
 
     function, addresses = type(depthwise.depthwise_forward_kernel), set()
@@ -140,7 +152,9 @@ def test_weights_are_read_where_they_are(make, device, monkeypatch):
 
 
 def test_mixed_devices(monkeypatch):
-    """Input and weights apart raise; a parameter or buffer left behind is a reason, and an error where kernels are forced."""
+    """Input and weights apart raise; a parameter or buffer left behind is a reason, and an error where kernels are
+    forced.
+    """
     with pytest.raises(ValueError, match="x is on meta, the weights are on cpu: move one of them"):
         FusedMBConv(8, 8)(torch.zeros(2, 8, 4, 4, device="meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

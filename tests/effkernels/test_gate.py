@@ -67,7 +67,10 @@ def test_tracking_switched_off_updates_nothing(device):
         ({"stride": 3}, "stride must be 1 or 2, got 3"),
         ({"act": "swish"}, "act must be one of .* got 'swish'"),
         ({"norm": BatchNormParams(None, None)}, "weight and bias must be tensors"),
-        ({"norm": BatchNormParams(torch.ones(8), torch.zeros(8), training=False)}, "running_mean and running_var must be given"),
+        (
+            {"norm": BatchNormParams(torch.ones(8), torch.zeros(8), training=False)},
+            "running_mean and running_var must be given",
+        ),
     ],
 )
 def test_functional_forms_check_their_arguments(change, message, device):
@@ -105,7 +108,10 @@ def test_functional_block_checks_that_layers_fit(at, wrong, message, device):
 
 def test_weights_in_any_memory_format(device):
     """Functional forms take transposed and strided weights as PyTorch does."""
-    x, norm = torch.randn(2, 8, 3, 3), BatchNormParams(torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), training=False)
+    x, norm = (
+        torch.randn(2, 8, 3, 3),
+        BatchNormParams(torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), training=False),
+    )
     weight = torch.randn(8, 6).t()[:, :, None, None]
     assert torch.equal(functional.head(x, weight, norm), functional.head(x, weight.contiguous(), norm))
 
@@ -124,7 +130,9 @@ def test_precision_through_the_newer_setting(precision, device):
 
 
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
-@pytest.mark.parametrize("changed", [{"padding": 0}, {"padding": 1}, {"padding": 2, "kernel_size": 5}, {"stride": 3, "padding": 1}])
+@pytest.mark.parametrize(
+    "changed", [{"padding": 0}, {"padding": 1}, {"padding": 2, "kernel_size": 5}, {"stride": 3, "padding": 1}]
+)
 def test_an_edited_stem_is_what_plain_pytorch_makes_of_it(changed, padding, device, monkeypatch):
     from effkernels.modules.stem_head import stem
 
@@ -146,7 +154,9 @@ def test_fp16_input_under_bf16_autocast(device):
 
 
 def test_mask_of_the_caller(device):
-    """In place of drop-path's draw: the residual branch of each sample times its factor, with and without batch statistics."""
+    """In place of drop-path's draw: the residual branch of each sample times its factor, with and without batch
+    statistics.
+    """
     arguments, x, mask = layers(), torch.randn(3, 8, 4, 4), torch.tensor([0.0, 2.0, 0.5])
 
     def freeze(weight, norm):

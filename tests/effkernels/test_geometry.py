@@ -1,4 +1,6 @@
-"""Padding and output sizes against what they mean: brute force, PyTorch's own convolution, and TensorFlow's rule as timm has it."""
+"""Padding and output sizes against what they mean: brute force, PyTorch's own convolution, and TensorFlow's rule as
+timm has it.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,9 @@ def test_same_is_the_least_padding_for_ceil_of_size_over_stride(k, stride):
 def test_output_size_is_the_convolution_s(k, stride, padding):
     for size in SIZES:
         x = F.pad(torch.zeros(1, 1, size), pad_amounts(size, k, stride, padding))
-        assert conv_out_size(size, k, stride, padding) == F.conv1d(x, torch.zeros(1, 1, k), stride=stride).shape[-1], size
+        assert conv_out_size(size, k, stride, padding) == F.conv1d(x, torch.zeros(1, 1, k), stride=stride).shape[-1], (
+            size
+        )
 
 
 @pytest.mark.parametrize("k", KERNELS)
@@ -36,7 +40,9 @@ def test_symmetric_does_not_depend_on_size_or_stride(k):
     assert {pad_amounts(size, k, stride, "symmetric") for size in SIZES for stride in (1, 2)} == {(k // 2, k // 2)}
 
 
-@pytest.mark.parametrize("size, k, stride, expected", [(224, 3, 2, (0, 1)), (225, 3, 2, (1, 1)), (112, 5, 2, (1, 2)), (7, 5, 1, (2, 2))])
+@pytest.mark.parametrize(
+    "size, k, stride, expected", [(224, 3, 2, (0, 1)), (225, 3, 2, (1, 1)), (112, 5, 2, (1, 2)), (7, 5, 1, (2, 2))]
+)
 def test_known_values(size, k, stride, expected):
     assert pad_amounts(size, k, stride, "same") == expected
 
@@ -65,7 +71,10 @@ def test_modules_pad_by_every_rule(size):
 
     x = torch.randn(1, 8, size, size)
     with torch.no_grad():
-        for module in (FusedDepthwiseConvBNAct(8, 3, 2, padding="same_as_even"), FusedMBConv(8, 8, 3, 2, 1, 0, padding="same_as_even")):
+        for module in (
+            FusedDepthwiseConvBNAct(8, 3, 2, padding="same_as_even"),
+            FusedMBConv(8, 8, 3, 2, 1, 0, padding="same_as_even"),
+        ):
             out = module.eval()(x)
             for layer in module.modules():
                 layer.padding = (0, 0) if isinstance(layer, torch.nn.Conv2d) else "symmetric"

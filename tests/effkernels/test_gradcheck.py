@@ -1,4 +1,6 @@
-"""Finite differences in float64: gradients of the plain twins, and the mathematics of the block's backward as the kernels have it."""
+"""Finite differences in float64: gradients of the plain twins, and the mathematics of the block's backward as the
+kernels have it.
+"""
 
 import pytest
 import torch
@@ -13,12 +15,16 @@ SMOOTH = ["silu", "gelu", "identity"]  # the others have kinks, which finite dif
 
 
 def leaf(*shape, low=None):
-    tensor = torch.randn(shape, dtype=torch.float64) * 0.7 if low is None else torch.rand(shape, dtype=torch.float64) + low
+    tensor = (
+        torch.randn(shape, dtype=torch.float64) * 0.7 if low is None else torch.rand(shape, dtype=torch.float64) + low
+    )
     return tensor.requires_grad_()
 
 
 def norm(weight, bias, training):
-    running = (None, None) if training else (torch.full_like(weight, 0.2).detach(), torch.full_like(weight, 1.3).detach())
+    running = (
+        (None, None) if training else (torch.full_like(weight, 0.2).detach(), torch.full_like(weight, 1.3).detach())
+    )
     return BatchNormParams(weight, bias, *running, None, 0.1, EPS, training)
 
 
@@ -54,7 +60,16 @@ def test_depthwise_conv_bn_act(stride, padding):
             squeeze_excite=SqueezeExciteParams(wr, br, we, be),
         )
 
-    vectors = [leaf(3, low=0.5), leaf(3), leaf(3, low=0.5), leaf(3), leaf(2, 3, 1, 1), leaf(2), leaf(3, 2, 1, 1), leaf(3)]
+    vectors = [
+        leaf(3, low=0.5),
+        leaf(3),
+        leaf(3, low=0.5),
+        leaf(3),
+        leaf(2, 3, 1, 1),
+        leaf(2),
+        leaf(3, 2, 1, 1),
+        leaf(3),
+    ]
     assert gradcheck(call, (leaf(2, 3, 4, 3), leaf(3, 1, 3, 3), *vectors))
 
 
@@ -69,7 +84,7 @@ def test_stem_and_head():
     assert gradcheck(head, (leaf(2, 2, 2, 3), leaf(3, 2, 1, 1), leaf(3, low=0.5), leaf(3)))
 
 
-# ---- the block -------------------------------------------------------------------------------------------------------------------
+# ---- the block -------------------------------------------------------------------------------------------------------
 
 
 def slope(z, act):
@@ -80,7 +95,9 @@ def slope(z, act):
 
 
 class Block(torch.autograd.Function):
-    """The schedule: what is kept is x, y1, y2, y3 and vectors; BatchNorms enter as affine maps dy = scale dz + k0 + k1 y."""
+    """The schedule: what is kept is x, y1, y2, y3 and vectors; BatchNorms enter as affine maps dy = scale dz + k0 + k1
+    y.
+    """
 
     @staticmethod
     def forward(ctx, stride, act, mask, x, w1, g1, b1, wd, g2, b2, wr, br, we, be, w3, g3, b3):
@@ -103,14 +120,43 @@ class Block(torch.autograd.Function):
         gate = torch.sigmoid(phi(u) @ we.T + be)
         y3 = F.conv2d(phi(z2) * gate[:, :, None, None], w3)
         s3 = statistics(y3)
-        ctx.save_for_backward(mask, x, w1, g1, b1, wd, g2, b2, wr, br, we, be, w3, g3, y1, y2, y3, *s1, *s2, *s3, pooled, u, gate)
+        ctx.save_for_backward(
+            mask, x, w1, g1, b1, wd, g2, b2, wr, br, we, be, w3, g3, y1, y2, y3, *s1, *s2, *s3, pooled, u, gate
+        )
         ctx.stride, ctx.act, ctx.normal = stride, act, normal
         out = normal(y3, g3, b3, *s3) * mask[:, None, None, None]
         return out + x if out.shape == x.shape else out
 
     @staticmethod
     def backward(ctx, dout):
-        (mask, x, w1, g1, b1, wd, g2, b2, wr, br, we, be, w3, g3, y1, y2, y3, m1, r1, m2, r2, m3, r3, pooled, u, gate) = ctx.saved_tensors
+        (
+            mask,
+            x,
+            w1,
+            g1,
+            b1,
+            wd,
+            g2,
+            b2,
+            wr,
+            br,
+            we,
+            be,
+            w3,
+            g3,
+            y1,
+            y2,
+            y3,
+            m1,
+            r1,
+            m2,
+            r2,
+            m3,
+            r3,
+            pooled,
+            u,
+            gate,
+        ) = ctx.saved_tensors
         act, stride, pixels = ctx.act, ctx.stride, y2.shape[2] * y2.shape[3]
 
         def channel(v):
@@ -126,7 +172,8 @@ class Block(torch.autograd.Function):
         db3, dg3 = d.sum((0, 2, 3)), (d * (y3 - channel(m3)) * channel(r3)).sum((0, 2, 3))
         scale, k0, k1 = terms(g3, m3, r3, db3, dg3, y3.numel() // y3.shape[1])
         dy3 = channel(scale) * d + channel(k0) + channel(k1) * y3
-        # Project: dq, and with y2 at hand three sums per image and channel (two more come from the forward's pass over y2).
+        # Project: dq, and with y2 at hand three sums per image and channel (two more come from the forward's pass over
+        # y2).
         dq = F.conv_transpose2d(dy3, w3)
         z2 = ctx.normal(y2, g2, b2, m2, r2)
         a2, dphi, yhat = ACTIVATIONS[act](z2), slope(z2, act), (y2 - channel(m2)) * channel(r2)
@@ -139,7 +186,11 @@ class Block(torch.autograd.Function):
         dpool = du @ wr / pixels
         db2, dg2 = (gate * sums[0] + dpool * s2).sum(0), (gate * sums[1] + dpool * s4).sum(0)
         scale, k0, k1 = terms(g2, m2, r2, db2, dg2, y2.numel() // y2.shape[1])
-        dy2 = channel(scale) * (dq * gate[:, :, None, None] + dpool[:, :, None, None]) * dphi + channel(k0) + channel(k1) * y2
+        dy2 = (
+            channel(scale) * (dq * gate[:, :, None, None] + dpool[:, :, None, None]) * dphi
+            + channel(k0)
+            + channel(k1) * y2
+        )
         # Depthwise: the gradient of BatchNorm 1's output, its sums, and the weight's.
         z1 = ctx.normal(y1, g1, b1, m1, r1)
         conv = (stride, wd.shape[-1] // 2, 1, wd.shape[0])

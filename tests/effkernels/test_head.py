@@ -37,7 +37,10 @@ def run(implementation, x, weight, norm, momentum, batch, act, needs=("x", "weig
     out = implementation(x, weight, BatchNormParams(gamma, beta, *running, tracked, momentum, EPS, batch), act=act)
     torch.manual_seed(1)
     out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype))
-    return {"out": out} | {name: t.grad for name, t in leaves.items()} | {"mean": running[0], "var": running[1]}, tracked
+    return {"out": out} | {name: t.grad for name, t in leaves.items()} | {
+        "mean": running[0],
+        "var": running[1],
+    }, tracked
 
 
 def check(N, H, W, K, O, act, autocast, batch, device, momentum=0.1, **how):

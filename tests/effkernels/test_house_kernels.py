@@ -15,7 +15,11 @@ KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
 def launches(tree):
     """The calls ``name_kernel[grid](...)``."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        ):
             if node.func.value.id.endswith("_kernel"):
                 yield node
 
@@ -41,14 +45,18 @@ def test_launches_name_their_arguments_and_pass_no_stand_in(path):
 
 
 def test_the_check_sees_a_stand_in_and_a_position():
-    (call,) = launches(ast.parse("f_kernel[(1,)](x, y=w if y is None else y, z=z or w, a=None if b is None else c, d=1 if e else 2)"))
+    (call,) = launches(
+        ast.parse("f_kernel[(1,)](x, y=w if y is None else y, z=z or w, a=None if b is None else c, d=1 if e else 2)")
+    )
     assert len(call.args) == 1 and [k.arg for k in call.keywords if stands_in(k.value)] == ["y", "z"]
 
 
 def test_the_formatter_is_never_switched_off():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 30
-    assert [str(path.relative_to(PACKAGE)) for path in files if "fmt: " + "skip" in path.read_text(encoding="utf-8")] == []
+    assert [
+        str(path.relative_to(PACKAGE)) for path in files if "fmt: " + "skip" in path.read_text(encoding="utf-8")
+    ] == []
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -52,7 +52,15 @@ def test_strips_of_small_images():
 
 
 @pytest.mark.parametrize("family", ["forward", "backward"])
-@given(k=st.sampled_from([1, 3, 5, 7, 9]), stride=st.sampled_from([1, 2]), n=st.integers(1, 64), h=sizes, w=sizes, c=sizes, dtype=dtypes)
+@given(
+    k=st.sampled_from([1, 3, 5, 7, 9]),
+    stride=st.sampled_from([1, 2]),
+    n=st.integers(1, 64),
+    h=sizes,
+    w=sizes,
+    c=sizes,
+    dtype=dtypes,
+)
 def test_depthwise_config(family, k, stride, n, h, w, c, dtype):
     make = getattr(rules, f"depthwise_{family}_config")
     config = make(k, stride, n, h, w, c, dtype, CPU)
@@ -70,7 +78,9 @@ def test_depthwise_counters_suffice(k, c, tiles, dtype):
         for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
             config = make(k, 1, 64, 56, 56, c, dtype, device)
             blocks = -(-c // config.BLOCK_C)
-            assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= rules.depthwise_counters(c, device)
+            assert blocks * (1 + -(-config.programs(tiles, blocks, device) // 32)) <= rules.depthwise_counters(
+                c, device
+            )
 
 
 @pytest.mark.parametrize("family", ["elementwise", "reduction"])
@@ -98,5 +108,7 @@ def test_configurations_do_not_depend_on_batch_or_size():
     """Compile-time settings from k, stride and dtype alone: a new batch or image size compiles nothing."""
     for k, stride, dtype in itertools.product((3, 5, 7, 9), (1, 2), (torch.float32, torch.bfloat16)):
         for make in (rules.depthwise_forward_config, rules.depthwise_backward_config):
-            configs = [make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))]
+            configs = [
+                make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))
+            ]
             assert len({(c.BLOCK_C, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1

@@ -35,8 +35,9 @@ def nhwc(device, *shape, requires_grad=True, dtype=torch.float32):
 
 
 def arguments_of(name, device, dtype=torch.float32):
-    """Small arguments by name of every operator with a forward, with and without what is optional; activations of single layers in
-    ``dtype``. Half of an inference operator's are those of training: it takes no gradient."""
+    """Small arguments by name of every operator with a forward, with and without what is optional; activations of
+    single layers in ``dtype``. Half of an inference operator's are those of training: it takes no gradient.
+    """
     x = nhwc(device, dtype=dtype)
     frozen = {"requires_grad": False, "training": False}
     weight = torch.randn(C, 1, 3, 3).to(device).requires_grad_()
@@ -48,10 +49,18 @@ def arguments_of(name, device, dtype=torch.float32):
     elif name == "depthwise_block_inference":
         full = {"norm1": norm(device, **frozen), "norm2": norm(device, **frozen), "se": squeeze(device, False)}
         bare = {"norm1": None, "norm2": norm(device, **frozen), "se": None}
-        yield from ({"x": x.detach(), "weight": weight.detach(), "settings": settings} | parts for parts in (full, bare))
+        yield from (
+            {"x": x.detach(), "weight": weight.detach(), "settings": settings} | parts for parts in (full, bare)
+        )
     elif name == "bn_act_add":
         scale, residual = torch.rand(N, device=device), nhwc(device, dtype=dtype)
-        yield {"x": x, "norm": norm(device), "branch_scale": scale, "residual": residual, "settings": ActivationSettings("silu")}
+        yield {
+            "x": x,
+            "norm": norm(device),
+            "branch_scale": scale,
+            "residual": residual,
+            "settings": ActivationSettings("silu"),
+        }
         yield {
             "x": x,
             "norm": norm(device, training=False, momentum=None),
@@ -60,7 +69,10 @@ def arguments_of(name, device, dtype=torch.float32):
             "settings": ActivationSettings("identity"),
         }
     elif name == "bn_act_add_inference":
-        given, residual = {"x": x.detach(), "norm": norm(device, **frozen)}, nhwc(device, requires_grad=False, dtype=dtype)
+        given, residual = (
+            {"x": x.detach(), "norm": norm(device, **frozen)},
+            nhwc(device, requires_grad=False, dtype=dtype),
+        )
         yield given | {"residual": residual, "settings": ActivationSettings("relu")}
         yield given | {"residual": None, "settings": ActivationSettings("identity")}
     elif name == "squeeze_excite":
@@ -72,7 +84,12 @@ def arguments_of(name, device, dtype=torch.float32):
             yield {"x": images, "weight": weight, "norm": norm(device, **frozen), "settings": same}
             return
         weight.requires_grad_()
-        yield {"x": images.clone().requires_grad_(), "weight": weight, "norm": norm(device, momentum=None), "settings": same}
+        yield {
+            "x": images.clone().requires_grad_(),
+            "weight": weight,
+            "norm": norm(device, momentum=None),
+            "settings": same,
+        }
         yield {
             "x": images.to(memory_format=torch.channels_last),
             "weight": weight.detach().to(memory_format=torch.channels_last).requires_grad_(),
@@ -83,7 +100,10 @@ def arguments_of(name, device, dtype=torch.float32):
         inference = name == "head_inference"
         conv = torch.randn(R, C, 1, 1).to(device).requires_grad_(not inference)
         x = x.detach() if inference else x
-        for dtype, act, training, momentum in ((torch.float32, "silu", True, None), (torch.bfloat16, "relu", False, 0.1)):
+        for dtype, act, training, momentum in (
+            (torch.float32, "silu", True, None),
+            (torch.bfloat16, "relu", False, 0.1),
+        ):
             of = norm(device, not inference, training and not inference, momentum, channels=R)
             yield {"x": x, "conv_weight": conv, "norm": of, "settings": HeadSettings(dtype, act)}
     elif name in ("mbconv", "mbconv_inference"):
@@ -91,7 +111,9 @@ def arguments_of(name, device, dtype=torch.float32):
 
 
 def block_arguments(inference, device):
-    """A block of all parts (expand, squeeze-excite, residual, drop-path), one of none of them, each partly frozen, and one of a stem."""
+    """A block of all parts (expand, squeeze-excite, residual, drop-path), one of none of them, each partly frozen, and
+    one of a stem.
+    """
     grad = not inference
 
     def n(training=True, momentum=0.1):
@@ -154,22 +176,27 @@ def operator_arguments(name, device, dtype=torch.float32):
     return (operator.flatten(**given) for given in arguments_of(name, device, dtype))
 
 
-REGISTERED = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::"))
+REGISTERED = sorted(
+    name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("effkernels::")
+)
 
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, device):
-    """Schema (what is mutated, what is aliased), autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    """Schema (what is mutated, what is aliased), autograd registration, fake tensors, and AOT dispatch with dynamic
+    shapes.
+    """
     torch.manual_seed(0)
     cases = list(operator_arguments(name, device))
     assert cases, f"no arguments for {name} in this test"
-    if name.startswith(("depthwise", "bn_act_add", "squeeze_excite")):  # the others are told the compute dtype, and have both above
+    # The others are told the compute dtype, and have both above.
+    if name.startswith(("depthwise", "bn_act_add", "squeeze_excite")):
         cases.append(next(operator_arguments(name, device, torch.bfloat16)))
     for args in cases:
         torch.library.opcheck(getattr(torch.ops.effkernels, name), args)
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -190,7 +217,9 @@ def step(module, x, seed=1):
 
 
 def assert_compiled_is_eager(module, shapes, backend="aot_eager", modes=("train", "eval", "inference")):
-    """Training (at all ``shapes``), frozen statistics and inference, each without a graph break; buffers change exactly as eager's."""
+    """Training (at all ``shapes``), frozen statistics and inference, each without a graph break; buffers change exactly
+    as eager's.
+    """
     module.train()
     reference = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
@@ -220,7 +249,8 @@ MODULES = {
 SHAPES = [(3, 4, 3, 2), (2, 4, 3, 2)]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "depthwise"])  # test_compiled_cumulative_momentum has it
+# test_compiled_cumulative_momentum has it.
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "depthwise"])
 def test_compiled_kernels(name, device, fresh_compiler):
     torch.manual_seed(0)
     assert_compiled_is_eager(MODULES[name]().to(device), SHAPES)
@@ -256,7 +286,9 @@ def test_compiled_cumulative_momentum(device, fresh_compiler):
 
 
 def test_inductor(device, fresh_compiler):
-    """The default backend once: it reorders and fuses what is around the operators. Its own random numbers would differ from eager's."""
+    """The default backend once: it reorders and fuses what is around the operators. Its own random numbers would differ
+    from eager's.
+    """
     torch.manual_seed(0)
     with torch._inductor.config.patch(fallback_random=True):
         assert_compiled_is_eager(MODULES["mbconv"]().to(device), SHAPES[:1], backend="inductor", modes=["train"])

@@ -1,4 +1,6 @@
-"""The whole block on kernels at the channel counts of real networks, and its options; test_modules.py has every kind of block small."""
+"""The whole block on kernels at the channel counts of real networks, and its options; test_modules.py has every kind of
+block small.
+"""
 
 import copy
 
@@ -35,7 +37,12 @@ REAL = [
 # Those of 480 channels and more in fp32, or of 5x5 at 240, take up to half a minute each in the interpreter.
 @pytest.mark.parametrize(
     ("model", "I", "O", "k", "s", "expand", "H", "W", "padding", "dtype"),
-    [pytest.param(*row, marks=pytest.mark.slow) if row[1] in (112, 80) or row[:2] in (("b1", 40), ("b4", 56)) else row for row in REAL],
+    [
+        pytest.param(*row, marks=pytest.mark.slow)
+        if row[1] in (112, 80) or row[:2] in (("b1", 40), ("b4", 56))
+        else row
+        for row in REAL
+    ],
 )
 def test_real_blocks_in_training(model, I, O, k, s, expand, H, W, padding, dtype, device):
     drop = 0.2 if s == 1 and I == O else 0.0
@@ -108,7 +115,9 @@ def on_meta(monkeypatch):
 
 
 class Operators(TorchDispatchMode):
-    """Names of PyTorch's own operators that start a kernel: not views, allocations, type promotion, or a gradient handed over."""
+    """Names of PyTorch's own operators that start a kernel: not views, allocations, type promotion, or a gradient
+    handed over.
+    """
 
     FREE = ("empty", "detach", "promote_types", "copy_", "_unsafe_view")
 
@@ -146,7 +155,9 @@ def test_launches_of_b0(on_meta):
     assert len(on_meta) + len(operators.names) <= 260, (len(on_meta), operators.names)
 
 
-@pytest.mark.parametrize(("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.19), (224, "keep", 0.341)])
+@pytest.mark.parametrize(
+    ("size", "memory", "most"), [(64, "keep", 0.36), (64, "recompute", 0.19), (224, "keep", 0.341)]
+)
 def test_saved_activations_of_b0(size, memory, most, on_meta):
     """Bytes kept by a training step of B0 in bf16 as a share of plain PyTorch's; the goal is 0.36 at 64 pixels."""
     from efficientnet import create_model
@@ -154,7 +165,9 @@ def test_saved_activations_of_b0(size, memory, most, on_meta):
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
     kept = {}
     for fused in (True, False):
-        model = create_model("efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype)
+        model = create_model(
+            "efficientnet_b0", num_classes=10, fused=fused, memory=memory, device="meta", dtype=x.dtype
+        )
         with Kept(model) as saved:
             model(x)
         kept[fused] = saved.bytes
@@ -182,7 +195,9 @@ def test_gradient_of_one_part_alone(part, device, scratch):
 
 
 def test_frozen_parameters_cost_no_launch(device):
-    """Fewer wanted gradients, fewer kernels: a block of which only bn3 trains computes BatchNorm 3's sums and nothing else."""
+    """Fewer wanted gradients, fewer kernels: a block of which only bn3 trains computes BatchNorm 3's sums and nothing
+    else.
+    """
     pytest.importorskip("triton")
     if device != "cpu":
         pytest.skip("counted in the interpreter")
@@ -207,7 +222,12 @@ def test_frozen_parameters_cost_no_launch(device):
         "weight_gradients_kernel",
     ]  # frozen BatchNorm 3: no sums either
     block.bn3.train()
-    assert launches("conv_pwl") == ["gradient_reduce_kernel", "project_dy_kernel", "project_weight_kernel", "weight_gradients_kernel"]
+    assert launches("conv_pwl") == [
+        "gradient_reduce_kernel",
+        "project_dy_kernel",
+        "project_weight_kernel",
+        "weight_gradients_kernel",
+    ]
     names = launches("conv_dw")
     assert "expand_matrix_kernel" not in names and names[-1] == "weight_gradients_kernel"
 
@@ -230,7 +250,7 @@ def test_evaluation_after_more_training_is_not_stale(device, scratch):
         assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
 
 
-# ---- bad and odd input -----------------------------------------------------------------------------------------------------------
+# ---- bad and odd input -----------------------------------------------------------------------------------------------
 
 
 def test_empty_batch(device):
@@ -305,20 +325,24 @@ def test_unknown_memory(memory):
         FusedMBConv(8, 8, memory=memory)
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_three_steps_of_b0_follow_the_reference(device):
-    """Weights after three optimizer steps, B0 at 64 pixels: as near to float64's as plain PyTorch's, channels_last as the kernels are.
+    """Weights after three optimizer steps, B0 at 64 pixels: as near to float64's as plain PyTorch's, channels_last as
+    the kernels are.
 
-    At 32 pixels the last maps have one pixel, and a BatchNorm over four values makes 1e-3 of each rounding of 1e-7: plain PyTorch is
-    a quarter off after three steps.
+    At 32 pixels the last maps have one pixel, and a BatchNorm over four values makes 1e-3 of each rounding of 1e-7:
+    plain PyTorch is a quarter off after three steps.
     """
     from efficientnet import create_model
 
     torch.manual_seed(0)
-    models = {name: create_model("efficientnet_b0", num_classes=10, drop_rate=0.0, fused=name == "fused") for name in ("fused", "eager")}
+    models = {
+        name: create_model("efficientnet_b0", num_classes=10, drop_rate=0.0, fused=name == "fused")
+        for name in ("fused", "eager")
+    }
     models["eager"].load_state_dict(models["fused"].state_dict())
     models["truth"] = copy.deepcopy(models["eager"]).double()
     batches = [(images(4, 3, 64, 64, device=device), torch.randint(10, (4,), device=device)) for _ in range(3)]
@@ -333,7 +357,9 @@ def test_three_steps_of_b0_follow_the_reference(device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        moved[name] = torch.cat([(p.detach().double() - start[n].to(device)).flatten() for n, p in model.named_parameters()])
+        moved[name] = torch.cat(
+            [(p.detach().double() - start[n].to(device)).flatten() for n, p in model.named_parameters()]
+        )
         moved[name + " buffers"] = torch.cat([b.detach().double().flatten() for b in model.buffers()])
     for what in ("", " buffers"):
         assert_close_to_truth(*(moved[name + what] for name in ("fused", "eager", "truth")), what)
@@ -346,7 +372,9 @@ def test_compiled_network(device):
 
     torch._dynamo.reset()
     stages = (StageConfig(3, 1, 1, 8, 1), StageConfig(3, 2, 2, 8, 2))
-    model = EfficientNet(EfficientNetConfig(stages=stages, stem_channels=8, head_channels=16), num_classes=4, drop_rate=0.0).to(device)
+    model = EfficientNet(
+        EfficientNetConfig(stages=stages, stem_channels=8, head_channels=16), num_classes=4, drop_rate=0.0
+    ).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     reference = copy.deepcopy(model)
     x = images(2, 3, 12, 12, device=device)
@@ -415,7 +443,7 @@ def test_compare_would_notice(device):
         compare(modules, x, random_like_output(modules["truth"], x))
 
 
-# ---- what a network does for its blocks together --------------------------------------------------------------------------------
+# ---- what a network does for its blocks together ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -448,7 +476,9 @@ def test_draws_are_the_factors_they_stand_for(dtype, device, scratch):
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_stem_and_first_block_as_one(autocast, padding, memory, device, scratch):
-    """Output, gradients of the images and of every parameter, running statistics, at odd sizes; a channels_last stem weight too."""
+    """Output, gradients of the images and of every parameter, running statistics, at odd sizes; a channels_last stem
+    weight too.
+    """
     from effkernels.modules.stem_head import stem, stem_and_block
 
     blocks = twins(FusedMBConv, 16, 24, 3, 2, 1, 0.5, padding=padding, memory=memory, device=device)
@@ -472,7 +502,12 @@ def test_stem_and_first_block_as_one(autocast, padding, memory, device, scratch)
         out.backward(gradient.to(out.dtype))
         named = [*module.named_parameters("stem"), *block.named_parameters("block")]
         results[name] = {"out": out, "x": leaf.grad} | {key: p.grad for key, p in named}
-        results[name] |= {f"{i} {key}": b for i, m in enumerate((module, block)) for key, b in m.named_buffers() if b.is_floating_point()}
+        results[name] |= {
+            f"{i} {key}": b
+            for i, m in enumerate((module, block))
+            for key, b in m.named_buffers()
+            if b.is_floating_point()
+        }
     assert_close_to_truth(results["fused"], results["eager"], results["truth"])
 
 
@@ -520,7 +555,9 @@ def small_network(device, **how):
 
 
 def test_draws_of_a_network(device):
-    """One draw for all its blocks, the same for plain layers; a checkpointed stage, which runs twice, draws its own twice alike."""
+    """One draw for all its blocks, the same for plain layers; a checkpointed stage, which runs twice, draws its own
+    twice alike.
+    """
     x = images(6, 3, 8, 8, device=device)
     fused, plain = small_network(device), small_network(device, fused=False)
 

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"
 def kernel_modules():
     import effkernels.kernels
 
-    return [importlib.import_module(f"effkernels.kernels.{m.name}") for m in pkgutil.iter_modules(effkernels.kernels.__path__)]
+    return [
+        importlib.import_module(f"effkernels.kernels.{m.name}")
+        for m in pkgutil.iter_modules(effkernels.kernels.__path__)
+    ]
 
 
 def every_kernel():
@@ -37,7 +40,9 @@ def step(module, x):
     x = x.detach().requires_grad_()
     torch.manual_seed(1)  # for drop-path
     out = module(x)
-    grads = torch.autograd.grad(out, [x, *module.parameters()], torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape))
+    grads = torch.autograd.grad(
+        out, [x, *module.parameters()], torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape)
+    )
     buffers = [b.clone() for b in module.buffers()]
     with torch.no_grad():
         return [out, *grads, *buffers, module.eval()(x.detach())]
@@ -56,8 +61,12 @@ class Apart(torch.nn.Module):
     def forward(self, x):
         norm = BatchNormParams.of
         y = functional.stem(x, self.stem.weight, norm(self.pre))
-        z = functional.depthwise_conv_bn_act(y, self.conv.weight, norm(self.norm), pre_norm=norm(self.last), pre_act="silu")
-        z = functional.bn_act_add(z, norm(self.norm), residual=y, branch_scale=torch.tensor([1.5, 0.0], device=x.device))
+        z = functional.depthwise_conv_bn_act(
+            y, self.conv.weight, norm(self.norm), pre_norm=norm(self.last), pre_act="silu"
+        )
+        z = functional.bn_act_add(
+            z, norm(self.norm), residual=y, branch_scale=torch.tensor([1.5, 0.0], device=x.device)
+        )
         return functional.head(z, self.head.weight, norm(self.headnorm))
 
 
@@ -145,7 +154,9 @@ class Recorded:
                 monkeypatch.setattr(module, "check_counters", lambda *args: None)
 
         def run(function, *args, grid, warmup=False, **kwargs):
-            arguments = inspect.getcallargs(function.fn, *args, **{k: v for k, v in kwargs.items() if k in function.arg_names})
+            arguments = inspect.getcallargs(
+                function.fn, *args, **{k: v for k, v in kwargs.items() if k in function.arg_names}
+            )
             self.launches.append((function, arguments, tuple(grid)))
 
         monkeypatch.setattr(InterpretedFunction, "run", run)
@@ -226,7 +237,10 @@ def addresses(function, arguments, grid, monkeypatch):
         """Counts in int64 where a bound is int64, as compiled code does; the interpreter forgets the type."""
         counts = range(*(int(b) for b in bounds))
         wide = any(getattr(b, "dtype", None) == tl.int64 for b in bounds)
-        return (tl.tensor(interpreter.TensorHandle(np.array([i], np.int64), tl.int64), tl.int64) if wide else i for i in counts)
+        return (
+            tl.tensor(interpreter.TensorHandle(np.array([i], np.int64), tl.int64), tl.int64) if wide else i
+            for i in counts
+        )
 
     executor = interpreter.GridExecutor(function.rewrite(), function.arg_names, grid, [])
     with monkeypatch.context() as patch:
@@ -238,7 +252,9 @@ def addresses(function, arguments, grid, monkeypatch):
         tl.range = lambda *bounds, **how: typed_range(*bounds)  # put back with the scope
         check_overflow(True)
         try:
-            bound = {name: value if name in executor.constexprs else convert(value) for name, value in arguments.items()}
+            bound = {
+                name: value if name in executor.constexprs else convert(value) for name, value in arguments.items()
+            }
             size = (*grid, 1, 1)[:3]
             interpreter.interpreter_builder.set_grid_dim(*size)
             interpreter.interpreter_builder.set_grid_idx(*(n - 1 for n in size))
@@ -254,7 +270,10 @@ class Ends(torch.nn.Module):
 
     def __init__(self, device):
         super().__init__()
-        self.stem, self.head = torch.nn.Conv2d(3, 48, 3, bias=False, device=device), torch.nn.Conv2d(48, 64, 1, bias=False, device=device)
+        self.stem, self.head = (
+            torch.nn.Conv2d(3, 48, 3, bias=False, device=device),
+            torch.nn.Conv2d(48, 64, 1, bias=False, device=device),
+        )
         self.first, self.second, self.last = (torch.nn.BatchNorm2d(c, device=device) for c in (48, 48, 64))
 
     def forward(self, x):
@@ -271,7 +290,8 @@ LARGE = [
         "expanded",
         lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"),
         (11000, 16, 112, 112),
-        "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate project_both",
+        "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate "
+        "project_both",
     ),
     (
         "expanded, stride 1",
@@ -283,17 +303,21 @@ LARGE = [
         "expanded, more channels",
         lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"),
         (600, 48, 112, 112),
-        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data project_weight",
+        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data "
+        "project_weight",
     ),
     (
         "not expanded",
         lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"),
         (3600, 48, 112, 112),
-        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data project_dy project_weight",
+        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data "
+        "project_dy project_weight",
     ),
     (
         "smaller modules",
-        lambda: torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
+        lambda: torch.nn.Sequential(
+            FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")
+        ),
         (3600, 48, 112, 112),
         "apply apply_backward depthwise_backward depthwise_forward gradient_sums pool",
     ),
@@ -301,13 +325,15 @@ LARGE = [
         "stem and head",
         lambda: Ends("meta"),
         (3600, 3, 224, 224),
-        "apply apply_backward gradient_reduce gradient_sums pointwise_forward pooled_norm pooled_norm_backward statistics stem_backward "
+        "apply apply_backward gradient_reduce gradient_sums pointwise_forward pooled_norm pooled_norm_backward "
+        "statistics stem_backward "
         "stem_forward",
     ),
 ]
 # Kernels over what has no pixels: vectors of a channel, of an image's channels, and partial sums.
 WITHOUT_PIXELS = (
-    "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad squeeze_excite_wgrad "
+    "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad "
+    "squeeze_excite_wgrad "
     "sum_partials weight_copies weight_gradients"
 )
 
@@ -341,11 +367,16 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
         module.eval()(x)
     seen = set()
     for function, arguments, grid in recorded.launches:
-        large = {name: t for name, t in tensors_of(arguments).items() if t.numel() >= 2**31 and t.dtype == torch.bfloat16}  # activations
+        # Activations.
+        large = {
+            name: t for name, t in tensors_of(arguments).items() if t.numel() >= 2**31 and t.dtype == torch.bfloat16
+        }
         if large:
             touched = addresses(function, arguments, grid, monkeypatch)
             for name in large.keys() & touched.keys():
-                assert touched[name][1] > 2**31 * large[name].element_size(), f"{function.fn.__name__} does not reach the end of {name}"
+                assert touched[name][1] > 2**31 * large[name].element_size(), (
+                    f"{function.fn.__name__} does not reach the end of {name}"
+                )
                 seen.add(function.fn.__name__)
     assert seen == kernels(names)
 
@@ -367,7 +398,8 @@ def launches(module, *shape):
     for part in module.modules():
         part.why_not_fused = lambda x=None: None
     for training in (True, False):
-        yield from call_launches(module.train(training), torch.empty(shape, dtype=torch.bfloat16, device="meta"), training)
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        yield from call_launches(module.train(training), x, training)
 """
 
 CACHE_KEYS = """
@@ -392,7 +424,10 @@ WORKLOADS = [
     (FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"), 11000, 16, 112, 112),
     (FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"), 600, 48, 112, 112),
     (FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"), 3600, 48, 112, 112),
-    (torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")), 3600, 48, 112, 112),
+    (
+        torch.nn.Sequential(FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")),
+        3600, 48, 112, 112,
+    ),
     (Ends("meta"), 3600, 3, 224, 224),
 ]
 
@@ -464,6 +499,7 @@ def test_nothing_leaks_over_a_thousand_steps(monkeypatch):
     try:
         steps(1000)
         now = alive()
-        assert now[0] == tensors and now[1] < objects + 500, (now, tensors, objects)  # of 1,000 steps not one object each
+        # Of 1,000 steps not one object each.
+        assert now[0] == tensors and now[1] < objects + 500, (now, tensors, objects)
     finally:
         gc.enable()

@@ -1,4 +1,6 @@
-"""The fused modules on kernels against the plain ones and float64: outputs, gradients, running statistics; and their life as modules."""
+"""The fused modules on kernels against the plain ones and float64: outputs, gradients, running statistics; and their
+life as modules.
+"""
 
 import copy
 import io
@@ -17,11 +19,12 @@ from support.truth import assert_close_to_truth, on_gpu
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-# ---- FusedMBConv -----------------------------------------------------------------------------------------------------------------
+# ---- FusedMBConv -----------------------------------------------------------------------------------------------------
 
-# Pairwise over: expand ratio 1, 4, 6; k 3, 5; stride 1, 2; both paddings; squeeze-excite or not; residual (stride 1 and I = O) or not;
-# drop-path; dtype; odd, even and tiny H and W; each activation once. Not here: k = 7 and 9 and more channels, which the kernels' own tests
-# have; fewer than eight channels or hidden units, since a gradient of two or three numbers may vanish by chance, and its bound with it.
+# Pairwise over: expand ratio 1, 4, 6; k 3, 5; stride 1, 2; both paddings; squeeze-excite or not; residual (stride 1 and
+# I = O) or not; drop-path; dtype; odd, even and tiny H and W; each activation once. Not here: k = 7 and 9 and more
+# channels, which the kernels' own tests have; fewer than eight channels or hidden units, since a gradient of two or
+# three numbers may vanish by chance, and its bound with it.
 BLOCKS = [
     # I  O  k  s expand se  padding      act           drop H  W   dtype
     (8, 8, 3, 1, 6, 0.5, "symmetric", "silu", 0.3, 5, 4, None),
@@ -98,7 +101,9 @@ def test_mbconv_cast_as_a_whole(dtype, device, scratch):
 
 
 def test_dropped_samples_are_the_same(device, scratch):
-    """A dropped sample is its input, bit for bit; the same samples drop in both, and both leave the generator in the same state."""
+    """A dropped sample is its input, bit for bit; the same samples drop in both, and both leave the generator in the
+    same state.
+    """
     modules = twins(FusedMBConv, *SMALL, drop_path=0.5, device=device)
     x = images(8, 16, 2, 2, device=device)
     dropped, following = {}, {}
@@ -111,13 +116,15 @@ def test_dropped_samples_are_the_same(device, scratch):
     assert following["fused"] == following["eager"]
 
 
-# x and the incoming gradient in every layout a network can hand over; "expanded" has a stride of zero, along W alone since the last
-# BatchNorm takes a constant gradient to nearly zero. test_summed_output has all strides zero.
+# x and the incoming gradient in every layout a network can hand over; "expanded" has a stride of zero, along W alone
+# since the last BatchNorm takes a constant gradient to nearly zero. test_summed_output has all strides zero.
 def laid_out(tensor, layout):
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
-        wide = torch.randn(tensor.shape[0], tensor.shape[1] + 3, tensor.shape[2] + 2, 2 * tensor.shape[3], device=tensor.device)
+        wide = torch.randn(
+            tensor.shape[0], tensor.shape[1] + 3, tensor.shape[2] + 2, 2 * tensor.shape[3], device=tensor.device
+        )
         view = wide[:, 1:-2, 2:, ::2]
         return view.copy_(tensor)
     if layout == "expanded":
@@ -138,10 +145,12 @@ def test_mbconv_layouts(x_layout, gradient_layout, device, scratch):
 def test_output_is_channels_last(device):
     block = FusedMBConv(*SMALL).to(device)
     for training in (True, False):
-        assert block.train(training)(images(2, 16, 4, 5, device=device)).is_contiguous(memory_format=torch.channels_last)
+        assert block.train(training)(images(2, 16, 4, 5, device=device)).is_contiguous(
+            memory_format=torch.channels_last
+        )
 
 
-# ---- BatchNorm's variants --------------------------------------------------------------------------------------------------------
+# ---- BatchNorm's variants --------------------------------------------------------------------------------------------
 
 
 def test_cumulative_momentum(device, scratch):
@@ -181,7 +190,7 @@ def test_each_norm_has_its_own_settings(frozen, device, scratch):
     compare(modules, x, torch.randn_like(x))
 
 
-# ---- autograd --------------------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("expand", [1, 2])
@@ -274,7 +283,7 @@ def test_cuda_graph(device):
         assert torch.equal(out, block(new))
 
 
-# ---- the smaller modules ---------------------------------------------------------------------------------------------------------
+# ---- the smaller modules ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -307,7 +316,8 @@ def test_summed_output(device, scratch):
 
 
 @pytest.mark.parametrize(
-    "args, autocast", [((24, 9), None), ((33, 12, "relu", "hard_sigmoid"), torch.bfloat16), ((10, 8, "hard_swish"), torch.float16)]
+    "args, autocast",
+    [((24, 9), None), ((33, 12, "relu", "hard_sigmoid"), torch.bfloat16), ((10, 8, "hard_swish"), torch.float16)],
 )
 def test_squeeze_excite(args, autocast, device, scratch):
     modules = twins(FusedSqueezeExcite, *args, device=device)
@@ -315,7 +325,7 @@ def test_squeeze_excite(args, autocast, device, scratch):
     compare(modules, laid_out(x, "sliced"), laid_out(torch.randn_like(x), "expanded"), autocast)
 
 
-# ---- as modules (no kernel runs) -------------------------------------------------------------------------------------------------
+# ---- as modules (no kernel runs) -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [SMALL, (16, 6, 5, 2, 1, 0.25), (16, 16, 3, 1, 6, 0)])
@@ -338,8 +348,12 @@ def _saved(module):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=["deepcopy", "pickle", "save"])
-@pytest.mark.parametrize("cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (16,)), (FusedSqueezeExcite, (16, 2))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=["deepcopy", "pickle", "save"]
+)
+@pytest.mark.parametrize(
+    "cls, args", [(FusedMBConv, SMALL), (FusedDepthwiseConvBNAct, (16,)), (FusedSqueezeExcite, (16, 2))]
+)
 def test_duplicates(cls, args, duplicate):
     """A copy computes the same and shares nothing."""
     module = cls(*args)

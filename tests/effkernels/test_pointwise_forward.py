@@ -1,4 +1,6 @@
-"""The forward of 1x1 convolutions against float64: prologues and epilogues, live weights and their copies, several tiles and programs."""
+"""The forward of 1x1 convolutions against float64: prologues and epilogues, live weights and their copies, several
+tiles and programs.
+"""
 
 from types import MappingProxyType
 
@@ -11,11 +13,13 @@ from support.truth import assert_close_to_truth, batch_norm, guarded, nchw, nhwc
 
 EPS = 1e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The weight in steps as it is; in half precision also in the order of fragments, as a copy, or put there where it stays with a program.
+# The weight in steps as it is; in half precision also in the order of fragments, as a copy, or put there where it stays
+# with a program.
 FORMS = [*((dtype, "live") for dtype in DTYPES), (DTYPES[1], "copy"), *((dtype, "fragments") for dtype in DTYPES[1:])]
 every_form = pytest.mark.parametrize(("dtype", "form"), FORMS, ids=lambda p: str(p).removeprefix("torch."))
-# Images, height, width, inner channels, outer channels: one row; rows of no whole tile and no channel count divisible by 8; several
-# tiles a program; more inner channels than one step takes and more outer ones than one block; images smaller than a tile.
+# Images, height, width, inner channels, outer channels: one row; rows of no whole tile and no channel count divisible
+# by 8; several tiles a program; more inner channels than one step takes and more outer ones than one block; images
+# smaller than a tile.
 SHAPES = [(1, 1, 1, 16, 24), (3, 5, 7, 12, 10), (2, 9, 10, 24, 40), (2, 3, 5, 150, 139), (17, 2, 2, 70, 33)]
 every_shape = pytest.mark.parametrize(("N", "H", "W", "K", "O"), SHAPES)
 
@@ -81,7 +85,9 @@ def batch_statistics(x, weight):
 @every_form
 @every_shape
 def test_statistics(N, H, W, K, O, dtype, form, device, scratch):
-    """Partial ones, and merged by the last programs with the running statistics; twice, so that the counters must be zero again."""
+    """Partial ones, and merged by the last programs with the running statistics; twice, so that the counters must be
+    zero again.
+    """
     from effkernels.kernels.norm import BatchStatistics
 
     if N * H * W == 1:
@@ -97,7 +103,9 @@ def test_statistics(N, H, W, K, O, dtype, form, device, scratch):
     for momentum in (0.1, None):
         running = [torch.zeros(O, device=device), torch.ones(O, device=device)]
         tracked = torch.tensor(4, device=device)
-        _, (mean, rstd) = run(x, weight, form, statistics=BatchStatistics(EPS, *running, tracked, momentum), counters=ticket)
+        _, (mean, rstd) = run(
+            x, weight, form, statistics=BatchStatistics(EPS, *running, tracked, momentum), counters=ticket
+        )
         assert not ticket.any()
         assert tracked == 4 + (momentum is not None)
         factor = 0.25 if momentum is None else momentum
@@ -125,28 +133,45 @@ def test_several_slices_of_columns(form, device, scratch):
     ticket = counters(device)
     tracked = torch.tensor(4, device=device)
     running = torch.zeros(110, device=device), torch.ones(110, device=device)
-    y, (mean, rstd) = run(x, weight, form, {"BN": 48}, statistics=BatchStatistics(EPS, *running, tracked, 0.5), counters=ticket)
+    y, (mean, rstd) = run(
+        x, weight, form, {"BN": 48}, statistics=BatchStatistics(EPS, *running, tracked, 0.5), counters=ticket
+    )
     assert not ticket.any() and tracked == 5
     check(nchw(y), three(conv, x, weight))
-    expected = {name: {"mean": r["mean"], "rstd": (r["var"] + EPS).rsqrt(), "running": r["mean"] / 2} for name, r in results.items()}
+    expected = {
+        name: {"mean": r["mean"], "rstd": (r["var"] + EPS).rsqrt(), "running": r["mean"] / 2}
+        for name, r in results.items()
+    }
     check({"mean": mean, "rstd": rstd, "running": running[0]}, expected)
 
 
 @pytest.mark.parametrize(("N", "H", "W", "K", "O"), [SHAPES[2], SHAPES[4]])
 def test_tiles_of_one_image(N, H, W, K, O, device, scratch):
-    """The gate as one vector a tile, where large images pay for rows that are not there; one program walks over all of them."""
-    a, weight = tensor(N, K, H, W, device=device, dtype=torch.bfloat16), tensor(O, K, 1, 1, device=device, scale=K**-0.5)
+    """The gate as one vector a tile, where large images pay for rows that are not there; one program walks over all of
+    them.
+    """
+    a, weight = (
+        tensor(N, K, H, W, device=device, dtype=torch.bfloat16),
+        tensor(O, K, 1, 1, device=device, scale=K**-0.5),
+    )
     gates = torch.rand(N, K, device=device)
-    y, (count, mean, m2) = run(a, weight, "fragments", {"per_image": True, "waves": 1}, gates=gates, partial_statistics=True)
+    y, (count, mean, m2) = run(
+        a, weight, "fragments", {"per_image": True, "waves": 1}, gates=gates, partial_statistics=True
+    )
     gated = (a.float() * gates[:, :, None, None]).bfloat16()
     assert count.sum() == N * H * W
     check(nchw(y), three(conv, gated, weight))
-    check((count[:, None] * mean).sum(0) / count.sum(), {name: r["mean"] for name, r in three(batch_statistics, gated, weight).items()})
+    check(
+        (count[:, None] * mean).sum(0) / count.sum(),
+        {name: r["mean"] for name, r in three(batch_statistics, gated, weight).items()},
+    )
 
 
 @every_form
 def test_statistics_of_a_large_mean(dtype, form, device, scratch):
-    """Of 14 standard deviations: sums of squares cancel 200 times over, which fp32 must not feel, and half precision not for its sums."""
+    """Of 14 standard deviations: sums of squares cancel 200 times over, which fp32 must not feel, and half precision
+    not for its sums.
+    """
     K, O = 16, 24
     x, weight = torch.randn(4, K, 9, 10), torch.rand(O, K, 1, 1, device=device) + 0.5
     x = guarded((x + 14).to(dtype).to(device))
@@ -179,7 +204,9 @@ def test_batch_norm_activation_and_gate_on_load(N, H, W, K, O, dtype, form, gate
 @every_form
 @every_shape
 def test_inference_epilogue(N, H, W, K, O, dtype, form, device, scratch):
-    """The gate on load of an activated input; BN, activation and a residual of another dtype after; one image of many tiles."""
+    """The gate on load of an activated input; BN, activation and a residual of another dtype after; one image of many
+    tiles.
+    """
     a, weight = tensor(N, K, H, W, device=device, dtype=dtype), tensor(O, K, 1, 1, device=device, scale=K**-0.5)
     gates, residual = torch.rand(N, K, device=device), tensor(N, O, H, W, device=device)
     norm = norm_vectors(O, device)
@@ -188,7 +215,16 @@ def test_inference_epilogue(N, H, W, K, O, dtype, form, device, scratch):
         y = F.silu(batch_norm(conv(a * gates[:, :, None, None].to(a.dtype), weight), *norm, EPS))
         return y + residual
 
-    y, _ = run(a, weight, form, gates=gates, epilogue=norm_of(norm, eps=EPS), act2="silu", residual=nhwc(residual), out_dtype=torch.float32)
+    y, _ = run(
+        a,
+        weight,
+        form,
+        gates=gates,
+        epilogue=norm_of(norm, eps=EPS),
+        act2="silu",
+        residual=nhwc(residual),
+        out_dtype=torch.float32,
+    )
     assert y.dtype == torch.float32
     check(nchw(y), three(layer, a, gates, weight, residual, *norm))
 
@@ -200,7 +236,10 @@ def test_pooled_head(N, H, W, K, O, dtype, form, device, scratch):
     norm = norm_vectors(O, device)
     pooled, _ = run(x, weight, form, epilogue=norm_of(norm, eps=EPS), act2="silu", pool=True)
     assert pooled.dtype == dtype
-    check(pooled, three(lambda x, weight, *norm: F.silu(batch_norm(conv(x, weight), *norm, EPS)).mean((2, 3)), x, weight, *norm))
+    check(
+        pooled,
+        three(lambda x, weight, *norm: F.silu(batch_norm(conv(x, weight), *norm, EPS)).mean((2, 3)), x, weight, *norm),
+    )
 
 
 @pytest.mark.parametrize("form", ["live", "copy", "fragments"])
@@ -216,7 +255,7 @@ def test_results_do_not_depend_on_the_run(form, device, scratch):
         assert torch.equal(first, second)
 
 
-# ---- copies of the weights -------------------------------------------------------------------------------------------------------
+# ---- copies of the weights -------------------------------------------------------------------------------------------
 
 
 def permuted(weight):
@@ -228,7 +267,9 @@ def permuted(weight):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
 def test_copies_of_several_weights(dtype, device, scratch):
-    """Every form of weights of several shapes in one launch: rounded once, moved, nothing else; made anew from what they are now."""
+    """Every form of weights of several shapes in one launch: rounded once, moved, nothing else; made anew from what
+    they are now.
+    """
     from effkernels.kernels.weight_copies import weight_copies
 
     weights = [tensor(*shape, 1, 1, device=device) for shape in ((24, 16), (5, 70), (1, 1), (40, 33))]

@@ -1,4 +1,6 @@
-"""The project convolution's backward against float64: both forms, every dtype and option, several tiles and programs."""
+"""The project convolution's backward against float64: both forms, every dtype and option, several tiles and
+programs.
+"""
 
 import pytest
 import torch
@@ -79,9 +81,15 @@ class Case:
 
         arguments = {"act": self.act, "gates": self.gates, "branch_draws": self.factor} | how
         dq, sums, partials = project_backward(
-            nhwc(self.dout), nhwc(self.y3), nhwc(self.y2), self.weight,
-            norm3=self.norm3, terms3=self.terms3, norm2=self.norm2, **arguments,
-        )  # fmt: skip
+            nhwc(self.dout),
+            nhwc(self.y3),
+            nhwc(self.y2),
+            self.weight,
+            norm3=self.norm3,
+            terms3=self.terms3,
+            norm2=self.norm2,
+            **arguments,
+        )
         return {
             "dq": None if dq is None else nchw(dq),
             "sums": None if sums is None else sums.sum(1),
@@ -96,7 +104,9 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [FUSED, FUSED_ODD, SPLIT, SPLIT_ODD], ids=["fused", "fused-odd", "split", "split-odd"])
+@pytest.mark.parametrize(
+    "shape", [FUSED, FUSED_ODD, SPLIT, SPLIT_ODD], ids=["fused", "fused-odd", "split", "split-odd"]
+)
 def test_gradients_and_sums(shape, dtype, device, scratch):
     """fp32 takes the split form whatever the shape."""
     case = Case(shape, dtype, device)
@@ -147,7 +157,9 @@ def test_parts_of_it_alone(shape, device, scratch):
 
 
 def test_draws_stand_for_factors(device, scratch):
-    """Draws below ``keep`` count 1 / keep, others drop their image, whose gradient then is that of BatchNorm's statistics alone."""
+    """Draws below ``keep`` count 1 / keep, others drop their image, whose gradient then is that of BatchNorm's
+    statistics alone.
+    """
     case = Case(SPLIT, "fp32", device, frozen=True)
     case.factor = torch.tensor([1 / 0.75, 0.0], device=device)
     case.eager, case.truth = case.expected(case.dtype), case.expected(torch.float64)
@@ -158,7 +170,9 @@ def test_draws_stand_for_factors(device, scratch):
 
 @pytest.mark.parametrize("shape", [FUSED, SPLIT], ids=["fused", "split"])
 def test_many_programs_give_what_one_gives(shape, device, scratch, monkeypatch):
-    """One program that takes all images in turn, and as many as fill three processors: the same dq, right sums and dw."""
+    """One program that takes all images in turn, and as many as fill three processors: the same dq, right sums and
+    dw.
+    """
     from effkernels.configs import rules, tables
 
     case = Case(shape, "bf16", device)

@@ -1,7 +1,9 @@
-"""Whatever the shape, stride, layout, dtype, mode and wanted gradients: fused equals float64 within twice eager PyTorch's own error.
+"""Whatever the shape, stride, layout, dtype, mode and wanted gradients: fused equals float64 within twice eager
+PyTorch's own error.
 
-Hypothesis draws the cases (``cases.py`` says how many); each compares the output, every gradient that is asked for and every buffer.
-Not drawn: fewer than eight channels or values a channel, since what nearly cancels has no error to be twice of.
+Hypothesis draws the cases (``cases.py`` says how many); each compares the output, every gradient that is asked for and
+every buffer. Not drawn: fewer than eight channels or values a channel, since what nearly cancels has no error to be
+twice of.
 """
 
 import collections
@@ -36,8 +38,9 @@ smooth = dealt(["gelu", "identity", "silu"])
 
 
 def hidden(precision):
-    """An activation of squeeze-excite: smooth in half precision, where a hidden unit near a kink is as often on its other side, and a
-    few units do not average that out."""
+    """An activation of squeeze-excite: smooth in half precision, where a hidden unit near a kink is as often on its
+    other side, and a few units do not average that out.
+    """
     return activations if precision[0] == "fp32" else smooth
 
 
@@ -81,7 +84,9 @@ class Norm(NamedTuple):
         def vector(low, high):
             return (torch.rand(channels, generator=generator) * (high - low) + low).to(dtype)
 
-        running = (vector(-0.5, 0.5), vector(0.5, 1.5), torch.tensor(3)) if self.tracks or not self.training else (None,) * 3
+        running = (
+            (vector(-0.5, 0.5), vector(0.5, 1.5), torch.tensor(3)) if self.tracks or not self.training else (None,) * 3
+        )
         return BatchNormParams(vector(0.5, 1.5), vector(-0.5, 1), *running, self.momentum, self.eps, self.training)
 
 
@@ -130,10 +135,15 @@ images = st.builds(
 
 def values(image, kernel_size=1, stride=1, padding="symmetric"):
     """Values a channel of the output."""
-    return image.N * conv_out_size(image.H, kernel_size, stride, padding) * conv_out_size(image.W, kernel_size, stride, padding)
+    return (
+        image.N
+        * conv_out_size(image.H, kernel_size, stride, padding)
+        * conv_out_size(image.W, kernel_size, stride, padding)
+    )
 
 
-kernel_sizes = dealt([1, 3, 3, 5] + [7, 9] * (factor > 1))  # the large ones cost seconds each: test_depthwise.py has them
+# The large ones cost seconds each: test_depthwise.py has them.
+kernel_sizes = dealt([1, 3, 3, 5] + [7, 9] * (factor > 1))
 strides = dealt([1, 2])
 paddings = dealt(["symmetric", "same", "same_as_even"])
 
@@ -153,7 +163,9 @@ everything = dealt([True, False])
 
 def wanted(names):
     """All gradients, half of the time; else some."""
-    return everything.flatmap(lambda all: st.just(frozenset(names)) if all else st.frozensets(st.sampled_from(names), min_size=1))
+    return everything.flatmap(
+        lambda all: st.just(frozenset(names)) if all else st.frozensets(st.sampled_from(names), min_size=1)
+    )
 
 
 TURNS = {"fused": 1, "eager": 3, "truth": 3}  # output gradients that each is asked for
@@ -165,13 +177,16 @@ def gradient_of(out, seed, turn):
 
 
 def of_one_tap(want, weight, k, norm):
-    """Without the gradient of a 1x1 depthwise weight before batch statistics: they undo its scale, and all but eps cancels."""
+    """Without the gradient of a 1x1 depthwise weight before batch statistics: they undo its scale, and all but eps
+    cancels.
+    """
     return want - {weight} if k == 1 and norm.training else want
 
 
 def past_kinks(want, precision, *acts):
-    """No gradients in half precision where an activation has kinks: one value of thousands that comes to lie on the other side is more
-    than the bound, and who is hit is chance. fp32 has them, and test_modules.py's cases."""
+    """No gradients in half precision where an activation has kinks: one value of thousands that comes to lie on the
+    other side is more than the bound, and who is hit is chance. fp32 has them, and test_modules.py's cases.
+    """
     return frozenset() if precision[0] != "fp32" and not {"relu", "relu6", "hard_swish"}.isdisjoint(acts) else want
 
 
@@ -206,10 +221,17 @@ def check(call, case, precision=("fp32", torch.float32), gradient_layout="contig
         with cast:
             out = call(module, tensors, layers)
         leaves = {name: t for name, t in tensors.items() if name in case[2]}
-        leaves |= {f"{n}.{f}": getattr(norm, f) for n, norm in layers.items() for f in ("weight", "bias") if f"{n}.{f}" in case[2]}
+        leaves |= {
+            f"{n}.{f}": getattr(norm, f)
+            for n, norm in layers.items()
+            for f in ("weight", "bias")
+            if f"{n}.{f}" in case[2]
+        }
         found = {"out": out.detach()}
         for name, norm in layers.items():
-            found |= {f"{name}.{f}": getattr(norm, f) for f in ("running_mean", "running_var") if getattr(norm, f) is not None}
+            found |= {
+                f"{name}.{f}": getattr(norm, f) for f in ("running_mean", "running_var") if getattr(norm, f) is not None
+            }
             if norm.num_batches_tracked is not None:
                 assert norm.num_batches_tracked == 3 + norm.training
         results[kind] = []
@@ -225,7 +247,8 @@ def check(call, case, precision=("fp32", torch.float32), gradient_layout="contig
 def compare(fused, eager, truth, dtype):
     """Twice eager's error, or twice what rounding one number to the compute dtype costs.
 
-    Lists of results: eager's error is its largest of a few output gradients, as with a few numbers it is lucky with one now and then.
+    Lists of results: eager's error is its largest of a few output gradients, as with a few numbers it is lucky with one
+    now and then.
     """
     (fused,) = fused
     assert fused.keys() == eager[0].keys() == truth[0].keys()
@@ -242,7 +265,7 @@ def precise(precision):
     return precision[1] if precision[0] == "cast" else torch.float32
 
 
-# ---- depthwise -------------------------------------------------------------------------------------------------------------------
+# ---- depthwise -------------------------------------------------------------------------------------------------------
 
 before, gated = dealt([True, False]), dealt([True, False, False])
 pre_activations = dealt(sorted(ACTIVATIONS))
@@ -256,7 +279,9 @@ def depthwise_cases(draw):
     pre = draw(before)
     layers = {"norm": draw(norms), **({"pre": draw(norms)} if pre else {})}
     se = (draw(st.integers(8, 12)), draw(hidden(precision)), draw(gate(precision))) if draw(gated) else None
-    names = ["x", "weight", *(f"{n}.{f}" for n in layers for f in ("weight", "bias"))] + (["wr", "br", "we", "be"] if se else [])
+    names = ["x", "weight", *(f"{n}.{f}" for n in layers for f in ("weight", "bias"))] + (
+        ["wr", "br", "we", "be"] if se else []
+    )
     pre_act = draw(pre_activations) if pre else "identity"
     want = past_kinks(of_one_tap(draw(wanted(names)), "weight", k, layers["norm"]), precision, settings["act"], pre_act)
     return image, C, k, precision, settings, layers, pre_act, se, want
@@ -278,13 +303,19 @@ def test_depthwise(case, device, scratch):
     def call(module, t, norm):
         squeeze = SqueezeExciteParams(*(t[name] for name in ("wr", "br", "we", "be")), *se[1:]) if se else None
         return module.depthwise_conv_bn_act(
-            t["x"], t["weight"], norm["norm"], pre_norm=norm.get("pre"), pre_act=pre_act, squeeze_excite=squeeze, **settings
+            t["x"],
+            t["weight"],
+            norm["norm"],
+            pre_norm=norm.get("pre"),
+            pre_act=pre_act,
+            squeeze_excite=squeeze,
+            **settings,
         )
 
     check(call, (tensors, layers, want), precision, image.gradient_layout, image.seed)
 
 
-# ---- batchnorm -------------------------------------------------------------------------------------------------------------------
+# ---- batchnorm -------------------------------------------------------------------------------------------------------
 
 added, masked = dealt([True, False]), dealt([True, False])
 
@@ -321,7 +352,7 @@ def test_batchnorm(case, device, scratch):
     check(call, (tensors, {"norm": norm.params(C, g)}, want), ("fp32", dtype), image.gradient_layout, image.seed)
 
 
-# ---- squeeze-excite --------------------------------------------------------------------------------------------------------------
+# ---- squeeze-excite --------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -349,7 +380,7 @@ def test_squeeze_excite(case, device, scratch):
     check(call, (tensors, {}, want), precision, image.gradient_layout, image.seed)
 
 
-# ---- pointwise, stem and head ----------------------------------------------------------------------------------------------------
+# ---- pointwise, stem and head ----------------------------------------------------------------------------------------
 
 
 FLAGS = ("prologue", "gate", "epilogue", "residual")
@@ -358,7 +389,14 @@ flags = dealt([dict(zip(FLAGS, on, strict=True)) for on in itertools.product([Tr
 
 @st.composite
 def pointwise_cases(draw):
-    return draw(images), draw(st.integers(8, 150)), draw(st.integers(8, 150)), draw(dtypes), draw(activations), draw(flags)
+    return (
+        draw(images),
+        draw(st.integers(8, 150)),
+        draw(st.integers(8, 150)),
+        draw(dtypes),
+        draw(activations),
+        draw(flags),
+    )
 
 
 @cases(50)
@@ -419,7 +457,8 @@ def test_stem(case, device, scratch):
 @st.composite
 def head_cases(draw):
     image = draw(images)
-    image = image if values(image) >= 8 and image.N > 1 else image._replace(N=8)  # pooling's gradient is constant in each image
+    # Pooling's gradient is constant in each image.
+    image = image if values(image) >= 8 and image.N > 1 else image._replace(N=8)
     precision, act = draw(precisions), draw(activations)
     want = past_kinks(draw(wanted(CONV_AND_NORM)), precision, act)
     return image, draw(channels), draw(channels), precision, act, draw(norms), want
@@ -439,7 +478,7 @@ def test_head(case, device, scratch):
     check(call, (tensors, {"norm": norm.params(O, g, dtype)}, want), precision, seed=image.seed)
 
 
-# ---- the whole block -------------------------------------------------------------------------------------------------------------
+# ---- the whole block -------------------------------------------------------------------------------------------------
 
 
 class Block(NamedTuple):
@@ -488,7 +527,11 @@ def run_block(module, x, case, image, dtype, turn):
     x = x.detach().requires_grad_("x" in case.want and case.mode != "inference")
     for name, p in module.named_parameters():
         p.requires_grad_(name in case.want)
-    autocast = torch.autocast("cpu", dtype) if case.precision[0] == "autocast" and x.dtype != torch.float64 else contextlib.nullcontext()
+    autocast = (
+        torch.autocast("cpu", dtype)
+        if case.precision[0] == "autocast" and x.dtype != torch.float64
+        else contextlib.nullcontext()
+    )
     torch.manual_seed(image.seed)  # for drop-path
     with autocast, torch.set_grad_enabled(case.mode != "inference"):
         out = module(x)
@@ -537,7 +580,7 @@ def test_block(case, device, scratch):
     compare(*results.values(), dtype)
 
 
-# ---- what is drawn ---------------------------------------------------------------------------------------------------------------
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
 def dimensions(value, name=""):
@@ -603,6 +646,9 @@ def test_every_value_of_every_dimension_is_drawn():
     }
     assert {name: values - together[name] for name, values in wanted.items() if not values <= together[name]} == {}
     for name, found in met.items():
-        assert len(found["layout"]) >= 6 and len(found["gradient_layout"]) >= 6 and len(found["activation"]) >= 4, (name, found)
+        assert len(found["layout"]) >= 6 and len(found["gradient_layout"]) >= 6 and len(found["activation"]) >= 4, (
+            name,
+            found,
+        )
         assert name == "test_batchnorm" or found["precision"] == five, name
     assert len(together["gradients"]) >= 25

@@ -1,4 +1,6 @@
-"""The plain twins: bit for bit the plain modules and PyTorch's own layers; and the fused functional forms against them."""
+"""The plain twins: bit for bit the plain modules and PyTorch's own layers; and the fused functional forms against
+them.
+"""
 
 import copy
 import inspect
@@ -48,7 +50,9 @@ def functional_form(block, x, **changes):
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("expand", [1, 4, 6])
 def test_three_ways_are_one(expand, k, stride, padding, se, monkeypatch):
-    """FusedMBConv without kernels, MBConv, and reference.mbconv: the same bits in training, with frozen statistics and in inference."""
+    """FusedMBConv without kernels, MBConv, and reference.mbconv: the same bits in training, with frozen statistics and
+    in inference.
+    """
     monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
     torch.manual_seed(0)
     args, kwargs = (8, 8, k, stride, expand, se), {"padding": padding, "drop_path": 0.3}
@@ -85,11 +89,15 @@ def test_activate_leaves_its_input(act):
     before = x.clone()
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
-            assert torch.equal(reference.activate(x, act), reference.ACTIVATIONS[act](before)) and torch.equal(x, before)
+            assert torch.equal(reference.activate(x, act), reference.ACTIVATIONS[act](before)) and torch.equal(
+                x, before
+            )
 
 
 def test_drop_path():
-    """Per sample, kept samples divided by 1 - rate; nothing in eval or at rate 0; one draw a sample, here or by the caller."""
+    """Per sample, kept samples divided by 1 - rate; nothing in eval or at rate 0; one draw a sample, here or by the
+    caller.
+    """
     x = torch.randn(4000, 2, 1, 1)
     assert reference.drop_path(x, 0.3, False) is x and reference.drop_path(x, 0.0, True) is x
     torch.manual_seed(0)
@@ -102,7 +110,7 @@ def test_drop_path():
     assert abs((mask > 0).float().mean() - 0.75) < 0.03  # four standard deviations
 
 
-# ---- fused against plain ---------------------------------------------------------------------------------------------------------
+# ---- fused against plain ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["depthwise_conv_bn_act", "bn_act_add", "squeeze_excite", "mbconv"])
@@ -132,9 +140,13 @@ def compare(name, tensors, norms, call):
         for key, norm in layers.items():
             leaves |= {f"{key}.weight": norm.weight, f"{key}.bias": norm.bias}
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        results[kind] = dict(zip(leaves, torch.autograd.grad(out, leaves.values(), gradient), strict=True), out=out.detach())
+        results[kind] = dict(
+            zip(leaves, torch.autograd.grad(out, leaves.values(), gradient), strict=True), out=out.detach()
+        )
         with torch.no_grad():
-            results[kind]["inference"] = call(module, mine, {key: norm._replace(training=False) for key, norm in layers.items()})
+            results[kind]["inference"] = call(
+                module, mine, {key: norm._replace(training=False) for key, norm in layers.items()}
+            )
         for key, norm in layers.items():
             results[kind] |= {f"{key}.running_mean": norm.running_mean, f"{key}.running_var": norm.running_var}
             assert norm.num_batches_tracked == 2 + norm.training
@@ -168,7 +180,9 @@ def test_depthwise_conv_bn_act(trainings, device, scratch, small_tiles):
             squeeze_excite=params,
         )
 
-    norms = {key: (*norm_vectors(24, device), training) for key, training in zip(("pre", "norm"), trainings, strict=True)}
+    norms = {
+        key: (*norm_vectors(24, device), training) for key, training in zip(("pre", "norm"), trainings, strict=True)
+    }
     compare("depthwise_conv_bn_act", tensors, norms, call)
 
 
@@ -214,7 +228,9 @@ def test_a_given_mask_scales_the_branch(residual):
     """x [N, ...] + mask[n] * branch, whatever drop_path says: efficientnet_pytorch draws its own."""
     torch.manual_seed(0)
     block = MBConv(8, 8, 3, expand_ratio=2, se_ratio=0).eval()
-    layers = [(conv.weight, BatchNormParams.of(bn)) for conv, bn in ((block.conv_pw, block.bn1), (block.conv_dw, block.bn2))]
+    layers = [
+        (conv.weight, BatchNormParams.of(bn)) for conv, bn in ((block.conv_pw, block.bn1), (block.conv_dw, block.bn2))
+    ]
     x, mask = torch.randn(3, 8, 4, 4), torch.tensor([0.0, 1.0, 2.5])
     arguments = (x, layers[0], layers[1], None, (block.conv_pwl.weight, BatchNormParams.of(block.bn3)))
     with torch.no_grad():

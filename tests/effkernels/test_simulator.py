@@ -405,7 +405,9 @@ def test_bad_names_are_named(name, value):
         predict_step(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--gpu", "v100"], ["--model", "b9"], ["--mode", "x"], ["--kernel", "k"]])
+@pytest.mark.parametrize(
+    "arguments", [["--batch-size", "0"], ["--gpu", "v100"], ["--model", "b9"], ["--mode", "x"], ["--kernel", "k"]]
+)
 def test_bad_arguments_are_named(arguments, capsys):
     with pytest.raises(SystemExit):
         simulate.main(arguments)
@@ -440,7 +442,7 @@ def test_what_l2_holds_from_launches_before():
         ]
 
 
-# ---- torch.compile, and pictures -----------------------------------------------------------------------------------------------------
+# ---- torch.compile, and pictures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -453,14 +455,18 @@ def test_passes_of_torch_compile(training):
     if training:
         passes = (x + 5 * e1 + 6 * e2 + 4 * out) + (7 * out + 11 * e2 + 9 * e1 + 2 * x)
     assert sum(kernel.elements for kernel in baselines._block(block, training)) == passes
-    assert sum(kernel.flops for kernel in baselines._block(block, training)) == 2 * (16 * e1 + 96 * out) * (3 if training else 1)
+    assert sum(kernel.flops for kernel in baselines._block(block, training)) == 2 * (16 * e1 + 96 * out) * (
+        3 if training else 1
+    )
     seconds = baselines.seconds(model, training, 256, GPUS["h200"])
     assert seconds > 256 * 2 * passes / GPUS["h200"].bandwidth
 
 
 def test_a_picture_of_an_sm(tmp_path):
     pytest.importorskip("matplotlib")
-    programs = [[[operation(LOAD, sets=0, l2=512.0, dram=512.0), operation(FMA, waits=(0,)), operation(FMA, stall=4)] * 20] * 4] * 2
+    programs = [
+        [[operation(LOAD, sets=0, l2=512.0, dram=512.0), operation(FMA, waits=(0,)), operation(FMA, stall=4)] * 20] * 4
+    ] * 2
     run = sm.simulate(H100, programs, 2, 32.0, 32.0, timeline=True)
     assert sum(what == "issue" for *_, what, _, _ in run.timeline) == run.instructions == 2 * 4 * 60
     assert {what for *_, what, _, _ in run.timeline} >= {"issue", "memory"}
@@ -468,7 +474,7 @@ def test_a_picture_of_an_sm(tmp_path):
     assert (tmp_path / "sm.png").read_bytes()[:4] == b"\x89PNG"
 
 
-# ---- measured beside predicted --------------------------------------------------------------------------------------------------------
+# ---- measured beside predicted ---------------------------------------------------------------------------------------
 
 
 class _Launch:

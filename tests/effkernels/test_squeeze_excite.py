@@ -85,7 +85,9 @@ def check(N, C, R, H, W, dtype, act, gate, has_bn, device):
     sums = kernels.pool(nhwc(y), norm, act="silu")
     gates, pooled, u = kernels.squeeze_excite_forward(sums, H * W, *weights, act=act, gate=gate)
     sums = batchnorm.gradient_sums(nhwc(dout), nhwc(y), norm, act="silu", for_gate=True)
-    dpool, grads, norms = kernels.squeeze_excite_backward(sums, H * W, gates, pooled, u, weights, norm=norm, act=act, gate=gate)
+    dpool, grads, norms = kernels.squeeze_excite_backward(
+        sums, H * W, gates, pooled, u, weights, norm=norm, act=act, gate=gate
+    )
     assert all(t.dtype == torch.float32 for t in (gates, pooled, u, dpool, *grads))
     fused = {"gates": gates, "pooled": pooled, "u": u, "dpool": dpool, **dict(zip(ROWS, grads, strict=True))}
     assert (norms is not None) == has_bn
@@ -129,7 +131,10 @@ def frozen_norm(y, device):
 
     gamma, beta, _, _ = norm_vectors(y.shape[1], device)
     return BatchNorm(
-        gamma, beta, guarded(y.float().mean((0, 2, 3)) + 0.1), guarded((y.float().var((0, 2, 3), unbiased=False) + 0.1).rsqrt())
+        gamma,
+        beta,
+        guarded(y.float().mean((0, 2, 3)) + 0.1),
+        guarded((y.float().var((0, 2, 3), unbiased=False) + 0.1).rsqrt()),
     )
 
 
@@ -137,7 +142,9 @@ def normalized(y, bn):
     """(yhat, z) in y's dtype, z a leaf."""
     gamma, beta, mean, rstd = bn[:4]
     yhat = ((y - mean[:, None, None]) * rstd[:, None, None]).to(y.dtype)
-    return yhat, batch_norm(y, gamma, beta, mean, rstd.double() ** -2 if y.dtype == torch.float64 else rstd**-2, 0.0).requires_grad_()
+    return yhat, batch_norm(
+        y, gamma, beta, mean, rstd.double() ** -2 if y.dtype == torch.float64 else rstd**-2, 0.0
+    ).requires_grad_()
 
 
 def check_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device):
@@ -220,7 +227,14 @@ def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1
     vectors = (gates, u)
     counters = torch.zeros(gate_backward_config().counters(N, C), dtype=torch.int32, device=device)
     results = gate_backward(
-        guarded(split.float()), *(guarded(v.float()) for v in vectors), weights, bn, pixels, act=se_act, gate=gate, counters=counters
+        guarded(split.float()),
+        *(guarded(v.float()) for v in vectors),
+        weights,
+        bn,
+        pixels,
+        act=se_act,
+        gate=gate,
+        counters=counters,
     )
     assert not counters.any()
     *fused, norm = results
@@ -236,7 +250,9 @@ def test_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, scratch)
 
 def test_gate_backward_of_many_parts_channel_blocks_and_bf16_weights(device, scratch):
     """More blocks of channels than one step of du sums takes, more images than a program takes, five parts an image."""
-    check_gate_backward(17, 1100, 6, 2, 2, torch.bfloat16, "silu", "silu", "sigmoid", device, parts=5, weight_dtype=torch.bfloat16)
+    check_gate_backward(
+        17, 1100, 6, 2, 2, torch.bfloat16, "silu", "silu", "sigmoid", device, parts=5, weight_dtype=torch.bfloat16
+    )
 
 
 def test_gate_backward_keeps_the_dtype_of_batchnorms_parameters(device, scratch):
@@ -248,9 +264,16 @@ def test_gate_backward_keeps_the_dtype_of_batchnorms_parameters(device, scratch)
     narrow = [gamma.bfloat16(), beta.bfloat16()]
     weights, counters = weights_of(9, 4, device), torch.zeros(4, dtype=torch.int32, device=device)
     norms = [
-        gate_backward(sums, *vectors, weights, norm_of((*parameters, mean, None), rstd), 4, act="silu", gate="sigmoid", counters=counters)[
-            3
-        ]
+        gate_backward(
+            sums,
+            *vectors,
+            weights,
+            norm_of((*parameters, mean, None), rstd),
+            4,
+            act="silu",
+            gate="sigmoid",
+            counters=counters,
+        )[3]
         for parameters in (narrow, [t.float() for t in narrow])
     ]
     for a, b, dtype in zip(*norms, [torch.bfloat16] * 2 + [torch.float32] * 2, strict=True):
@@ -274,7 +297,9 @@ def test_pool_with_running_variance(device, scratch):
     def reference(y):
         return F.hardswish(batch_norm(y, *bn, EPS)).sum((2, 3))
 
-    assert_close_to_truth(pool(nhwc(y), norm_of(bn, eps=EPS), act="hard_swish").sum(1), reference(y), reference(y.double()), "sums")
+    assert_close_to_truth(
+        pool(nhwc(y), norm_of(bn, eps=EPS), act="hard_swish").sum(1), reference(y), reference(y.double()), "sums"
+    )
 
 
 def test_weights_in_the_compute_dtype(device, scratch):

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from effkernels import BatchNormParams, functional, reference
 from effkernels.geometry import pad_amounts
 from effkernels.reference import ACTIVATIONS
-from support.truth import assert_close_to_truth, batch_norm, batch_terms, guarded, nchw, nhwc, norm_of, norm_vectors, on_gpu
+from support.truth import (
+    assert_close_to_truth,
+    batch_norm,
+    batch_terms,
+    guarded,
+    nchw,
+    nhwc,
+    norm_of,
+    norm_vectors,
+    on_gpu,
+)
 
 EPS = 1e-3
 ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]
@@ -86,7 +96,10 @@ def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, dev
         mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
         return {"y": y, "mean": mean, "var": var, "out": ACTIVATIONS[act](batch_norm(y, *bn, EPS))}
 
-    counters, momenta = torch.zeros(8, dtype=torch.int32, device=device), (torch.zeros(S, device=device), torch.ones(S, device=device))
+    counters, momenta = (
+        torch.zeros(8, dtype=torch.int32, device=device),
+        (torch.zeros(S, device=device), torch.ones(S, device=device)),
+    )
     statistics = BatchStatistics(EPS, *momenta, momentum=1.0)  # which leaves the running variance at the unbiased one
     where = pads(x, stride, padding)
     y, (mean, rstd) = stem_forward(x, weight, stride, where, dtype=compute, statistics=statistics, counters=counters)
@@ -129,7 +142,9 @@ def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, de
     truth, terms = gradient(torch.float64)
     terms = [guarded(v.float()) for v in terms] if terms else None
     norm = norm_of((gamma, beta, mean, var), bn[3])
-    partials = stem_backward(nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), norm, terms=terms, act=act)
+    partials = stem_backward(
+        nhwc(dout), nhwc(y), x, weight, stride, pads(x, stride, padding), norm, terms=terms, act=act
+    )
     dw = reduce_weight_gradients(stem=LayerPartials(partials, weight))[2]
     assert dw.dtype == weight.dtype and dw.stride() == weight.stride()
     assert_close_to_truth(dw, gradient(compute, terms)[0], truth)
@@ -158,7 +173,9 @@ def test_several_tiles_and_programs(device, scratch, monkeypatch):
 
     for name in ("stem_forward_config", "stem_backward_config"):
         config = getattr(stem, name)
-        monkeypatch.setattr(stem, name, lambda *args, config=config: replace(config(*args), BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, waves=9))
+        monkeypatch.setattr(
+            stem, name, lambda *args, config=config: replace(config(*args), BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, waves=9)
+        )
     case = (2, "symmetric", 2, 13, 15, 3, 20, guarded, torch.float32, torch.float32)
     check_forward(0, *case, device)
     check_backward(0, *case, device)
@@ -197,7 +214,9 @@ def test_functional(autocast, momentum, training, need_x, device, scratch):
         eager, expected = run(reference.stem, *args, torch.float32, need_x, padding=padding)
     truth, _ = run(reference.stem, x.double(), *args[1:], torch.float64, need_x, padding=padding)
     assert counter == expected == 3 + training
-    assert fused["out"].dtype == (autocast or torch.float32) and fused["out"].is_contiguous(memory_format=torch.channels_last)
+    assert fused["out"].dtype == (autocast or torch.float32) and fused["out"].is_contiguous(
+        memory_format=torch.channels_last
+    )
     assert_close_to_truth(fused, eager, truth)
 
 
@@ -227,7 +246,10 @@ def test_inference_is_one_launch_and_equals_frozen(device, monkeypatch):
     ],
 )
 def test_bad_arguments(change, message, device):
-    x, weight = torch.randn(change.pop("x", (2, 3, 8, 8)), device=device), torch.randn(change.pop("weight", (8, 3, 3, 3)), device=device)
+    x, weight = (
+        torch.randn(change.pop("x", (2, 3, 8, 8)), device=device),
+        torch.randn(change.pop("weight", (8, 3, 3, 3)), device=device),
+    )
     with pytest.raises(ValueError, match=message):
         functional.stem(x, weight, BatchNormParams(*norm_vectors(8, device)), **change)
 
@@ -243,7 +265,9 @@ def test_compiled(device):
         norm = BatchNormParams(*(t.clone() for t in tensors), torch.tensor(0, device=device))
         values = []
         for size in (6, 9):
-            x = channels_last(torch.randn(2, 3, size, 7, generator=torch.Generator().manual_seed(size)).to(device)).requires_grad_()
+            x = channels_last(
+                torch.randn(2, 3, size, 7, generator=torch.Generator().manual_seed(size)).to(device)
+            ).requires_grad_()
             out = implementation(x, weight, norm, padding="same")
             values += [out, *torch.autograd.grad(out.square().sum(), [x, weight])]
         with torch.no_grad():
@@ -269,7 +293,8 @@ def meta(*shape, dtype=torch.float32):
 
 rows = []
 for dtype, S, I in ((torch.bfloat16, 32, 3), (torch.float16, 40, 3), (torch.float32, 64, 3), (torch.bfloat16, 64, 16)):
-    x, weight, norm = meta(8, I, 224, 224), meta(S, I, 3, 3), BatchNormParams(*(meta(S) for _ in range(4)), momentum=0.1)
+    x, weight = meta(8, I, 224, 224), meta(S, I, 3, 3)
+    norm = BatchNormParams(*(meta(S) for _ in range(4)), momentum=0.1)
     settings = StemSettings(dtype, 2, "same", "silu")
     with record_launches() as launches:
         ops.stem_inference(x, weight, norm, settings._replace(padding="symmetric"))

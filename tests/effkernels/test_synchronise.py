@@ -65,12 +65,24 @@ def test_two_processes_are_one(dtype, tmp_path, device):
     if device != "cpu":
         pytest.skip("two processes of the interpreter")
     tests = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parents[1]), str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tests.parents[1]), str(tests), str(tests.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
     commands = [
-        [sys.executable, __file__, str(rank), f"file://{tmp_path}/meeting", str(tmp_path / f"{rank}.pt"), str(dtype).split(".")[1]]
+        [
+            sys.executable,
+            __file__,
+            str(rank),
+            f"file://{tmp_path}/meeting",
+            str(tmp_path / f"{rank}.pt"),
+            str(dtype).split(".")[1],
+        ]
         for rank in range(len(SHARES))
     ]
-    processes = [subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    processes = [
+        subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
+    ]
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARES))]
@@ -86,9 +98,12 @@ def test_two_processes_are_one(dtype, tmp_path, device):
     x, gradient = batch()
     eager = step(network(fused=False).to(dtype), x.to(dtype), gradient)
     truth = step(network(fused=False).to(dtype).double(), x.to(dtype).double(), gradient.double())
-    # A constant of every channel, which the head's BatchNorm takes away: zero but for rounding, and that has no error to be twice of.
+    # A constant of every channel, which the head's BatchNorm takes away: zero but for rounding, and that has no error
+    # to be twice of.
     for result in (fused, eager, truth):
-        rounding = result.pop("d blocks.1.0.bn3.bias").double().norm() / result["d blocks.1.0.bn3.weight"].double().norm()
+        rounding = (
+            result.pop("d blocks.1.0.bn3.bias").double().norm() / result["d blocks.1.0.bn3.weight"].double().norm()
+        )
         assert rounding < 8 * torch.finfo(dtype).eps, rounding
     assert_close_to_truth(fused, eager, truth)
 

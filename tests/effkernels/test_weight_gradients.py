@@ -54,10 +54,18 @@ def check(found, eager, truth, dtype):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
 @pytest.mark.parametrize(
     ("N", "E", "I", "O", "R", "k", "splits"),
-    [(1, 16, 8, 4, 1, 1, 1), (3, 70, 35, 20, 5, 3, 2), (33, 40, 10, 12, 70, 5, 3), (2, 130, 66, 33, 4, 9, 1), (5, 24, 20, 6, 9, 3, 19)],
+    [
+        (1, 16, 8, 4, 1, 1, 1),
+        (3, 70, 35, 20, 5, 3, 2),
+        (33, 40, 10, 12, 70, 5, 3),
+        (2, 130, 66, 33, 4, 9, 1),
+        (5, 24, 20, 6, 9, 3, 19),
+    ],
 )
 def test_all_layers_in_one_launch(N, E, I, O, R, k, splits, dtype, frozen, device, scratch):
     from effkernels.kernels.weight_gradients import reduce_weight_gradients

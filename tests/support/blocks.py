@@ -48,7 +48,9 @@ def twins(cls, *args, device="cpu", seed=0, **kwargs):
 
 
 def step(module, x, gradient=None, autocast=None, seed=1):
-    """{name: tensor} of one forward and backward: out, gradients of x and of every parameter, and the buffers after it."""
+    """{name: tensor} of one forward and backward: out, gradients of x and of every parameter, and the buffers after
+    it.
+    """
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)  # for drop-path
     with torch.autocast(x.device.type, autocast, enabled=autocast is not None and x.dtype != torch.float64):
@@ -65,7 +67,9 @@ def compare(modules, x, gradient, autocast=None):
     for name, value in results["fused"].items():
         if name.endswith("num_batches_tracked"):
             assert value == results["eager"][name]
-    results = {k: {name: v for name, v in r.items() if not name.endswith("num_batches_tracked")} for k, r in results.items()}
+    results = {
+        k: {name: v for name, v in r.items() if not name.endswith("num_batches_tracked")} for k, r in results.items()
+    }
     assert_close_to_truth(*(results[name] for name in ("fused", "eager", "truth")))
 
 

@@ -1,7 +1,7 @@
 """How many cases the property tests draw, and how they are counted for pytest's summary.
 
-``pytest`` draws the same ones every time; ``pytest --cases 20`` twenty times as many, afresh (``--hypothesis-seed`` repeats them),
-and shrinks what fails; ``pytest --cases 0.25`` a quarter, the same ones every time.
+``pytest`` draws the same ones every time; ``pytest --cases 20`` twenty times as many, afresh (``--hypothesis-seed``
+repeats them), and shrinks what fails; ``pytest --cases 0.25`` a quarter, the same ones every time.
 """
 
 import functools
@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
 
-# Hypothesis also draws numbers that stand in the sources of the modules loaded so far: cases would depend on what else is collected.
+# Hypothesis also draws numbers that stand in the sources of the modules loaded so far: cases would depend on what else
+# is collected.
 providers._get_local_constants = lambda: providers._local_constants  # none yet
 
 factor = 1  # set by tests/conftest.py from --cases, before test modules are imported
@@ -20,10 +21,11 @@ _decks: list[dict] = []
 
 
 def dealt(values):
-    """One of a few values, each as often as the others: with tens of cases, hypothesis alone leaves out some and repeats others.
+    """One of a few values, each as often as the others: with tens of cases, hypothesis alone leaves out some and
+    repeats others.
 
-    A deck is shuffled and dealt, card by card, to the numbers that hypothesis draws; the same number gets the same card. To be called
-    at a module's top level. With --cases it is hypothesis' choice, which shrinks better.
+    A deck is shuffled and dealt, card by card, to the numbers that hypothesis draws; the same number gets the same
+    card. To be called at a module's top level. With --cases it is hypothesis' choice, which shrinks better.
     """
     values, deck = list(values), {}
     if factor > 1:

@@ -4,7 +4,9 @@ import re
 
 
 def assert_one_line(result, message):
-    """``result`` of the fixture ``run``: exit code 2, and one line on stderr that ``message`` (a pattern) is found in."""
+    """``result`` of the fixture ``run``: exit code 2, and one line on stderr that ``message`` (a pattern) is found
+    in.
+    """
     code, out, err = result
     assert code == 2 and out == ""
     assert err.startswith("efficientnet: error: ") and err.count("\n") == 1 and err.endswith("\n")

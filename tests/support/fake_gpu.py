@@ -1,10 +1,10 @@
 """A stand-in for a GPU, so that every line that is for one runs without: the CPU under the name "cuda".
 
-``pytest -p support.fake_gpu`` or ``fake_gpu.install()`` in a process of its own. Tensors that are asked for on "cuda" are made on the CPU;
-torch.cuda's events, streams, graphs, memory counters and torch.profiler keep the real ones' rules where a mistake would show: two
-events are compared when both are recorded and the later was waited for, nothing waits or asks for the time while a graph is
-captured, a graph is replayed when its capture has ended. Times and bytes mean nothing. Kernels do not run: our modules run their
-plain layers.
+``pytest -p support.fake_gpu`` or ``fake_gpu.install()`` in a process of its own. Tensors that are asked for on "cuda"
+are made on the CPU; torch.cuda's events, streams, graphs, memory counters and torch.profiler keep the real ones' rules
+where a mistake would show: two events are compared when both are recorded and the later was waited for, nothing waits
+or asks for the time while a graph is captured, a graph is replayed when its capture has ended. Times and bytes mean
+nothing. Kernels do not run: our modules run their plain layers.
 """
 
 import contextlib
@@ -102,8 +102,9 @@ def graph(cuda_graph):
 
 
 class Profile(TorchDispatchMode):
-    """Of torch.profiler: the operators that ran, as if they were kernels. (Its own would follow a bf16 convolution into 400,000 pieces on
-    a CPU that has none.)"""
+    """Of torch.profiler: the operators that ran, as if they were kernels. (Its own would follow a bf16 convolution into
+    400,000 pieces on a CPU that has none.)
+    """
 
     def __init__(self, activities):
         super().__init__()

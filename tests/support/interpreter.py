@@ -1,8 +1,8 @@
 """How Triton is loaded in the test process: it decides once, on import, whether it interprets kernels or compiles them.
 
-Imported by tests/conftest.py before any test can import Triton: with TRITON_INTERPRET=1 where there is no GPU, and the environment
-put back after, so that fused modules keep to their plain PyTorch path on the CPU, as for a user, except in tests that take the
-fixture ``device`` of tests/effkernels. With a GPU the interpreter runs only if the user sets it.
+Imported by tests/conftest.py before any test can import Triton: with TRITON_INTERPRET=1 where there is no GPU, and the
+environment put back after, so that fused modules keep to their plain PyTorch path on the CPU, as for a user, except in
+tests that take the fixture ``device`` of tests/effkernels. With a GPU the interpreter runs only if the user sets it.
 """
 
 import dataclasses
@@ -14,19 +14,26 @@ import pkgutil
 import pytest
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").strip().lower() in ("1", "true", "on")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").strip().lower() in (
+    "1",
+    "true",
+    "on",
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", str(int(INTERPRET)))
         kernels = importlib.import_module("effkernels.kernels")
-        for module in pkgutil.iter_modules(kernels.__path__):  # each kernel is one or the other from the import of its file on
+        # Each kernel is one or the other from the import of its file on.
+        for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"effkernels.kernels.{module.name}")
 
 
 def _search_language_once_a_launch():
-    """Triton's interpreter searches its own language again at each call of a helper in a kernel: a third of all time."""
+    """Triton's interpreter searches its own language again at each call of a helper in a kernel: a third of all
+    time.
+    """
     from triton.runtime import interpreter
 
     search, searched = interpreter._patch_lang, set()
@@ -62,7 +69,9 @@ def _look_up_dtypes_once():
 
 
 def _describe_types_and_shapes_once():
-    """It makes the type of every intermediate value anew, its shape of objects of the language, and again to compare it."""
+    """It makes the type of every intermediate value anew, its shape of objects of the language, and again to compare
+    it.
+    """
     from triton.language import core
 
     make_type, types = core.block_type.__init__, {}

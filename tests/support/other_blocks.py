@@ -44,4 +44,6 @@ def transformers_block(kernel, stride, I, O, expand, adjust, drop=0.0, act="swis
     from transformers.models.efficientnet.modeling_efficientnet import EfficientNetBlock
 
     config = transformers.EfficientNetConfig(hidden_act=act)
-    return EfficientNetBlock(config, I, O, stride, expand, kernel, drop, id_skip=not (stride == 1 and I == O), adjust_padding=adjust)
+    return EfficientNetBlock(
+        config, I, O, stride, expand, kernel, drop, id_skip=not (stride == 1 and I == O), adjust_padding=adjust
+    )

@@ -21,13 +21,20 @@ def transformers_model(width, depth, image_size, **settings):
     transformers = pytest.importorskip("transformers")
     hidden = int(max(8, int(1280 * width + 4) // 8 * 8))
     config = transformers.EfficientNetConfig(
-        width_coefficient=width, depth_coefficient=depth, image_size=image_size, hidden_dim=hidden, num_labels=10, **settings
+        width_coefficient=width,
+        depth_coefficient=depth,
+        image_size=image_size,
+        hidden_dim=hidden,
+        num_labels=10,
+        **settings,
     )
     return transformers.EfficientNetForImageClassification(config)
 
 
 def calibrated(make, size, seed=0):
-    """The model in eval mode, its BatchNorms random and their running statistics those of a batch; and another batch."""
+    """The model in eval mode, its BatchNorms random and their running statistics those of a batch; and another
+    batch.
+    """
     torch.manual_seed(seed)
     model, momenta = make(), {}
     for m in model.modules():

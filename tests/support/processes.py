@@ -1,4 +1,6 @@
-"""Functions run in processes of their own, forked from one that has imported everything: a tenth of a second each, not several."""
+"""Functions run in processes of their own, forked from one that has imported everything: a tenth of a second each, not
+several.
+"""
 
 import os
 import socket
@@ -25,12 +27,15 @@ _started = []
 
 
 def start(target, *args, log=os.devnull, env=None):
-    """A process that runs ``target(*args)``; what it prints is added to the file ``log``, what it returns is read by ``results``."""
+    """A process that runs ``target(*args)``; what it prints is added to the file ``log``, what it returns is read by
+    ``results``.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["__main__", "support.processes"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, target, args, str(log), env or {}))
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server, started with the first process, must find these
+    # The server, started with the first process, must find these.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         process.start()
     sender.close()
     process.receiver, process.log = receiver, log
@@ -44,12 +49,21 @@ def start_group(world: int, target, *args, log=os.devnull) -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(target, *args, log=f"{log}.{rank}", env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    return [
+        start(target, *args, log=f"{log}.{rank}", env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
 
 
 def results(*processes, seconds=300) -> list:
-    """What the processes return. Fails, and ends them all, as soon as one fails, or if one takes far longer than any may."""
-    values, open_, deadline = {}, dict(zip([p.receiver for p in processes], processes, strict=True)), time.monotonic() + seconds
+    """What the processes return. Fails, and ends them all, as soon as one fails, or if one takes far longer than any
+    may.
+    """
+    values, open_, deadline = (
+        {},
+        dict(zip([p.receiver for p in processes], processes, strict=True)),
+        time.monotonic() + seconds,
+    )
     try:
         while open_:
             ready = connection.wait(open_, max(0, deadline - time.monotonic()))
@@ -62,7 +76,9 @@ def results(*processes, seconds=300) -> list:
                     pass
                 process.join(max(1, deadline - time.monotonic()))
                 said = "" if process.log == os.devnull else Path(process.log).read_text()[-2000:]
-                assert process.exitcode == 0 and process in values, f"a process ended with exit code {process.exitcode}: {said}"
+                assert process.exitcode == 0 and process in values, (
+                    f"a process ended with exit code {process.exitcode}: {said}"
+                )
     finally:
         end(processes)
     return [values[process] for process in processes]

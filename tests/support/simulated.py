@@ -100,7 +100,9 @@ def recounted(count: int) -> list:
 
 def without_barriers(code):
     """The code of which every barrier is a no-operation."""
-    instructions = [dataclasses.replace(i, opcode="NOP", operands=()) if i.base == "BAR" else i for i in code.instructions]
+    instructions = [
+        dataclasses.replace(i, opcode="NOP", operands=()) if i.base == "BAR" else i for i in code.instructions
+    ]
     return dataclasses.replace(code, instructions=instructions, memo={})
 
 

@@ -1,4 +1,6 @@
-"""The one rule for errors: against float64, a fused result may be at most twice as far off as eager PyTorch in the same dtype."""
+"""The one rule for errors: against float64, a fused result may be at most twice as far off as eager PyTorch in the same
+dtype.
+"""
 
 import copy
 
@@ -49,11 +51,12 @@ class Kinks(TorchDispatchMode):
 
 
 def images_away_from_kinks(truth, draw, enough, tries=100):
-    """What ``draw()`` gives, of several the one whose values in training keep farthest from kinks, or the first by ``enough``.
+    """What ``draw()`` gives, of several the one whose values in training keep farthest from kinks, or the first by
+    ``enough``.
 
-    A value that rounding puts on the other side of a kink has another derivative altogether: one among a network's 300000 changes a
-    gradient by a thousand times its rounding error. That befalls eager PyTorch as often as the kernels, but not for the same value, so
-    such images compare chance.
+    A value that rounding puts on the other side of a kink has another derivative altogether: one among a network's
+    300000 changes a gradient by a thousand times its rounding error. That befalls eager PyTorch as often as the
+    kernels, but not for the same value, so such images compare chance.
     """
     best, margin = None, -1.0
     for _ in range(tries):
@@ -77,7 +80,12 @@ def guarded(tensor):
 
 def norm_vectors(channels, device):
     """gamma, beta, mean, var of a BatchNorm, fp32: neither ones nor zeros, so that a forgotten one is seen."""
-    vectors = torch.rand(channels) + 0.5, torch.randn(channels) * 0.5, torch.randn(channels) * 0.5, torch.rand(channels) + 0.5
+    vectors = (
+        torch.rand(channels) + 0.5,
+        torch.randn(channels) * 0.5,
+        torch.randn(channels) * 0.5,
+        torch.rand(channels) + 0.5,
+    )
     return [guarded(v.to(device)) for v in vectors]
 
 
@@ -104,7 +112,9 @@ def nchw(x):
 
 
 def batch_terms(dz, y, gamma, mean, rstd):
-    """(dgamma, dbeta, k0, k1) of dy = scale * dz + k0 + k1 * y, the backward of a BatchNorm with batch statistics; float64 [C]."""
+    """(dgamma, dbeta, k0, k1) of dy = scale * dz + k0 + k1 * y, the backward of a BatchNorm with batch statistics;
+    float64 [C].
+    """
     count = dz.numel() // dz.shape[1]
     yhat = (y - mean[:, None, None]) * rstd[:, None, None]
     dgamma, dbeta = (dz * yhat).sum((0, 2, 3)), dz.sum((0, 2, 3))

@@ -158,7 +158,11 @@ class Emulator:
                 if int(place) in self.counters:  # the last one leaves a counter at 0
                     self.counters[int(place)] = 0
         if self.record:
-            lanes = np.broadcast_to(address, self.threads) if active is True else np.broadcast_to(address, self.threads)[active]
+            lanes = (
+                np.broadcast_to(address, self.threads)
+                if active is True
+                else np.broadcast_to(address, self.threads)[active]
+            )
             of.addresses.append(np.array(lanes, np.int64))
         if of.sampled < SAMPLES or self.record:
             self._sample(of, address, active, self.code.instructions[k].width)
@@ -203,7 +207,9 @@ class Emulator:
         of.threads += self.threads if active is True else int(np.count_nonzero(active))
         if i.base in ("STS", "STSM"):
             count = self.threads if active is True else int(np.count_nonzero(active))
-            self.stored += count * (i.width if i.base == "STS" else 4 * max(int(m) for m in (*i.modifiers, "1") if m in ("1", "2", "4")))
+            self.stored += count * (
+                i.width if i.base == "STS" else 4 * max(int(m) for m in (*i.modifiers, "1") if m in ("1", "2", "4"))
+            )
         if of.sampled < 1:
             of.passes += self._passes(address, active, i)
             of.sampled += 1
@@ -442,7 +448,9 @@ class Emulator:
                     self._go(groups, block + 1, rest, everyone)
         awaited = {k: value for k, value in self.compared.items() if k not in self.tickets}
         unknown = dict(program.unknown)
-        return Path(self.linear, self.warps, events, dict(self.requests), dict(self.shared), dict(self.copies), awaited, unknown)
+        return Path(
+            self.linear, self.warps, events, dict(self.requests), dict(self.shared), dict(self.copies), awaited, unknown
+        )
 
     def _taken(self, end: Instruction, state):
         """For which threads a branch is taken: its guard, and a predicate among its operands."""

@@ -95,7 +95,9 @@ def fit(pairs, gpu: str, most: int = 24, report=lambda line: None) -> dict:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m effkernels.tools.simulator.fit", description="Measured beside predicted.")
+    parser = argparse.ArgumentParser(
+        prog="python -m effkernels.tools.simulator.fit", description="Measured beside predicted."
+    )
     parser.add_argument("--model", default="b0", choices=network.MODELS, help="default: b0")
     parser.add_argument("--mode", default="train", choices=network.MODES, help="default: train")
     parser.add_argument("--batch-size", type=int, default=256, help="images (default: 256)")
@@ -119,7 +121,12 @@ def main(argv=None) -> int:
         print(f"{launch.name:34} measured {1e6 * seconds:9.1f} us, predicted {1e6 * prediction.time:9.1f} us")
     result = fit(pairs, gpu, report=print) | {"device": device, "machine": dataclasses.asdict(machine_of(gpu))}
     result["launches"] = [
-        {"kernel": launch.name, "grid": list(launch.grid), "measured_us": 1e6 * seconds, "predicted_us": 1e6 * prediction.time}
+        {
+            "kernel": launch.name,
+            "grid": list(launch.grid),
+            "measured_us": 1e6 * seconds,
+            "predicted_us": 1e6 * prediction.time,
+        }
         for (launch, seconds), prediction in zip(pairs, predictions, strict=True)
     ]
     print(f"{100 * result['before']:.1f} % off before, {100 * result['after']:.1f} % after: {result['constants']}")

@@ -128,7 +128,12 @@ def registers_written(i: Instruction) -> int:
     if i.base == "CS2R":
         return 1 if "32" in i.modifiers else 2
     wide = "WIDE" in i.modifiers or "64" in i.modifiers or i.base in ("DADD", "DMUL", "DFMA")
-    if i.base in ("F2I", "I2I") and any(m in ("U64", "S64") for m in i.modifiers) or i.base in ("F2F", "I2F") and "F64" in i.modifiers:
+    if (
+        i.base in ("F2I", "I2I")
+        and any(m in ("U64", "S64") for m in i.modifiers)
+        or i.base in ("F2F", "I2F")
+        and "F64" in i.modifiers
+    ):
         wide = True
     return 2 if wide else 1
 
@@ -163,7 +168,11 @@ def read(i: Instruction) -> list[int]:
                 count = wide if "[" not in operand else 1
                 if ".64" in suffix or (kind == "UR" and "[" in operand):
                     count = 2
-                if i.base in ("IMAD", "UIMAD") and at == destinations(i) + 2 and ("WIDE" in i.modifiers or "HI" in i.modifiers):
+                if (
+                    i.base in ("IMAD", "UIMAD")
+                    and at == destinations(i) + 2
+                    and ("WIDE" in i.modifiers or "HI" in i.modifiers)
+                ):
                     count = 2
                 if any(m in ("U64", "S64", "F64") for m in i.modifiers):
                     count = 2

@@ -120,7 +120,11 @@ def samples(launch: project.Launch, code: Code) -> tuple[list[Sample], list[emul
     stretch = max(1, total // 256)
     while len(probes) < PROBES:
         known = sorted(probes)
-        gaps = [(b - a, a, b) for a, b in zip(known, known[1:], strict=False) if b - a > stretch and probes[a][1] != probes[b][1]]
+        gaps = [
+            (b - a, a, b)
+            for a, b in zip(known, known[1:], strict=False)
+            if b - a > stretch and probes[a][1] != probes[b][1]
+        ]
         if not gaps:
             break
         _, a, b = max(gaps)
@@ -173,7 +177,11 @@ def requested(code: Code, path: emulate.Path) -> dict[int, tuple[float, set]]:
                 found[k] = 0.0, set()
             continue
         i = code.instructions[k]
-        once = i.base in ("LDG", "LD") and "STRONG" not in i.modifiers or (i.base == "LDGSTS" and "BYPASS" not in i.modifiers)
+        once = (
+            i.base in ("LDG", "LD")
+            and "STRONG" not in i.modifiers
+            or (i.base == "LDGSTS" and "BYPASS" not in i.modifiers)
+        )
         sectors = of.unique if once else of.sectors
         found[k] = 32 * sectors / of.sampled * of.active, of.tensors
     return found
@@ -197,7 +205,9 @@ class Bytes:
     shares: dict[tuple[int, bool], tuple[float, float]]
 
 
-def count_bytes(launch: project.Launch, code: Code, found: list[Sample], machine: Machine, cached: dict[int, float]) -> Bytes:
+def count_bytes(
+    launch: project.Launch, code: Code, found: list[Sample], machine: Machine, cached: dict[int, float]
+) -> Bytes:
     """cached: {storage: bytes of it that L2 still holds from launches before}."""
     asked: dict[tuple[int, bool], float] = {}
     by_role: dict[tuple[int, bool, int], float] = {}
@@ -222,7 +232,9 @@ def count_bytes(launch: project.Launch, code: Code, found: list[Sample], machine
         size, storage = sizes.get(slot, (amount, 0))
         passes = 1
         if not stores and size > machine.l2_bytes / 2:  # roles that run one beside the other read it each on its own
-            passes = max(1, sum(by_role.get((slot, stores, sample), 0.0) >= size / 2 for sample in {s.role for s in found}))
+            passes = max(
+                1, sum(by_role.get((slot, stores, sample), 0.0) >= size / 2 for sample in {s.role for s in found})
+            )
         served = min(amount, size * passes)
         if not stores:
             served = max(0.0, served - cached.get(storage, 0.0))
@@ -293,7 +305,9 @@ def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list
                 counts, served = shares.get((TENSOR_MAPS, False), (1.0, 1.0))
                 l2, dram, group = of.bytes / of.executions * counts, of.bytes / of.executions * served, of.warp
         out.append(
-            sm.Operation(kind, pipe, clocks, latency, i.stall, i.sets, i.releases, waits, passes, l2, dram, group, board, k).packed()
+            sm.Operation(
+                kind, pipe, clocks, latency, i.stall, i.sets, i.releases, waits, passes, l2, dram, group, board, k
+            ).packed()
         )
     return out
 
@@ -347,7 +361,9 @@ def _time_of(run: sm.Run, ready: list[_Ready]) -> float:
     return longest
 
 
-def _on_one_sm(machine, programs: list[_Ready], resident: int, l2_rate, dram_rate, timeline=False) -> tuple[float, sm.Run]:
+def _on_one_sm(
+    machine, programs: list[_Ready], resident: int, l2_rate, dram_rate, timeline=False
+) -> tuple[float, sm.Run]:
     """(clocks, run) of the programs that one SM gets, in order."""
     each = max(1, max(ready.shortened for ready in programs))
     total = sum(ready.shortened for ready in programs)
@@ -367,7 +383,11 @@ def _on_one_sm(machine, programs: list[_Ready], resident: int, l2_rate, dram_rat
             return _time_of(run, programs), run
         ends = sorted(program.end for program in run.programs)
         first, last = resident - 1, count - 1 - resident
-        interval = (ends[last] - ends[first]) / (last - first) if last > first else (ends[-1] - ends[first]) / (count - 1 - first)
+        interval = (
+            (ends[last] - ends[first]) / (last - first)
+            if last > first
+            else (ends[-1] - ends[first]) / (count - 1 - first)
+        )
         return run.clocks + (len(programs) - count) * interval, run
     clocks, first_run = 0.0, None
     for start in range(0, len(programs), resident):
@@ -383,7 +403,9 @@ def _on_one_sm(machine, programs: list[_Ready], resident: int, l2_rate, dram_rat
     return clocks, first_run
 
 
-def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: Machine | None = None, timeline=False) -> Prediction:
+def predict(
+    launch: project.Launch, gpu: str = "h200", *, cached=None, machine: Machine | None = None, timeline=False
+) -> Prediction:
     """How long a launch takes on a GPU: "h200", "h100", "a100" or "rtx4090".
 
     cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the
@@ -417,11 +439,16 @@ def predict(launch: project.Launch, gpu: str = "h200", *, cached=None, machine: 
     tail = 0.0
     for path in last:
         normal = next(sample for sample in found if sample.path.program == path.program)
-        alone = [prepare(code, machine, each, counted.shares, BUDGET / 4) for each in (normal, Sample(path, 1, normal.role))]
+        alone = [
+            prepare(code, machine, each, counted.shares, BUDGET / 4) for each in (normal, Sample(path, 1, normal.role))
+        ]
         rate = min(machine.l2_rate, machine.l2_bandwidth / rates.clock)
         times = [_on_one_sm(machine, [each], 1, rate, rate)[0] for each in alone]
         tail = max(tail, times[1] - times[0])
-    everything = [prepare(code, machine, sample, counted.shares, 0) if j not in ready else ready[j] for j, sample in enumerate(found)]
+    everything = [
+        prepare(code, machine, sample, counted.shares, 0) if j not in ready else ready[j]
+        for j, sample in enumerate(found)
+    ]
     instructions = sum(each.instructions * each.sample.weight for each in everything)
     main = max(everything, key=lambda each: each.instructions * each.sample.weight)
     floors = {

@@ -34,7 +34,10 @@ from effkernels.tools.simulator.translate import expects
     WAIT_TENSORS,
     MARK,
 ) = range(15)
-KINDS = "PIPE FMA SHARED LOAD STORE COPY BARRIER WAIT_COPIES COMMIT_COPIES PRODUCT WAIT_PRODUCTS FREE TENSOR_COPY WAIT_TENSORS MARK".split()
+KINDS = (
+    "PIPE FMA SHARED LOAD STORE COPY BARRIER WAIT_COPIES COMMIT_COPIES "
+    "PRODUCT WAIT_PRODUCTS FREE TENSOR_COPY WAIT_TENSORS MARK"
+).split()
 # Pipes of a scheduler. FMA operations take either of the first two where the architecture has both, integer products
 # the second.
 FMA_LIGHT, FMA_HEAVY, ALU, SPECIAL, MATRIX, UNIFORM, DOUBLE, MEMORY = range(8)
@@ -94,7 +97,8 @@ class Machine:
     quarter: int = 8  # [G] 16 results a clock: population count, leading zeros; special registers as slow (assumed)
     double: int = 2  # [G] 64 fp64 results a clock
     matrix: float = 6.0  # mma.sync m16n8k16; [H] finds 62 to 68 % of the rate of wgmma, which is 4
-    matrix_group: float = 1 / 32  # [W] wgmma, clocks a scheduler for each n * k of m64nNkK: 2048 multiply-adds a clock and SM
+    # [W] wgmma, clocks a scheduler for each n * k of m64nNkK: 2048 multiply-adds a clock and SM.
+    matrix_group: float = 1 / 32
     matrix_latency: int = 33  # [A] 33 clocks for m16n8k16; [H] 32 for a wgmma of any size beyond its rate
     special_latency: int = 20  # assumed: the scoreboard's way after the pipe, as of [V]'s MUFU of 18 to 23
     shared_latency: int = 29  # [H] 29.0 clocks
@@ -110,7 +114,8 @@ class Machine:
     shared_queue: int = 24  # assumed: clocks of work that may wait for the shared memory
     memory_queue: int = 3000  # assumed: clocks of work that may wait for L2
     l2_bandwidth: float = 5.5e12  # bytes/s of the whole GPU; [H] and others find 5.5 to 5.7 TB/s on an H100
-    l2_again: float = 0.5  # assumed: of requests for what other SMs ask for at the same time, L2's coalescer sees as much; without it the
+    # Assumed: of requests for what other SMs ask for at the same time, L2's coalescer sees as much; without it the.
+    l2_again: float = 0.5
     # matrix product of the known kernels could not reach what H100s are reported to
     l2_bytes: int = 50 << 20  # [W]
 
@@ -181,7 +186,9 @@ class Machine:
 
     def product(self, mods: tuple[str, ...]) -> float:
         """Clocks that a mma.sync takes its scheduler's matrix pipe, by its shape and type of operands."""
-        scale = {"16816": 1.0, "1688": 0.5, "1684": 0.25, "884": 0.5, "16832": 1.0}[next(m for m in mods if m.isdigit())]
+        scale = {"16816": 1.0, "1688": 0.5, "1684": 0.25, "884": 0.5, "16832": 1.0}[
+            next(m for m in mods if m.isdigit())
+        ]
         if "TF32" in mods:
             scale *= 2
         return self.matrix * scale

@@ -41,7 +41,9 @@ def recorded():
 
 
 def step_of(module, x, training: bool):
-    """A function that runs one step: a forward, and in training a cross entropy or a given gradient, and the backward."""
+    """A function that runs one step: a forward, and in training a cross entropy or a given gradient, and the
+    backward.
+    """
     module.train(training)
 
     def step():
@@ -128,7 +130,9 @@ def identity(launch: project.Launch, arch: int, cached: dict[int, float]) -> tup
     values = []
     for name, value in project.arguments(launch):
         if isinstance(value, torch.Tensor):
-            values.append((name, tuple(value.shape), str(value.dtype), cached.get(value.untyped_storage()._cdata, 0.0) > 0))
+            values.append(
+                (name, tuple(value.shape), str(value.dtype), cached.get(value.untyped_storage()._cdata, 0.0) > 0)
+            )
         else:
             values.append((name, value))
     slots = tuple(tensor.slot for tensor in project.tensors(launch))
@@ -138,7 +142,10 @@ def identity(launch: project.Launch, arch: int, cached: dict[int, float]) -> tup
 def digest(launches, gpu: str) -> str:
     """Of all that the predictions of a step depend on: two steps with the same digest take the same time."""
     machine = machine_of(gpu)
-    keys = [identity(*pair) for pair in zip(launches, [machine.arch] * len(launches), held_by_l2(launches, machine.l2_kept), strict=True)]
+    keys = [
+        identity(*pair)
+        for pair in zip(launches, [machine.arch] * len(launches), held_by_l2(launches, machine.l2_kept), strict=True)
+    ]
     return hashlib.sha256(repr((VERSION, gpu, project.GPUS[gpu], machine, keys)).encode()).hexdigest()[:16]
 
 
@@ -149,7 +156,9 @@ def _job(j: int) -> Prediction:
     return predict(*_JOBS[j][:2], cached=_JOBS[j][2])
 
 
-def predict_launches(launches, gpu: str, processes: int | None = None, report=lambda done, total: None) -> list[Prediction]:
+def predict_launches(
+    launches, gpu: str, processes: int | None = None, report=lambda done, total: None
+) -> list[Prediction]:
     """A prediction for each launch, in order; equal ones are made once, in ``processes`` processes (default: one a
     core)."""
     machine = machine_of(gpu)
@@ -179,7 +188,9 @@ def predict_launches(launches, gpu: str, processes: int | None = None, report=la
     return [made[key] for key in keys]
 
 
-def predict_step(model: str, mode: str, batch: int, gpu: str, processes: int | None = None, report=lambda done, total: None) -> Step:
+def predict_step(
+    model: str, mode: str, batch: int, gpu: str, processes: int | None = None, report=lambda done, total: None
+) -> Step:
     """Predict a step of B0 to B7 ("b0"), "train" or "infer", of ``batch`` images in bf16. ValueError for a name that is
     not known."""
     for name, value, known in (("model", model, MODELS), ("mode", mode, MODES), ("gpu", gpu, tuple(project.GPUS))):

@@ -81,11 +81,16 @@ def constants(launch: Launch, code, apart: bool = False) -> dict[int, int]:
         if isinstance(getattr(value, "base", value), torch.Tensor):
             bits = next(at).address
         elif isinstance(value, float):
-            bits = struct.unpack("<I" if parameter.size == 4 else "<Q", struct.pack("<f" if parameter.size == 4 else "<d", value))[0]
+            bits = struct.unpack(
+                "<I" if parameter.size == 4 else "<Q", struct.pack("<f" if parameter.size == 4 else "<d", value)
+            )[0]
         elif isinstance(value, (bool, int)):
             bits = int(value)
         else:
-            raise TypeError(f"{launch.name}: argument '{name}' is a {type(value).__name__}; tensors, numbers and tuples of them are known")
+            raise TypeError(
+                f"{launch.name}: argument '{name}' is a {type(value).__name__}; tensors, numbers and tuples of them "
+                "are known"
+            )
         for word in range(max(1, parameter.size // 4)):
             words[offset + 4 * word] = bits >> 32 * word & 0xFFFFFFFF
     return words

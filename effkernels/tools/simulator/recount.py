@@ -38,7 +38,9 @@ def recount(launch: project.Launch, arch: int = 90) -> dict[str, tuple[tuple[int
                     first = (slot << project.SLOT_BITS) + (1 << (project.SLOT_BITS - 1))
                     offsets = addresses[slots == slot] - first
                     if offsets.min() < 0 or offsets.max() + i.width > tensor.storage_bytes:
-                        raise IndexError(f"{launch.name}: {i} touches '{tensor.name}' outside of its {tensor.storage_bytes} bytes")
+                        raise IndexError(
+                            f"{launch.name}: {i} touches '{tensor.name}' outside of its {tensor.storage_bytes} bytes"
+                        )
                     for kind in kinds:
                         requested[slot, kind] += offsets.size * i.width
                         for byte in range(i.width):

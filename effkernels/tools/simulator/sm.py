@@ -132,10 +132,13 @@ class Run:
     dram: float
     passes: float
     barriers: int
-    timeline: list = field(default_factory=list)  # (clock, clocks, row of the warp, "issue" or a reason, kind, instruction)
+    # (clock, clocks, row of the warp, "issue" or a reason, kind, instruction).
+    timeline: list = field(default_factory=list)
 
 
-def simulate(machine: Machine, programs, resident: int, l2_rate: float, dram_rate: float, timeline: bool = False) -> Run:
+def simulate(
+    machine: Machine, programs, resident: int, l2_rate: float, dram_rate: float, timeline: bool = False
+) -> Run:
     """Run ``programs``, each a list of a trace (tuples of ``Operation.packed``) a warp, at most ``resident`` at once.
 
     l2_rate, dram_rate: bytes a clock that the SM gets.
@@ -273,7 +276,9 @@ def simulate(machine: Machine, programs, resident: int, l2_rate: float, dram_rat
             nexts[s] = max(clock + 1, min(later, soonest)) if later < infinite or soonest < infinite else infinite
             continue
         _, warp, since = mine.pop(best)
-        kind, pipe, clocks, latency, stall, sets, releases, _, passes, l2_amount, dram_amount, group, board, index = warp.ops[warp.at]
+        kind, pipe, clocks, latency, stall, sets, releases, _, passes, l2_amount, dram_amount, group, board, index = (
+            warp.ops[warp.at]
+        )
         waits[_SLOTS] += clock - since
         waits[_STALL] += stall
         issued += 1

@@ -26,11 +26,14 @@ def draw(path: Path, prediction, title: str) -> None:
     end = min(MOST_CLOCKS, max(clock + clocks for clock, clocks, *_ in events))
     edges = np.linspace(0, end, BINS + 1)
     issues = [(clock, kind) for clock, _, _, what, kind, _ in events if what == "issue" and clock < end]
-    figure, (slots, warps) = plt.subplots(2, 1, figsize=(12, 8), sharex=True, layout="constrained", gridspec_kw={"height_ratios": [1, 2]})
+    figure, (slots, warps) = plt.subplots(
+        2, 1, figsize=(12, 8), sharex=True, layout="constrained", gridspec_kw={"height_ratios": [1, 2]}
+    )
     known = {kind for kinds in GROUPS.values() for kind in kinds}
     groups = GROUPS | {"integer and other": tuple(set(range(len(KINDS))) - known)}
     counts = [
-        np.histogram([clock for clock, kind in issues if kind in kinds], edges)[0] / (edges[1] - edges[0]) for kinds in groups.values()
+        np.histogram([clock for clock, kind in issues if kind in kinds], edges)[0] / (edges[1] - edges[0])
+        for kinds in groups.values()
     ]
     slots.stackplot(edges[:-1], counts, labels=list(groups), step="post")
     slots.axhline(4, color="black", linewidth=0.8, linestyle="--")

@@ -303,7 +303,9 @@ def _result(i: Instruction) -> list[str]:
     if base == "R2P":
         if ops and "." in i.operands[1]:
             raise _Unknown(str(i))
-        return [f"({_source(i.operands[1])} >> {bit} & 1) == 1" for bit in range(7) if int(i.operands[2], 16) >> bit & 1]
+        return [
+            f"({_source(i.operands[1])} >> {bit} & 1) == 1" for bit in range(7) if int(i.operands[2], 16) >> bit & 1
+        ]
     if base == "SHFL":
         return ["True", f"E.shuffle({mods[0]!r}, {_source(ops[0])}, {_source(ops[1])}, {_source(ops[2])})"]
     if base in ("VOTE", "VOTEU"):
@@ -411,7 +413,11 @@ class Program:
         passes_on = any(code.instructions[k].base in ("LDS", "LDL") for k in self.needed)
         if passes_on:
             self.needed = flow.needed(code, lambda k, i: root(k, i, True))
-        self.stores = {k for k, i in enumerate(code.instructions) if passes_on and i.base in ("STS", "STL") and not _stored(i) & tainted[k]}
+        self.stores = {
+            k
+            for k, i in enumerate(code.instructions)
+            if passes_on and i.base in ("STS", "STL") and not _stored(i) & tainted[k]
+        }
         self._functions: dict[tuple[int, bool], object] = {}
         self.blocks_with_nothing = self._idle()
         for k, i in enumerate(code.instructions):
@@ -461,7 +467,9 @@ class Program:
             guard = _guard(i)
             words = max(1, i.width // 4)
             data = i.operands[-1]
-            values = [_source(data)] if words == 1 or data == "RZ" else [f"R[{int(data[1:]) + w}]" for w in range(words)]
+            values = (
+                [_source(data)] if words == 1 or data == "RZ" else [f"R[{int(data[1:]) + w}]" for w in range(words)]
+            )
             values = values * words if len(values) < words else values
             kind = "local" if i.base == "STL" else "shared"
             lines.append(f"E.store_{kind}({_address(i.operands[0])}, {i.width}, [{', '.join(values)}], {guard})")
@@ -487,7 +495,10 @@ class Program:
         elif i.base in ("LDS", "LDL"):
             kind = "local" if i.base == "LDL" else "shared"
             words = max(1, i.width // 4)
-            lines.append(f"t = E.load_{kind}({_address(i.operands[-1])}, {i.width}, {'S8' in i.modifiers or 'S16' in i.modifiers})")
+            lines.append(
+                f"t = E.load_{kind}({_address(i.operands[-1])}, {i.width}, "
+                f"{'S8' in i.modifiers or 'S16' in i.modifiers})"
+            )
             lines += _assignments(i, [f"t[{w}]" for w in range(words)], masked)
         else:
             lines += _assignments(i, _result(i), masked)

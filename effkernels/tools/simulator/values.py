@@ -114,7 +114,9 @@ def shifted_right(a, s):
 
 def funnel_high_left(a, s, b):
     """Upper word of {b, a} << s, for s in [0, 63]."""
-    low, high = (np.minimum(s, 32), np.maximum(32 - s, 0)) if isinstance(s, np.ndarray) else (min(s, 32), max(32 - s, 0))
+    low, high = (
+        (np.minimum(s, 32), np.maximum(32 - s, 0)) if isinstance(s, np.ndarray) else (min(s, 32), max(32 - s, 0))
+    )
     far = shifted_left(a, np.maximum(s - 32, 0) if isinstance(s, np.ndarray) else max(s - 32, 0))
     return select(s < 32, (b << low & M) | (a >> high), far)
 
