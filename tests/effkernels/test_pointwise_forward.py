@@ -173,9 +173,10 @@ def test_statistics_of_a_large_mean(dtype, form, device, scratch):
     not for its sums.
     """
     K, O = 16, 24
-    x, weight = torch.randn(4, K, 9, 10), torch.rand(O, K, 1, 1, device=device) + 0.5
-    x = guarded((x + 14).to(dtype).to(device))
-    x[:, 1:] = x[:, :1]  # the channels' deviations add up as their means do
+    weight, deviation = torch.rand(O, K, 1, 1, device=device) + 0.5, torch.randn(4, 1, 9, 10)
+    deviation = (deviation - deviation.mean()) / deviation.std()
+    # The same in all channels, so that their deviations add up as their means do.
+    x = guarded((deviation + 14).expand(-1, K, -1, -1).to(dtype).to(device))
     _, (count, mean, m2) = run(x, weight, form, partial_statistics=True)
     total = (count[:, None] * mean).sum(0) / count.sum()
     variance = (m2 + count[:, None] * (mean - total) ** 2).sum(0) / count.sum()
