@@ -513,11 +513,13 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 @tuned
 def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
-    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (42 us for 33 at
-    I = 112).
+    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42 us
+    for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes.
     """
     BI = _power_of_two(I, 16, 128)
-    return ExpandBackwardConfig(BM=128, BI=BI, num_warps=8, stages=3, per_sm=2, maxnreg=128)
+    return ExpandBackwardConfig(
+        BM=128, BI=BI, BK=32 if 64 < I <= 80 else 64, num_warps=8, stages=3, per_sm=2, maxnreg=128
+    )
 
 
 @tuned
