@@ -89,7 +89,7 @@ def current():
 @pytest.fixture(scope="session")
 def sm90(current, once):
     """Rows of every shipped configuration, or, without a current table, of a part of them compiled now."""
-    return once("--reduced", "--fresh") if current is None else current["rows"]
+    return once("--fresh") if current is None else current["rows"]
 
 
 def test_every_shipped_configuration_has_a_current_row(current, once):
@@ -173,7 +173,7 @@ def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
 
 @pytest.mark.parametrize("arch", [100, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 89))])
 def test_one_configuration_per_kernel_on_other_architectures(arch, sm90):
-    rows = inspect("--arch", str(arch), "--one-per-kernel", "--reduced")
+    rows = inspect("--arch", str(arch), "--one-per-kernel")
     assert {row["kernel"] for row in rows} == {row["kernel"] for row in sm90}
     assert [(described(row), row["spills"]) for row in rows if row["spills"]] == []
 

@@ -337,7 +337,7 @@ def batchnorm_cases(draw):
     )
 
 
-@cases(40)
+@cases(50)
 @given(case=batchnorm_cases())
 def test_batchnorm(case, device, scratch):
     image, C, dtype, norm, act, masked, residual, want = case
@@ -365,7 +365,7 @@ def squeeze_cases(draw):
     return image, draw(channels), draw(st.integers(8, 20)), precision, *functions, draw(wanted(names))
 
 
-@cases(30)
+@cases(45)
 @given(case=squeeze_cases())
 def test_squeeze_excite(case, device, scratch):
     image, C, R, precision, act, gate, want = case
