@@ -513,8 +513,8 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 @tuned
 def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
-    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42 us
-    for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes.
+    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42
+    us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes.
     """
     BI = _power_of_two(I, 16, 128)
     return ExpandBackwardConfig(

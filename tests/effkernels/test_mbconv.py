@@ -115,6 +115,8 @@ def on_meta(monkeypatch):
 
 
 class Operators(TorchDispatchMode):
+    sees_kernels = True  # launches are counted beside it, so it is no reason for plain PyTorch
+
     """Names of PyTorch's own operators that start a kernel: not views, allocations, type promotion, or a gradient
     handed over.
     """
