@@ -134,7 +134,12 @@ def test_several_slices_of_columns(form, device, scratch):
     tracked = torch.tensor(4, device=device)
     running = torch.zeros(110, device=device), torch.ones(110, device=device)
     y, (mean, rstd) = run(
-        x, weight, form, {"BN": 48}, statistics=BatchStatistics(EPS, *running, tracked, 0.5), counters=ticket
+        x,
+        weight,
+        form,
+        {"BN": 48, "waves": 1},
+        statistics=BatchStatistics(EPS, *running, tracked, 0.5),
+        counters=ticket,
     )
     assert not ticket.any() and tracked == 5
     check(nchw(y), three(conv, x, weight))
