@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from support.interpreter import HAS_TRITON, INTERPRET
-from support.truth import assert_close_to_truth
+from support.truth import assert_close_to_truth, relative_error
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -60,14 +60,7 @@ def one_process(rank, address, path, dtype):
     torch.distributed.destroy_process_group()
 
 
-KNOWN = pytest.mark.xfail(
-    reason="the gradient of one BatchNorm's bias is 3.4e-6 off where 2.8e-6 is allowed; not yet explained", strict=True
-)
-
-
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=KNOWN), pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_two_processes_are_one(dtype, tmp_path, device):
     if device != "cpu":
         pytest.skip("two processes of the interpreter")
@@ -93,12 +86,14 @@ def test_two_processes_are_one(dtype, tmp_path, device):
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARES))]
-    fused = {}
+    fused, cancelled = {}, {}
     for name, value in parts[0].items():
         if name == "out":
             fused[name] = torch.cat([part[name] for part in parts])
         elif name.startswith("d "):
-            fused[name] = parts[0][name] + parts[1][name]
+            shares = [part[name].double() for part in parts]
+            fused[name] = sum(shares)
+            cancelled[name] = torch.stack(shares).norm() / fused[name].norm()
         else:
             assert torch.equal(value, parts[1][name]), f"{name} differs between the processes"
             fused[name] = value
@@ -112,6 +107,13 @@ def test_two_processes_are_one(dtype, tmp_path, device):
             constant = result.pop(f"d {norm}.bias").double().norm()
             rounding = constant / result[f"d {norm}.weight"].double().norm()
             assert rounding < 8 * torch.finfo(dtype).eps, (norm, rounding)
+    # Gradients of two processes may cancel, by a factor of 8 those of blocks.1.1.bn1.bias: their rounding is then as much
+    # larger beside the sum than that of one process, which adds the same pixels in another order.
+    for name, factor in cancelled.items():
+        if name in fused and factor > 2:
+            error, plain = (relative_error(result.pop(name), truth[name]) for result in (fused, eager))
+            del truth[name]
+            assert error <= factor * plain + 1e-6, (name, error, plain, factor)
     assert_close_to_truth(fused, eager, truth)
 
 
