@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "blocks of gram too far apart",
         "kernels/expand_backward.py",
-        "j = pid % blocks_j * BJ",
-        "j = pid % blocks_j * BI",
+        "j = pid % blocks_j * BLOCK_J",
+        "j = pid % blocks_j * BLOCK_I",
         "test_expand_backward.py::test_several_blocks_and_splits",
     ),
     # ---- stem, head, and the expansion inside the depthwise kernel

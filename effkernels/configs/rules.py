@@ -204,57 +204,20 @@ def _power_of_two(n: int, least: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class PointwiseConfig:
-    """Row tiles of BM; BN columns of the product, BK of its inner dimension a step; BL x BR of a weight gradient.
-
-    stages: row tiles or steps in flight. waves: programs an SM holds at once.
-    """
-
-    BM: int
-    BN: int
-    BK: int
-    BL: int = 64
-    BR: int = 64
-    num_warps: int = 4
-    stages: int = 3
-    waves: int = 4
-    maxnreg: int | None = None
-
-    @property
-    def options(self) -> dict:
-        return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
-
-    def _programs(self, work: int, blocks: int, device: torch.device, share: float = 1.0) -> int:
-        """Programs for each of ``blocks``, at most one a piece of work, that together fill ``share`` of the device
-        once."""
-        return max(1, min(work, int(share * self.waves * processor_count(device)) // blocks))
-
-    def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
-        """(tiles a program, programs): consecutive tiles, none without work."""
-        per_program = -(-tiles // self._programs(tiles, blocks, device))
-        return per_program, -(-tiles // per_program)
-
-
-def _warps(*blocks: int) -> int:
-    """4 or 8, so that no block takes more than 32 values a thread where possible: beyond that ptxas ran out of
-    registers."""
-    return 4 if max(blocks) <= 4096 else 8
-
-
-@dataclass(frozen=True)
 class PointwiseForwardConfig:
-    """Row tiles of BM; a program's BN columns, BK values of k a step.
+    """Row tiles of BLOCK_M; a program's BLOCK_N columns, BLOCK_K values of k a step.
 
     resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages``
         steps ahead.
     ahead: steps of x that are on their way while one is multiplied. one_block: columns in one power of two, not in
     several that sum to them. per_image: no tile holds rows of two images, so that it has one gate a channel. fragments:
-    x goes from registers into the products, in half precision in steps of 32. waves: programs an SM holds at once.
+    x goes from registers into the products, in half precision in steps of 32. programs_per_sm: resident at once, by
+    their registers and shared memory.
     """
 
-    BM: int
-    BN: int
-    BK: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
     num_warps: int = 4
     resident: bool = False
     ahead: int = 1
@@ -262,7 +225,7 @@ class PointwiseForwardConfig:
     per_image: bool = False
     fragments: bool = False
     stages: int = 1
-    waves: int = 4
+    programs_per_sm: int = 4
     maxnreg: int | None = None
 
     @property
@@ -273,7 +236,7 @@ class PointwiseForwardConfig:
         """Programs for each slice of columns that fill the device once, or fewer if the longest still does as many
         pieces of work.
         """
-        resident = max(1, self.waves * processor_count(device) // slices)
+        resident = max(1, self.programs_per_sm * processor_count(device) // slices)
         return -(-work // -(-work // resident))
 
     @property
@@ -281,7 +244,7 @@ class PointwiseForwardConfig:
         """Columns whose statistics are merged at a time: all of a slice up to 128, as one after another they would wait
         for memory.
         """
-        return _power_of_two(self.BN, 16, 128)
+        return _power_of_two(self.BLOCK_N, 16, 128)
 
 
 def pointwise_weights_stay(K: int, transforms: bool) -> bool:
@@ -317,24 +280,36 @@ def _even_slice(columns: int, most: int) -> int:
 def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, pool, copied) -> PointwiseForwardConfig:
     narrow, transforms = dtype.itemsize == 2, prologue or gated
     if copied:
-        BN = _even_slice(N, 128)
-        return PointwiseForwardConfig(BM=64, BN=BN, BK=32, one_block=True, fragments=True, stages=3, waves=2)
+        BLOCK_N = _even_slice(N, 128)
+        return PointwiseForwardConfig(
+            BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, one_block=True, fragments=True, stages=3, programs_per_sm=2
+        )
     if _fills_the_device(rows, dtype) and pointwise_weights_stay(K, transforms):
         if not transforms:
-            BN = _even_slice(N, 48 if K <= 32 else 96 if K <= 128 else 128)
-            return PointwiseForwardConfig(BM=64, BN=BN, BK=32, resident=True, fragments=True)
-        BN, per_image = _even_slice(N, 64), image_rows >= 512
-        return PointwiseForwardConfig(BM=64, BN=BN, BK=32, resident=True, ahead=2, per_image=per_image, fragments=True)
+            BLOCK_N = _even_slice(N, 48 if K <= 32 else 96 if K <= 128 else 128)
+            return PointwiseForwardConfig(BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, resident=True, fragments=True)
+        BLOCK_N, per_image = _even_slice(N, 64), image_rows >= 512
+        return PointwiseForwardConfig(
+            BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, resident=True, ahead=2, per_image=per_image, fragments=True
+        )
     if narrow and rows <= 1024:
         # A few images: what counts is how soon the longest program ends, so many small ones, each with long steps of k.
-        BK = _power_of_two(K, 16, 128)
+        BLOCK_K = _power_of_two(K, 16, 128)
         return PointwiseForwardConfig(
-            BM=16, BN=16 if K > 512 else 32, BK=BK, resident=K <= BK, stages=3, num_warps=2, waves=8
+            BLOCK_M=16,
+            BLOCK_N=16 if K > 512 else 32,
+            BLOCK_K=BLOCK_K,
+            resident=K <= BLOCK_K,
+            stages=3,
+            num_warps=2,
+            programs_per_sm=8,
         )
-    BN = _power_of_two(N, 16, 64)
-    BM = _power_of_two(rows, 16, 64 if narrow else 32)
-    BK = _power_of_two(K, 16, 64 if narrow else 32)
-    return PointwiseForwardConfig(BM=BM, BN=BN, BK=BK, resident=K <= BK, stages=3, num_warps=4 if narrow else 8)
+    BLOCK_N = _power_of_two(N, 16, 64)
+    BLOCK_M = _power_of_two(rows, 16, 64 if narrow else 32)
+    BLOCK_K = _power_of_two(K, 16, 64 if narrow else 32)
+    return PointwiseForwardConfig(
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, resident=K <= BLOCK_K, stages=3, num_warps=4 if narrow else 8
+    )
 
 
 @dataclass(frozen=True)
@@ -434,19 +409,19 @@ def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
 
 @dataclass(frozen=True)
 class ExpandBackwardConfig:
-    """Row tiles of BM; pieces or blocks of BE expanded channels, BI input channels; BK of a product's inner dimension a
-    step.
+    """Row tiles of BLOCK_M; pieces or blocks of BLOCK_E expanded channels, BLOCK_I input channels; BLOCK_K of a
+    product's inner dimension a step.
 
-    stages: tiles or steps in flight or in use. per_sm: programs that an SM holds at once.
+    stages: tiles or steps in flight or in use. programs_per_sm: programs that an SM holds at once.
     """
 
-    BM: int
-    BI: int
-    BE: int = 64
-    BK: int = 64
+    BLOCK_M: int
+    BLOCK_I: int
+    BLOCK_E: int = 64
+    BLOCK_K: int = 64
     num_warps: int = 4
     stages: int = 3
-    per_sm: int = 2
+    programs_per_sm: int = 2
     maxnreg: int | None = None
 
     @property
@@ -457,25 +432,25 @@ class ExpandBackwardConfig:
         """Persistent programs for each of ``blocks``, resident at once; fewer if the longest still does as many
         tiles.
         """
-        resident = max(1, self.per_sm * processor_count(device) // blocks)
+        resident = max(1, self.programs_per_sm * processor_count(device) // blocks)
         return -(-tiles // -(-tiles // resident))
 
     @property
-    def BJ(self) -> int:
+    def BLOCK_J(self) -> int:
         """Rows of a block of gram."""
-        return min(self.BI, 128)
+        return min(self.BLOCK_I, 128)
 
     @property
-    def BR(self) -> int:
+    def BLOCK_R(self) -> int:
         """Rows of x that all threads together load at once, 8 channels each: as many are summed apart."""
-        return min(self.BM, 256 * self.num_warps // self.BI)
+        return min(self.BLOCK_M, 256 * self.num_warps // self.BLOCK_I)
 
     def splits(self, tiles: int, blocks_e: int, blocks_j: int, blocks_i: int, device: torch.device) -> tuple[int, int]:
         """Splits of the rows for (D, in ``blocks_e`` x ``blocks_i`` blocks; gram, ``blocks_j`` x ``blocks_i``). A tile
-        of gram takes BJ / BE of the time of one of D.
+        of gram takes BLOCK_J / BLOCK_E of the time of one of D.
         """
-        share = min(1.0, self.BJ / self.BE)
-        splits = int(self.per_sm * processor_count(device) / ((blocks_e + share * blocks_j) * blocks_i))
+        share = min(1.0, self.BLOCK_J / self.BLOCK_E)
+        splits = int(self.programs_per_sm * processor_count(device) / ((blocks_e + share * blocks_j) * blocks_i))
         splits = -(-tiles // -(-tiles // max(1, splits)))
         return splits, min(tiles, max(1, int(share * splits))) if blocks_j else 0
 
@@ -505,10 +480,12 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     tile is only 32 high, so that two programs of three stages fit the shared memory, and the 120 registers of D^T the
     255.
     """
-    BI = _power_of_two(I, 16, 64)
-    if BI <= 32:
-        return ExpandBackwardConfig(BM=64, BI=BI, BE=64, stages=2, per_sm=5 if BI == 16 else 2)
-    return ExpandBackwardConfig(BM=32, BI=BI, BE=128, stages=3, per_sm=2, maxnreg=255)
+    BLOCK_I = _power_of_two(I, 16, 64)
+    if BLOCK_I <= 32:
+        return ExpandBackwardConfig(
+            BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=64, stages=2, programs_per_sm=5 if BLOCK_I == 16 else 2
+        )
+    return ExpandBackwardConfig(BLOCK_M=32, BLOCK_I=BLOCK_I, BLOCK_E=128, stages=3, programs_per_sm=2, maxnreg=255)
 
 
 @tuned
@@ -516,9 +493,15 @@ def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42
     us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes.
     """
-    BI = _power_of_two(I, 16, 128)
+    BLOCK_I = _power_of_two(I, 16, 128)
     return ExpandBackwardConfig(
-        BM=128, BI=BI, BK=32 if 64 < I <= 80 else 64, num_warps=8, stages=3, per_sm=2, maxnreg=128
+        BLOCK_M=128,
+        BLOCK_I=BLOCK_I,
+        BLOCK_K=32 if 64 < I <= 80 else 64,
+        num_warps=8,
+        stages=3,
+        programs_per_sm=2,
+        maxnreg=128,
     )
 
 
@@ -527,25 +510,27 @@ def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on
     sm_80).
     """
-    BI = _power_of_two(I, 16, 256)
-    return ExpandBackwardConfig(BM=64, BI=BI, BE=128, num_warps=8, per_sm=2 if BI <= 128 else 1, maxnreg=255)
+    BLOCK_I = _power_of_two(I, 16, 256)
+    return ExpandBackwardConfig(
+        BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=128, num_warps=8, programs_per_sm=2 if BLOCK_I <= 128 else 1, maxnreg=255
+    )
 
 
 @tuned
 def expand_matrix_config(E, I, dtype) -> ExpandBackwardConfig:
     """Blocks of 32 x 32 of G: many programs, whose loop over E is short."""
-    return ExpandBackwardConfig(BM=64, BI=_power_of_two(I, 16, 32), BK=64 if dtype.itemsize == 2 else 32)
+    return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=_power_of_two(I, 16, 32), BLOCK_K=64 if dtype.itemsize == 2 else 32)
 
 
 @dataclass(frozen=True)
 class StemConfig:
-    """Tiles of BLOCK_M output pixels, BLOCK_N channels, BLOCK_K taps a step. waves: programs an SM holds at once."""
+    """Tiles of BLOCK_M output pixels, BLOCK_N channels, BLOCK_K taps a step. programs_per_sm: resident at once."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int = 4
-    waves: int = 4
+    programs_per_sm: int = 4
     maxnreg: int | None = None
 
     @property
@@ -555,7 +540,7 @@ class StemConfig:
     def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
         """(tiles a program, programs) for each of ``blocks``: consecutive tiles, none without work, the device filled
         once."""
-        programs = max(1, min(tiles, self.waves * processor_count(device) // blocks))
+        programs = max(1, min(tiles, self.programs_per_sm * processor_count(device) // blocks))
         per_program = -(-tiles // programs)
         return per_program, -(-tiles // per_program)
 
@@ -584,7 +569,7 @@ def stem_backward_config(K, S, rows, dtype) -> StemConfig:
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_K=_power_of_two(K, 16, 32),
-        waves=2,
+        programs_per_sm=2,
         maxnreg=255 if BLOCK_N == 64 else None,
     )
 

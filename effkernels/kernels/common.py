@@ -128,14 +128,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_tile(x, i, c, C, ok, mc):
-    """Rows i of x [BM, C] at channels c; 0 outside."""
+    """Rows i of x [BLOCK_M, C] at channels c; 0 outside."""
     return tl.load(x + i[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)
 
 
 @triton.jit
 def fold_rows(v):
-    """Sum of rows r and r + 8 of every 16 of v [BM, BN]: a thread holds both in the layout of the tensor cores'
-    results.
+    """Sum of rows r and r + 8 of every 16 of v [BLOCK_M, BLOCK_N]: a thread holds both in the layout of the tensor
+    cores' results.
     """
     return tl.sum(tl.reshape(v, [v.shape[0] // 16, 2, 8, v.shape[1]]), 1)
 

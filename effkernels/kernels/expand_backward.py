@@ -92,7 +92,7 @@ def load_piece(x, m, ok, START: tl.constexpr, SIZE: tl.constexpr, C: tl.constexp
 
 @triton.jit
 def add_rows(total, x):
-    """total [R, C] += rows r, r + R, .. of x [BM, C]: those of one thread, if all threads hold R rows at once."""
+    """total [R, C] += rows r, r + R, .. of x [BLOCK_M, C]: those of one thread, if all threads hold R rows at once."""
     R: tl.constexpr = total.shape[0]
     if x.shape[0] > R:
         return total + tl.sum(tl.reshape(x.to(tl.float32), [x.shape[0] // R, R, x.shape[1]]), 0)
@@ -114,46 +114,47 @@ def expand_matrix_kernel(
     I_rows,
     EVEC: tl.constexpr,
     IVEC: tl.constexpr,
-    BR: tl.constexpr,
-    BI: tl.constexpr,
-    BK: tl.constexpr,
-    BP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     IDENTITY: tl.constexpr,
 ):
     """matrix [E_rows + I_rows (+ I_rows with IDENTITY), I] = [A w ; G ; 1], each padded with rows of zeros; c fp32 [I].
 
-    A program makes BR x BI of A w; those after them BI x BI of G and 1, and BI of c. In half precision G is a product
-    of tensor cores, for which k1 is divided by its largest value (of BP) first: in fp16 it would vanish.
+    A program makes BLOCK_R x BLOCK_I of A w; those after them BLOCK_I x BLOCK_I of G and 1, and BLOCK_I of c. In half
+    precision G is a product of tensor cores, for which k1 is divided by its largest value (of BLOCK_P) first: in fp16
+    it would vanish.
     """
     E = EV * EVEC
     I = IV * IVEC
     dtype: tl.constexpr = matrix.dtype.element_ty
-    blocks_i = tl.cdiv(I, BI)
-    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    blocks_i = tl.cdiv(I, BLOCK_I)
+    i = tl.program_id(0) % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
     block = tl.program_id(0) // blocks_i
     mi = i < I
-    if block < tl.cdiv(E_rows, BR):
-        e = block * BR + tl.arange(0, BR)
+    if block < tl.cdiv(E_rows, BLOCK_R):
+        e = block * BLOCK_R + tl.arange(0, BLOCK_R)
         me = e < E
         scale = load_vector(norm.weight, e, me) * load_rstd(norm, e, me)
         value = load_rows(w, e, i, I, me, mi).to(tl.float32) * scale[:, None]
         tl.store(matrix + e[:, None] * I + i[None, :], cast(value, dtype), mask=(e < E_rows)[:, None] & mi[None, :])
     else:
-        block -= tl.cdiv(E_rows, BR)
-        j = block * BI + tl.arange(0, BI)
+        block -= tl.cdiv(E_rows, BLOCK_R)
+        j = block * BLOCK_I + tl.arange(0, BLOCK_I)
         mj = j < I
         out = matrix + (E_rows + j)[:, None] * I + i[None, :]
         mask = (j < I_rows)[:, None] & mi[None, :]
         if k0 is not None:
-            every = tl.arange(0, BP)
+            every = tl.arange(0, BLOCK_P)
             peak = 1.0
             if dtype != tl.float32:
                 peak = tl.max(tl.abs(load_vector(k1, every, every < E)), 0)
                 peak = tl.where(peak > 0.0, peak, 1.0)
-            acc = tl.zeros([BI, BI], tl.float32)
-            row = tl.zeros([BI], tl.float32)
-            for start in tl.range(0, E, BK, num_stages=3):
-                e = start + tl.arange(0, BK)
+            acc = tl.zeros([BLOCK_I, BLOCK_I], tl.float32)
+            row = tl.zeros([BLOCK_I], tl.float32)
+            for start in tl.range(0, E, BLOCK_K, num_stages=3):
+                e = start + tl.arange(0, BLOCK_K)
                 me = e < E
                 right = load_rows(w, e, i, I, me, mi)
                 left = load_rows(w, e, j, I, me, mj).to(tl.float32) * (load_vector(k1, e, me) / peak)[:, None]
@@ -184,21 +185,21 @@ def expand_pass_kernel(
     SIZES: tl.constexpr,
     STARTS: tl.constexpr,
     PIECES: tl.constexpr,
-    BM: tl.constexpr,
-    BI: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx of every ``programs``-th tile of BM rows, and what these tiles add to D and gram.
+    """dx of every ``programs``-th tile of BLOCK_M rows, and what these tiles add to D and gram.
 
     E lies in PIECES, with SIZES from STARTS on. TRANSPOSED: x's channels are the rows of every product.
     """
     p = tl.program_id(0).to(tl.int64)
-    m = tl.arange(0, BM)
-    wide = tl.full([], BM, tl.int64)
-    i = tl.arange(0, BI)
+    m = tl.arange(0, BLOCK_M)
+    wide = tl.full([], BLOCK_M, tl.int64)
+    i = tl.arange(0, BLOCK_I)
     mi = i < I
     weight = ()
     D = ()
@@ -206,20 +207,20 @@ def expand_pass_kernel(
         e = STARTS[k] + tl.arange(0, SIZES[k])
         if TRANSPOSED:
             weight = weight + (load_columns(matrix, e, i, I, e < E, mi),)
-            D = D + (zeros(BI, SIZES[k]),)
+            D = D + (zeros(BLOCK_I, SIZES[k]),)
         else:
             weight = weight + (load_rows(matrix, e, i, I, e < E, mi),)
-            D = D + (zeros(SIZES[k], BI),)
+            D = D + (zeros(SIZES[k], BLOCK_I),)
     if grams is not None:
         G = load_rows(matrix + E * I, i, i, I, mi, mi)  # symmetric
         constant = load_vector(c, i, mi)
-        gram = zeros(BI, BI)
-        xsum = zeros(BR, BI)
+        gram = zeros(BLOCK_I, BLOCK_I)
+        xsum = zeros(BLOCK_R, BLOCK_I)
     for t in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
         row0 = t * wide
         ok = row0 + m < rows
         x_tile = load_rows(x + row0 * I, m, i, I, ok, mi)
-        acc = zeros(BI, BM) if TRANSPOSED else zeros(BM, BI)
+        acc = zeros(BLOCK_I, BLOCK_M) if TRANSPOSED else zeros(BLOCK_M, BLOCK_I)
         dz_tile = ()
         for k in tl.static_range(PIECES):
             dz_tile = dz_tile + (load_piece(dz + row0 * E, m, ok, STARTS[k], SIZES[k], E),)
@@ -274,30 +275,31 @@ def expand_data_kernel(
     I: tl.constexpr,
     E_ROWS: tl.constexpr,
     I_ROWS: tl.constexpr,
-    BM: tl.constexpr,
-    BI: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx of BI channels in every ``programs``-th tile, in one loop over the columns of [dz | x | dout], each padded to
-    whole steps of BK."""
-    blocks_i = tl.cdiv(I, BI)
-    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    """dx of BLOCK_I channels in every ``programs``-th tile, in one loop over the columns of [dz | x | dout]. Each of
+    the three is padded to whole steps of BLOCK_K.
+    """
+    blocks_i = tl.cdiv(I, BLOCK_I)
+    i = tl.program_id(0) % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
     mi = i < I
-    m = tl.arange(0, BM)
-    wide = tl.full([], BM, tl.int64)
-    k = tl.arange(0, BK)
+    m = tl.arange(0, BLOCK_M)
+    wide = tl.full([], BLOCK_M, tl.int64)
+    k = tl.arange(0, BLOCK_K)
     right_offset = k[:, None] * I + i[None, :]
     X_END: tl.constexpr = E_ROWS if c is None else E_ROWS + I_ROWS
     END: tl.constexpr = X_END if dout is None else X_END + I_ROWS
     for t in tl.range(tl.program_id(0) // blocks_i, tiles, programs):
         row0 = t * wide
         ok = row0 + m < rows
-        acc = zeros(BM, BI)
+        acc = zeros(BLOCK_M, BLOCK_I)
         if c is not None:
             acc += load_vector(c, i, mi)[None, :]
-        for start in tl.range(0, END, BK, num_stages=STAGES):
+        for start in tl.range(0, END, BLOCK_K, num_stages=STAGES):
             left, width, inside = dz + row0 * E + start, E, E - start
             if c is not None or dout is not None:
                 width = tl.where(start < E_ROWS, E, I)
@@ -328,34 +330,34 @@ def expand_weight_kernel(
     gram_splits,
     E: tl.constexpr,
     I: tl.constexpr,
-    BM: tl.constexpr,
-    BE: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """First come programs for gram, BJ x BI, and xsum over every ``gram_splits``-th tile, then those for D, BE x BI,
-    over every ``splits``-th."""
-    blocks_i = tl.cdiv(I, BI)
-    blocks_e = tl.cdiv(E, BE)
+    """First come programs for gram, BLOCK_J x BLOCK_I, and xsum over every ``gram_splits``-th tile, then those for D,
+    BLOCK_E x BLOCK_I, over every ``splits``-th."""
+    blocks_i = tl.cdiv(I, BLOCK_I)
+    blocks_e = tl.cdiv(E, BLOCK_E)
     pid = tl.program_id(0) // blocks_i
-    i = tl.program_id(0) % blocks_i * BI + tl.arange(0, BI)
+    i = tl.program_id(0) % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
     mi = i < I
-    m = tl.arange(0, BM)
-    wide = tl.full([], BM, tl.int64)
-    blocks_j = tl.cdiv(I, BJ)
+    m = tl.arange(0, BLOCK_M)
+    wide = tl.full([], BLOCK_M, tl.int64)
+    blocks_j = tl.cdiv(I, BLOCK_J)
     if pid < blocks_j * gram_splits:
-        j = pid % blocks_j * BJ + tl.arange(0, BJ)
+        j = pid % blocks_j * BLOCK_J + tl.arange(0, BLOCK_J)
         mj = j < I
-        gram = zeros(BJ, BI)
-        xsum = zeros(BR, BI)
+        gram = zeros(BLOCK_J, BLOCK_I)
+        xsum = zeros(BLOCK_R, BLOCK_I)
         for t in tl.range(pid // blocks_j, tiles, gram_splits, num_stages=STAGES):
             row0 = t * wide
             ok = row0 + m < rows
             right = load_rows(x + row0 * I, m, i, I, ok, mi)
-            left = right if I <= BJ else load_rows(x + row0 * I, m, j, I, ok, mj)
+            left = right if I <= BLOCK_J else load_rows(x + row0 * I, m, j, I, ok, mj)
             gram = dot(tl.trans(left), right, gram, PRECISION)
             xsum = add_rows(xsum, right)
         out = grams + (pid // blocks_j).to(tl.int64) * ((I + 1) * I)
@@ -363,9 +365,9 @@ def expand_weight_kernel(
         tl.store(out + I * I + i, tl.sum(xsum, 0), mask=mi & (pid % blocks_j == 0))
     else:
         pid -= blocks_j * gram_splits
-        e = pid % blocks_e * BE + tl.arange(0, BE)
+        e = pid % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
         me = e < E
-        acc = zeros(BE, BI)
+        acc = zeros(BLOCK_E, BLOCK_I)
         for t in tl.range(pid // blocks_e, tiles, splits, num_stages=STAGES):
             row0 = t * wide
             ok = row0 + m < rows
@@ -394,8 +396,10 @@ def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
     k0, k1 = terms or (None, None)
     matrix = weight.new_empty(E_rows + I_rows * ((terms is not None) + identity), I)
     c = None if terms is None else fp32(weight.device, I)
-    blocks = triton.cdiv(E_rows, cfg.BM) + (triton.cdiv(I_rows, cfg.BI) if terms is not None or identity else 0)
-    expand_matrix_kernel[(blocks * triton.cdiv(I, cfg.BI),)](
+    blocks = triton.cdiv(E_rows, cfg.BLOCK_M) + (
+        triton.cdiv(I_rows, cfg.BLOCK_I) if terms is not None or identity else 0
+    )
+    expand_matrix_kernel[(blocks * triton.cdiv(I, cfg.BLOCK_I),)](
         w=weight,
         norm=norm,
         k0=k0,
@@ -408,10 +412,10 @@ def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
         I_rows=I_rows,
         EVEC=channel_vector_width(E),
         IVEC=channel_vector_width(I),
-        BR=cfg.BM,
-        BI=cfg.BI,
-        BK=cfg.BK,
-        BP=triton.next_power_of_2(E),
+        BLOCK_R=cfg.BLOCK_M,
+        BLOCK_I=cfg.BLOCK_I,
+        BLOCK_K=cfg.BLOCK_K,
+        BLOCK_P=triton.next_power_of_2(E),
         IDENTITY=identity,
         **cfg.options,
     )
@@ -424,9 +428,9 @@ def both_gradients(dz, x, dout, matrix, c, out_dtype):
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
     cfg = expand_pass_config(E, I, rows, dz.dtype)
-    transposed = cfg.BI > 32
-    sizes, starts = pieces(E, cfg.BE, 16 if transposed else cfg.BE)
-    tiles = triton.cdiv(rows, cfg.BM)
+    transposed = cfg.BLOCK_I > 32
+    sizes, starts = pieces(E, cfg.BLOCK_E, 16 if transposed else cfg.BLOCK_E)
+    tiles = triton.cdiv(rows, cfg.BLOCK_M)
     programs = cfg.programs(tiles, 1, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype)
     partials = fp32(dz.device, programs, E, I)
@@ -448,9 +452,9 @@ def both_gradients(dz, x, dout, matrix, c, out_dtype):
         SIZES=sizes,
         STARTS=starts,
         PIECES=len(sizes),
-        BM=cfg.BM,
-        BI=cfg.BI,
-        BR=cfg.BR,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_I=cfg.BLOCK_I,
+        BLOCK_R=cfg.BLOCK_R,
         STAGES=cfg.stages,
         TRANSPOSED=transposed,
         PRECISION=matmul_precision(),
@@ -465,9 +469,9 @@ def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
     cfg = expand_data_config(E, I, rows, dz.dtype)
-    E_rows, I_rows = triton.cdiv(E, cfg.BK) * cfg.BK, triton.cdiv(I, cfg.BK) * cfg.BK
+    E_rows, I_rows = triton.cdiv(E, cfg.BLOCK_K) * cfg.BLOCK_K, triton.cdiv(I, cfg.BLOCK_K) * cfg.BLOCK_K
     matrix, c = right_operand(weight, norm, terms, E_rows=E_rows, I_rows=I_rows, identity=dout is not None)
-    tiles, blocks_i = triton.cdiv(rows, cfg.BM), triton.cdiv(I, cfg.BI)
+    tiles, blocks_i = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(I, cfg.BLOCK_I)
     programs = cfg.programs(tiles, blocks_i, dz.device)
     dx = torch.empty_like(x, dtype=out_dtype)
     expand_data_kernel[(programs * blocks_i,)](
@@ -484,9 +488,9 @@ def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
         I=I,
         E_ROWS=E_rows,
         I_ROWS=I_rows,
-        BM=cfg.BM,
-        BI=cfg.BI,
-        BK=cfg.BK,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_I=cfg.BLOCK_I,
+        BLOCK_K=cfg.BLOCK_K,
         STAGES=cfg.stages,
         PRECISION=matmul_precision(),
         **cfg.options,
@@ -500,8 +504,8 @@ def weight_gradient(dz, x, with_gram):
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
     cfg = expand_weight_config(E, I, rows, dz.dtype)
-    tiles, blocks_i = triton.cdiv(rows, cfg.BM), triton.cdiv(I, cfg.BI)
-    blocks_e, blocks_j = triton.cdiv(E, cfg.BE), triton.cdiv(I, cfg.BJ)
+    tiles, blocks_i = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(I, cfg.BLOCK_I)
+    blocks_e, blocks_j = triton.cdiv(E, cfg.BLOCK_E), triton.cdiv(I, cfg.BLOCK_J)
     splits, gram_splits = cfg.splits(tiles, blocks_e, blocks_j if with_gram else 0, blocks_i, dz.device)
     partials = fp32(dz.device, splits, E, I)
     grams = fp32(dz.device, gram_splits, I + 1, I) if with_gram else None
@@ -516,11 +520,11 @@ def weight_gradient(dz, x, with_gram):
         gram_splits=gram_splits,
         E=E,
         I=I,
-        BM=cfg.BM,
-        BE=cfg.BE,
-        BI=cfg.BI,
-        BJ=cfg.BJ,
-        BR=cfg.BR,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_E=cfg.BLOCK_E,
+        BLOCK_I=cfg.BLOCK_I,
+        BLOCK_J=cfg.BLOCK_J,
+        BLOCK_R=cfg.BLOCK_R,
         STAGES=cfg.stages,
         PRECISION=matmul_precision(),
         **cfg.options,

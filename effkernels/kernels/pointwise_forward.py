@@ -3,10 +3,11 @@
     y[m,o] = sum_k a[m,k] w[o,k]     a = x or phi1(BN1(x)), either times gate[n,k] of the row's image n
     out    = y, or phi2(BN2(y)) [+ residual], or the mean of that over each image; BatchNorm's statistics of y if wanted
 
-Rows are those of the whole batch, M = N H W, in tiles of BM; an image's rows need not fill tiles, since the gate may be
-loaded row by row. A program owns a slice of columns, cut into powers of two that sum to it exactly (48 = 32 + 16: no
-lane works on a column that is not there), and walks over row tiles p, p + P, p + 2P, ... What does not change from tile
-to tile stays with it: weights in shared memory, coefficients of the epilogue and sums for the statistics in registers.
+Rows are those of the whole batch, M = N H W, in tiles of BLOCK_M; an image's rows need not fill tiles, since the gate
+may be loaded row by row. A program owns a slice of columns, cut into powers of two that sum to it exactly (48 = 32 +
+16: no lane works on a column that is not there), and walks over row tiles p, p + P, p + 2P, ... What does not change
+from tile to tile stays with it: weights in shared memory, coefficients of the epilogue and sums for the statistics in
+registers.
 
 How x gets to the tensor cores. Copied to shared memory, read back, transformed, stored and read again, every element
 would pass shared memory three times, between barriers. But what a thread loads can be what it multiplies. A warp loads
@@ -30,7 +31,7 @@ thread, without a word between threads, and meet once after the last tile, by Ch
 
     a tile, W = 4     warp 0 | rows  0 .. 15, 64 .. 79, ... |     thread 4r+q: rows r, r+8; columns 2q, 2q+1 of every 8
                       warp 1 | rows 16 .. 31, 80 .. 95, ... |
-                      ...                                         a thread's sums: [8 W rows, BN] over all its tiles
+                      ...                                         a thread's sums: [8 W, BLOCK_N] over all its tiles
 
 Half precision sums y as it is, since rounding y costs more of its variance than fp32 sums do; fp32 subtracts a pivot,
 the mean of a thread's rows of the first tile.
@@ -67,7 +68,7 @@ from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 @triton.jit
 def fragment(a, WARPS: tl.constexpr):
-    """a [BM, 32] as it was loaded, as the rows and columns of the tensor cores' operand: see the module docstring."""
+    """a [BLOCK_M, 32] as it was loaded, as the rows and columns of the tensor cores' operand: see the module's text."""
     PAIRS: tl.constexpr = a.shape[0] // (16 * WARPS)
     a = tl.reshape(a, [PAIRS, 2, WARPS, 8, 4, 2, 2, 2])  # pair, half, warp, r | q, step of 16, half of 8, odd
     a = tl.permute(a, (0, 2, 1, 3, 5, 6, 4, 7))
@@ -75,27 +76,27 @@ def fragment(a, WARPS: tl.constexpr):
 
 
 @triton.jit
-def accumulator_rows(BM: tl.constexpr, WARPS: tl.constexpr):
+def accumulator_rows(BLOCK_M: tl.constexpr, WARPS: tl.constexpr):
     """The row of the tile that each row of the accumulator is."""
-    i = tl.arange(0, BM)
+    i = tl.arange(0, BLOCK_M)
     return i // (16 * WARPS) * (16 * WARPS) + i // 8 % 2 * (8 * WARPS) + i // 16 % WARPS * 8 + i % 8
 
 
 @triton.jit
 def by_thread(v, WARPS: tl.constexpr):
-    """v [BM, BN] with the rows that a thread holds along axes 0 and 2: [pairs, W, 2, 8, BN]."""
+    """v [BLOCK_M, BLOCK_N] with the rows that a thread holds along axes 0 and 2: [pairs, W, 2, 8, BLOCK_N]."""
     return tl.reshape(v, [v.shape[0] // (16 * WARPS), WARPS, 2, 8, v.shape[1]])
 
 
 @triton.jit
 def fold(v):
-    """Sums over what a thread holds of v [pairs, W, 2, 8, BN]: [1, W, 1, 8, BN]."""
+    """Sums over what a thread holds of v [pairs, W, 2, 8, BLOCK_N]: [1, W, 1, 8, BLOCK_N]."""
     return tl.sum(tl.sum(v, 0, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit
 def flat(sums):
-    """``fold``'s sums [1, W, 1, 8, BN] as [8 W, BN]."""
+    """``fold``'s sums [1, W, 1, 8, BLOCK_N] as [8 W, BLOCK_N]."""
     return tl.reshape(sums, [sums.shape[1] * 8, sums.shape[4]])
 
 
@@ -109,8 +110,8 @@ def thread_means(blocks, ok, count, WARPS: tl.constexpr):
 
 
 @triton.jit
-def zero_block(BM: tl.constexpr, BN: tl.constexpr):
-    return tl.zeros([BM, BN], tl.float32)
+def zero_block(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
 @triton.jit
@@ -173,7 +174,8 @@ def left_operand(
 ):
     """phi1(BN1(a)) gate for columns start + k of x, without what is None, rounded to the compute dtype once.
 
-    table: scale, shift [2, K]. gates: pointers [BM, BK] to columns k, [1, BK] where one image has all rows.
+    table: scale, shift [2, K]. gates: pointers [BLOCK_M, BLOCK_K] to columns k, [1, BLOCK_K] where one image has all
+    rows.
     """
     inside = start + k < K
     if table is not None:
@@ -188,9 +190,9 @@ def left_operand(
 
 
 @triton.jit
-def load_step(xs, q: tl.constexpr, k, K, BK: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr):
+def load_step(xs, q: tl.constexpr, k, K, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Step q of STEPS of x; only the last may reach beyond the columns."""
-    return load(xs + q * BK, (q * BK + k < K)[None, :], EXACT or q + 1 < STEPS)
+    return load(xs + q * BLOCK_K, (q * BLOCK_K + k < K)[None, :], EXACT or q + 1 < STEPS)
 
 
 @triton.jit
@@ -203,15 +205,15 @@ def rest(values):
 
 
 @triton.jit
-def tile_rows(x, t, i, images, rows, tiles, K, k, BM: tl.constexpr, PER_IMAGE: tl.constexpr):
-    """(first row of tile t, rows from there on, what row of the tile each i is, pointers [BM, BK] to x). The last row
-    stands in for those beyond the end.
+def tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M: tl.constexpr, PER_IMAGE: tl.constexpr):
+    """(first row of tile t, rows from there on, what row of the tile each i is, pointers [BLOCK_M, BLOCK_K] to x). The
+    last row stands in for those beyond the end.
     """
     if PER_IMAGE:
-        base = t // tiles * rows + t % tiles * BM
-        left = rows - t % tiles * BM
+        base = t // tiles * rows + t % tiles * BLOCK_M
+        left = rows - t % tiles * BLOCK_M
     else:
-        base = t * BM
+        base = t * BLOCK_M
         left = images * rows - base
     row = tl.minimum(i, left - 1)
     return base, left, row, x + tl.cast(base, tl.int64) * K + row[:, None] * K + k[None, :]
@@ -255,11 +257,11 @@ def pointwise_forward_kernel(
     P,
     KVEC: tl.constexpr,
     NVEC: tl.constexpr,
-    BM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr,
     FIRST: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
     AHEAD: tl.constexpr,
     PERMUTED: tl.constexpr,
@@ -279,25 +281,25 @@ def pointwise_forward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BN columns, in BLOCKS that begin at FIRST, of the tiles that ``tile_of`` says.
+    """BLOCK_N columns, in BLOCKS that begin at FIRST, of the tiles that ``tile_of`` says.
 
-    images of ``rows`` rows; tiles: of all rows, or, PER_IMAGE, of an image. RESIDENT: steps of BK that cover K, whose
-    weights stay; 0: the weights come with every tile.
+    images of ``rows`` rows; tiles: of all rows, or, PER_IMAGE, of an image. RESIDENT: steps of BLOCK_K that cover K,
+    whose weights stay; 0: the weights come with every tile.
     """
     K = KV * KVEC
     N = NV * NVEC
     dtype: tl.constexpr = x.dtype.element_ty if X_DTYPE else y.dtype.element_ty
     NB: tl.constexpr = len(BLOCKS)
-    slices = tl.cdiv(N, BN)
-    n0 = tl.program_id(0) % slices * BN
-    end = tl.minimum(n0 + BN, N)
+    slices = tl.cdiv(N, BLOCK_N)
+    n0 = tl.program_id(0) % slices * BLOCK_N
+    end = tl.minimum(n0 + BLOCK_N, N)
     p = tl.program_id(0) // slices
-    i = tl.arange(0, BM)
-    k = tl.arange(0, BK)
+    i = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
     row_length = K  # of weight
     if COPIED:
         row_length = tl.cdiv(K, 32) * 32
-    placed = accumulator_rows(BM, WARPS) if PERMUTED else i
+    placed = accumulator_rows(BLOCK_M, WARPS) if PERMUTED else i
 
     scale2, shift2, weights = (), (), ()
     for b in tl.static_range(NB):
@@ -307,7 +309,7 @@ def pointwise_forward_kernel(
             scale2, shift2 = scale2 + (scale,), shift2 + (shift,)
         for q in tl.static_range(RESIDENT):
             w = right_operand(
-                weight, n, q * BK + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED
+                weight, n, q * BLOCK_K + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED
             )
             weights = weights + (w,)
     if tile_count is not None:
@@ -332,13 +334,13 @@ def pointwise_forward_kernel(
         count_tiles = tl.cdiv((images * tiles if PER_IMAGE else tiles) - p, P)
     if RESIDENT:
         t = tile_of(0, p, P, tiles, POOL)
-        _, _, _, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BM, PER_IMAGE)
+        _, _, _, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
         ahead = ()
         for q in tl.static_range(AHEAD):
-            ahead = ahead + (load_step(xs, q, k, K, BK, RESIDENT, EXACT_K),)
+            ahead = ahead + (load_step(xs, q, k, K, BLOCK_K, RESIDENT, EXACT_K),)
     for j in tl.range(0, count_tiles, num_stages=1):
         t = tile_of(j, p, P, tiles, POOL)
-        base, left, row, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BM, PER_IMAGE)
+        base, left, row, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
         wide = tl.cast(base, tl.int64)
         gates_at = None
         if gates is not None:
@@ -348,20 +350,20 @@ def pointwise_forward_kernel(
                 gates_at = gates + ((base + row) // rows * K)[:, None] + k[None, :]
         blocks = ()
         for b in tl.static_range(NB):
-            blocks = blocks + (zero_block(BM, BLOCKS[b]),)
+            blocks = blocks + (zero_block(BLOCK_M, BLOCKS[b]),)
         if RESIDENT:
             next_t = tile_of(tl.minimum(j + 1, count_tiles - 1), p, P, tiles, POOL)
-            _, _, _, next_xs = tile_rows(x, next_t, i, images, rows, tiles, K, k, BM, PER_IMAGE)
+            _, _, _, next_xs = tile_rows(x, next_t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
             for q in tl.static_range(RESIDENT):
                 if q + AHEAD < RESIDENT:
-                    ahead = ahead + (load_step(xs, q + AHEAD, k, K, BK, RESIDENT, EXACT_K),)
+                    ahead = ahead + (load_step(xs, q + AHEAD, k, K, BLOCK_K, RESIDENT, EXACT_K),)
                 else:
-                    ahead = ahead + (load_step(next_xs, q + AHEAD - RESIDENT, k, K, BK, RESIDENT, EXACT_K),)
+                    ahead = ahead + (load_step(next_xs, q + AHEAD - RESIDENT, k, K, BLOCK_K, RESIDENT, EXACT_K),)
                 a = left_operand(
                     ahead[0],
                     table,
                     gates_at,
-                    q * BK,
+                    q * BLOCK_K,
                     k,
                     K,
                     EXACT_K or q + 1 < RESIDENT,
@@ -377,7 +379,7 @@ def pointwise_forward_kernel(
                     summed = summed + (dot(a, weights[b * RESIDENT + q], blocks[b], PRECISION),)
                 blocks = summed
         else:
-            for start in tl.range(0, K, BK, num_stages=STAGES):
+            for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
                 a = load(xs + start, (start + k < K)[None, :], EXACT_K)
                 a = left_operand(a, table, gates_at, start, k, K, EXACT_K, dtype, ACT1, FAST, PERMUTED, WARPS)
                 summed = ()
@@ -412,13 +414,13 @@ def pointwise_forward_kernel(
                 d = by_thread(acc, WARPS)
                 if PIVOT:
                     d -= pivot[b]
-                if left < BM:
+                if left < BLOCK_M:
                     d = tl.where(valid, d, 0.0)
                 sums, squares = sums + (s1[b] + fold(d),), squares + (s2[b] + fold(d * d),)
             if given(norm2):
                 acc = normalise_activate(acc, scale2[b], shift2[b], ACT2, FAST)
             if POOL:
-                if left < BM:
+                if left < BLOCK_M:
                     acc = tl.where(ok, acc, 0.0)
                 means = means + (pooled[b] + fold(by_thread(acc, WARPS)),)
             else:
@@ -463,11 +465,11 @@ def pointwise_forward_kernel(
             counters += own * (1 + parts)
             tl.store(tile_count + p, total)
             if last_of_group(counters, p, P):
-                for start in range(n0, n0 + BN, MERGED):
+                for start in range(n0, n0 + BLOCK_N, MERGED):
                     c = start + tl.arange(0, MERGED)
                     merge_group_statistics(tile_count, tile_mean, tile_m2, p // GROUP, P, N, c, c < end)
                 if last_to_arrive(counters, parts):
-                    for start in range(n0, n0 + BN, MERGED):
+                    for start in range(n0, n0 + BLOCK_N, MERGED):
                         c = start + tl.arange(0, MERGED)
                         finish_channels(
                             tile_count + P,
@@ -541,14 +543,14 @@ def pointwise_forward(
     dtype = dtype or x.dtype
     copied = weight.dim() == 2
     cfg = pointwise_forward_config(K, O, N * H * W, H * W, dtype, prologue is not None, gates is not None, pool, copied)
-    slices = triton.cdiv(O, cfg.BN)
+    slices = triton.cdiv(O, cfg.BLOCK_N)
     per_image = pool or cfg.per_image
-    tiles = triton.cdiv(H * W if per_image else N * H * W, cfg.BM)
+    tiles = triton.cdiv(H * W if per_image else N * H * W, cfg.BLOCK_M)
     P = cfg.programs(N if pool else N * tiles if per_image else tiles, slices, x.device)
     groups = triton.cdiv(P, GROUP.value)
-    blocks = column_blocks(cfg.BN, cfg.one_block)
-    exact_n = O % cfg.BN == 0 and sum(blocks) == cfg.BN
-    steps = triton.cdiv(K, cfg.BK) if cfg.resident else 0
+    blocks = column_blocks(cfg.BLOCK_N, cfg.one_block)
+    exact_n = O % cfg.BLOCK_N == 0 and sum(blocks) == cfg.BLOCK_N
+    steps = triton.cdiv(K, cfg.BLOCK_K) if cfg.resident else 0
     y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
     table = None if prologue is None else fp32(x.device, 2, K)
     count = tile_mean = tile_m2 = mean = rstd = None
@@ -582,20 +584,20 @@ def pointwise_forward(
         P=P,
         KVEC=channel_vector_width(K),
         NVEC=channel_vector_width(O),
-        BM=cfg.BM,
-        BK=cfg.BK,
-        BN=cfg.BN,
+        BLOCK_M=cfg.BLOCK_M,
+        BLOCK_K=cfg.BLOCK_K,
+        BLOCK_N=cfg.BLOCK_N,
         BLOCKS=blocks,
         FIRST=tuple(sum(blocks[:b]) for b in range(len(blocks))),
         RESIDENT=steps,
         AHEAD=min(steps, cfg.ahead),
         STAGES=cfg.stages,
-        WARPS=min(cfg.num_warps, cfg.BM // 16),
+        WARPS=min(cfg.num_warps, cfg.BLOCK_M // 16),
         PERMUTED=cfg.fragments,
         COPIED=copied,
         X_DTYPE=x.dtype == dtype,
         PIVOT=dtype == torch.float32,
-        EXACT_K=K % cfg.BK == 0,
+        EXACT_K=K % cfg.BLOCK_K == 0,
         EXACT_N=exact_n,
         ACT1=act1,
         ACT2=act2,

@@ -110,9 +110,8 @@ def described(row: dict) -> str:
         "BLOCK_N",
         "BLOCK_K",
         "BLOCK_R",
-        "BM",
-        "BN",
-        "BK",
+        "BLOCK_E",
+        "BLOCK_I",
         "WGRAD",
     )
     constants = row["constants"]

@@ -39,11 +39,11 @@ FIELDS = {
     "elementwise": {"BLOCK_ROWS": (16, 32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
     "reduction": {"BLOCK_ROWS": (8, 16, 32, 64, 128, 256), "num_warps": (2, 4, 8)},
     "pointwise_forward": {
-        "BM": (64, 128, 256),
+        "BLOCK_M": (64, 128, 256),
         "ahead": (1, 2, 3),
         "num_warps": (4, 8),
         "stages": (2, 3, 4),
-        "waves": (1, 2, 3, 4, 5, 6),
+        "programs_per_sm": (1, 2, 3, 4, 5, 6),
     },
     "project_both": {
         "BLOCK_M": (16, 32, 64),
@@ -63,20 +63,20 @@ FIELDS = {
         "stages": (2, 3, 4),
         "programs_per_sm": (1, 2, 3, 4),
     },
-    "expand_pass": {"BM": (32, 64, 128), "stages": (1, 2, 3, 4), "per_sm": (1, 2, 3, 4, 5)},
+    "expand_pass": {"BLOCK_M": (32, 64, 128), "stages": (1, 2, 3, 4), "programs_per_sm": (1, 2, 3, 4, 5)},
     "expand_data": {
-        "BM": (64, 128),
-        "BI": (32, 64, 128, 256),
+        "BLOCK_M": (64, 128),
+        "BLOCK_I": (32, 64, 128, 256),
         "num_warps": (4, 8),
         "stages": (1, 2, 3, 4),
-        "per_sm": (1, 2, 3, 4),
+        "programs_per_sm": (1, 2, 3, 4),
     },
     "expand_weight": {
-        "BM": (32, 64, 128),
-        "BE": (64, 128, 256),
+        "BLOCK_M": (32, 64, 128),
+        "BLOCK_E": (64, 128, 256),
         "num_warps": (4, 8),
         "stages": (1, 2, 3, 4),
-        "per_sm": (1, 2, 3),
+        "programs_per_sm": (1, 2, 3),
     },
 }
 GAIN = 0.98  # a configuration is faster if it takes at most this share of the time: less is noise

@@ -28,7 +28,7 @@ SMALLER = {
     "depthwise_backward_config": {"TW": 1, "TH": 1},
     "gate_backward_config": {"BLOCK_N": 2, "BLOCK_C": 32},
     "reduction_config": {"BLOCK_ROWS": 16},
-    "pointwise_forward_config": {"BM": 16, "BLOCK_M": 16},
+    "pointwise_forward_config": {"BLOCK_M": 16},
     "stem_forward_config": {"BLOCK_M": 16},
 }
 

@@ -53,16 +53,22 @@ def large_blocks(monkeypatch):
     enlarge(depthwise, "depthwise_forward_config", strips)
     enlarge(depthwise, "depthwise_backward_config", strips)
     whole = {"one_block": True, "resident": True, "fragments": False}
-    sizes = lambda K, N, rows, *_: {"BM": _block(rows), "BN": _block(N), "BK": _block(K), **whole}  # noqa: E731
+    sizes = lambda K, N, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_N": _block(N), "BLOCK_K": _block(K), **whole}  # noqa: E731
     enlarge(pointwise_forward, "pointwise_forward_config", sizes)
     for name in ("project_both_config", "project_data_config", "project_weight_config"):
         enlarge(project_backward, name, lambda E, O, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)})
     enlarge(
-        expand_backward, "expand_matrix_config", lambda E, I, *_: {"BM": _block(E), "BI": _block(I), "BK": _block(E)}
+        expand_backward,
+        "expand_matrix_config",
+        lambda E, I, *_: {"BLOCK_M": _block(E), "BLOCK_I": _block(I), "BLOCK_K": _block(E)},
     )
-    enlarge(expand_backward, "expand_pass_config", lambda E, I, rows, *_: {"BM": _block(rows)})
-    enlarge(expand_backward, "expand_data_config", lambda E, I, rows, *_: {"BM": _block(rows), "BK": _block(E)})
-    enlarge(expand_backward, "expand_weight_config", lambda E, I, rows, *_: {"BM": _block(rows), "BE": _block(E)})
+    enlarge(expand_backward, "expand_pass_config", lambda E, I, rows, *_: {"BLOCK_M": _block(rows)})
+    enlarge(
+        expand_backward, "expand_data_config", lambda E, I, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_K": _block(E)}
+    )
+    enlarge(
+        expand_backward, "expand_weight_config", lambda E, I, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)}
+    )
     enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})

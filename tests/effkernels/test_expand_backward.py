@@ -100,7 +100,9 @@ def test_several_blocks_and_splits(device, scratch, monkeypatch):
     from effkernels.kernels import expand_backward
 
     config = expand_backward.expand_weight_config
-    monkeypatch.setattr(expand_backward, "expand_weight_config", lambda *args: replace(config(*args), BM=16, per_sm=12))
+    monkeypatch.setattr(
+        expand_backward, "expand_weight_config", lambda *args: replace(config(*args), BLOCK_M=16, programs_per_sm=12)
+    )
     tensors = case(1, 7, 9, 140, 290, torch.bfloat16, device)
     first, second = run(*tensors), run(*tensors)
     check(first, truth_and_eager(*tensors))

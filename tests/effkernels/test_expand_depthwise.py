@@ -154,7 +154,7 @@ for name, k, s, I in json.loads(sys.argv[1]):
     with record_launches() as launches:
         expand_depthwise(x, meta(96, I, 1, 1), norm, meta(96, 1, k, k), norm, s, pads, act="silu", pool=True)
     cost, c = cost_of(launches[0]), launches[0].constants
-    elements = c["S"] * c["BE"] * c["TW"] * s * s / (32 * launches[0].options["num_warps"])
+    elements = c["S"] * c["BLOCK_E"] * c["TW"] * s * s / (32 * launches[0].options["num_warps"])
     loads = sorted(cost.loop_widths("LDG"))
     rows.append((cost.spill_bytes, cost.loop_instructions / elements, sorted(cost.opcodes), loads))
 print(json.dumps(rows))

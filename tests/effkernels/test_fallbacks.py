@@ -197,7 +197,7 @@ def test_a_table_that_asks_too_much_of_an_sm86():
         key = "K=128 N=64 rows=1024 image_rows=256 dtype=bfloat16 prologue=False gated=False pool=False copied=False"
         path = tempfile.mktemp(suffix=".json")
         with open(path, "w") as file:
-            config = {"BM": 128, "BN": 64, "BK": 64, "num_warps": 4, "resident": False, "stages": 10}
+            config = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "resident": False, "stages": 10}
             rows = [{"family": family, "key": key, "config": config}]
             json.dump({"gpu": "a GPU", "capability": [8, 6], "rows": rows}, file)
         os.environ["EFFKERNELS_TABLE"] = path

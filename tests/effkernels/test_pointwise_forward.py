@@ -54,7 +54,7 @@ def run(x, weight, form="live", fields=MappingProxyType({}), **how):
 
     if form == "copy":
         (weight,) = weight_copies([(weight, "permuted")], how.get("dtype", x.dtype))
-    stays = {"BM": 64, "BK": 32, "num_warps": 4, "resident": True, "ahead": 2, "fragments": True, **fields}
+    stays = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "resident": True, "ahead": 2, "fragments": True, **fields}
     with tables.override("pointwise_forward", **(stays if form == "fragments" else fields)):
         return pointwise_forward(nhwc(x), weight, **how)
 
@@ -137,7 +137,7 @@ def test_several_slices_of_columns(form, device, scratch):
         x,
         weight,
         form,
-        {"BN": 48, "waves": 1},
+        {"BLOCK_N": 48, "programs_per_sm": 1},
         statistics=BatchStatistics(EPS, *running, tracked, 0.5),
         counters=ticket,
     )
@@ -161,7 +161,7 @@ def test_tiles_of_one_image(N, H, W, K, O, device, scratch):
     )
     gates = torch.rand(N, K, device=device)
     y, (count, mean, m2) = run(
-        a, weight, "fragments", {"per_image": True, "waves": 1}, gates=gates, partial_statistics=True
+        a, weight, "fragments", {"per_image": True, "programs_per_sm": 1}, gates=gates, partial_statistics=True
     )
     gated = (a.float() * gates[:, :, None, None]).bfloat16()
     assert count.sum() == N * H * W

@@ -174,7 +174,9 @@ def test_several_tiles_and_programs(device, scratch, monkeypatch):
     for name in ("stem_forward_config", "stem_backward_config"):
         config = getattr(stem, name)
         monkeypatch.setattr(
-            stem, name, lambda *args, config=config: replace(config(*args), BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, waves=9)
+            stem,
+            name,
+            lambda *args, config=config: replace(config(*args), BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, programs_per_sm=9),
         )
     case = (2, "symmetric", 2, 13, 15, 3, 20, guarded, torch.float32, torch.float32)
     check_forward(0, *case, device)

@@ -107,8 +107,8 @@ def test_two_processes_are_one(dtype, tmp_path, device):
             constant = result.pop(f"d {norm}.bias").double().norm()
             rounding = constant / result[f"d {norm}.weight"].double().norm()
             assert rounding < 8 * torch.finfo(dtype).eps, (norm, rounding)
-    # Gradients of two processes may cancel, by a factor of 8 those of blocks.1.1.bn1.bias: their rounding is then as much
-    # larger beside the sum than that of one process, which adds the same pixels in another order.
+    # Gradients of two processes may cancel, by a factor of 8 those of blocks.1.1.bn1.bias: their rounding is then as
+    # much larger beside the sum than that of one process, which adds the same pixels in another order.
     for name, factor in cancelled.items():
         if name in fused and factor > 2:
             error, plain = (relative_error(result.pop(name), truth[name]) for result in (fused, eager))

@@ -145,7 +145,7 @@ def test_tables_in_git_can_be_read():
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    BM: int = 16
+    BLOCK_M: int = 16
     warps: int = 4
     rest: int = 0
 
@@ -154,7 +154,7 @@ class Toy:
 def toy(monkeypatch):
     """A family "toy" whose launcher takes a while that a formula of its configuration tells; ``measured`` lists those
     timed."""
-    monkeypatch.setitem(tune.FIELDS, "toy", {"BM": (16, 32, 64, 128), "warps": (2, 4, 8)})
+    monkeypatch.setitem(tune.FIELDS, "toy", {"BLOCK_M": (16, 32, 64, 128), "warps": (2, 4, 8)})
 
     def toy_config(C, dtype):
         return Toy()
@@ -163,7 +163,7 @@ def toy(monkeypatch):
 
     class Launcher:
         measured: list = []
-        time = staticmethod(lambda config: 100.0 - config.BM / 2 + abs(config.warps - 8))
+        time = staticmethod(lambda config: 100.0 - config.BLOCK_M / 2 + abs(config.warps - 8))
         result = staticmethod(lambda config: 1.0)
 
         def workload(self, C):
@@ -195,30 +195,30 @@ def test_climbs_to_the_fastest(toy, tmp_path):
     assert run(toy, tmp_path / "t.json", 40, 100) == 2
     rows = tables.read(tmp_path / "t.json")["rows"]
     assert [(r["key"], r["config"]) for r in rows] == [
-        ("C=128 dtype=bfloat16", {"BM": 128, "warps": 8}),
-        ("C=64 dtype=bfloat16", {"BM": 128, "warps": 8}),
+        ("C=128 dtype=bfloat16", {"BLOCK_M": 128, "warps": 8}),
+        ("C=64 dtype=bfloat16", {"BLOCK_M": 128, "warps": 8}),
     ]
     assert rows[0]["rule_us"] == 96.0 and rows[0]["us"] == 36.0
     assert len(toy.measured) == len(set(toy.measured)) * 2, "each configuration once a shape"
 
 
 def test_noise_is_no_gain(toy, tmp_path):
-    toy.time = lambda config: 100.0 - 0.01 * config.BM
+    toy.time = lambda config: 100.0 - 0.01 * config.BLOCK_M
     run(toy, tmp_path / "t.json", 40)
     assert tables.read(tmp_path / "t.json")["rows"][0]["config"] == {}
-    assert len(toy.measured) == 4  # the rule's, and BM 32, warps 2 and 8
+    assert len(toy.measured) == 4  # the rule's, and BLOCK_M 32, warps 2 and 8
 
 
 def test_wrong_or_impossible_configurations_are_passed_over(toy, tmp_path):
     def result(config):
         if config.warps == 8:
             raise RuntimeError("out of registers")
-        return float("nan") if config.BM == 128 else 1.1 if config.BM == 64 else 1.0
+        return float("nan") if config.BLOCK_M == 128 else 1.1 if config.BLOCK_M == 64 else 1.0
 
     toy.result, said = result, []
     run(toy, tmp_path / "t.json", 40, report=said.append)
-    assert tables.read(tmp_path / "t.json")["rows"][0]["config"] == {"BM": 32}
-    assert {(c.BM, c.warps) for c in toy.measured} == {(16, 4), (16, 2), (32, 4), (32, 2)}
+    assert tables.read(tmp_path / "t.json")["rows"][0]["config"] == {"BLOCK_M": 32}
+    assert {(c.BLOCK_M, c.warps) for c in toy.measured} == {(16, 4), (16, 2), (32, 4), (32, 2)}
     assert any("out of registers" in line or "RuntimeError" in line for line in said)
 
 

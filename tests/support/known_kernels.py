@@ -8,47 +8,51 @@ from effkernels.tools.launches import record_launches
 
 
 @triton.jit
-def product(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+def product(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """c [M, N] = a [M, K] b [K, N]; blocks in groups of GROUP rows, so that b stays in L2."""
     pid = tl.program_id(0)
-    blocks_n = tl.cdiv(N, BN)
+    blocks_n = tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP * blocks_n)
-    height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
     block_m = group * GROUP + pid % (GROUP * blocks_n) % height
     block_n = pid % (GROUP * blocks_n) // height
-    m, n, k = block_m * BM + tl.arange(0, BM), block_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m, n, k = (
+        block_m * BLOCK_M + tl.arange(0, BLOCK_M),
+        block_n * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_K),
+    )
     left, right = a + (m % M)[:, None] * K + k[None, :], b + k[:, None] * N + (n % N)[None, :]
-    acc = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, K, BK):
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
         acc = tl.dot(
             tl.load(left, mask=k[None, :] < K - start, other=0.0),
             tl.load(right, mask=k[:, None] < K - start, other=0.0),
             acc,
         )
-        left += BK
-        right += BK * N
+        left += BLOCK_K
+        right += BLOCK_K * N
     tl.store(c + m[:, None] * N + n[None, :], acc.to(tl.bfloat16), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def attention(q, k, v, out, scale, N, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+def attention(q, k, v, out, scale, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr):
     """out = softmax(q k^T) v of one head a program row, online softmax in base 2."""
     head = tl.program_id(1).to(tl.int64) * N * D
-    m, d, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
+    m, d, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D), tl.arange(0, BLOCK_N)
     query = tl.load(q + head + m[:, None] * D + d[None, :])
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.full([BM], 1.0, tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
     keys, values = k + head + d[:, None] + n[None, :] * D, v + head + n[:, None] * D + d[None, :]
-    for _ in range(0, N, BN):
+    for _ in range(0, N, BLOCK_N):
         scores = tl.dot(query, tl.load(keys))
         now = tl.maximum(top, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - now[:, None])
         fade = tl.exp2(top - now)
         acc = tl.dot(weights.to(tl.bfloat16), tl.load(values), acc * fade[:, None])
         total, top = total * fade + tl.sum(weights, 1), now
-        keys += BN * D
-        values += BN * D
+        keys += BLOCK_N * D
+        values += BLOCK_N * D
     tl.store(out + head + m[:, None] * D + d[None, :], (acc / total[:, None]).to(tl.bfloat16))
 
 
@@ -82,19 +86,19 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def product_launch(size=8192, BM=128, BN=256, BK=64, num_warps=8, num_stages=3):
+def product_launch(size=8192, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3):
     """(launch, operations)."""
     a, b, c = meta(size, size), meta(size, size), meta(size, size)
-    grid = (triton.cdiv(size, BM) * triton.cdiv(size, BN),)
-    how = dict(BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=num_warps, num_stages=num_stages)
+    grid = (triton.cdiv(size, BLOCK_M) * triton.cdiv(size, BLOCK_N),)
+    how = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=8, num_warps=num_warps, num_stages=num_stages)
     return recorded(product, grid, a, b, c, size, size, size, **how), 2 * size**3
 
 
-def attention_launch(D, BN, num_warps, heads=128, N=4096, BM=128):
+def attention_launch(D, BLOCK_N, num_warps, heads=128, N=4096, BLOCK_M=128):
     """(launch, operations)."""
     q, k, v, out = (meta(heads, N, D) for _ in range(4))
-    how = dict(BM=BM, BN=BN, D=D, num_warps=num_warps, num_stages=3)
-    return recorded(attention, (N // BM, heads), q, k, v, out, 1.0, N, **how), 4 * heads * N * N * D
+    how = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, D=D, num_warps=num_warps, num_stages=3)
+    return recorded(attention, (N // BLOCK_M, heads), q, k, v, out, 1.0, N, **how), 4 * heads * N * N * D
 
 
 def copy_launch(elements=1 << 28, BLOCK=2048):

@@ -53,7 +53,7 @@ def known(slow: bool) -> dict:
     cases |= {"attention 64": known_kernels.attention_launch(64, 64, 4)}
     if slow:
         cases |= {"attention 128": known_kernels.attention_launch(128, 128, 8)}
-        cases |= {"product small tile": known_kernels.product_launch(BM=64, BN=64, BK=64, num_warps=4)}
+        cases |= {"product small tile": known_kernels.product_launch(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4)}
         cases |= {"product few warps": known_kernels.product_launch(num_warps=4)}
     for name, (launch, work) in cases.items():
         found[name] = _row(launches.predict(launch, "h100"), work)
