@@ -49,9 +49,9 @@ COUNTED = {"8 to 8, 5x5, stride 1": (8, 8, 5, 1)}  # small: the interpreter is s
 
 
 def _summary(launches, operators, images: int) -> dict:
-    moved = sum(launch.activation_bytes() for launch in launches) + sum(size for _, size in operators)
+    moved = sum(launch.activation_bytes() for launch in launches) + sum(operator.moved for operator in operators)
     names = Counter(launch.name for launch in launches) + Counter(
-        f"aten::{name.split('::')[-1]}" for name, _ in operators
+        f"aten::{operator.name.split('::')[-1]}" for operator in operators
     )
     return {
         "launches": len(launches) + len(operators),

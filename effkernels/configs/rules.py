@@ -159,11 +159,12 @@ def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> Dep
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Elementwise and reduction kernels: blocks of BLOCK_ROWS pixels times BLOCK_C channels."""
+    """Elementwise and reduction kernels: blocks of BLOCK_ROWS pixels times BLOCK_C channels, ``steps`` at a time."""
 
     BLOCK_ROWS: int
     BLOCK_C: int
     num_warps: int = 4
+    steps: int = 1
 
     def split(self, rows: int, others: int, device: torch.device) -> tuple[int, int]:
         """(rows per program, programs) so that ``others`` times the programs fill the device about four times over."""
@@ -197,6 +198,13 @@ def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
     """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
     BLOCK_C = _channel_block(C, 64)
     return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C)
+
+
+@tuned
+def gradient_sums_config(C: int, dtype: torch.dtype) -> RowsConfig:
+    """One warp, each lane with a 16-byte vector of channels, so that up to five sums take 40 registers."""
+    BLOCK_C = _channel_block(C, 128)
+    return RowsConfig(BLOCK_ROWS=512 // dtype.itemsize // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=1, steps=4)
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
@@ -316,15 +324,12 @@ def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, poo
 class ProjectBackwardConfig:
     """Tiles of BLOCK_M rows, BLOCK_E channels of E, BLOCK_O output channels.
 
-    pieces: blocks of the weight, BLOCK_E x BLOCK_O each, that a program keeps all along (0: none).
-
     stages: tiles in flight or in use. programs_per_sm: resident at once, by their registers (sm_90).
     """
 
     BLOCK_M: int
     BLOCK_E: int
     BLOCK_O: int
-    pieces: int = 1
     num_warps: int = 4
     stages: int = 3
     programs_per_sm: int = 4
@@ -350,7 +355,8 @@ class ProjectBackwardConfig:
 
 
 def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
-    """Whether one kernel makes both gradients of the project convolution.
+    """Whether one kernel makes both gradients of the project convolution, and not PyTorch's products with a pass
+    between them.
 
     It does where their accumulators fit a thread's registers beside five sums. fp32 products without tensor cores do
     not, nor does GELU (300 bytes spilled).
@@ -371,40 +377,6 @@ def project_both_config(E, O, rows, dtype) -> ProjectBackwardConfig:
     return ProjectBackwardConfig(
         BLOCK_M=32, BLOCK_E=32, BLOCK_O=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=8
     )
-
-
-@tuned
-def project_data_config(E, O, rows, dtype, act) -> ProjectBackwardConfig:
-    """The weight of 64 channels stays in shared memory.
-
-    Up to 128 outputs that leaves room for four programs an SM, if 120 registers suffice: SiLU by tanh, 16 rows. (32
-    rows take 176 registers for 12 % fewer instructions.) fp32 products run without tensor cores; its weight is loaded
-    tile by tile.
-    """
-    if dtype.itemsize == 4:
-        return ProjectBackwardConfig(
-            BLOCK_M=16, BLOCK_E=64, BLOCK_O=32, pieces=0, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255
-        )
-    outputs = _power_of_two(O, 16, 128) if O <= 128 else 64
-    cfg = ProjectBackwardConfig(
-        BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, pieces=-(-O // outputs), stages=2, programs_per_sm=2
-    )
-    if dtype == torch.bfloat16 and act == "silu" and O <= 128:
-        return replace(cfg, programs_per_sm=4, maxnreg=120)
-    return cfg
-
-
-@tuned
-def project_weight_config(E, O, rows, dtype) -> ProjectBackwardConfig:
-    """As many outputs a program as its registers hold, so that few blocks of outputs activate y2 again."""
-    if dtype.itemsize == 4:
-        outputs = _power_of_two(O, 16, 64)
-        return ProjectBackwardConfig(
-            BLOCK_M=16, BLOCK_E=64, BLOCK_O=outputs, num_warps=8, stages=2, programs_per_sm=1, maxnreg=255
-        )
-    wide = 128 < O <= 256
-    outputs = 256 if wide else _power_of_two(O, 16, 128)
-    return ProjectBackwardConfig(BLOCK_M=32, BLOCK_E=64, BLOCK_O=outputs, programs_per_sm=2 if wide else 3)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Activations and the gate functions of squeeze-excite, their derivatives, and drop-path's factor.
+"""Activations and the gate functions of squeeze-excite, their derivatives, also of a BatchNorm's output; drop-path's
+factor.
 
 Every activation maps 0 to 0. The kernels rely on it: what lies outside of an image is loaded as 0 and stays 0 through
 the activation. FAST (bf16 only) allows ``tanh.approx``, one operation of the special-function unit, good to 2^-11.
@@ -6,6 +7,8 @@ the activation. FAST (bf16 only) allows ``tanh.approx``, one operation of the sp
 
 import triton
 import triton.language as tl
+
+from effkernels.kernels.norm import scale_and_shift
 
 
 @triton.jit
@@ -91,3 +94,39 @@ def branch_factor(draw, keep):
     """The factor that drop-path gives a branch: 1 / keep where ``draw`` lies below ``keep``, else 0; a negative
     ``keep`` says that ``draw`` is the factor."""
     return tl.where(keep > 0.0, tl.where(draw < keep, 1.0 / keep, 0.0), draw)
+
+
+@triton.jit
+def activation_row(norm, c, mask, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(scale, shift) [1, BLOCK_C] for ``normalise_activate``."""
+    scale, shift = scale_and_shift(norm, c, mask)
+    if FAST and ACT == "silu":
+        return 0.5 * scale, 0.5 * shift
+    else:
+        return scale, shift
+
+
+@triton.jit
+def normalise_activate(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
+    """phi(BN(x)); silu(2h) = h + h tanh(h) takes h from halved coefficients, one multiplication less."""
+    if FAST and ACT == "silu":
+        h = x * scale + shift
+        return h * fast_tanh(h) + h
+    else:
+        return activate(x * scale + shift, ACT, FAST)
+
+
+@triton.jit
+def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
+    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled:
+    callers halve a factor that stays the same along the rows.
+
+    With z = 2h and t = tanh(h): silu = h + h t and 2 silu' = (1 + t) (1 + h - h t).
+    """
+    if FAST and ACT == "silu":
+        h = x * scale + shift
+        t = fast_tanh(h)
+        up = t + 1.0
+        return h * t + h, up * (h - h * t) + up
+    else:
+        return activate_and_grad(x * scale + shift, ACT, FAST)

@@ -19,8 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import elementwise_config, reduction_config
-from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
+from effkernels.configs.rules import elementwise_config, gradient_sums_config, reduction_config
+from effkernels.kernels.activation import (
+    activate,
+    activate_and_grad,
+    activation_row,
+    branch_factor,
+    normalise_activate_and_grad,
+)
 from effkernels.kernels.common import (
     cast,
     channel_vector_width,
@@ -267,8 +273,10 @@ def apply_kernel(
 def gradient_sums_kernel(
     dq,
     y,
+    q,
     sums,
     norm,
+    gates,
     branch_scale,
     rows,
     CV,
@@ -276,6 +284,7 @@ def gradient_sums_kernel(
     parts,
     CVEC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACT: tl.constexpr,
     FOR_GATE: tl.constexpr,
@@ -283,7 +292,11 @@ def gradient_sums_kernel(
 ):
     """Store the sums of one part of one image's pixels, for each channel, in sums [N, parts, 2 or 5, C].
 
-    They are sum dz and sum dz * yhat; with FOR_GATE also sum dq * phi(z), sum phi'(z) and sum phi'(z) * yhat.
+    They are sum dz and sum dz * yhat; with FOR_GATE also sum dq * phi(z), sum phi'(z) and sum phi'(z) * yhat. And with
+    q, store q = phi(z) * gates.
+
+    One warp, whose lanes together hold BLOCK_ROWS rows of BLOCK_C channels: a lane adds its own rows, and lanes meet
+    once at the end. STEPS such blocks of each tensor are on their way at a time.
     """
     C = CV * CVEC
     NUM: tl.constexpr = 5 if FOR_GATE else 2
@@ -295,43 +308,60 @@ def gradient_sums_kernel(
     last = tl.minimum(first + rows_per_program, rows)
     r = tl.arange(0, BLOCK_ROWS)
     if given(norm):
-        mean, rstd, scale, shift = coefficients(norm, c, mc)
-        mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
+        mean = load_vector(norm.mean, c, mc)[None, :]
+        scale, shift = activation_row(norm, c, mc, ACT, FAST)
+    if q is not None:
+        gate = 1.0
+        if gates is not None:
+            gate = load_vector(gates + n * C, c, mc)[None, :]
     s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     s3 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     if FOR_GATE:
         s_gate = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
         s2 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
         s4 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
-    for start in range(first, last, BLOCK_ROWS):
-        ok = (start + r < last)[:, None] & mc[None, :]
-        offset = n * rows * C + (start + r)[:, None] * C + c[None, :]
-        g = tl.load(dq + offset, mask=ok, other=0.0).to(tl.float32)
-        v = tl.load(y + offset, mask=ok, other=0.0).to(tl.float32)
-        if given(norm):
-            phi, dphi = activate_and_grad(v * scale + shift, ACT, FAST)
-            centred = v - mean
-            s1 += g * dphi
-            s3 += g * dphi * centred
-            if FOR_GATE:
-                dphi = tl.where(ok, dphi, 0.0)
-                s2 += dphi
-                s4 += dphi * centred
-                s_gate += g * phi
-        elif FOR_GATE:
-            s_gate += g * v
+    for start in range(first, last, STEPS * BLOCK_ROWS):
+        loaded_g, loaded_v = (), ()
+        for k in tl.static_range(STEPS):
+            row = start + k * BLOCK_ROWS + r
+            ok = (row < last)[:, None] & mc[None, :]
+            offset = n * rows * C + (row[:, None] * C + c[None, :])
+            loaded_g = loaded_g + (tl.load(dq + offset, mask=ok, other=0.0),)
+            loaded_v = loaded_v + (tl.load(y + offset, mask=ok, other=0.0),)
+        for k in tl.static_range(STEPS):
+            row = start + k * BLOCK_ROWS + r
+            ok = (row < last)[:, None] & mc[None, :]
+            g, v = loaded_g[k].to(tl.float32), loaded_v[k].to(tl.float32)
+            if given(norm):
+                phi, dphi = normalise_activate_and_grad(v, scale, shift, ACT, FAST)
+                centred = v - mean
+                slope = g * dphi
+                s1 += slope
+                s3 += slope * centred
+                if FOR_GATE:
+                    dphi = tl.where(ok, dphi, 0.0)
+                    s2 += dphi
+                    s4 += dphi * centred
+                    s_gate += g * phi
+                if q is not None:
+                    offset = n * rows * C + (row[:, None] * C + c[None, :])
+                    tl.store(q + offset, cast(phi * gate, q.dtype.element_ty), mask=ok)
+            elif FOR_GATE:
+                s_gate += g * v
     factor = 1.0
     if branch_scale is not None:
         factor = tl.load(branch_scale + n)
     out = sums + group.to(tl.int64) * NUM * C + c
     if given(norm):
-        tl.store(out, tl.sum(s1, 0) * factor, mask=mc)
-        tl.store(out + C, tl.sum(s3, 0) * rstd * factor, mask=mc)
+        rstd = load_rstd(norm, c, mc)
+        undoubled: tl.constexpr = 0.5 if FAST and ACT == "silu" else 1.0  # see normalise_activate_and_grad
+        tl.store(out, tl.sum(s1, 0) * (factor * undoubled), mask=mc)
+        tl.store(out + C, tl.sum(s3, 0) * (rstd * factor * undoubled), mask=mc)
     if FOR_GATE:
         tl.store(out + 2 * C, tl.sum(s_gate, 0), mask=mc)
         if given(norm):
-            tl.store(out + 3 * C, tl.sum(s2, 0), mask=mc)
-            tl.store(out + 4 * C, tl.sum(s4, 0) * rstd, mask=mc)
+            tl.store(out + 3 * C, tl.sum(s2, 0) * undoubled, mask=mc)
+            tl.store(out + 4 * C, tl.sum(s4, 0) * (rstd * undoubled), mask=mc)
 
 
 @triton.jit
@@ -649,27 +679,33 @@ def gradient_sums(
     norm: BatchNorm | None,
     *,
     act: str = "identity",
+    gates: torch.Tensor | None = None,
     branch_scale: torch.Tensor | None = None,
     for_gate: bool = False,
-) -> torch.Tensor:
-    """Return the partial sums fp32 [N, parts, 2, C] that BatchNorm's backward is made of: rows sum dz and sum dz *
-    yhat.
+    activated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (sums, q). The partial sums fp32 [N, parts, 2, C] are what BatchNorm's backward is made of: rows sum dz
+    and sum dz * yhat.
 
     Args:
         dq, y: [N, H, W, C]. norm: with rstd; None only with ``for_gate``, whose one row without a BatchNorm is row 2.
         branch_scale: fp32 [N], multiplies an image's gradient.
         for_gate: return [N, parts, 5, C], with the rows sum dq * phi(z), sum phi'(z) and sum phi'(z) * yhat too.
+        activated: make q = phi(z) * gates too, in y's dtype; it is None otherwise. gates: fp32 [N, C] or None.
     """
     N, H, W, C = y.shape
-    cfg = reduction_config(C, y.dtype)
+    cfg = gradient_sums_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BLOCK_C)
     rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, 5 if for_gate else 2, C)
+    q = torch.empty_like(y) if activated else None
     gradient_sums_kernel[(blocks_c * N * parts,)](
         dq=dq,
         y=y,
+        q=q,
         sums=sums,
         norm=norm,
+        gates=gates if activated else None,
         branch_scale=branch_scale,
         rows=H * W,
         CV=C // channel_vector_width(C),
@@ -677,13 +713,14 @@ def gradient_sums(
         parts=parts,
         CVEC=channel_vector_width(C),
         BLOCK_ROWS=cfg.BLOCK_ROWS,
+        STEPS=cfg.steps,
         BLOCK_C=cfg.BLOCK_C,
         ACT=act,
         FOR_GATE=for_gate,
         FAST=fast_math(y.dtype),
         num_warps=cfg.num_warps,
     )
-    return sums
+    return sums, q
 
 
 @launcher

@@ -180,6 +180,18 @@ def channel_vector_width(channels: int, itemsize: int = 2) -> int:
     return math.gcd(channels, 16 // itemsize)
 
 
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = a b by PyTorch's own product (cuBLAS on NVIDIA's GPUs), of a and b in one dtype; out in that, or in fp32.
+
+    With ``out`` given, since autocast leaves those products as they are.
+    """
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":  # PyTorch has no such product on CPUs
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def fast_math(dtype: torch.dtype) -> bool:
     """Whether tanh.approx is accurate enough for ``dtype``, and can run: the interpreter has no inline PTX."""
     return dtype is torch.bfloat16 and not INTERPRET

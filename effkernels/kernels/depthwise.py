@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import depthwise_backward_config, depthwise_forward_config
-from effkernels.kernels.activation import activate, activate_and_grad, fast_tanh
+from effkernels.kernels.activation import activation_row, normalise_activate, normalise_activate_and_grad
 from effkernels.kernels.batchnorm import BatchTerms, finish_gradients, finish_statistics, statistics_arguments
 from effkernels.kernels.common import (
     cast,
@@ -72,42 +72,6 @@ def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr):
     for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
         blocks = blocks + (tl.zeros([S, BLOCK_C], tl.float32),)
     return blocks
-
-
-@triton.jit
-def activation_row(norm, c, mask, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(scale, shift) [1, BLOCK_C] for ``normalise_activate``."""
-    scale, shift = scale_and_shift(norm, c, mask)
-    if FAST and ACT == "silu":
-        return 0.5 * scale, 0.5 * shift
-    else:
-        return scale, shift
-
-
-@triton.jit
-def normalise_activate(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
-    """phi(BN(x)); silu(2h) = h + h tanh(h) takes h from halved coefficients, one multiplication less."""
-    if FAST and ACT == "silu":
-        h = x * scale + shift
-        return h * fast_tanh(h) + h
-    else:
-        return activate(x * scale + shift, ACT, FAST)
-
-
-@triton.jit
-def normalise_activate_and_grad(x, scale, shift, ACT: tl.constexpr, FAST: tl.constexpr):
-    """(phi(z), phi'(z)) of z = BN(x), coefficients from ``activation_row``; the fast SiLU's derivative is doubled:
-    callers halve a factor that stays the same along the rows.
-
-    With z = 2h and t = tanh(h): silu = h + h t and 2 silu' = (1 + t) (1 + h - h t).
-    """
-    if FAST and ACT == "silu":
-        h = x * scale + shift
-        t = fast_tanh(h)
-        up = t + 1.0
-        return h * t + h, up * (h - h * t) + up
-    else:
-        return activate_and_grad(x * scale + shift, ACT, FAST)
 
 
 @triton.jit

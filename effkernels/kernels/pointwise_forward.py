@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import pointwise_forward_config
+from effkernels.kernels.activation import activation_row, normalise_activate
 from effkernels.kernels.batchnorm import finish_channels, statistics_arguments
 from effkernels.kernels.common import (
     cast,
@@ -56,13 +57,7 @@ from effkernels.kernels.common import (
     matmul_precision,
     sized_jit,
 )
-from effkernels.kernels.depthwise import (
-    GROUP,
-    activation_row,
-    last_of_group,
-    merge_group_statistics,
-    normalise_activate,
-)
+from effkernels.kernels.depthwise import GROUP, last_of_group, merge_group_statistics
 from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 

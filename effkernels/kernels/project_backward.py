@@ -22,26 +22,27 @@ BLOCK_M] and dw^T = q^T dy [E, O], because a thread of the tensor cores then hol
 dy is materialised by a launch of its own: that moves 3 M O elements, where O is 2 to 16 times smaller than E, and
 spares every block of channels E forming it again. Then, as ``configs.rules.project_backward_is_fused`` says,
 
-    O <= 24, 16-bit   one kernel of one-warp programs for both gradients
-    else              data gradient with the sums | weight gradient; y2 is read twice, but each keeps an SM full
+    O <= 24, 16-bit   one kernel of one-warp programs for both gradients and the sums
+    else              PyTorch's product for dq | ``gradient_sums`` of dq and y2, which stores q as it goes | PyTorch's
+                      product for dw
 
-Weight gradients are fp32 partials, one a split of the rows, which ``weight_gradients`` adds in order; nothing is added
-by atomics. The sums of phi' and phi' yhat2 need no dq and could be made where the forward pools: that would take five
-more instructions an element there and save two here.
+The second form moves five tensors of M E elements where the first moves two. But a product of cuBLAS and a pass over
+its result each run at their bytes, while one kernel that does all of it is bound by its instructions and its registers
+as soon as the weight gradient no longer fits a thread's: at 14 x 14 pixels, O = 112 and E = 672, kernels for dq with
+the sums and for dw, each at its best, were predicted to take 134 us, and this 87.
+
+Weight gradients are fp32, of the first form one partial a split of the rows, which ``weight_gradients`` adds in order;
+nothing is added by atomics. The sums of phi' and phi' yhat2 need no dq and could be made where the forward pools: that
+would take five more instructions an element there and save two here.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import (
-    project_backward_is_fused,
-    project_both_config,
-    project_data_config,
-    project_dy_config,
-    project_weight_config,
-)
-from effkernels.kernels.activation import activate, activate_and_grad, branch_factor
+from effkernels.configs.rules import project_backward_is_fused, project_both_config, project_dy_config
+from effkernels.kernels.activation import activate_and_grad, branch_factor
+from effkernels.kernels.batchnorm import apply, gradient_sums
 from effkernels.kernels.common import (
     cast,
     channel_vector_width,
@@ -51,6 +52,7 @@ from effkernels.kernels.common import (
     launcher,
     load_tile,
     matmul_precision,
+    product,
     sized_jit,
 )
 from effkernels.kernels.norm import load_rstd, load_vector
@@ -126,15 +128,6 @@ def phi_and_slope(z, beside, ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.c
 
 
 @triton.jit
-def phi_alone(z, ACT: tl.constexpr, FAST: tl.constexpr, HALVED: tl.constexpr):
-    if HALVED:
-        t = half_tanh(z, z)
-        return z * t + z
-    else:
-        return activate(z, ACT, FAST)
-
-
-@triton.jit
 def store_sums(out, e, E, mask, s1, s3, s5, s2, s4, HALVED: tl.constexpr, GATED: tl.constexpr):
     """Rows of sums [2 or 5, E] at channels e; slopes are doubled if HALVED."""
     half: tl.constexpr = 0.5 if HALVED else 1.0
@@ -147,173 +140,10 @@ def store_sums(out, e, E, mask, s1, s3, s5, s2, s4, HALVED: tl.constexpr, GATED:
 
 
 @triton.jit
-def add_rows(total, x, ones, dtype: tl.constexpr):
-    """total [BLOCK_E, 8] plus the sum of x [BLOCK_E, BLOCK_M] over its rows, in every column.
-
-    In bf16 a product with a matrix of ones, for which x lies right as it is: half an instruction a value, where adding
-    takes one and half of another to pass sums between lanes. Rounding each value of many leaves less error than
-    rounding their sum. fp16 would overflow.
-    """
-    if dtype == tl.bfloat16:
-        return dot(cast(x, dtype), ones, total, "ieee")
-    else:
-        return total + tl.sum(x, 1)[:, None]
-
-
-@triton.jit
-def one_column(total):
-    """[BLOCK_E] of total [BLOCK_E, 8], whose columns are equal."""
-    return tl.sum(total, 1) * 0.125
-
-
-@triton.jit
 def load_weight(w, e, o, O, E, me, dtype: tl.constexpr):
     """w [O, E] as the left operand [BLOCK_E, BLOCK_K], rounded to the compute dtype."""
     v = tl.load(w + o[None, :] * E + e[:, None], mask=me[:, None] & (o < O)[None, :], other=0.0)
     return v if v.dtype == dtype else cast(v.to(tl.float32), dtype)
-
-
-@sized_jit
-def project_data_kernel(
-    dy,
-    w,
-    y2,
-    dq,
-    sums,
-    norm2,
-    images,
-    rows,
-    OV,
-    EV,
-    tiles,
-    parts,
-    tiles_per_part,
-    programs,
-    OVEC: tl.constexpr,
-    EVEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    HALVED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dq of BLOCK_E channels, and the sums, in every ``programs``-th part of an image.
-
-    PIECES of BLOCK_K output channels stay in shared memory (or registers) all along; 0: the weight is loaded tile by
-    tile.
-    """
-    O = OV * OVEC
-    E = EV * EVEC
-    dtype: tl.constexpr = y2.dtype.element_ty
-    blocks_e = tl.cdiv(E, BLOCK_E)
-    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    me = e < E
-    i = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    rstd, offset, gamma, beta = activation_coefficients(norm2, e, me, HALVED)
-    ones = tl.full([BLOCK_M, 8], 1.0, tl.float32).to(dtype)
-    weight = ()
-    for j in tl.static_range(PIECES):
-        weight = weight + (load_weight(w, e, j * BLOCK_K + k, O, E, me, dtype),)
-    for g in range(tl.program_id(0) // blocks_e, images * parts, programs):
-        image = (g // parts).to(tl.int64)
-        s1 = tl.zeros([BLOCK_E, 8], tl.float32)
-        s3 = tl.zeros([BLOCK_E, 8], tl.float32)
-        s5 = tl.zeros([BLOCK_E, 8], tl.float32)
-        s2 = tl.zeros([BLOCK_E, 8], tl.float32)
-        s4 = tl.zeros([BLOCK_E, 8], tl.float32)
-        first = g % parts * tiles_per_part
-        last = tl.minimum(first + tiles_per_part, tiles)
-        for t in tl.range(first, last, num_stages=STAGES if PIECES > 0 else 1):
-            row0 = t * BLOCK_M
-            ok = row0 + i < rows
-            base = image * rows + row0
-            v = tl.trans(load_tile(y2 + base * E, i, e, E, ok, me)).to(tl.float32)
-            acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
-            if PIECES > 0:
-                for j in tl.static_range(PIECES):
-                    o = j * BLOCK_K + k
-                    acc = dot(weight[j], tl.trans(load_tile(dy + base * O, i, o, O, ok, o < O)), acc, PRECISION)
-            else:
-                for start in tl.range(0, O, BLOCK_K, num_stages=STAGES):
-                    o = start + k
-                    left = load_weight(w, e, o, O, E, me, dtype)
-                    acc = dot(left, tl.trans(load_tile(dy + base * O, i, o, O, ok, o < O)), acc, PRECISION)
-            if dq is not None:
-                out = dq + base * E + i[:, None] * E + e[None, :]
-                tl.store(out, tl.trans(cast(acc, dtype)), mask=ok[:, None] & me[None, :])
-            v = v * rstd[:, None] + offset[:, None]
-            phi, dphi = phi_and_slope(v * gamma[:, None] + beta[:, None], acc, ACT, FAST, HALVED)
-            if GATED:
-                dphi = tl.where(ok[None, :], dphi, 0.0)
-                s2 = add_rows(s2, dphi, ones, dtype)
-                s4 = add_rows(s4, dphi * v, ones, dtype)
-                s5 = add_rows(s5, acc * phi, ones, dtype)
-            slope = acc * dphi  # 0 in rows past the image, as dy is
-            s1 = add_rows(s1, slope, ones, dtype)
-            s3 = add_rows(s3, slope * v, ones, dtype)
-        row = sums + (image * parts + g % parts) * (5 if GATED else 2) * E
-        store_sums(
-            row, e, E, me, one_column(s1), one_column(s3), one_column(s5), one_column(s2), one_column(s4), HALVED, GATED
-        )
-
-
-@sized_jit
-def project_weight_kernel(
-    dy,
-    y2,
-    partials,
-    norm2,
-    gates,
-    images,
-    rows,
-    OV,
-    EV,
-    tiles,
-    splits,
-    OVEC: tl.constexpr,
-    EVEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    HALVED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """partials[split] of BLOCK_E x BLOCK_O, over every ``splits``-th tile of all images."""
-    O = OV * OVEC
-    E = EV * EVEC
-    dtype: tl.constexpr = y2.dtype.element_ty
-    blocks_e = tl.cdiv(E, BLOCK_E)
-    blocks_o = tl.cdiv(O, BLOCK_O)
-    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    o = tl.program_id(0) // blocks_e % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    split = tl.program_id(0) // blocks_e // blocks_o
-    me, mo = e < E, o < O
-    i = tl.arange(0, BLOCK_M)
-    rstd, offset, gamma, beta = activation_coefficients(norm2, e, me, HALVED)
-    dw = tl.zeros([BLOCK_E, BLOCK_O], tl.float32)
-    for t in tl.range(split, images * tiles, splits, num_stages=STAGES):
-        image = (t // tiles).to(tl.int64)
-        row0 = t % tiles * BLOCK_M
-        ok = row0 + i < rows
-        base = image * rows + row0
-        v = tl.trans(load_tile(y2 + base * E, i, e, E, ok, me)).to(tl.float32)
-        right = load_tile(dy + base * O, i, o, O, ok, mo)
-        v = v * rstd[:, None] + offset[:, None]
-        q = phi_alone(v * gamma[:, None] + beta[:, None], ACT, FAST, HALVED)
-        if gates is not None:
-            q *= load_vector(gates + image * E, e, me)[:, None]
-        dw = dot(cast(q, dtype), right, dw, PRECISION)
-    out = partials + split.to(tl.int64) * O * E + o[None, :] * E + e[:, None]
-    tl.store(out, dw, mask=me[:, None] & mo[None, :])
 
 
 @triton.jit
@@ -497,86 +327,6 @@ def project_dy(dout, y3, norm3, terms3, *, branch_draws=None, keep=-1.0, dtype):
 
 
 @launcher
-def project_data(dy, y2, weight, norm2, *, act, gated, need_dq):
-    """(dq or None, sums) of ``project_backward`` from dy [N, h, w, O]."""
-    N, H, W, E = y2.shape
-    O, rows = dy.shape[-1], H * W
-    cfg = project_data_config(E, O, rows, y2.dtype, act)
-    tiles, blocks_e = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E)
-    parts, tiles_per_part, programs = cfg.parts(N, tiles, blocks_e, y2.device)
-    dq = torch.empty_like(y2) if need_dq else None
-    sums = fp32(y2.device, N, parts, 5 if gated else 2, E)
-    fast = fast_math(y2.dtype)
-    project_data_kernel[(programs * blocks_e,)](
-        dy=dy,
-        w=weight,
-        y2=y2,
-        dq=dq,
-        sums=sums,
-        norm2=norm2,
-        images=N,
-        rows=rows,
-        OV=O // channel_vector_width(O),
-        EV=E // channel_vector_width(E),
-        tiles=tiles,
-        parts=parts,
-        tiles_per_part=tiles_per_part,
-        programs=programs,
-        OVEC=channel_vector_width(O),
-        EVEC=channel_vector_width(E),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_E=cfg.BLOCK_E,
-        BLOCK_K=cfg.BLOCK_O,
-        PIECES=cfg.pieces,
-        STAGES=cfg.stages,
-        GATED=gated,
-        ACT=act,
-        FAST=fast,
-        HALVED=halved(act, fast),
-        PRECISION=matmul_precision(),
-        **cfg.options,
-    )
-    return dq, sums
-
-
-@launcher
-def project_weight(dy, y2, norm2, *, act, gates):
-    """partials of ``project_backward`` from dy [N, h, w, O]."""
-    N, H, W, E = y2.shape
-    O, rows = dy.shape[-1], H * W
-    cfg = project_weight_config(E, O, rows, y2.dtype)
-    tiles, blocks = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E) * triton.cdiv(O, cfg.BLOCK_O)
-    splits = cfg.programs(N * tiles, blocks, y2.device)
-    partials = fp32(y2.device, splits, O, E)
-    fast = fast_math(y2.dtype)
-    project_weight_kernel[(splits * blocks,)](
-        dy=dy,
-        y2=y2,
-        partials=partials,
-        norm2=norm2,
-        gates=gates,
-        images=N,
-        rows=rows,
-        OV=O // channel_vector_width(O),
-        EV=E // channel_vector_width(E),
-        tiles=tiles,
-        splits=splits,
-        OVEC=channel_vector_width(O),
-        EVEC=channel_vector_width(E),
-        BLOCK_M=cfg.BLOCK_M,
-        BLOCK_E=cfg.BLOCK_E,
-        BLOCK_O=cfg.BLOCK_O,
-        STAGES=cfg.stages,
-        ACT=act,
-        FAST=fast,
-        HALVED=halved(act, fast),
-        PRECISION=matmul_precision(),
-        **cfg.options,
-    )
-    return partials
-
-
-@launcher
 def project_both(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
     """(dq or None, sums, partials or None) of ``project_backward`` in one launch, from dy [N, h, w, O]."""
     N, H, W, E = y2.shape
@@ -642,7 +392,7 @@ def project_backward(
     Args:
         dout: gradient of the block's output [N, h, w, O], of any dtype.
         y3: [N, h, w, O] and y2: [N, h, w, E], before their BatchNorms.
-        weight: [O, E, 1, 1], rounded to y2's dtype on load, which happens once a program.
+        weight: [O, E, 1, 1], rounded to y2's dtype.
         norm3, norm2: ``BatchNorm``. terms3: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None with running
             statistics.
         gates: fp32 [N, E] or None. branch_draws, keep: drop-path's, as in ``batchnorm.apply``.
@@ -651,12 +401,19 @@ def project_backward(
     Returns: (dq [N, h, w, E] or None, sums fp32 [N, parts, 5 (2 without gates), E]: dq*phi', dq*phi'*yhat2, dq*phi,
         phi', phi'*yhat2, or None; partials fp32 [S, O, E] of the weight gradient or None).
     """
+    N, H, W, E = y2.shape
+    O, rows = dout.shape[-1], N * H * W
     dy = project_dy(dout, y3, norm3, terms3, branch_draws=branch_draws, keep=keep, dtype=y2.dtype)
-    if need_data and project_backward_is_fused(dy.shape[-1], y2.dtype, act):
+    if need_data and project_backward_is_fused(O, y2.dtype, act):
         return project_both(dy, y2, weight, norm2, act=act, gates=gates, need_dq=need_dq, need_dw=need_dw)
-    dq = sums = partials = None
+    dq = sums = q = partials = None
     if need_data:
-        dq, sums = project_data(dy, y2, weight, norm2, act=act, gated=gates is not None, need_dq=need_dq)
+        dq = torch.empty_like(y2)
+        product(dy.view(rows, O), weight.flatten(1).to(y2.dtype), out=dq.view(rows, E))
+        sums, q = gradient_sums(dq, y2, norm2, act=act, gates=gates, for_gate=gates is not None, activated=need_dw)
+    elif need_dw:
+        q = apply(y2, norm2, act=act, gates=gates)
     if need_dw:
-        partials = project_weight(dy, y2, norm2, act=act, gates=gates)
-    return dq, sums, partials
+        partials = fp32(y2.device, 1, O, E)
+        product(dy.view(rows, O).t(), q.view(rows, E), out=partials[0])
+    return dq if need_dq else None, sums, partials

@@ -2,25 +2,29 @@
 project, BN3 [+ x].
 
 One autograd node. It keeps x, the outputs y1, y2, y3 of the three convolutions before their BatchNorms, and fp32
-vectors; with ``recompute`` not even y1. Launches, each reading what it says from memory once (e1: expanded tensor at
-input size, e2: after the depthwise convolution):
+vectors; with ``recompute`` not even y1. Launches, and what each reads and writes from memory once (e1: the expanded
+tensor at the input's size, e2: after the depthwise convolution):
 
-    forward   expand (x -> y1), BN1's merge | depthwise (y1 -> y2), BN2's merge | pool (y2), squeeze-excite | project
-    (y2 -> y3), BN3's
-              merge | apply (y3, x -> out)                                                                         2 e1
-              + 3 e2
-    backward  BN3's sums (dout, y3) | project (dout, y3, y2 -> dq) | squeeze-excite, BN2's sums | depthwise (dq, y2, y1
-    -> dz1), BN1's
-              sums | expand's right operand | expand (dz1, x -> dx) | all weight gradients                         3 e1
-              + 4 e2 With many channels the expand backward is two launches that read dz1 each
-              4 e1 + 4 e2
-    As the first of a network, a block that does not expand takes the stem along: a 3x3 convolution of images in place
-    of the expand one.
+    forward    expand        x -> y1, BN1's statistics                                    e1
+               depthwise     y1 -> y2, BN2's statistics                                   e1 +   e2
+               pool          y2 -> gate, by squeeze-excite                                       e2
+               project       y2, gate -> y3, BN3's statistics                                    e2
+               apply         y3, x -> out
+    backward   reduce        dout, y3 -> BN3's sums
+               project       dout, y3, y2 -> dq, sums                                          2 e2, or 5 e2
+               gate          sums -> squeeze-excite's gradients, BN2's sums
+               depthwise     dq, y2, y1 -> dz1, BN1's sums                              2 e1 + 2 e2
+               expand        dz1, x -> dx                                                 e1, or 2 e1
+               weights       partials -> all weight gradients
+    inference  expand        x -> a1                                                      e1
+               depthwise     a1 -> a2, pooled                                             e1 +   e2
+               gate          pooled -> gate
+               project       a2, gate, x -> out                                                  e2
 
-    inference expand | depthwise | squeeze-excite | project: activations in the producer's epilogue                2 e1
-    + 2 e2
-              or, where the model of costs says so, expand inside the depthwise kernel
-              0 e1 + 2 e2
+With many channels the project backward is two products of PyTorch with a pass between them, and the expand backward
+two launches that read dz1 each. In inference the expand convolution lies inside the depthwise kernel where the model
+of costs says so, and nothing of e1 is stored. As the first of a network, a block that does not expand takes the stem
+along: a 3x3 convolution of images in place of the expand one.
 """
 
 from typing import NamedTuple

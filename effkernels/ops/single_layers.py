@@ -151,7 +151,7 @@ def _depthwise_backward(dout, *, x, weight, norm1, norm2, se, settings, saved: D
     bn1 = None if norm1 is None else with_statistics(norm1, saved.mean1, saved.rstd1)
     bn2 = with_statistics(norm2, saved.mean2, saved.rstd2)
     gradients, dpool = {}, None
-    sums = batchnorm.gradient_sums(dout, y, bn2, act=settings.act2, for_gate=se is not None)
+    sums, _ = batchnorm.gradient_sums(dout, y, bn2, act=settings.act2, for_gate=se is not None)
     if se is not None:
         weights = se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias
         dpool, se_gradients, sums2 = squeeze_excite.squeeze_excite_backward(
@@ -270,7 +270,7 @@ def _norm_backward(dout, *, x, norm, branch_scale, residual, settings, saved: No
 
     C = x.shape[-1]
     bn = with_statistics(norm, saved.mean, saved.rstd)
-    sums = batchnorm.gradient_sums(dout, x, bn, act=settings.act, branch_scale=branch_scale)
+    sums, _ = batchnorm.gradient_sums(dout, x, bn, act=settings.act, branch_scale=branch_scale)
     sums = batchnorm.gradient_merge(sums.view(-1, 2, C), bn, x.numel() // C)
     gradients = _norm_gradients("norm", norm, sums)
     if "x" in needs:
@@ -324,7 +324,7 @@ def _gate_fake(x, se) -> GateResults:
 def _gate_backward(dout, *, x, se, saved: GateResults, needs) -> dict:
     from effkernels.kernels import batchnorm, squeeze_excite
 
-    sums = batchnorm.gradient_sums(dout, x, None, for_gate=True)
+    sums, _ = batchnorm.gradient_sums(dout, x, None, for_gate=True)
     weights = se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias
     dpool, (d_reduce, d_reduce_bias, d_expand, d_expand_bias), _ = squeeze_excite.squeeze_excite_backward(
         sums,

@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -142,9 +143,23 @@ class _Recorder:
         return result
 
 
+class Operator(NamedTuple):
+    """One call of an operator of PyTorch: its name, bytes read and written, and floating-point operations of a product
+    of matrices (0 of all else)."""
+
+    name: str
+    read: int
+    written: int
+    flops: int
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
 class Operators(TorchDispatchMode):
-    """Calls ``record(name, bytes read, bytes written)`` for every operator of PyTorch that would start a kernel: not
-    for views, nor for those with a part of ``free`` in their names."""
+    """Calls ``record(Operator(...))`` for every operator of PyTorch that would start a kernel: not for views, nor for
+    those with a part of ``free`` in their names."""
 
     sees_kernels = True  # launches are counted beside it, so it is no reason for plain PyTorch
 
@@ -164,7 +179,11 @@ class Operators(TorchDispatchMode):
                 made if function._schema.is_mutable else [t for t in made if t.untyped_storage()._cdata not in storages]
             )
             if any(t.numel() for t in written):
-                self.record(name, *(sum(t.numel() * t.element_size() for t in tensors) for tensors in (given, written)))
+                results = tree_leaves((kwargs or {}).get("out"))
+                read = [t for t in given if not any(t is result for result in results)]
+                moved = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (read, written))
+                flops = 2 * given[0].numel() * given[1].shape[1] if name == "aten::mm" else 0
+                self.record(Operator(name, *moved, flops))
         return out
 
 
@@ -236,7 +255,7 @@ def count_traffic():
         for owner, name, replacement, _ in patches:
             setattr(owner, name, replacement)
         with Operators(
-            lambda name, read, written: recorder.records.append(LaunchTraffic(name, read=read, written=written))
+            lambda found: recorder.records.append(LaunchTraffic(found.name, read=found.read, written=found.written))
         ):
             yield recorder.records
     finally:

@@ -38,6 +38,7 @@ FIELDS = {
     },
     "elementwise": {"BLOCK_ROWS": (16, 32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
     "reduction": {"BLOCK_ROWS": (8, 16, 32, 64, 128, 256), "num_warps": (2, 4, 8)},
+    "gradient_sums": {"steps": (1, 2, 3, 4, 6), "num_warps": (1, 2, 4)},
     "pointwise_forward": {
         "BLOCK_M": (64, 128, 256),
         "ahead": (1, 2, 3),
@@ -50,18 +51,6 @@ FIELDS = {
         "BLOCK_E": (16, 32, 64),
         "stages": (1, 2, 3),
         "programs_per_sm": (4, 8, 12, 16),
-    },
-    "project_data": {
-        "BLOCK_M": (16, 32, 64),
-        "num_warps": (4, 8),
-        "stages": (1, 2, 3),
-        "programs_per_sm": (1, 2, 3, 4, 6),
-    },
-    "project_weight": {
-        "BLOCK_M": (16, 32, 64),
-        "num_warps": (4, 8),
-        "stages": (2, 3, 4),
-        "programs_per_sm": (1, 2, 3, 4),
     },
     "expand_pass": {"BLOCK_M": (32, 64, 128), "stages": (1, 2, 3, 4), "programs_per_sm": (1, 2, 3, 4, 5)},
     "expand_data": {
@@ -304,13 +293,26 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
         from effkernels.kernels import batchnorm
 
         dout, y = (_random(device, *e2[:3], outputs, dtype=dtype) for _ in range(2))
-        norm = batch_norm(device, outputs)
-        return lambda: (batchnorm.gradient_sums(dout, y, norm).sum((0, 1)),)
+        norm, counters = batch_norm(device, outputs), torch.zeros(outputs, dtype=torch.int32, device=device)
+        return lambda: batchnorm.gradient_reduce(dout, y, norm, counters=counters)[:2]
+
+    def gradient_sums(device):
+        from effkernels.kernels import batchnorm
+
+        dq, y2 = (_random(device, *e2, dtype=dtype) for _ in range(2))
+        how = {"act": "silu", "gates": torch.rand(batch, E, device=device), "for_gate": True, "activated": True}
+        norm = batch_norm(device, E)
+
+        def call():
+            sums, q = batchnorm.gradient_sums(dq, y2, norm, **how)
+            return sums.sum(1), q
+
+        return call
 
     made = [("depthwise_forward", depthwise_forward), ("pointwise_forward", project), ("elementwise", elementwise)]
     made += [("reduction", reduction), ("depthwise_backward", depthwise_backward)]
     fused = project_backward_is_fused(outputs, dtype, "silu")
-    made += [(f, project_backward) for f in (("project_both",) if fused else ("project_data", "project_weight"))]
+    made.append(("project_both", project_backward) if fused else ("gradient_sums", gradient_sums))
     if ratio > 1:
         made.append(("pointwise_forward", expand))
         forms = {"pass": [expand_pass], "split": [expand_data, expand_weight], "library": []}

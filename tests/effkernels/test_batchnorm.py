@@ -263,7 +263,7 @@ def check_backward(shape, act, batch, masked, one_launch=False, dout_dtype=None)
         )
         assert not counters.any()
     else:
-        sums = gradient_sums(nhwc(dout), nhwc(x), norm, act=act, branch_scale=mask)
+        sums, _ = gradient_sums(nhwc(dout), nhwc(x), norm, act=act, branch_scale=mask)
         dgamma, dbeta, k0, k1 = gradient_merge(sums.view(-1, 2, C), norm, x.numel() // C)
     terms = (k0, k1) if batch else None
     dx = apply_backward(nhwc(dout), nhwc(x), norm, terms=terms, act=act, branch_scale=mask, out_dtype=dtype)
@@ -358,7 +358,8 @@ def test_gradient_sums_for_a_gate(act, device, scratch):
         return {name: term.sum((2, 3)) for name, term in terms.items()}
 
     norm = None if bn is None else norm_of(bn, bn[3])
-    sums = gradient_sums(nhwc(dq), nhwc(x), norm, act=act or "identity", for_gate=True).double().sum(1)
+    sums, _ = gradient_sums(nhwc(dq), nhwc(x), norm, act=act or "identity", for_gate=True)
+    sums = sums.double().sum(1)
     names = ("dz", "dz xhat", "gate", "dphi", "dphi xhat")
     fused = {name: sums[:, i] for i, name in enumerate(names) if bn is not None or name == "gate"}
     assert_close_to_truth(fused, reference(x), reference(x.double()))

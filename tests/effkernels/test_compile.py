@@ -37,8 +37,6 @@ WITH_OTHERS = {"gradient_reduce_kernel", "pool_and_gate_kernel"}
 # Matrix products of activations with weights, which are fp32 and may be narrow.
 MIXED = {
     "pointwise_forward_kernel",
-    "project_data_kernel",
-    "project_weight_kernel",
     "expand_pass_kernel",
     "expand_data_kernel",
     "expand_weight_kernel",

@@ -235,20 +235,26 @@ def test_depthwise(k, stride, device, small_tiles):
     assert passes(launches, e1, e2) == ((2, 2) if stride == 2 else (4, 0))
 
 
+def on_a_gpu(launches):
+    """Without what only a CPU does: PyTorch has no product there with wider results, so operands are widened first."""
+    return [found for found in launches if found.name != "aten::_to_copy" or found.written < found.read]
+
+
 # ---- a whole block
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "k, stride, outputs, backward", [(3, 2, 24, (3, 4, 9)), (3, 1, 16, (3, 4, 9)), (3, 2, 40, (3, 5, 10))]
+    "k, stride, outputs, backward", [(3, 2, 24, (3, 4, 9)), (3, 1, 16, (3, 4, 9)), (3, 2, 40, (3, 5, 12))]
 )
 def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small_tiles):
     """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's
     included.
 
     Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, inference 2 e1 + 2 e2 in 4; backward 3 e1 + 4 e2 in 9,
-    or 5 e2 in 10 where the gradients of the project convolution are apart, with more than 24 outputs. Each byte counts
-    once a launch, so overlapping tiles are no excuse: one pass too many over the smaller tensor is 6 % or more.
+    or 5 e2 in 12 where PyTorch makes two products of the project convolution, with more than 24 outputs: they write and
+    read e2 once more, which is not counted here. Each byte counts once a launch, so overlapping tiles are no excuse: one
+    pass too many over the smaller tensor is 6 % or more.
     """
     from effkernels import FusedMBConv
 
@@ -259,6 +265,7 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
     budgets = {"forward": (2, 3, 6), "backward": backward, "inference": (2, 2, 4)}
     for name, launches in count_steps(block, x).items():
         most_e1, most_e2, most_launches = budgets[name]
+        launches = on_a_gpu(launches)
         over_e1, over_e2 = passes(launches, e1, e2)
         moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
         # Which may expand inside the depthwise kernel, and store no e1.
@@ -290,6 +297,7 @@ def test_blocks_of_other_kinds_keep_to_their_budget(expand, se, k, stride, budge
     e2 = e1 // stride**2
     for name, launches in count_steps(block, x).items():
         most_e1, most_e2, most_launches = budgets[name]
+        launches = on_a_gpu(launches)
         over_e1, over_e2 = passes(launches, e1, e2)
         moved, budget = over_e1 * e1 + over_e2 * e2, most_e1 * e1 + most_e2 * e2
         least = 0 if name == "inference" else 0.9 * budget

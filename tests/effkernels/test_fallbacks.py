@@ -162,8 +162,6 @@ def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
         "depthwise_forward",
         "depthwise_backward",
         "pointwise_forward",
-        "project_data",
-        "project_weight",
     }
     assert len(set(messages(warned))) == len(messages(warned))
     attempts.clear()

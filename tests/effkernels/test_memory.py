@@ -305,15 +305,14 @@ LARGE = [
         "expanded, more channels",
         lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"),
         (600, 48, 112, 112),
-        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward pool_and_gate project_data "
-        "project_weight",
+        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward gradient_sums pool_and_gate",
     ),
     (
         "not expanded",
         lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"),
         (3600, 48, 112, 112),
-        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward pool_and_gate project_data "
-        "project_dy project_weight",
+        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward gradient_sums "
+        "pool_and_gate project_dy",
     ),
     (
         "smaller modules",
@@ -357,9 +356,8 @@ def test_offsets_pass_2_to_the_31(make, shape, names, small_tiles, monkeypatch):
         pytest.skip("needs the interpreter")
     from effkernels.kernels import project_backward
 
-    for name in ("project_both_config", "project_data_config"):  # whole images at once, so that a program ends soon
-        config = getattr(project_backward, name)
-        monkeypatch.setattr(project_backward, name, lambda *args, config=config: replace(config(*args), BLOCK_M=4096))
+    config = project_backward.project_both_config  # whole images at once, so that a program ends soon
+    monkeypatch.setattr(project_backward, "project_both_config", lambda *args: replace(config(*args), BLOCK_M=4096))
     recorded = Recorded(monkeypatch)
     module = make().to(torch.bfloat16)
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()

@@ -171,16 +171,12 @@ def test_draws_stand_for_factors(device, scratch):
 @pytest.mark.parametrize("shape", [FUSED, SPLIT], ids=["fused", "split"])
 def test_many_programs_give_what_one_gives(shape, device, scratch, monkeypatch):
     """One program that takes all images in turn, and as many as fill three processors: the same dq, right sums and
-    dw.
+    dw. In the split form, one part of an image and several.
     """
     from effkernels.configs import rules, tables
 
     case = Case(shape, "bf16", device)
-    with (
-        tables.override("project_both", programs_per_sm=1),
-        tables.override("project_data", programs_per_sm=1),
-        tables.override("project_weight", programs_per_sm=1),
-    ):
+    with tables.override("project_both", programs_per_sm=1):
         alone = case.run()
     case.check(alone)
     monkeypatch.setattr(rules, "processor_count", lambda device: 3)

@@ -84,7 +84,7 @@ def check(N, C, R, H, W, dtype, act, gate, has_bn, device):
     norm = norm_of((gamma, beta, mean, None), rstd) if has_bn else None
     sums = kernels.pool(nhwc(y), norm, act="silu")
     gates, pooled, u = kernels.squeeze_excite_forward(sums, H * W, *weights, act=act, gate=gate)
-    sums = batchnorm.gradient_sums(nhwc(dout), nhwc(y), norm, act="silu", for_gate=True)
+    sums, _ = batchnorm.gradient_sums(nhwc(dout), nhwc(y), norm, act="silu", for_gate=True)
     dpool, grads, norms = kernels.squeeze_excite_backward(
         sums, H * W, gates, pooled, u, weights, norm=norm, act=act, gate=gate
     )

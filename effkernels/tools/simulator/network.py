@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from effkernels.tools.simulator import project
+from effkernels.tools.simulator.baselines import PRODUCT_SHARE
 from effkernels.tools.simulator.launch import VERSION, Prediction, predict
 from effkernels.tools.simulator.machine import machine_of
-from effkernels.tools.traffic import Operators
+from effkernels.tools.traffic import Operator, Operators
 
 MODELS = tuple(f"b{i}" for i in range(8))
 MODES = ("train", "infer")
@@ -29,11 +30,11 @@ def recorded():
     from effkernels import dispatch
 
     original, dispatch.why_not_fused = dispatch.why_not_fused, lambda *args, **kwargs: None
-    operators: list[tuple[str, int]] = []
+    operators: list[Operator] = []
     try:
         with (
             project.record_launches() as launches,
-            Operators(lambda name, *moved: operators.append((name, sum(moved))), FREE),
+            Operators(operators.append, FREE),
         ):
             yield launches, operators
     finally:
@@ -84,18 +85,20 @@ def network(name: str, training: bool, images: int, device: str = "meta"):
 
 @dataclass
 class Step:
-    """One step of a network: a prediction for each launch, in order, and (name, bytes) of PyTorch's own operators."""
+    """One step of a network: a prediction for each launch, in order, and PyTorch's own operators."""
 
     model: str
     mode: str
     batch: int
     gpu: str
     predictions: list[Prediction]
-    operators: list[tuple[str, int]]
+    operators: list[Operator]
 
     @property
     def operators_time(self) -> float:
-        return sum(moved for _, moved in self.operators) / project.GPUS[self.gpu].bandwidth
+        """At their bytes, and products at ``PRODUCT_SHARE`` of the matrix rate where that takes longer."""
+        gpu = project.GPUS[self.gpu]
+        return sum(max(o.moved / gpu.bandwidth, o.flops / (PRODUCT_SHARE * gpu.matrix)) for o in self.operators)
 
     @property
     def time(self) -> float:
@@ -103,7 +106,8 @@ class Step:
 
     @property
     def bytes_time(self) -> float:
-        return sum(prediction.bytes_time for prediction in self.predictions) + self.operators_time
+        moved = sum(operator.moved for operator in self.operators)
+        return sum(prediction.bytes_time for prediction in self.predictions) + moved / project.GPUS[self.gpu].bandwidth
 
 
 def held_by_l2(launches, capacity: float) -> list[dict[int, float]]:
