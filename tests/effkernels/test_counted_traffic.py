@@ -253,8 +253,8 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
 
     Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, inference 2 e1 + 2 e2 in 4; backward 3 e1 + 4 e2 in 9,
     or 5 e2 in 12 where PyTorch makes two products of the project convolution, with more than 24 outputs: they write and
-    read e2 once more, which is not counted here. Each byte counts once a launch, so overlapping tiles are no excuse: one
-    pass too many over the smaller tensor is 6 % or more.
+    read e2 once more, which is not counted here. Each byte counts once a launch, so overlapping tiles are no excuse:
+    one pass too many over the smaller tensor is 6 % or more.
     """
     from effkernels import FusedMBConv
 
