@@ -5,6 +5,8 @@ writes each row into DIR/rows as soon as it is measured. The campaign watches th
 too long or the time is up; what is left goes on in another process, as it does when one dies. A row that is not
 expected to fit into the remaining time is left out.
 
+On a GPU the tests that need one come first, and after B0 and B4 every launch of B0 beside its predicted time.
+
 The same command with the same DIR goes on: rows that were measured, failed or hung are not run again (``--retry`` runs
 the latter two). ``python -m benchmarks.report DIR`` makes tables and plots of them.
 """
@@ -35,14 +37,20 @@ MARGIN = 3.0
 # Seconds that a process needs at most before its first row, for imports, copy bandwidth and float64 results.
 START = 25.0
 CORRECTNESS = 90.0  # seconds, at most, for the tests that need a GPU
+# Steps of B0 whose launches are measured beside their predictions, with the simulator's constants fitted to them, and
+# the seconds that one takes at most.
+FITTED = ("train", "infer")
+FITTING = 150.0
 
 
 class Job(NamedTuple):
-    """One row: where pytest finds it, and how long it is expected to take, in seconds."""
+    """One row: where pytest finds it, how long it is expected to take, in seconds, and its place in the order of
+    ``_rank``."""
 
     node: str
     row: Row
     seconds: float
+    group: int = 0
 
     @property
     def process(self) -> tuple:
@@ -123,7 +131,8 @@ def jobs(gpu: bool, only: str = "") -> list[Job]:
         for row in rows_of(module):
             node = f"benchmarks/{path.name}::{path.stem}[{row}]"
             if re.search(only, node) and row.problem(SimpleNamespace(is_gpu=gpu)) is None:
-                found.append((_rank(row, kind), Job(node, row, _seconds(row, kind, gpu))))
+                rank = _rank(row, kind)
+                found.append((rank, Job(node, row, _seconds(row, kind, gpu), rank[0])))
     return [job for _, job in sorted(found, key=lambda ranked: ranked[0])]
 
 
@@ -275,6 +284,27 @@ class Campaign:
         write(path, json.dumps(result | {"seconds": time.monotonic() - started}))
         self.say(f"tests on the GPU: {result['summary']}")
 
+    def predictions(self) -> None:
+        """Measure each launch of B0's steps beside its prediction, once (benchmarks/fitted.py).
+
+        What was fitted is in DIR/fitted-train.json and DIR/fitted-infer.json.
+        """
+        for mode in FITTED:
+            path = self.folder / f"fitted-{mode}.json"
+            if path.exists() or self.remaining < FITTING / 2:
+                continue
+            command = [sys.executable, "-m", "benchmarks.fitted", "--mode", mode, "--out", str(path.resolve())]
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            )
+            try:
+                said, _ = process.communicate(timeout=min(FITTING, self.remaining))
+                self.say(f"b0 {mode}, measured beside predicted:\n{said.rstrip()}")
+            except subprocess.TimeoutExpired:
+                self.say(f"b0 {mode}, measured beside predicted: stopped, took too long")
+            finally:
+                _stop(process)
+
 
 def _stop(process) -> None:
     """End a process that was started with a session of its own, and all that it started."""
@@ -318,6 +348,8 @@ def main(argv: list[str] | None = None) -> int:
         campaign.state = {}
     if gpu and not args.only:
         campaign.correctness()
+        campaign.run([job for job in todo if job.group == 0])
+        campaign.predictions()
     campaign.run(todo)
     done = sum(campaign.measured(job.node) for job in todo)
     bad = sum(job.node in campaign.state for job in todo)

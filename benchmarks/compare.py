@@ -118,8 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="with --static: accept the present tree")
     parser.add_argument(
         "--predict",
-        choices=("none", "changed", "all"),
-        help="with --static: steps whose time to predict again, minutes each (default: those that changed)",
+        choices=("none", "changed", "all", *static.PREDICTED_MODELS),
+        help="with --static: steps to predict again where launches changed: of those accepted (default), of all, or "
+        "of one model; after an interruption the same command goes on",
     )
     parser.add_argument(
         "--baseline", type=Path, default=static.BASELINE, help="with --static: another file than benchmarks/static.json"

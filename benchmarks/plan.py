@@ -188,7 +188,7 @@ def table(lines: list[Line], batch: int, itemsize: int) -> str:
 def prediction(model: str, mode: str, batch: int, gpu: str, floor: float) -> str:
     """The simulator's table of today's kernels, and how near they are to the step's floor in seconds."""
     from effkernels.tools import simulate  # needs Triton, which floors do without
-    from effkernels.tools.simulator.network import predict_step
+    from effkernels.tools.networks import predict_step
 
     step = predict_step(model, mode, batch, gpu)
     lines = [simulate.table(simulate.rows(step.predictions))]

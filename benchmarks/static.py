@@ -22,7 +22,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +39,12 @@ TABLE = ROOT / "effkernels" / "configs" / "static_sm90.json"
 NETWORKS = tuple(f"b{i}" for i in range(8))
 BATCH = 64
 KEPT = ((64, "keep"), (64, "recompute"), (224, "keep"))
-# Steps that are predicted: of each model, few and many images, training and inference, on each of three GPUs.
+# Steps that are predicted: of each model, one image and many, training and inference, on each of three GPUs.
+PREDICTED_MODELS = {"b0": 256, "b4": 64, "b7": 16}
 PREDICTED = tuple(
     (model, mode, batch, gpu)
+    for model, many in PREDICTED_MODELS.items()
     for gpu in ("h200", "a100", "rtx4090")
-    for model, many in (("b0", 256), ("b4", 64), ("b7", 16))
     for mode in ("train", "infer")
     for batch in (1, many)
 )
@@ -68,7 +71,7 @@ def block_summary(block: "Block", training: bool) -> dict:
     module = FusedMBConv(*args, device="meta", dtype=None if training else torch.bfloat16)
     x = torch.empty(BATCH, block.in_channels, block.size, block.size, device="meta", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last).requires_grad_(training)
-    from effkernels.tools.simulator.network import step_launches
+    from effkernels.tools.simulator.steps import step_launches
 
     return _summary(*step_launches(module, x, training), BATCH)
 
@@ -102,7 +105,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 def kept(size: int, memory: str) -> dict:
     """The bytes that a training step of B0 on images of ``size`` pixels keeps."""
     from efficientnet import create_model
-    from effkernels.tools.simulator.network import recorded
+    from effkernels.tools.simulator.steps import recorded
 
     x = torch.empty(256, 3, size, size, device="meta", dtype=torch.bfloat16)
     found = {}
@@ -157,33 +160,41 @@ def _counted_in_the_interpreter() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predicted(accepted: dict, which: str) -> dict:
+def predicted(accepted: dict, which: str, say: Callable[[str], None] = lambda line: None) -> dict:
     """The predicted time of steps, and of each of their kernels: {"b0 train 256 h200": {"predicted_ms", "bytes_ms",
     "digest"}, "b0 train 256 h200: kernel": {"predicted_us"}}.
 
-    Steps whose launches are as they were in ``accepted`` keep what is there; others take minutes. which: "none" keeps
-    ``accepted`` as it is, "changed" predicts what changed of it, "all" also the steps that it lacks.
+    which: "none" keeps ``accepted`` as it is; "changed" predicts those of its steps again whose digest, of launches and
+    simulator, is another now; "all" also the steps that it lacks; "b0", "b4" or "b7" the same for one model, and keeps
+    the others. What is predicted is kept in the simulator's cache at once, so an interrupted run goes on. ``say`` is
+    told each step.
     """
     if which == "none":
         return accepted
+    from effkernels.tools import networks
     from effkernels.tools.simulate import rows
-    from effkernels.tools.simulator import network
+    from effkernels.tools.simulator import steps
 
     found = {}
-    for model, mode, batch, gpu in PREDICTED:
+    for number, (model, mode, batch, gpu) in enumerate(PREDICTED, 1):
         key = f"{model} {mode} {batch} {gpu}"
-        if key not in accepted and which != "all":
+        kept = {name: entry for name, entry in accepted.items() if name == key or name.startswith(f"{key}: ")}
+        if which not in ("all", "changed", model) or which == "changed" and not kept:
+            found |= kept
             continue
-        module, x = network.network(model, mode == "train", batch)
-        digest = network.digest(network.step_launches(module, x, mode == "train")[0], gpu)
+        module, x = networks.network(model, mode == "train", batch)
+        launches, operators = steps.step_launches(module, x, mode == "train", gpu)
+        digest = steps.digest(launches, gpu)
         if accepted.get(key, {}).get("digest") == digest:
-            found |= {name: entry for name, entry in accepted.items() if name == key or name.startswith(f"{key}: ")}
+            found |= kept
             continue
-        print(f"predicting {key}", file=sys.stderr, flush=True)
-        step = network.predict_step(model, mode, batch, gpu)
+        started = time.monotonic()
+        step = steps.Step(model, mode, batch, gpu, steps.predict_launches(launches, gpu), operators)
         times = {"predicted_ms": round(1e3 * step.time, 4), "bytes_ms": round(1e3 * step.bytes_time, 4)}
         found[key] = times | {"digest": digest}
         found |= {f"{key}: {row['kernel']}": {"predicted_us": round(row["us"], 2)} for row in rows(step.predictions)}
+        took = time.monotonic() - started
+        say(f"{number} of {len(PREDICTED)}: {key}: {1e3 * step.time:.2f} ms predicted, in {took:.0f} s")
     return found
 
 
@@ -197,7 +208,8 @@ def measure(accepted: dict | None = None, predict: str = "changed") -> dict:
     """
     from benchmarks.shapes import blocks
     from effkernels.dispatch import interpreting
-    from effkernels.tools.simulator.network import network, step_launches
+    from effkernels.tools.networks import network
+    from effkernels.tools.simulator.steps import step_launches
 
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: launches are recorded where Triton compiles; unset it")
@@ -218,7 +230,9 @@ def measure(accepted: dict | None = None, predict: str = "changed") -> dict:
         "kept": {f"b0, {size} pixels, {memory}": kept(size, memory) for size, memory in KEPT},
         "counted": _counted_in_the_interpreter(),
         "machine code": machine_code(),
-        "predicted": predicted((accepted or {}).get("predicted", {}), predict),
+        "predicted": predicted(
+            (accepted or {}).get("predicted", {}), predict, lambda line: print(line, file=sys.stderr, flush=True)
+        ),
     }
 
 

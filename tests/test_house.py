@@ -24,7 +24,9 @@ ROOMS = {
     "effkernels/adapters": "other libraries' layers, run by the functional forms",
     "effkernels/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "effkernels/tools": "looks at launches, tunes and predicts them; nothing that runs a model needs it",
+    "effkernels/tools/simulator": "predicts the launches of any module of fused blocks",
     "effkernels/tune.py": "a command of the tools",
+    "effkernels/inspect.py": "a command of the tools",
     "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
     "efficientnet/choices.py": "values that settings and commands accept, without torch",
     "efficientnet/files.py": "files that are whole at every moment",
@@ -39,9 +41,8 @@ ROOMS = {
     "efficientnet/cli.py": "picks the command",
     "efficientnet/__main__.py": "starts the command line",
     "efficientnet/__init__.py": "the public names: points to rooms above, and none of those points to it",
-    "effkernels/tools/simulator": "predicts a step of the networks on a GPU, so it stands on both packages",
-    "effkernels/tools/simulate.py": "a command of the simulator",
-    "effkernels/inspect.py": "a command of the tools, which asks the simulator too",
+    "effkernels/tools/networks.py": "the networks that are predicted by name, so it stands on both packages",
+    "effkernels/tools/simulate.py": "a command that predicts those networks",
     "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
 }
 

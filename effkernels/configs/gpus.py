@@ -7,7 +7,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Gpu:
     """Rates that bound a kernel's time: DRAM bytes/s, streaming multiprocessors, sustained clock in Hz, 16-bit matrix
-    FLOP/s.
+    FLOP/s; and the compute capability that its kernels are compiled for.
 
     Of an SM of all four: 4 schedulers of one instruction for 32 threads a clock, 128 fp32 fused multiply-adds and 16
     special functions a clock (CUDA C programming guide, arithmetic instructions, compute capability 8.0: 64 FMA; 8.9
@@ -19,6 +19,7 @@ class Gpu:
     processors: int
     clock: float
     matrix: float
+    capability: tuple[int, int] = (9, 0)
     fma: int = 128
 
     def per_second(self, threads: int) -> float:
@@ -40,8 +41,8 @@ class Gpu:
 GPUS = {
     "h200": Gpu("H200", 4.3e12, 132, 1.755e9, 790e12),
     "h100": Gpu("H100 SXM", 0.9 * 3.35e12, 132, 1.755e9, 790e12),
-    "a100": Gpu("A100 80 GB SXM", 0.9 * 2.039e12, 108, 1.41e9, 0.8 * 312e12, fma=64),
-    "rtx4090": Gpu("RTX 4090", 0.9 * 1.008e12, 128, 2.52e9, 0.8 * 165e12),
+    "a100": Gpu("A100 80 GB SXM", 0.9 * 2.039e12, 108, 1.41e9, 0.8 * 312e12, (8, 0), fma=64),
+    "rtx4090": Gpu("RTX 4090", 0.9 * 1.008e12, 128, 2.52e9, 0.8 * 165e12, (8, 9)),
 }
 
 

@@ -9,16 +9,24 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from effkernels.configs import tables
 from effkernels.configs.gpus import GPUS
 from effkernels.configs.tables import tuned
 
 
-@functools.cache
 def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 for the interpreter, so that tests see several tiles a program."""
+    """Streaming multiprocessors of a CUDA device, or of the GPU that ``meta`` stands for.
+
+    1 for the interpreter, so that tests see several tiles a program.
+    """
     if device.type == "meta":
-        return GPUS["h200"].processors  # launches that are only compiled
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return tables.stand_in().processors
+    return _properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
 
 
 def register_limit(maxnreg: int | None) -> dict:
@@ -443,6 +451,8 @@ def _reads_shared_memory(device: torch.device) -> bool:
     """Whether tensor cores take both operands from shared memory: NVIDIA's since Hopper, which is assumed where there
     is no GPU.
     """
+    if device.type == "meta":
+        return tables.stand_in().capability >= (9, 0)
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from effkernels.configs.gpus import GPUS, Gpu
+
 FOLDER = Path(__file__).parent
 # Changes to a rule's configuration: none (where a table had said otherwise), the least shared memory, the registers
 # that ptxas chooses, the fewest registers a thread.
@@ -29,6 +31,7 @@ _fallback: dict | None = None
 _overrides: dict[str, dict] = {}
 _watchers: list[list] = []
 _disabled = False
+_stand_in: Gpu | None = None
 
 
 def key_of(names, values) -> str:
@@ -105,9 +108,11 @@ _caches = [_table]
 
 def _architecture(device: torch.device | None) -> tuple[int, int] | None:
     """Capability of the GPU a rule is asked for (the current one, where it is not told), or None for the CPU and
-    ``meta``."""
+    ``meta``, unless that stands for a GPU."""
     if _disabled:
         return None
+    if _stand_in is not None and (device is None or device.type == "meta"):
+        return _stand_in.capability
     if device is not None:
         return _capability(device.index) if device.type == "cuda" else None
     return _capability(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
@@ -221,3 +226,21 @@ def rules_only():
         yield
     finally:
         _disabled = before
+
+
+def stand_in() -> Gpu:
+    """The GPU whose processors and architecture rules assume for tensors of the ``meta`` device."""
+    return _stand_in or GPUS["h200"]
+
+
+@contextlib.contextmanager
+def meta_is(gpu: Gpu):
+    """Within: tensors of the ``meta`` device get the configurations that this GPU's would, from its table too."""
+    global _stand_in
+    before, _stand_in = _stand_in, gpu
+    _forget_decisions()
+    try:
+        yield
+    finally:
+        _stand_in = before
+        _forget_decisions()

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from effkernels.configs import tables
+from effkernels.configs.gpus import Gpu
 
 POINTER_TYPES = {
     torch.float32: "*fp32",
@@ -132,7 +133,7 @@ class Launch:
         return sum(t.numel() * t.element_size() for t in {id(v): v for v in self.tensors.values()}.values())
 
 
-def _normal_form(source: str) -> str:
+def normal_form(source: str) -> str:
     """The tokens of Python source without comments, docstrings and layout."""
     kept, line = [], []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -171,7 +172,7 @@ def source_digest(fn) -> str:
                 todo.append(value)
             elif isinstance(value, (triton.language.constexpr, int, float, str)):
                 constants[name] = repr(value)
-        found[key] = _normal_form(function.src), constants
+        found[key] = normal_form(function.src), constants
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
@@ -194,10 +195,10 @@ def _hint(value) -> bool:
 
 
 @contextlib.contextmanager
-def record_launches():
+def record_launches(gpu: Gpu | None = None):
     """Within: kernels are recorded in the list this yields instead of started, so launchers run on ``meta`` tensors.
 
-    Configurations are the rules', whatever tables there are.
+    Configurations are those of ``gpu``, from its table too; without one the rules', whatever tables there are.
     """
     launches: list[Launch] = []
 
@@ -210,7 +211,7 @@ def record_launches():
     cls = triton.runtime.jit.JITFunction
     original, cls.run = cls.run, run
     try:
-        with tables.rules_only():
+        with tables.rules_only() if gpu is None else tables.meta_is(gpu):
             yield launches
     finally:
         cls.run = original

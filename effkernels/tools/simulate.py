@@ -13,9 +13,10 @@ from pathlib import Path
 
 import triton
 
+from effkernels.tools.networks import MODELS, MODES, network, predict_step
 from effkernels.tools.simulator import baselines, project
 from effkernels.tools.simulator.launch import Prediction, predict
-from effkernels.tools.simulator.network import MODELS, MODES, Step, network, predict_step, step_launches
+from effkernels.tools.simulator.steps import Step, step_launches
 
 
 def rows(predictions: list[Prediction]) -> list[dict]:
@@ -114,7 +115,8 @@ def draw(path: Path, kernel: str, args) -> None:
     """The timeline of the longest launch of ``kernel``."""
     from effkernels.tools.simulator import timeline
 
-    launches, _ = step_launches(*network(args.model, args.mode == "train", args.batch_size), args.mode == "train")
+    module, x = network(args.model, args.mode == "train", args.batch_size)
+    launches, _ = step_launches(module, x, args.mode == "train", args.gpu)
     mine = [launch for launch in launches if launch.name == kernel]
     if not mine:
         names = ", ".join(sorted({launch.name for launch in launches}))

@@ -120,6 +120,28 @@ def test_a_process_that_cannot_start_is_not_tried_for_ever(start):
     assert len(one.state) == 2 and all("exit code 4" in what for what in one.state.values())
 
 
+def test_launches_beside_their_predictions(start, tmp_path, monkeypatch):
+    """Each step once, in a process of its own that writes into the campaign's folder; what it prints is passed on."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys; where = sys.argv[sys.argv.index('--out') + 1]; open(where, 'x').close()\n"
+        "print('a_kernel measured 2.0 us, predicted 1.0 us', *sys.argv[1:])\n"
+    )
+    popen, said = campaign.subprocess.Popen, []
+
+    def run_worker(command, **how):
+        assert command[:3] == [sys.executable, "-m", "benchmarks.fitted"]
+        return popen([sys.executable, str(worker), *command[3:]], **how)
+
+    monkeypatch.setattr(campaign.subprocess, "Popen", run_worker)
+    start(200, said).predictions()
+    assert [line.split(",")[0] for line in said] == ["b0 train", "b0 infer"]
+    assert all("a_kernel measured 2.0 us, predicted 1.0 us --mode" in line for line in said)
+    assert {path.name for path in tmp_path.glob("fitted-*")} == {"fitted-train.json", "fitted-infer.json"}
+    start(200, said).predictions()
+    assert len(said) == 2, "what is there is not measured again"
+
+
 def test_a_damaged_state_is_named(tmp_path):
     (tmp_path / "state.json").write_text("[]")
     with pytest.raises(ValueError, match="state.json is not a campaign's state"):

@@ -190,30 +190,32 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
     out.
     """
     pytest.importorskip("triton")
-    from effkernels.tools.simulator import network
+    from effkernels.tools import networks
+    from effkernels.tools.simulator import steps
 
-    asked = []
-
-    def predict_step(model, mode, batch, gpu):
-        asked.append((model, mode, batch, gpu))
-        return network.Step(model, mode, batch, gpu, [], [])
-
-    monkeypatch.setattr(network, "step_launches", lambda module, x, training: ([], []))
-    monkeypatch.setattr(network, "digest", lambda launches, gpu: f"new {gpu}")
-    monkeypatch.setattr(network, "predict_step", predict_step)
-    monkeypatch.setattr(network, "network", lambda *args: (None, None))
+    asked, said = [], []
+    monkeypatch.setattr(networks, "network", lambda model, training, batch: ((model, batch), None))
+    monkeypatch.setattr(steps, "step_launches", lambda module, x, training, gpu: ((*module, training, gpu), []))
+    monkeypatch.setattr(steps, "digest", lambda launches, gpu: f"new {gpu}")
+    monkeypatch.setattr(steps, "predict_launches", lambda launches, gpu: asked.append(launches) or [])
     accepted = {
         "b0 train 256 h200": {"predicted_ms": 9.0, "digest": "old"},
         "b4 infer 1 a100": {"predicted_ms": 5.0, "digest": "new a100"},
         "b4 infer 1 a100: a_kernel": {"predicted_us": 5000.0},
     }
-    found = static.predicted(accepted, "changed")
-    assert asked == [("b0", "train", 256, "h200")]
+    found = static.predicted(accepted, "changed", said.append)
+    assert asked == [("b0", 256, True, "h200")] and len(said) == 1 and "b0 train 256 h200: 0.00 ms" in said[0]
     assert set(found) == set(accepted) and found["b4 infer 1 a100: a_kernel"] == {"predicted_us": 5000.0}
     assert found["b0 train 256 h200"] == {"predicted_ms": 0.0, "bytes_ms": 0.0, "digest": "new h200"}
     assert static.predicted(accepted, "none") == accepted and len(asked) == 1
-    static.predicted(accepted, "all")
-    assert len(asked) == 1 + 36 - 1  # all but the one that did not change
+    asked.clear()
+    only_b0 = static.predicted(accepted, "b0")
+    assert len(asked) == 12 and set(only_b0) > set(accepted)
+    assert {model for model, *_ in asked} == {"b0"}
+    asked.clear()
+    static.predicted(only_b0, "all")
+    assert len(asked) == 36 - 12 - 1  # all but what is there and did not change
+    assert [model for model, *_ in asked] == ["b4"] * 11 + ["b7"] * 12
 
 
 @pytest.mark.slow

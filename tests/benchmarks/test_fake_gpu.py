@@ -186,3 +186,34 @@ def test_the_command(arguments, timing, baseline_timing):
         calls.count("compiler.reset") == 1
         and f"compile {arguments.split('compile')[1].lstrip('-') or 'default'}" in calls
     )
+
+
+FITTED = """
+import sys
+import torch
+from support import fake_gpu
+fake_gpu.install()
+torch.profiler.profile = fake_gpu.Launches
+from effkernels.tools.simulator import fit
+fit.FITTED, fit.FACTORS = ("barrier",), (1.0, 2.0)
+from benchmarks import fitted
+sys.exit(fitted.main(sys.argv[1:]))
+"""
+
+
+def test_measured_beside_predicted(tmp_path):
+    """B0's inference on the stand-in, where its n-th launch takes n microseconds."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FITTED, "--mode", "infer", "--batch-size", "1", "--out", str(tmp_path / "f.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert [launch["measured_us"] for launch in result["launches"]] == pytest.approx(
+        range(1, 1 + len(result["launches"]))
+    )
+    assert {launch["kernel"] for launch in result["launches"]} >= {"stem_forward_kernel", "depthwise_forward_kernel"}
+    assert all(0.1 < launch["predicted_us"] < 1000 for launch in result["launches"])
+    assert set(result["constants"]) <= {"barrier"} and result["after"] <= result["before"]
+    assert result["device"] == "NVIDIA H100 80GB HBM3" and result["machine"]["arch"] == 90
+    assert done.stdout.count("measured ") == len(result["launches"]) and "% off" in done.stdout

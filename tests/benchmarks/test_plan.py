@@ -141,13 +141,14 @@ def test_bad_rates(option, capsys):
 
 def test_a_prediction_stands_below_the_floors(monkeypatch, capsys):
     pytest.importorskip("triton")
-    from effkernels.tools.simulator import network
+    from effkernels.tools import networks
+    from effkernels.tools.simulator.steps import Step
 
     def predict_step(model, mode, batch, gpu):
         assert (model, mode, batch, gpu) == ("b0", "infer", 256, "h100")
-        return network.Step(model, mode, batch, gpu, [], [("aten::mm", 3.015e9)])  # a millisecond of its bandwidth
+        return Step(model, mode, batch, gpu, [], [("aten::mm", 3.015e9)])  # a millisecond of its bandwidth
 
-    monkeypatch.setattr(network, "predict_step", predict_step)
+    monkeypatch.setattr(networks, "predict_step", predict_step)
     plan.main(["--mode", "infer", "--gpu", "h100", "--predict"])
     assert "predicted, not measured: 1.000 ms, " in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -14,10 +14,11 @@ if not HAS_TRITON:
 from effkernels import FusedMBConv
 from effkernels.configs.gpus import GPUS
 from effkernels.tools import simulate
-from effkernels.tools.simulator import baselines, emulate, encoding, fit, flow, sm, timeline, trace, translate
+from effkernels.tools.networks import network, predict_step
+from effkernels.tools.simulator import baselines, emulate, encoding, fit, flow, sm, steps, timeline, trace, translate
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
 from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of, with_constants
-from effkernels.tools.simulator.network import held_by_l2, network, predict_step
+from effkernels.tools.simulator.steps import held_by_l2
 from effkernels.tools.traffic import count_steps
 from support import simulated
 
@@ -494,13 +495,20 @@ def test_measured_times_find_their_launches():
 
 def test_a_fit_finds_the_constant_that_was_off(monkeypatch):
     """Launches whose time is their barriers' and their latency's, measured on a machine with slower barriers."""
+    counts = {"a": (100, 1), "b": (10, 20), "c": (1, 1)}
 
-    def predict(launch, gpu, machine):
-        barriers, loads = {"a": (100, 1), "b": (10, 20), "c": (1, 1)}[launch.name]
-        return SimpleNamespace(time=1e-9 * (barriers * machine.barrier + loads * machine.memory_latency))
+    def predict_launches(launches, gpu, machine, held):
+        assert list(held) == [{launch.name: 1} for launch in launches], "what L2 held in the step, not among the chosen"
+        return [
+            SimpleNamespace(time=1e-9 * (barriers * machine.barrier + loads * machine.memory_latency))
+            for barriers, loads in (counts[launch.name] for launch in launches)
+        ]
 
-    monkeypatch.setattr(fit, "predict", predict)
+    monkeypatch.setattr(steps, "predict_launches", predict_launches)
+    monkeypatch.setattr(steps, "held_by_l2", lambda launches, capacity: [{launch.name: 1} for launch in launches])
+    monkeypatch.setattr(steps, "identity", lambda launch, machine, cached: launch.name)
     truth = with_constants(H100, barrier=2 * H100.barrier)
-    pairs = [(launch, predict(launch, "h100", truth).time) for launch in (_Launch("a"), _Launch("b"), _Launch("c"))]
-    found = fit.fit(pairs, "h100")
-    assert found["constants"]["barrier"] == 2 * H100.barrier and found["after"] < 0.5 * found["before"]
+    launches = [_Launch("c"), _Launch("a"), _Launch("b"), _Launch("a")]
+    measured = predict_launches(launches, "h100", truth, [{launch.name: 1} for launch in launches])
+    found = fit.fit([(launch, each.time) for launch, each in zip(launches, measured, strict=True)], "h100")
+    assert found["constants"] == {"barrier": 2 * H100.barrier} and found["after"] < 0.1 * found["before"]

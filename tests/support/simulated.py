@@ -8,8 +8,8 @@ import torch
 
 from effkernels import FusedMBConv
 from effkernels.tools.simulator import launch as launches
-from effkernels.tools.simulator.network import recorded
 from effkernels.tools.simulator.recount import recount
+from effkernels.tools.simulator.steps import recorded
 from support import known_kernels
 from support.python import run_python
 

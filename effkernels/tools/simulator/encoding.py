@@ -164,13 +164,13 @@ def _disassembled(cubin: bytes) -> dict:
     }
 
 
-def _cached(name: str, make) -> dict:
+def cached(name: str, make) -> dict:
     """The JSON of a cached file, made by ``make()`` where it is not there. Two processes may make it at once: the last
     one's stays."""
     path = cache_folder() / f"{name}.json.gz"
     try:
         return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError):  # not there, or not whole
         document = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -182,7 +182,7 @@ def _cached(name: str, make) -> dict:
 def read(cubin: bytes, name: str, arch: int, shared: int, warps: int) -> Code:
     """Of a binary with one kernel. shared: its dynamic shared memory in bytes."""
     digest = hashlib.sha256(cubin).hexdigest()[:32]
-    return _code(_cached(f"listing-{FORMAT}-{digest}", lambda: _disassembled(cubin)), name, arch, shared, warps, digest)
+    return _code(cached(f"listing-{FORMAT}-{digest}", lambda: _disassembled(cubin)), name, arch, shared, warps, digest)
 
 
 def compiled(key: str, compile_kernel) -> tuple[bytes, dict]:
@@ -193,7 +193,7 @@ def compiled(key: str, compile_kernel) -> tuple[bytes, dict]:
         binary, metadata = compile_kernel()
         return {"binary": binary.hex(), "metadata": metadata}
 
-    document = _cached(f"kernel-{FORMAT}-{key}", make)
+    document = cached(f"kernel-{FORMAT}-{key}", make)
     return bytes.fromhex(document["binary"]), document["metadata"]
 
 

@@ -3,6 +3,7 @@
 Registers are numbered in one row: R0-R255, UR0-UR63, P0-P6, UP0-UP6; RZ, PT and their like are none.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -76,11 +77,13 @@ def number(kind: str, index: int) -> int:
     return {"R": 0, "UR": UNIFORM, "P": PREDICATE, "UP": UNIFORM_PREDICATE}[kind] + index
 
 
-def names(text: str) -> list[tuple[str, int, str]]:
+@functools.cache
+def names(text: str) -> tuple[tuple[str, int, str], ...]:
     """(kind, index, suffixes) of the registers that an operand names."""
-    return [(kind, int(index), suffix) for kind, index, suffix in _NAME.findall(text)]
+    return tuple((kind, int(index), suffix) for kind, index, suffix in _NAME.findall(text))
 
 
+@functools.cache
 def is_predicate(operand: str) -> bool:
     return bool(re.fullmatch(r"!?U?P(\d|T)", operand))
 

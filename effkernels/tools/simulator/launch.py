@@ -6,8 +6,9 @@ by its first, middle and last one. One SM gets the programs that it would get, e
 bandwidth that is its share; the launch takes as long as it, and the program that comes last and merges what the others
 left takes as much longer as it alone needs."""
 
+import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from effkernels.tools.simulator import emulate, encoding, project, sm, trace
 from effkernels.tools.simulator.encoding import Code, Instruction
@@ -27,7 +28,6 @@ from effkernels.tools.simulator.machine import (
     machine_of,
 )
 
-VERSION = 1  # raised when the same code and figures are given another time
 BUDGET = 60_000  # instructions of the programs on an SM that are run one by one; the rest is extrapolated
 PROBES = 24  # programs whose path alone is emulated, to find the roles
 _MARK = sm.Operation(MARK, 0, 0, 0, 0, encoding.NO_SCOREBOARD, encoding.NO_SCOREBOARD, ()).packed()
@@ -411,21 +411,42 @@ def predict(
     cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the
     architecture's. With ``timeline`` the prediction keeps what one SM did, for ``timeline.draw``. ValueError for
     another GPU; RuntimeError, naming the kernel, where it does not compile.
+
+    A prediction is kept beside the listings, under a digest of all that it depends on, and not made again.
     """
-    if gpu not in project.GPUS:
-        raise ValueError(f"gpu must be one of {', '.join(project.GPUS)}, got {gpu!r}")
-    rates, machine = project.GPUS[gpu], machine or machine_of(gpu)
+    machine, cached = machine or machine_of(gpu), cached or {}
     try:
         code = code_of(launch, machine.arch)
     except Exception as error:
         raise RuntimeError(f"{launch.name} does not compile for sm_{machine.arch}: {error}") from error
+    rates = project.GPUS[gpu]
+    if timeline:
+        return _predicted(launch, code, rates, machine, cached, timeline=True)
+    tensors = [
+        (tensor.slot, tensor.bytes, tensor.storage_bytes, cached.get(tensor.storage, 0.0))
+        for tensor in project.tensors(launch)
+    ]
+    words = sorted(project.constants(launch, code).items())
+    parts = project.version(), rates, machine, code.digest, code.shared, code.warps, launch.grid, tensors, words
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    made = encoding.cached(
+        f"prediction-{digest}", lambda: asdict(_predicted(launch, code, rates, machine, cached, timeline=False))
+    )
+    return Prediction(**made | {"name": launch.name, "grid": launch.grid})
+
+
+def _predicted(
+    launch: project.Launch, code: Code, rates: project.Gpu, machine: Machine, cached: dict, timeline: bool
+) -> Prediction:
+    """``predict`` for a launch whose code is known."""
     found, last = samples(launch, code)
-    counted = count_bytes(launch, code, found, machine, cached or {})
+    counted = count_bytes(launch, code, found, machine, cached)
     total = math.prod(launch.grid)
     active = min(total, rates.processors)
     resident = machine.resident(code.registers, code.shared, code.warps)
     l2_rate = min(machine.l2_rate, machine.l2_bandwidth / active / rates.clock)
-    dram_rate = min(machine.l2_rate, rates.bandwidth / active / rates.clock)
+    bandwidth = machine.memory_share * rates.bandwidth
+    dram_rate = min(machine.l2_rate, bandwidth / active / rates.clock)
     mine = list(range(0, total, rates.processors))
     bounds = []
     at = 0.0
@@ -452,7 +473,7 @@ def predict(
     instructions = sum(each.instructions * each.sample.weight for each in everything)
     main = max(everything, key=lambda each: each.instructions * each.sample.weight)
     floors = {
-        "bytes": counted.dram / rates.bandwidth,
+        "bytes": counted.dram / bandwidth,
         "L2": counted.l2 / machine.l2_bandwidth,
         "issue": instructions / (4 * rates.processors) / rates.clock,
     }

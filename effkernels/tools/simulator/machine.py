@@ -13,6 +13,7 @@ Figures marked "assumed" have no source; the measurements of a GPU are to replac
 import re
 from dataclasses import dataclass, replace
 
+from effkernels.configs.gpus import GPUS
 from effkernels.tools.simulator.encoding import Instruction
 from effkernels.tools.simulator.translate import expects
 
@@ -113,10 +114,11 @@ class Machine:
     program_start: int = 200  # assumed: until the first instruction of a program that follows another on an SM
     shared_queue: int = 24  # assumed: clocks of work that may wait for the shared memory
     memory_queue: int = 3000  # assumed: clocks of work that may wait for L2
+    memory_share: float = 1.0  # assumed: of a copy's bandwidth, what other kernels reach as well
     l2_bandwidth: float = 5.5e12  # bytes/s of the whole GPU; [H] and others find 5.5 to 5.7 TB/s on an H100
-    # Assumed: of requests for what other SMs ask for at the same time, L2's coalescer sees as much; without it the.
+    # Assumed: the share of requests for what other SMs ask for at the same time that L2 serves one by one; if it were
+    # all of them, the matrix product of the known kernels could not reach what H100s are reported to.
     l2_again: float = 0.5
-    # matrix product of the known kernels could not reach what H100s are reported to
     l2_bytes: int = 50 << 20  # [W]
 
     @property
@@ -223,14 +225,14 @@ MACHINES = {
         l2_bytes=72 << 20,
     ),
 }
-ARCHITECTURES = {"h200": 90, "h100": 90, "a100": 80, "rtx4090": 89}
 
 
 def machine_of(gpu: str) -> Machine:
     """The machine of a named GPU. ValueError, naming what is known, if it is none."""
-    if gpu not in ARCHITECTURES:
-        raise ValueError(f"gpu must be one of {', '.join(ARCHITECTURES)}, got {gpu!r}")
-    return MACHINES[ARCHITECTURES[gpu]]
+    if gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    major, minor = GPUS[gpu].capability
+    return MACHINES[10 * major + minor]
 
 
 def with_constants(machine: Machine, **constants) -> Machine:

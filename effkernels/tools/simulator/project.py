@@ -1,13 +1,17 @@
 """All that the simulator takes from the rest of the project, and how a launch's arguments become a kernel's
 parameters."""
 
+import functools
+import hashlib
 import struct
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from effkernels.configs.gpus import GPUS, Gpu
-from effkernels.tools.launches import Launch, members, record_launches
+from effkernels.tools.launches import Launch, members, normal_form, record_launches
 from effkernels.tools.machine_code import _binary as binary
 from effkernels.tools.machine_code import compile_launch
 
@@ -21,7 +25,19 @@ __all__ = [
     "constants",
     "record_launches",
     "tensors",
+    "version",
 ]
+
+
+# What decides the time of a launch. Whoever records launches, compares or draws is not here.
+_PARTS = ("emulate", "encoding", "flow", "launch", "machine", "project", "sm", "trace", "translate", "values")
+
+
+@functools.cache
+def version() -> str:
+    """A digest of the simulator itself: of the sources that decide a prediction, comments and layout aside."""
+    sources = [Path(__file__).with_name(f"{part}.py").read_text(encoding="utf-8") for part in _PARTS]
+    return hashlib.sha256("\n".join(map(normal_form, sources)).encode()).hexdigest()[:16]
 
 
 # Bits of an address within a storage: 16 TB, of which the storage starts in the middle, as masked threads may point
@@ -69,8 +85,6 @@ def tensors(launch: Launch, apart: bool = False) -> list[Tensor]:
 
 def constants(launch: Launch, code, apart: bool = False) -> dict[int, int]:
     """Constant bank 0 of a launch: {offset: 32-bit word}; ``apart`` as for ``tensors``."""
-    from collections import defaultdict
-
     words: dict[int, int] = defaultdict(int)
     words[0], words[4], words[8] = 32 * code.warps, 1, 1
     grid = (*launch.grid, 1, 1)[:3]

@@ -394,11 +394,12 @@ class Program:
         self.code, self.full = code, full
         self.unknown: dict[str, int] = {}
         tainted, facts = flow.floating(code), flow.effects(code)
+        stored = [_stored(i) for i in code.instructions]
 
         def root(k: int, i: Instruction, passed_on: bool) -> int:
             """The registers that are asked for: by branches, and with ``full`` by addresses and masks. passed_on: also
             what is stored for other threads to read, unless it comes from fractions or memory."""
-            reads, data = facts[k][1], _stored(i)
+            reads, data = facts[k][1], stored[k]
             if i.base in BRANCHES:
                 return reads
             if i.base in ("STS", "STL") and passed_on and not data & tainted[k]:
@@ -416,7 +417,7 @@ class Program:
         self.stores = {
             k
             for k, i in enumerate(code.instructions)
-            if passes_on and i.base in ("STS", "STL") and not _stored(i) & tainted[k]
+            if passes_on and i.base in ("STS", "STL") and not stored[k] & tainted[k]
         }
         self._functions: dict[tuple[int, bool], object] = {}
         self.blocks_with_nothing = self._idle()
