@@ -347,6 +347,17 @@ def test_barriers_cost_time():
     assert any(without < 0.97 * with_them for _, with_them, without in times)
 
 
+def test_a_prediction_is_made_once(tmp_path):
+    """It is kept by all that it depends on; here in an empty folder."""
+    found = simulated.ask("simulated.kept()", EFFKERNELS_SIMULATOR_CACHE=str(tmp_path))
+    assert found["again"] == [True, 1]
+    assert found["larger"] == 2
+    assert found["slower"] == [True, 3]
+    assert found["held"] == [True, 4]
+    assert found["version"] == 5
+    assert len(list(tmp_path.glob("prediction-*"))) == 5
+
+
 def counted_in_the_interpreter(monkeypatch, count):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from effkernels.configs import rules, tables
+from effkernels.configs.gpus import GPUS
 from effkernels.tools import tune
 from support.interpreter import HAS_TRITON
 
@@ -88,6 +89,21 @@ def test_the_packages_own_table_is_that_of_the_architecture(tmp_path, monkeypatc
     tables.write(tmp_path / "sm_90.json", table(row({"TW": 7})))
     tables.write(tmp_path / "sm_80.json", table(row({"TW": 5}), capability=(8, 0)))
     assert rules.depthwise_forward_config(*ARGS, GPU).TW == 7
+
+
+def test_meta_stands_for_a_gpu(tmp_path, monkeypatch):
+    """Its processors, its architecture and its table's rows, within; the rules' again behind, whatever was cached."""
+    meta, a100 = torch.device("meta"), GPUS["a100"]
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    tables.write(tmp_path / "sm_80.json", table(row({"TW": 5}), capability=(8, 0)))
+    rule = rules.depthwise_forward_config(*ARGS, meta)
+    form = rules.expand_backward_form(240, 40, torch.bfloat16, meta)
+    with tables.meta_is(a100):
+        assert rules.depthwise_forward_config(*ARGS, meta) == dataclasses.replace(rule, TW=5)
+        assert rules.processor_count(meta) == 108
+        assert (form, rules.expand_backward_form(240, 40, torch.bfloat16, meta)) == ("pass", "split")
+        assert rules.depthwise_forward_config(*ARGS, CPU) == rules.depthwise_forward_config.__wrapped__(*ARGS, CPU)
+    assert rules.depthwise_forward_config(*ARGS, meta) == rule and rules.processor_count(meta) == 132
 
 
 def test_a_table_is_read_once(use, monkeypatch):

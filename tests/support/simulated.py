@@ -8,6 +8,7 @@ import torch
 
 from effkernels import FusedMBConv
 from effkernels.tools.simulator import launch as launches
+from effkernels.tools.simulator import machine, project
 from effkernels.tools.simulator.recount import recount
 from effkernels.tools.simulator.steps import recorded
 from support import known_kernels
@@ -20,15 +21,15 @@ BLOCKS = ((8, 8, 5, 1, 6, 7), (16, 24, 3, 2, 6, 8), (24, 16, 3, 1, 1, 7))
 TESTS = Path(__file__).parents[1]
 
 
-def ask(call: str):
-    """The JSON value of ``call``, an expression with this module as ``simulated``."""
+def ask(call: str, **environment):
+    """The JSON value of ``call``, an expression with this module as ``simulated``, in an ``environment``."""
     code = f"""
         import json, sys
         sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
         from support import simulated
         print(json.dumps({call}))
     """
-    return json.loads(run_python(code))
+    return json.loads(run_python(code, **environment))
 
 
 def _row(prediction, work=None) -> dict:
@@ -119,6 +120,27 @@ def barriers() -> list:
             launches.code_of = lambda launch, arch, change=change: change(code_of(launch, arch))
             times.append(1e6 * launches.predict(launch, "h200").time)
         found.append([launch.name, *times])
+    return found
+
+
+def kept() -> dict:
+    """How many predictions of a copy were made after asking again, for other arguments, with other figures, with its
+    tensors in L2 and of another simulator; and whether the result is then the same, slower, or less from DRAM."""
+    counts, predicted = [], launches._predicted
+    launches._predicted = lambda *args, **how: counts.append(1) or predicted(*args, **how)
+    (small, _), (large, _) = known_kernels.copy_launch(1 << 20), known_kernels.copy_launch(1 << 21)
+    found = {}
+    first = launches.predict(small, "h200")
+    found["again"] = launches.predict(small, "h200") == first, len(counts)
+    launches.predict(large, "h200")
+    found["larger"] = len(counts)
+    slower = machine.with_constants(machine.machine_of("h200"), memory_latency=5000)
+    found["slower"] = launches.predict(small, "h200", machine=slower).time > first.time, len(counts)
+    held = {tensor.storage: tensor.bytes for tensor in project.tensors(small)}
+    found["held"] = launches.predict(small, "h200", cached=held).dram_bytes < first.dram_bytes, len(counts)
+    project.version = lambda: "another"
+    launches.predict(small, "h200")
+    found["version"] = len(counts)
     return found
 
 
