@@ -184,7 +184,7 @@ def predicted(accepted: dict, which: str, say: Callable[[str], None] = lambda li
             continue
         module, x = networks.network(model, mode == "train", batch)
         launches, operators = steps.step_launches(module, x, mode == "train", gpu)
-        digest = steps.digest(launches, gpu)
+        digest = steps.digest(launches, operators, gpu)
         if accepted.get(key, {}).get("digest") == digest:
             found |= kept
             continue

@@ -1,8 +1,9 @@
-"""``python -m effkernels.tune``: launch configurations measured on this GPU (effkernels/tools/tune.py)."""
+"""``python -m effkernels.tune``: launch configurations measured on this GPU or predicted (effkernels/tools/tune.py)."""
 
 import sys
 
+from effkernels.tools.simulator.steps import predict_calls
 from effkernels.tools.tune import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(predict=predict_calls))

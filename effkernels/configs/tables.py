@@ -1,5 +1,5 @@
-"""Measured launch configurations: a JSON table for each GPU architecture, whose rows override the analytic rules of
-configs/rules.py.
+"""Launch configurations that were measured, or predicted: a JSON table for each GPU architecture, whose rows override
+the analytic rules of configs/rules.py. A measured row wins over a simulated one.
 
 ``python -m effkernels.tune`` writes them; nothing else measures anything. A table is
 effkernels/configs/sm_<major><minor>.json, or the file that EFFKERNELS_TABLE names; it is read once, when the first
@@ -66,6 +66,8 @@ def read(path: Path, capability: tuple[int, int] | None = None) -> dict:
         for row in table["rows"]:
             if not (isinstance(row["family"], str) and isinstance(row["key"], str)):
                 raise TypeError("family and key must be strings")
+            if source_of(row) not in ("measured", "simulated"):
+                raise TypeError(f"source must be measured or simulated, got {row['source']!r}")
             if not all(value is None or isinstance(value, (int, bool)) for value in row["config"].values()):
                 raise TypeError(f"config must hold integers, got {row['config']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -76,6 +78,11 @@ def read(path: Path, capability: tuple[int, int] | None = None) -> dict:
         names = [f"sm_{major}{minor}" for major, minor in (measured, capability)]
         raise ValueError(f"{path} was measured on {names[0]}, this GPU is {names[1]}: {advice}")
     return table
+
+
+def source_of(row: dict) -> str:
+    """Where a row's times come from: "measured" or "simulated"."""
+    return row.get("source", "measured")
 
 
 def write(path: Path, table: dict) -> None:
@@ -95,7 +102,8 @@ def _table(capability: tuple[int, int]) -> tuple[Path, dict[tuple[str, str], dic
         if os.environ.get("EFFKERNELS_TABLE"):
             raise ValueError(f"EFFKERNELS_TABLE names {path}, which does not exist")
         return path, {}
-    return path, {(row["family"], row["key"]): row["config"] for row in read(path, capability)["rows"]}
+    rows = sorted(read(path, capability)["rows"], key=lambda row: source_of(row) == "measured")  # these win
+    return path, {(row["family"], row["key"]): row["config"] for row in rows}
 
 
 @functools.cache

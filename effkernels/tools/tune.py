@@ -1,15 +1,20 @@
-"""Measures launch configurations on the present GPU and writes the table that overrides the rules of configs/rules.py
-there.
+"""Measures launch configurations on the present GPU, or predicts them for a named one, and writes the table that
+overrides the rules of configs/rules.py there.
 
 ``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's
 configuration and moves to the fastest neighbour until none is faster. A configuration whose results differ from the
 rule's, or that does not compile, is passed over. The table is saved after each shape, and what it already holds is not
 measured again, so a run that was interrupted goes on. Nothing else in the package measures; see effkernels/configs for
 how a table is found.
+
+``--simulate`` needs no GPU: times are the simulator's (docs/performance.md), rows are marked ``"source": "simulated"``,
+and nothing is run, so results are not compared. A measured row takes the place of a simulated one, never the reverse.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from pathlib import Path
 import torch
 
 from effkernels.configs import tables
+from effkernels.configs.gpus import GPUS
 from effkernels.configs.rules import expand_backward_form, project_backward_is_fused
 
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
@@ -68,8 +74,9 @@ FIELDS = {
         "programs_per_sm": (1, 2, 3),
     },
 }
-GAIN = 0.98  # a configuration is faster if it takes at most this share of the time: less is noise
-MOST = 60  # configurations measured for one shape
+# A configuration is faster if it takes at most this share of the time: less is noise, or what predictions do not tell.
+GAIN = {"measured": 0.98, "simulated": 0.95}
+MOST = 60  # configurations timed for one shape
 
 
 @dataclass(frozen=True)
@@ -92,22 +99,22 @@ def neighbours(family: str, config) -> list:
     return found
 
 
-def climb(family: str, start, measure: Callable):
-    """(fastest configuration, its time, the start's time): steps to the fastest neighbour as long as one is faster.
+def climb(family: str, start, times_of: Callable, gain: float):
+    """(fastest configuration, its time, the start's time): steps to the fastest neighbour as long as one takes at most
+    ``gain`` of the time.
 
-    measure(config) returns a time, or None for a configuration that cannot be used.
+    times_of(configs) returns the time of each, or None for a configuration that cannot be used.
     """
-    times = {start: measure(start)}
+    times = {start: times_of([start])[0]}
     if times[start] is None:
         raise RuntimeError(f"the rule's own configuration of {family} cannot run: {start}")
     best = start
     while len(times) < MOST:
-        for config in neighbours(family, best):
-            if config not in times and len(times) < MOST:
-                times[config] = measure(config)
+        new = [config for config in neighbours(family, best) if config not in times][: MOST - len(times)]
+        times |= zip(new, times_of(new), strict=True)
         usable = [config for config in neighbours(family, best) if times.get(config) is not None]
         fastest = min(usable, key=times.get, default=best)
-        if times[fastest] >= GAIN * times[best]:
+        if times[fastest] >= gain * times[best]:
             break
         best = fastest
     return best, times[best], times[start]
@@ -132,46 +139,97 @@ def changed(config, start) -> dict:
     }
 
 
-def tune(workloads, table: dict, path: Path, device, timer: Callable, report: Callable = lambda line: None) -> int:
-    """Add a row to ``table``, and save it in ``path``, for each workload whose bucket it lacks; how many were added.
+def measured(device, timer: Callable) -> Callable:
+    """How ``tune`` times a workload on this GPU. timer(call) returns microseconds."""
 
-    timer(call) returns microseconds. Rows: {"family", "key", "config" (fields that differ from the rule's), "us",
-    "rule_us", "workload"}.
-    """
-    known = {(row["family"], row["key"]) for row in table["rows"]}
-    added = 0
-    for workload in workloads:
+    def start(workload: Workload, report):
         with tables.rules_only():
             call = workload.build(device)
             with tables.watch() as asked:
                 expected = call()
-        asked = [(key, config) for family, key, config in asked if family == workload.family]
-        if not asked:
-            raise RuntimeError(f"{workload.name} does not ask for a configuration of {workload.family}")
-        key, start = asked[0]
-        if (workload.family, key) in known:
-            continue
 
-        def measure(config, call=call, expected=expected, start=start, family=workload.family):
-            with tables.override(family, **changed(config, start)):
+        def time(config, rule):
+            fields = changed(config, rule)
+            with tables.override(workload.family, **fields):
                 try:
                     # Sums in another order: the results of one dtype agree to a few of its roundings.
                     if _difference(call(), expected) > (1e-2 if expected[0].element_size() == 2 else 1e-4):
                         return None
                     return timer(call)
                 except Exception as error:  # whatever the compiler or the launch has against this one configuration
-                    report(f"{family} {changed(config, start)}: {type(error).__name__}")
+                    report(f"{workload.family} {fields}: {type(error).__name__}")
                     return None
 
-        best, time, rule_time = climb(workload.family, start, measure)
+        return asked, lambda configs, rule: [time(config, rule) for config in configs]
+
+    return start
+
+
+def simulated(gpu: str, predict: Callable) -> Callable:
+    """How ``tune`` times a workload without a GPU. predict(launches of each call, gpu) returns the predictions of each
+    call's launches, or the error of a call of which one does not compile."""
+    from effkernels.tools.launches import record_launches
+
+    def start(workload: Workload, report):
+        with record_launches(GPUS[gpu]), tables.watch() as asked:
+            call = workload.build(torch.device("meta"))
+            call()
+
+        def times(configs, rule):
+            calls = []
+            for config in configs:
+                fields = changed(config, rule)
+                with tables.override(workload.family, **fields), tables.watch():  # what is watched, rules decide
+                    with record_launches(GPUS[gpu]) as launches:
+                        call()
+                calls.append(launches)
+            found = []
+            for config, result in zip(configs, predict(calls, gpu), strict=True):
+                if isinstance(result, Exception):
+                    report(f"{workload.family} {changed(config, rule)}: {result}")
+                found.append(None if isinstance(result, Exception) else 1e6 * sum(each.time for each in result))
+            return found
+
+        return asked, times
+
+    return start
+
+
+def tune(workloads, table: dict, path: Path, start: Callable, source: str, report: Callable = lambda line: None) -> int:
+    """Add a row to ``table``, and save it in ``path``, for each workload whose bucket it lacks; how many were added.
+
+    start(workload, report) returns what ``measured`` and ``simulated`` do: (what ``tables.watch`` saw, a function of
+    configurations and the rule's one that returns their microseconds). Rows: {"family", "key", "config" (fields that
+    differ from the rule's), "us", "rule_us", "workload", "source"}. Measured rows take the place of simulated ones.
+    """
+    known = {
+        (row["family"], row["key"])
+        for row in table["rows"]
+        if source == "simulated" or tables.source_of(row) == "measured"
+    }
+    added = 0
+    for workload in workloads:
+        asked, times = start(workload, report)
+        asked = [(key, config) for family, key, config in asked if family == workload.family]
+        if not asked:
+            raise RuntimeError(f"{workload.name} does not ask for a configuration of {workload.family}")
+        key, rule = asked[0]
+        if (workload.family, key) in known:
+            continue
+        best, time, rule_time = climb(
+            workload.family, rule, lambda configs, times=times, rule=rule: times(configs, rule), GAIN[source]
+        )
         row = {
             "family": workload.family,
             "key": key,
-            "config": changed(best, start),
+            "config": changed(best, rule),
             "us": round(time, 2),
             "rule_us": round(rule_time, 2),
+            "workload": workload.name,
+            "source": source,
         }
-        table["rows"].append(row | {"workload": workload.name})
+        table["rows"] = [other for other in table["rows"] if (other["family"], other["key"]) != (workload.family, key)]
+        table["rows"].append(row)
         tables.write(path, table)
         known.add((workload.family, key))
         added += 1
@@ -183,8 +241,9 @@ def _random(device, *shape, dtype=torch.float32):
     return torch.randn(shape, device=device).to(dtype)
 
 
-def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> list[Workload]:
-    """Every launcher with a tunable family that one MBConv block calls."""
+def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size, device=None) -> list[Workload]:
+    """Every launcher with a tunable family that one MBConv block calls on a device: this GPU, or ``meta``."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "meta")
     E, out_size = round(inputs * ratio), -(-size // stride)
     e1, e2 = (batch, size, size, E), (batch, out_size, out_size, E)
     pads = ((k - 1) // 2,) * 4
@@ -316,13 +375,12 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size) -> li
     if ratio > 1:
         made.append(("pointwise_forward", expand))
         forms = {"pass": [expand_pass], "split": [expand_data, expand_weight], "library": []}
-        device = torch.device("cuda" if torch.cuda.is_available() else "meta")
         made += [(build.__name__, build) for build in forms[expand_backward_form(E, inputs, dtype, device)]]
     return [Workload(f"{build.__name__} {name}", family, build) for family, build in made]
 
 
-def workloads(widths, dtypes, batches) -> list[Workload]:
-    """Those of every different block of the networks of these width coefficients."""
+def workloads(widths, dtypes, batches, device=None) -> list[Workload]:
+    """Those of every different block of the networks of these width coefficients, as ``block_workloads`` has them."""
     from effkernels.tools.shipped import family_blocks
 
     found = {}
@@ -330,7 +388,7 @@ def workloads(widths, dtypes, batches) -> list[Workload]:
         for block in family_blocks(width):
             for dtype in dtypes:
                 for batch in batches:
-                    found |= {(w.family, w.name): w for w in block_workloads(dtype, batch, *block)}
+                    found |= {(w.family, w.name): w for w in block_workloads(dtype, batch, *block, device)}
     return list(found.values())
 
 
@@ -340,7 +398,23 @@ def _microseconds(call) -> float:
     return 1000 * do_bench(call, warmup=10, rep=50, return_mode="median")
 
 
-def main(argv=None) -> int:
+def _table(path: Path, capability, gpu: str, source: str) -> dict:
+    """The table in ``path``, or a new one. ValueError where rows measured on another GPU are in it."""
+    import triton
+
+    head = {"gpu": gpu, "capability": list(capability), "torch": torch.__version__, "triton": triton.__version__}
+    if not path.exists():
+        return head | {"rows": []}
+    table = tables.read(path, capability)
+    if any(tables.source_of(row) == "measured" for row in table["rows"]):
+        if source == "measured" and table.get("gpu") != gpu:
+            raise ValueError(f"{path} was measured on {table.get('gpu')}, this is {gpu}")
+        return table
+    return table | head
+
+
+def main(argv=None, predict=None) -> int:
+    """predict: as ``simulated`` takes it; None: ``--simulate`` is not offered."""
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.tune", description="Measure launch configurations on the present GPU."
     )
@@ -348,35 +422,45 @@ def main(argv=None) -> int:
         "--output", type=Path, help="the table (default: EFFKERNELS_TABLE, or the package's own of this architecture)"
     )
     parser.add_argument(
-        "--widths", type=float, nargs="+", default=[1.0], help="width coefficients of the networks (default: 1, B0)"
+        "--widths",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="width coefficients of the networks (default: 1, B0 and B1; 1.1 to 2 are B2 to B7)",
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--batches", type=int, nargs="+", default=[128], help="images in a batch (default: 128)")
+    parser.add_argument("--families", nargs="+", default=sorted(FIELDS), choices=sorted(FIELDS), help="default: all")
+    if predict is not None:
+        parser.add_argument("--simulate", action="store_true", help="predict instead of measuring; needs no GPU")
+        parser.add_argument("--gpu", default="h200", choices=tuple(GPUS), help="with --simulate (default: h200)")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("python -m effkernels.tune: no CUDA GPU here, and tuning measures on one", file=sys.stderr)
+    for name in ("widths", "batches"):
+        if min(getattr(args, name)) <= 0:
+            parser.error(f"--{name} must be above 0, got {min(getattr(args, name))}")
+    simulates = predict is not None and args.simulate
+    if not simulates and not torch.cuda.is_available():
+        also = "; --simulate predicts without one" if predict is not None else ""
+        print(f"python -m effkernels.tune: no CUDA GPU here, and tuning measures on one{also}", file=sys.stderr)
         return 2
-    import triton
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    capability = torch.cuda.get_device_capability(device)
+    if simulates:
+        if os.environ.get("TRITON_INTERPRET"):
+            parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+        device, source, start = torch.device("meta"), "simulated", simulated(args.gpu, predict)
+        capability, gpu = GPUS[args.gpu].capability, GPUS[args.gpu].name
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        source, start = "measured", measured(device, _microseconds)
+        capability, gpu = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     path = args.output or tables.default_path(capability)
-    gpu = torch.cuda.get_device_name(device)
-    table = {
-        "gpu": gpu,
-        "capability": list(capability),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "rows": [],
-    }
-    if path.exists():
-        table = tables.read(path, capability)
-        if table.get("gpu") != gpu:
-            print(
-                f"python -m effkernels.tune: {path} was measured on {table.get('gpu')}, this is {gpu}", file=sys.stderr
-            )
-            return 2
-    todo = workloads(args.widths, [getattr(torch, name) for name in args.dtypes], args.batches)
+    try:
+        table = _table(path, capability, gpu, source)
+    except ValueError as error:
+        print(f"python -m effkernels.tune: {error}", file=sys.stderr)
+        return 2
+    with tables.meta_is(GPUS[args.gpu]) if simulates else contextlib.nullcontext():
+        todo = workloads(args.widths, [getattr(torch, name) for name in args.dtypes], args.batches, device)
+    todo = [workload for workload in todo if workload.family in args.families]
     try:
         from tqdm import tqdm
     except ImportError:
@@ -384,10 +468,11 @@ def main(argv=None) -> int:
     else:
         progress = tqdm(todo, unit="shape", disable=None)
         say = progress.write
-    added = tune(progress, table, path, device, _microseconds, say)
+    added = tune(progress, table, path, start, source, say)
     faster = [row["rule_us"] / row["us"] for row in table["rows"] if row["config"]]
     best = f", up to {max(faster):.2f} times as fast" if faster else ""
-    print(f"{path}: {added} rows added, {len(table['rows'])} in all; {len(faster)} beat the rule{best}")
+    how = ", predicted, not measured" if simulates else ""
+    print(f"{path}: {added} rows added, {len(table['rows'])} in all; {len(faster)} beat the rule{best}{how}")
     return 0
 
 

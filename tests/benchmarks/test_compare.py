@@ -196,7 +196,7 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
     asked, said = [], []
     monkeypatch.setattr(networks, "network", lambda model, training, batch: ((model, batch), None))
     monkeypatch.setattr(steps, "step_launches", lambda module, x, training, gpu: ((*module, training, gpu), []))
-    monkeypatch.setattr(steps, "digest", lambda launches, gpu: f"new {gpu}")
+    monkeypatch.setattr(steps, "digest", lambda launches, operators, gpu: f"new {gpu}")
     monkeypatch.setattr(steps, "predict_launches", lambda launches, gpu: asked.append(launches) or [])
     accepted = {
         "b0 train 256 h200": {"predicted_ms": 9.0, "digest": "old"},

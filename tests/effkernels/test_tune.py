@@ -1,12 +1,15 @@
 """Tables of measured launch configurations: looked up, refused, and written by a search whose clock is a formula
 here."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +131,7 @@ def test_a_table_is_read_once(use, monkeypatch):
         (table(row({"TW": 7}, key=3)), "family and key must be strings"),
         (table(row({"TW": 7}), capability=(8, 0)), "was measured on sm_80, this GPU is sm_90"),
         (table(row({"TX": 7})), "unexpected keyword argument 'TX'"),
+        (table(row({"TW": 7}) | {"source": "guessed"}), "source must be measured or simulated, got 'guessed'"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(use, content, problem):
@@ -204,7 +208,8 @@ def toy(monkeypatch):
 
 def run(toy, path, *channels, content=None, report=lambda line: None):
     content = content or {"gpu": "toy", "capability": [9, 0], "rows": []}
-    return tune.tune([toy.workload(C) for C in channels], content, path, CPU, toy.timer, report)
+    workloads, start = [toy.workload(C) for C in channels], tune.measured(CPU, toy.timer)
+    return tune.tune(workloads, content, path, start, "measured", report)
 
 
 def test_climbs_to_the_fastest(toy, tmp_path):
@@ -267,7 +272,7 @@ def test_goes_on_after_an_interruption(toy, tmp_path):
 def test_a_workload_that_asks_for_nothing_is_a_mistake(toy, tmp_path):
     workload = dataclasses.replace(toy.workload(40), family="reduction")
     with pytest.raises(RuntimeError, match="toy 40 does not ask for a configuration of reduction"):
-        tune.tune([workload], table(), tmp_path / "t.json", CPU, toy.timer)
+        tune.tune([workload], table(), tmp_path / "t.json", tune.measured(CPU, toy.timer), "measured")
 
 
 def test_what_is_written_is_what_is_looked_up(tmp_path, monkeypatch):
@@ -291,6 +296,136 @@ def test_fields_of_the_search_exist():
 def test_without_a_gpu(capsys):
     assert tune.main([]) == 2
     assert capsys.readouterr().err == "python -m effkernels.tune: no CUDA GPU here, and tuning measures on one\n"
+    assert tune.main([], predict=lambda calls, gpu: []) == 2
+    assert capsys.readouterr().err.endswith("tuning measures on one; --simulate predicts without one\n")
+
+
+# ---- the search without a GPU
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def predicted(toy, seconds=lambda config: 1e-6 * (100.0 - config.BLOCK_M / 2 + abs(config.warps - 8))):
+    """As ``steps.predict_calls``, for calls that are configurations; BLOCK_M = 128 does not compile."""
+
+    def predict(calls, gpu):
+        assert gpu == "a100"
+        toy.measured += [config for (config,) in calls]
+        wrong = RuntimeError("toy does not compile")
+        return [wrong if c.BLOCK_M == 128 else [SimpleNamespace(time=seconds(c))] for (c,) in calls]
+
+    return predict
+
+
+@pytest.fixture
+def recorded_toy(toy, monkeypatch):
+    """Toys whose launches, where they are recorded, are the configurations that their calls ask for."""
+
+    @contextlib.contextmanager
+    def record_launches(gpu):
+        assert gpu is GPUS["a100"]
+        toy.launches = []
+        yield toy.launches
+
+    def result(config):
+        toy.launches.append(config)
+        return 1.0
+
+    launches = pytest.importorskip("effkernels.tools.launches")
+    monkeypatch.setattr(launches, "record_launches", record_launches)
+    toy.result = result
+    return toy
+
+
+def simulate(toy, path, *channels, content=None, report=lambda line: None, **how):
+    content = content or {"gpu": "A100", "capability": [8, 0], "rows": []}
+    workloads, start = [toy.workload(C) for C in channels], tune.simulated("a100", predicted(toy, **how))
+    return tune.tune(workloads, content, path, start, "simulated", report)
+
+
+def test_climbs_by_predictions(recorded_toy, tmp_path):
+    said = []
+    assert simulate(recorded_toy, tmp_path / "t.json", 40, report=said.append) == 1
+    (found,) = tables.read(tmp_path / "t.json")["rows"]
+    assert (found["config"], found["source"]) == ({"BLOCK_M": 64, "warps": 8}, "simulated")
+    assert (found["rule_us"], found["us"]) == (96.0, 68.0)
+    assert len(recorded_toy.measured) == len(set(recorded_toy.measured))
+    assert "toy {'BLOCK_M': 128}: toy does not compile" in said
+
+
+def test_what_predictions_do_not_tell_is_no_gain(recorded_toy, tmp_path):
+    """4 % less counts where it is measured, and not where it is predicted."""
+    simulate(recorded_toy, tmp_path / "t.json", 40, seconds=lambda config: 100.0 - 4 * (config.BLOCK_M > 16))
+    recorded_toy.time = lambda config: 100.0 - 4 * (config.BLOCK_M > 16)
+    run(recorded_toy, tmp_path / "m.json", 40)
+    rows = [tables.read(tmp_path / name)["rows"][0] for name in ("t.json", "m.json")]
+    assert [row["config"] for row in rows] == [{}, {"BLOCK_M": 32}]
+
+
+def test_predictions_go_on_after_an_interruption(recorded_toy, tmp_path):
+    path = tmp_path / "t.json"
+    assert simulate(recorded_toy, path, 40, 100) == 2
+    recorded_toy.measured.clear()
+    assert simulate(recorded_toy, path, 40, 100, 1000, content=tables.read(path)) == 1
+    assert len(tables.read(path)["rows"]) == 3
+
+
+def test_measured_rows_take_the_place_of_simulated_ones(recorded_toy, tmp_path):
+    path = tmp_path / "t.json"
+    simulate(recorded_toy, path, 40, 100)
+    assert run(recorded_toy, path, 40, content=tables.read(path)) == 1
+    rows = {row["key"]: (row["source"], row["config"]) for row in tables.read(path)["rows"]}
+    assert rows["C=64 dtype=bfloat16"] == ("measured", {"BLOCK_M": 128, "warps": 8})
+    assert rows["C=128 dtype=bfloat16"] == ("simulated", {"BLOCK_M": 64, "warps": 8})
+    assert simulate(recorded_toy, path, 40, content=tables.read(path)) == 0, "never the reverse"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_measured_row_wins(use, order):
+    rows = [row({"TW": 7}) | {"source": "simulated"}, row({"TW": 5})]
+    use(table(*rows[::order]))
+    assert rules.depthwise_forward_config(*ARGS, GPU).TW == 5
+
+
+def test_a_measured_table_of_another_gpu_is_kept(tmp_path):
+    """Its rows are not mixed with this GPU's; a table of simulated rows becomes this GPU's."""
+    path = tmp_path / "t.json"
+    tables.write(path, table(row({"TW": 7})))
+    with pytest.raises(ValueError, match="was measured on NVIDIA H200, this is NVIDIA H100"):
+        tune._table(path, (9, 0), "NVIDIA H100", "measured")
+    assert tune._table(path, (9, 0), "H200", "simulated")["gpu"] == "NVIDIA H200"
+    tables.write(path, table(row({"TW": 7}) | {"source": "simulated"}))
+    assert tune._table(path, (9, 0), "NVIDIA H100", "measured")["gpu"] == "NVIDIA H100"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--widths", "0"], "--widths must be above 0, got 0.0"),
+        (["--batches", "-1"], "--batches must be above 0, got -1"),
+        (["--families", "depthwise"], "--families: invalid choice: 'depthwise'"),
+        (["--simulate", "--gpu", "v100"], "--gpu: invalid choice: 'v100'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(arguments, predict=lambda calls, gpu: [])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_kernel_is_tuned_by_simulation(tmp_path):
+    """One family of one small network, by the command; again, nothing is left to do."""
+    how = ["--simulate", "--families", "elementwise", "--widths", "0.5", "--batches", "8", "--output", "t.json"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for added in ("[1-9][0-9]*", "0"):
+        command = [sys.executable, "-m", "effkernels.tune", *how]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert re.search(rf"^t.json: {added} rows added, .*, predicted, not measured$", done.stdout, re.MULTILINE)
+    rows = tables.read(tmp_path / "t.json", (9, 0))["rows"]
+    assert all(row["source"] == "simulated" and 0 < row["us"] <= row["rule_us"] for row in rows)
+    assert {row["family"] for row in rows} == {"elementwise"} and len(rows) > 3
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -410,7 +410,7 @@ def predict(
 
     cached: {storage of a tensor: bytes of it that L2 holds before the launch}. machine: other figures than the
     architecture's. With ``timeline`` the prediction keeps what one SM did, for ``timeline.draw``. ValueError for
-    another GPU; RuntimeError, naming the kernel, where it does not compile.
+    another GPU; RuntimeError, naming the kernel, where it does not compile or asks for too much shared memory.
 
     A prediction is kept beside the listings, under a digest of all that it depends on, and not made again.
     """
@@ -419,6 +419,11 @@ def predict(
         code = code_of(launch, machine.arch)
     except Exception as error:
         raise RuntimeError(f"{launch.name} does not compile for sm_{machine.arch}: {error}") from error
+    if code.shared > machine.most_shared:
+        raise RuntimeError(
+            f"{launch.name} needs {code.shared} bytes of shared memory, a program on sm_{machine.arch} has at most "
+            f"{machine.most_shared}"
+        )
     rates = project.GPUS[gpu]
     if timeline:
         return _predicted(launch, code, rates, machine, cached, timeline=True)

@@ -86,6 +86,7 @@ class Machine:
     registers: int = 65536  # [G]
     shared: int = 228 * 1024  # [G] bytes of all programs, of which each takes ``shared_reserved`` more than it asks for
     shared_reserved: int = 1024  # [G]
+    most_shared: int = 227 * 1024  # [G] bytes of one program
     most_warps: int = 64  # [G]
     most_programs: int = 32  # [G]
     fma_pipes: int = 2  # [G] 128 fp32 results a clock: two pipes of 16 lanes a scheduler
@@ -200,7 +201,8 @@ MACHINES = {
     90: Machine(90),
     80: Machine(
         80,
-        shared=164 * 1024,
+        shared=164 * 1024,  # [G]
+        most_shared=163 * 1024,  # [G]
         fma_pipes=1,  # [G] 64 fp32 results a clock: one pipe
         half=2,  # [G] 256 fp16 and 128 bf16 results a clock
         matrix=8.0,  # [W] 312 TFLOP/s: 1024 multiply-adds a clock and SM
@@ -208,13 +210,14 @@ MACHINES = {
         l2_latency=200,  # [A] 200 clocks
         memory_latency=430,  # [A] 290 clocks idle; under load (assumed)
         l2_bandwidth=3.7e12,  # [W] 5120 bytes a clock at 1.41 GHz are 7.2; half of it is reached (assumed)
-        l2_bytes=40 << 20,
+        l2_bytes=40 << 20,  # [W]
     ),
     89: Machine(
         89,
-        shared=100 * 1024,
-        most_warps=48,
-        most_programs=24,
+        shared=100 * 1024,  # [G]
+        most_shared=99 * 1024,  # [G]
+        most_warps=48,  # [G]
+        most_programs=24,  # [G]
         double=64,  # [G] 2 fp64 results a clock
         matrix=32.0,  # [W] 165 TFLOP/s with fp32 sums: 256 multiply-adds a clock and SM
         half=2,  # [G] 256 fp16 results a clock
@@ -222,7 +225,7 @@ MACHINES = {
         l2_latency=270,  # assumed as Hopper's
         memory_latency=650,  # assumed
         l2_bandwidth=4.0e12,  # assumed
-        l2_bytes=72 << 20,
+        l2_bytes=72 << 20,  # [W]
     ),
 }
 

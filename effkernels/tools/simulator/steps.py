@@ -123,19 +123,24 @@ def identity(launch: project.Launch, machine: Machine, cached: dict[int, float])
     return launch.digest(machine.arch), launch.grid, tuple(tensors), tuple(numbers)
 
 
-def digest(launches, gpu: str) -> str:
+def digest(launches, operators, gpu: str) -> str:
     """Of all that the predictions of a step depend on: two steps with the same digest take the same time."""
     machine = machine_of(gpu)
     held = held_by_l2(launches, machine.l2_kept)
     keys = [identity(launch, machine, cached) for launch, cached in zip(launches, held, strict=True)]
-    return hashlib.sha256(repr((project.version(), project.GPUS[gpu], machine, keys)).encode()).hexdigest()[:16]
+    parts = project.version(), project.GPUS[gpu], machine, keys, PRODUCT_SHARE, operators
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 _JOBS: list[list] = []  # of the forked processes
 
 
-def _job(j: int) -> list[Prediction]:
-    return [predict(launch, gpu, cached=cached, machine=machine) for launch, gpu, cached, machine in _JOBS[j]]
+def _job(j: int) -> list[Prediction | RuntimeError]:
+    """Predictions of the launches of a job, or what the compiler has against them."""
+    try:
+        return [predict(launch, gpu, cached=cached, machine=machine) for launch, gpu, cached, machine in _JOBS[j]]
+    except RuntimeError as error:
+        return [error] * len(_JOBS[j])
 
 
 def predict_launches(
@@ -145,8 +150,9 @@ def predict_launches(
     report=lambda done, total: None,
     machine: Machine | None = None,
     held: list[dict] | None = None,
+    raises: bool = True,
 ) -> list[Prediction]:
-    """A prediction for each launch, in order.
+    """A prediction for each launch, in order; where it does not compile a RuntimeError is raised, or stands for it.
 
     Equal launches are predicted once, in ``processes`` processes (default: one a core), those of the same machine code
     in the same one, which compiles and reads it once. report(done, total) is told how many are. machine: other figures
@@ -165,6 +171,8 @@ def predict_launches(
     made: dict[tuple, Prediction] = {}
 
     def keep(j, predictions):
+        if raises and isinstance(predictions[0], RuntimeError):
+            raise predictions[0]
         made.update(zip(ordered[j], predictions, strict=True))
         report(len(made), total)
 
@@ -183,3 +191,15 @@ def predict_launches(
                 raise
     _JOBS.clear()
     return [made[key] for key in keys]
+
+
+def predict_calls(calls: list[list[project.Launch]], gpu: str) -> list[list[Prediction] | RuntimeError]:
+    """The predictions of each call's launches, or the error of a call of which one does not compile.
+
+    Nothing is in L2 when a call begins.
+    """
+    machine = machine_of(gpu)
+    held = [cached for launches in calls for cached in held_by_l2(launches, machine.l2_kept)]
+    found = iter(predict_launches([launch for launches in calls for launch in launches], gpu, held=held, raises=False))
+    grouped = [[next(found) for _ in launches] for launches in calls]
+    return [next((each for each in group if isinstance(each, RuntimeError)), group) for group in grouped]
