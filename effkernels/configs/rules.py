@@ -225,10 +225,11 @@ class PointwiseForwardConfig:
 
     resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages``
         steps ahead.
-    ahead: steps of x that are on their way while one is multiplied. one_block: columns in one power of two, not in
-    several that sum to them. per_image: no tile holds rows of two images, so that it has one gate a channel. fragments:
-    x goes from registers into the products, in half precision in steps of 32. programs_per_sm: resident at once, by
-    their registers and shared memory.
+    ahead: steps of x that are on their way to registers while one is multiplied; 0: ``stages`` tiles in shared memory.
+    one_block: columns in one power of two, not in several that sum to them.
+    per_image: no tile holds rows of two images, so that it has one gate a channel.
+    fragments: x goes from registers into the products, in half precision in steps of 32.
+    programs_per_sm: resident at once, by their registers and shared memory.
     """
 
     BLOCK_M: int
@@ -292,6 +293,29 @@ def _even_slice(columns: int, most: int) -> int:
     return best if 2 * best > most else most
 
 
+def _plain_rows_config(K, N, pool, dtype) -> PointwiseForwardConfig:
+    """x as it is: the copies that fill shared memory for the next tiles need no registers. Beyond 128 channels three
+    tiles and the weights would leave room for one program, or none on GPUs with 99 KB for each; nor are copies issued
+    ahead where a condition ends every image (``pool``).
+    """
+    if K > 128 or pool:
+        BLOCK_N = _even_slice(N, 96 if K <= 128 else 128)
+        return PointwiseForwardConfig(
+            BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, resident=True, fragments=True, programs_per_sm=2
+        )
+    BLOCK_N = _even_slice(N, 48 if 16 < K <= 32 else 96)
+    return PointwiseForwardConfig(
+        BLOCK_M=64,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=16 if K % 16 == 0 else _power_of_two(K, 16, 64),
+        resident=True,
+        ahead=0,
+        stages=4 if 32 < K <= 96 else 3,
+        programs_per_sm=4 if BLOCK_N <= 48 else 3,
+        maxnreg=168 if BLOCK_N > 48 and dtype == torch.bfloat16 else None,
+    )
+
+
 @tuned
 def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, pool, copied) -> PointwiseForwardConfig:
     narrow, transforms = dtype.itemsize == 2, prologue or gated
@@ -302,12 +326,18 @@ def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, poo
         )
     if _fills_the_device(rows, dtype) and pointwise_weights_stay(K, transforms):
         if not transforms:
-            BLOCK_N = _even_slice(N, 48 if K <= 32 else 96 if K <= 128 else 128)
-            return PointwiseForwardConfig(BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, resident=True, fragments=True)
+            return _plain_rows_config(K, N, pool, dtype)
         BLOCK_N, per_image = _even_slice(N, 64), image_rows >= 512
-        return PointwiseForwardConfig(
+        cfg = PointwiseForwardConfig(
             BLOCK_M=64, BLOCK_N=BLOCK_N, BLOCK_K=32, resident=True, ahead=2, per_image=per_image, fragments=True
         )
+        if K <= 32:
+            return replace(cfg, programs_per_sm=8)
+        # Left alone, ptxas holds some of what is on its way back to save registers. More than 32 columns with
+        # statistics would spill at 168.
+        if dtype == torch.bfloat16 and (BLOCK_N <= 32 or not prologue):
+            return replace(cfg, programs_per_sm=3, maxnreg=168)
+        return replace(cfg, programs_per_sm=2, ahead=3)
     if narrow and rows <= 1024:
         # A few images: what counts is how soon the longest program ends, so many small ones, each with long steps of k.
         BLOCK_K = _power_of_two(K, 16, 128)

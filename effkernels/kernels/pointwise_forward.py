@@ -26,6 +26,9 @@ that stay with a program are put into that order as they are loaded; those that 
 step, by ``weight_copies``. Reshapes and permutations below only say so: the compiler finds both layouts equal and emits
 nothing. Where they are not (other GPUs, other shapes), it converts, and the result is the same.
 
+Where x is multiplied as it lies in memory and a few tiles of all its columns fit shared memory, none of this is
+needed: copies fill it with the next tiles while the tensor cores read this one from there (AHEAD = 0).
+
 In the accumulator a thread holds rows r and r + 8 of every 16 W, so that a column's sums first run over the rows of one
 thread, without a word between threads, and meet once after the last tile, by Chan's formula.
 
@@ -327,13 +330,13 @@ def pointwise_forward_kernel(
         count_tiles = tl.cdiv(images - p, P) * tiles
     else:
         count_tiles = tl.cdiv((images * tiles if PER_IMAGE else tiles) - p, P)
-    if RESIDENT:
+    if RESIDENT and AHEAD > 0:
         t = tile_of(0, p, P, tiles, POOL)
         _, _, _, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
         ahead = ()
         for q in tl.static_range(AHEAD):
             ahead = ahead + (load_step(xs, q, k, K, BLOCK_K, RESIDENT, EXACT_K),)
-    for j in tl.range(0, count_tiles, num_stages=1):
+    for j in tl.range(0, count_tiles, num_stages=STAGES if RESIDENT and AHEAD == 0 else 1):
         t = tile_of(j, p, P, tiles, POOL)
         base, left, row, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
         wide = tl.cast(base, tl.int64)
@@ -347,12 +350,17 @@ def pointwise_forward_kernel(
         for b in tl.static_range(NB):
             blocks = blocks + (zero_block(BLOCK_M, BLOCKS[b]),)
         if RESIDENT:
-            next_t = tile_of(tl.minimum(j + 1, count_tiles - 1), p, P, tiles, POOL)
-            _, _, _, next_xs = tile_rows(x, next_t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
+            if AHEAD > 0:
+                next_t = tile_of(tl.minimum(j + 1, count_tiles - 1), p, P, tiles, POOL)
+                _, _, _, next_xs = tile_rows(x, next_t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
+            else:
+                ahead = ()
+                for q in tl.static_range(RESIDENT):
+                    ahead = ahead + (load_step(xs, q, k, K, BLOCK_K, RESIDENT, EXACT_K),)
             for q in tl.static_range(RESIDENT):
-                if q + AHEAD < RESIDENT:
+                if AHEAD > 0 and q + AHEAD < RESIDENT:
                     ahead = ahead + (load_step(xs, q + AHEAD, k, K, BLOCK_K, RESIDENT, EXACT_K),)
-                else:
+                elif AHEAD > 0:
                     ahead = ahead + (load_step(next_xs, q + AHEAD - RESIDENT, k, K, BLOCK_K, RESIDENT, EXACT_K),)
                 a = left_operand(
                     ahead[0],

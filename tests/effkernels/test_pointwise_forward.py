@@ -16,6 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The weight in steps as it is; in half precision also in the order of fragments, as a copy, or put there where it stays
 # with a program.
 FORMS = [*((dtype, "live") for dtype in DTYPES), (DTYPES[1], "copy"), *((dtype, "fragments") for dtype in DTYPES[1:])]
+FORMS += [(dtype, "shared") for dtype in DTYPES]
 every_form = pytest.mark.parametrize(("dtype", "form"), FORMS, ids=lambda p: str(p).removeprefix("torch."))
 # Images, height, width, inner channels, outer channels: one row; rows of no whole tile and no channel count divisible
 # by 8; several tiles a program; more inner channels than one step takes and more outer ones than one block; images
@@ -54,8 +55,12 @@ def run(x, weight, form="live", fields=MappingProxyType({}), **how):
 
     if form == "copy":
         (weight,) = weight_copies([(weight, "permuted")], how.get("dtype", x.dtype))
-    stays = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "resident": True, "ahead": 2, "fragments": True, **fields}
-    with tables.override("pointwise_forward", **(stays if form == "fragments" else fields)):
+    stays = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "resident": True}
+    forms = {
+        "fragments": stays | {"ahead": 2, "fragments": True},
+        "shared": stays | {"ahead": 0, "fragments": False, "stages": 3},
+    }
+    with tables.override("pointwise_forward", **forms.get(form, {}), **fields):
         return pointwise_forward(nhwc(x), weight, **how)
 
 
@@ -68,7 +73,7 @@ def test_product(N, H, W, K, O, dtype, form, device, scratch):
     check(nchw(y), three(conv, x, weight))
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
 def test_input_is_rounded_to_the_compute_dtype_on_load(form, device, scratch):
     x, weight = tensor(2, 20, 3, 5, device=device), tensor(9, 20, 1, 1, device=device)
     for dtype in (torch.bfloat16, torch.float16):
@@ -123,7 +128,7 @@ def test_statistics(N, H, W, K, O, dtype, form, device, scratch):
         check(fused, {name: with_running(r) for name, r in results.items()}, f"momentum {momentum}")
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
 def test_several_slices_of_columns(form, device, scratch):
     """Programs of other columns have counts and counters of their own; one of them counts the batch."""
     from effkernels.kernels.norm import BatchStatistics
@@ -248,7 +253,7 @@ def test_pooled_head(N, H, W, K, O, dtype, form, device, scratch):
     )
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
 def test_results_do_not_depend_on_the_run(form, device, scratch):
     """No atomics: bit for bit the same, and an image's product does not depend on the others in the batch."""
     x, weight = tensor(4, 24, 5, 6, device=device, dtype=torch.bfloat16), tensor(12, 24, 1, 1, device=device)
