@@ -147,9 +147,8 @@ def test_a_prediction_stands_below_the_floors(monkeypatch, capsys):
 
     def predict_step(model, mode, batch, gpu):
         assert (model, mode, batch, gpu) == ("b0", "infer", 256, "h100")
-        return Step(
-            model, mode, batch, gpu, [], [Operator("aten::mm", 3.015e9, 0, 0)]
-        )  # a millisecond of its bandwidth
+        moved = Operator("aten::mm", 3.015e9, 0, 0)  # a millisecond of the bandwidth
+        return Step(model, mode, batch, gpu, [], [moved])
 
     monkeypatch.setattr(networks, "predict_step", predict_step)
     plan.main(["--mode", "infer", "--gpu", "h100", "--predict"])
