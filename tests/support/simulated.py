@@ -1,12 +1,16 @@
 """What the simulator says of launches that are compiled, in a Python of its own: this one may interpret kernels."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from effkernels import FusedMBConv
+from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, functional
+from effkernels.kernels.weight_copies import weight_copies
+from effkernels.parameters import BatchNormParams
 from effkernels.tools.simulator import launch as launches
 from effkernels.tools.simulator import machine, project
 from effkernels.tools.simulator.recount import recount
@@ -14,8 +18,78 @@ from effkernels.tools.simulator.steps import recorded
 from support import known_kernels
 from support.python import run_python
 
-# (in, out channels, kernel size, stride, expand ratio, image size) of blocks that are small enough for the interpreter.
-BLOCKS = ((8, 8, 5, 1, 6, 7), (16, 24, 3, 2, 6, 8), (24, 16, 3, 1, 1, 7))
+
+class _Calls(nn.Module):
+    """A function of x and of this module's parameters."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleDict(layers)
+
+    def forward(self, x):
+        return self.function(x, **self.layers)
+
+
+def _stem_and_block(x, conv, bn, block):
+    return block.fused(x, stem=(conv.weight, BatchNormParams.of(bn)), stem_stride=2)
+
+
+def _head(x, conv, bn):
+    return functional.head(x, conv.weight, BatchNormParams.of(bn))
+
+
+def _norm(x, bn):
+    return functional.bn_act_add(x, BatchNormParams.of(bn), residual=torch.ones_like(x))
+
+
+def _copies(x, conv):
+    """Sums of copies of the weight in every form, beside a product that needs a gradient."""
+    made = weight_copies([(conv.weight.detach(), form) for form in ("plain", "transposed", "permuted")], x.dtype)
+    return x * made[0].sum()
+
+
+# {name: (channels and size of x, a module on a device)}: between them every kernel, small enough for the interpreter.
+CASES = {
+    "narrow block": ((8, 7), lambda device: FusedMBConv(8, 8, 5, 1, 6, device=device)),
+    "block of stride 2": ((16, 8), lambda device: FusedMBConv(16, 24, 3, 2, 6, device=device)),
+    "block without expansion": ((24, 7), lambda device: FusedMBConv(24, 16, 3, 1, 1, device=device)),
+    "wide block": ((48, 5), lambda device: FusedMBConv(48, 40, 3, 1, 6, device=device)),
+    "stem and block": (
+        (3, 12),
+        lambda device: _Calls(
+            _stem_and_block,
+            conv=nn.Conv2d(3, 16, 3, 2, 1, bias=False, device=device),
+            bn=nn.BatchNorm2d(16, device=device),
+            block=FusedMBConv(16, 8, 3, 1, 1, device=device),
+        ),
+    ),
+    "head": (
+        (16, 5),
+        lambda device: _Calls(
+            _head, conv=nn.Conv2d(16, 40, 1, bias=False, device=device), bn=nn.BatchNorm2d(40, device=device)
+        ),
+    ),
+    "squeeze-excite": ((24, 6), lambda device: FusedSqueezeExcite(24, 6, device=device)),
+    "norm": ((24, 6), lambda device: _Calls(_norm, bn=nn.BatchNorm2d(24, device=device))),
+    "depthwise": ((24, 6), lambda device: FusedDepthwiseConvBNAct(24, 3, 1, device=device)),
+    "weight copies": ((8, 4), lambda device: _Calls(_copies, conv=nn.Conv2d(24, 40, 1, device=device))),
+}
+
+
+def steps_of(case: str, device: str, watch) -> dict[str, list]:
+    """{step: what ``watch()`` yields around it} of a case: "forward", "backward" and "inference"."""
+    torch.manual_seed(0)
+    (channels, size), build = CASES[case]
+    module = build(device)
+    x = torch.randn(1, channels, size, size).bfloat16().to(device).contiguous(memory_format=torch.channels_last)
+    with watch() as forward:
+        out = module(x.requires_grad_())
+    gradient = torch.ones_like(out)
+    with watch() as backward:
+        out.backward(gradient)
+    with torch.no_grad(), watch() as inference:
+        module.eval()(x)
+    return {"forward": forward, "backward": backward, "inference": inference}
 
 
 TESTS = Path(__file__).parents[1]
@@ -70,32 +144,35 @@ def chains() -> dict:
     return found
 
 
-def block_launches(inputs, outputs, k, stride, ratio, size, images=1) -> dict[str, list]:
-    """Launches of a block by step, on tensors of the meta device, as on a device of one SM."""
+@contextlib.contextmanager
+def _launches():
+    with recorded() as (made, _):
+        yield made
+
+
+def recorded_cases(cases: list[str]) -> list:
+    """(case, step, launch) of every launch of the cases, on tensors of the meta device, as on a device of one SM."""
     from effkernels.configs import rules
 
     rules.processor_count = lambda device: 1
-    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta")
-    x = torch.empty(images, inputs, size, size, device="meta", dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    with recorded() as (forward, _):
-        out = block(x)
-    with recorded() as (backward, _):
-        out.backward(torch.empty_like(out))
-    with torch.no_grad(), recorded() as (inference, _):
-        block.eval()(x)
-    return {"forward": forward, "backward": backward, "inference": inference}
+    return [
+        (case, step, launch)
+        for case in cases
+        for step, made in steps_of(case, "meta", _launches).items()
+        for launch in made
+    ]
 
 
-def recounted(count: int) -> list:
-    """[step, kernel, {argument: counts}, names of its activations] of every launch of the first ``count`` blocks, from
-    the machine code."""
+def kernels_of_cases() -> list[str]:
+    return sorted({launch.name for *_, launch in recorded_cases(list(CASES))})
+
+
+def recounted(cases: list[str]) -> list:
+    """[case, step, kernel, {argument: counts}, names of its activations] of every launch, from the machine code."""
     found = []
-    for block in BLOCKS[:count]:
-        for step, made in block_launches(*block).items():
-            for launch in made:
-                activations = [name for name, tensor in launch.tensors.items() if tensor.dtype == torch.bfloat16]
-                found.append([step, launch.name, recount(launch), activations])
+    for case, step, launch in recorded_cases(cases):
+        activations = [name for name, t in launch.tensors.items() if t.dtype == torch.bfloat16 and t.dim() == 4]
+        found.append([case, step, launch.name, recount(launch), activations])
     return found
 
 
