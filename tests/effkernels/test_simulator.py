@@ -350,6 +350,39 @@ def test_barriers_cost_time():
     assert any(without < 0.97 * with_them for _, with_them, without in times)
 
 
+@pytest.fixture(scope="module")
+def variants():
+    return simulated.ask("simulated.variants()")
+
+
+def test_half_the_warps_hide_less(variants):
+    """The depthwise forward waits for its own results: half as many warps on an SM take 1.2 to 2 times as long."""
+    many, few = variants["depthwise, 8 warps an SM"], variants["depthwise, 4 warps an SM"]
+    assert few["programs"] < 0.6 * many["programs"]
+    assert 1.2 < few["us"] / many["us"] < 2
+
+
+def test_half_the_warps_of_a_program_spill(variants):
+    """With the same 128 registers a thread half the warps cannot hold the sums of a tile."""
+    whole, half = variants["expand dgrad, 128 rows"], variants["expand dgrad, half the warps"]
+    assert whole["spills"] == 0 < half["spills"]
+    assert half["us"] > 1.5 * whole["us"]
+
+
+def test_a_tile_twice_as_high_reads_less(variants):
+    """The matrix of the expand data gradient is read once a tile: half as many tiles ask L2 for less, and need fewer
+    instructions."""
+    low, high = variants["expand dgrad, 64 rows"], variants["expand dgrad, 128 rows"]
+    assert high["l2_bytes"] < 0.95 * low["l2_bytes"]
+    assert high["instructions"] < 0.85 * low["instructions"]
+
+
+def test_barriers_of_our_kernels_cost_time(variants):
+    """The project convolution spends a share of its warps' time at barriers; without them it is faster."""
+    assert variants["project"]["barrier"] > 0.05 and variants["project without barriers"]["barrier"] == 0
+    assert variants["project without barriers"]["us"] < 0.99 * variants["project"]["us"]
+
+
 def test_a_prediction_is_made_once(tmp_path):
     """It is kept by all that it depends on; here in an empty folder."""
     found = simulated.ask("simulated.kept()", EFFKERNELS_SIMULATOR_CACHE=str(tmp_path))

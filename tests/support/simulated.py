@@ -3,14 +3,19 @@
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite, functional
+from effkernels.configs import tables
+from effkernels.configs.gpus import GPUS
 from effkernels.kernels.weight_copies import weight_copies
 from effkernels.parameters import BatchNormParams
+from effkernels.tools import tune
+from effkernels.tools.launches import record_launches
 from effkernels.tools.simulator import launch as launches
 from effkernels.tools.simulator import machine, project
 from effkernels.tools.simulator.recount import recount
@@ -113,6 +118,7 @@ def _row(prediction, work=None) -> dict:
         "ipc": prediction.instructions_per_clock,
     }
     found |= {"resident": prediction.resident, "barrier": prediction.waits["barrier"], "l2_bytes": prediction.l2_bytes}
+    found |= {"programs": math.prod(prediction.grid), "spills": prediction.spills}
     found |= {
         "dram_bytes": prediction.dram_bytes,
         "unknown": list(prediction.unknown),
@@ -181,22 +187,57 @@ def without_barriers(code):
     instructions = [
         dataclasses.replace(i, opcode="NOP", operands=()) if i.base == "BAR" else i for i in code.instructions
     ]
-    return dataclasses.replace(code, instructions=instructions, memo={})
+    return dataclasses.replace(code, instructions=instructions, digest=f"{code.digest} without barriers", memo={})
+
+
+@contextlib.contextmanager
+def _changed(change):
+    """Within: kernels run the code that ``change`` makes of theirs."""
+    code_of = launches.code_of
+    launches.code_of = lambda launch, arch: change(code_of(launch, arch))
+    try:
+        yield
+    finally:
+        launches.code_of = code_of
 
 
 def barriers() -> list:
     """[kernel, us as it is, us without its barriers] of the launches of an inference block with many tiles."""
-    found, code_of = [], launches.code_of
+    found = []
     block = FusedMBConv(24, 40, 5, 2, 6, device="meta", dtype=torch.bfloat16).eval()
     x = torch.empty(64, 24, 56, 56, device="meta", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), recorded() as (made, _):
         block(x)
     for launch in made:
-        times = []
-        for change in (lambda code: code, without_barriers):
-            launches.code_of = lambda launch, arch, change=change: change(code_of(launch, arch))
-            times.append(1e6 * launches.predict(launch, "h200").time)
-        found.append([launch.name, *times])
+        found.append([launch.name, 1e6 * launches.predict(launch, "h200").time])
+        with _changed(without_barriers):
+            found[-1].append(1e6 * launches.predict(launch, "h200").time)
+    return found
+
+
+def variants() -> dict:
+    """What is predicted of kernels of B0's blocks, as they are and with another configuration or code."""
+    meta = torch.device("meta")
+    early = tune.block_workloads(torch.bfloat16, 64, 24, 40, 5, 2, 6, 56, meta)
+    late = tune.block_workloads(torch.bfloat16, 256, 80, 112, 5, 1, 6, 14, meta)
+
+    def row(workloads, family, kernel, **fields):
+        workload = next(workload for workload in workloads if workload.family == family)
+        with record_launches(GPUS["h200"]) as made, tables.watch(), tables.override(family, **fields):
+            workload.build(meta)()
+        return _row(launches.predict(next(launch for launch in made if launch.name == kernel), "h200"))
+
+    found = {}
+    for warps in (8, 4):
+        found[f"depthwise, {warps} warps an SM"] = row(
+            early, "depthwise_forward", "depthwise_forward_kernel", warps_per_sm=warps
+        )
+    for rows in (64, 128):
+        found[f"expand dgrad, {rows} rows"] = row(late, "expand_data", "expand_data_kernel", BLOCK_M=rows)
+    found["expand dgrad, half the warps"] = row(late, "expand_data", "expand_data_kernel", num_warps=4)
+    found["project"] = row(early, "pointwise_forward", "pointwise_forward_kernel")
+    with _changed(without_barriers):
+        found["project without barriers"] = row(early, "pointwise_forward", "pointwise_forward_kernel")
     return found
 
 
