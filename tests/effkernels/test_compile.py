@@ -169,12 +169,7 @@ def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
             assert fast == silu, described(row)
 
 
-SPILLS = pytest.mark.xfail(reason="expand_pass_kernel of 16 inputs spills 8 bytes on sm_100", strict=True)
-
-
-@pytest.mark.parametrize(
-    "arch", [pytest.param(100, marks=SPILLS), *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 89))]
-)
+@pytest.mark.parametrize("arch", [100, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 89))])
 def test_one_configuration_per_kernel_on_other_architectures(arch, sm90):
     rows = inspect("--arch", str(arch), "--one-per-kernel")
     assert {row["kernel"] for row in rows} == {row["kernel"] for row in sm90}
