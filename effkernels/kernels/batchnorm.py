@@ -566,7 +566,7 @@ def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     rows = y.numel() // C
     cfg = reduction_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BLOCK_C)
-    rows_per_program, P = cfg.split(rows, blocks_c, y.device)
+    rows_per_program, P = cfg.persistent(rows, blocks_c, y.device)
     count, mean, m2 = fp32(y.device, P), fp32(y.device, P, C), fp32(y.device, P, C)
     statistics_kernel[(blocks_c, P)](
         y=y,

@@ -29,6 +29,9 @@ nothing. Where they are not (other GPUs, other shapes), it converts, and the res
 Where x is multiplied as it lies in memory and a few tiles of all its columns fit shared memory, none of this is
 needed: copies fill it with the next tiles while the tensor cores read this one from there (AHEAD = 0).
 
+Where more columns than a program holds want something evaluated on x, that is a pass of its own and the product
+PyTorch's, since every slice of columns would evaluate it again (``product_is_apart``).
+
 In the accumulator a thread holds rows r and r + 8 of every 16 W, so that a column's sums first run over the rows of one
 thread, without a word between threads, and meet once after the last tile, by Chan's formula.
 
@@ -44,9 +47,10 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import pointwise_forward_config
+from effkernels.configs.rules import pointwise_forward_config, product_is_apart
 from effkernels.kernels.activation import activation_row, normalise_activate
-from effkernels.kernels.batchnorm import finish_channels, statistics_arguments
+from effkernels.kernels.batchnorm import apply, finish_channels, merge, statistics_arguments
+from effkernels.kernels.batchnorm import statistics as batch_partials
 from effkernels.kernels.common import (
     cast,
     channel_vector_width,
@@ -58,6 +62,7 @@ from effkernels.kernels.common import (
     last_to_arrive,
     launcher,
     matmul_precision,
+    product,
     sized_jit,
 )
 from effkernels.kernels.depthwise import GROUP, last_of_group, merge_group_statistics
@@ -509,7 +514,6 @@ def column_blocks(columns: int, one: bool) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-@launcher
 def pointwise_forward(
     x,
     weight,
@@ -530,7 +534,7 @@ def pointwise_forward(
     """y = a w^T for x [N, H, W, K]; see the module docstring.
 
     Args:
-        weight: [O, K, 1, 1] of any dtype, or its copy from ``weight_copies`` [O, K rounded up to a multiple of 32].
+        weight: [O, K, 1, 1] of any dtype, or the copy that ``weight_copies.forward_weights`` makes for this product.
         dtype: compute dtype (default x's); x is rounded to it on load.
         prologue: a = act1(BN(x)). gates: fp32 [N, K], multiplies a.
         partial_statistics: return per-program partial statistics (count [P], mean [P, O], m2 [P, O]) of y. statistics:
@@ -541,9 +545,65 @@ def pointwise_forward(
 
     Returns: (y, statistics or None).
     """
+    N, H, W, _ = x.shape
+    dtype = dtype or x.dtype
+    transforms = prologue is not None or gates is not None
+    how = {
+        "prologue": prologue,
+        "act1": act1,
+        "gates": gates,
+        "statistics": statistics,
+        "partial_statistics": partial_statistics,
+        "epilogue": epilogue,
+        "act2": act2,
+        "residual": residual,
+        "out_dtype": out_dtype or dtype,
+    }
+    if product_is_apart(weight.shape[0], N * H * W, transforms, dtype) and not pool:
+        return _product_apart(x.to(dtype), weight, **how)
+    return _fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
+
+
+def _product_apart(
+    x, weight, *, prologue, act1, gates, statistics, partial_statistics, epilogue, act2, residual, out_dtype
+):
+    """``pointwise_forward`` as a pass over x, PyTorch's product, and passes over y, which is smaller."""
     N, H, W, K = x.shape
     O = weight.shape[0]
-    dtype = dtype or x.dtype
+    a = apply(x, prologue, act=act1, gates=gates)
+    y = x.new_empty(N, H, W, O)
+    product(a.view(-1, K), weight.reshape(O, K).to(x.dtype).t(), out=y.view(-1, O))
+    found = None
+    if statistics is not None or partial_statistics:
+        found = batch_partials(y)
+    if statistics is not None:
+        found = merge(found, statistics)
+    if epilogue is not None or residual is not None or out_dtype != y.dtype:
+        y = apply(y, epilogue, act=act2, residual=residual, out_dtype=out_dtype)
+    return y, found
+
+
+@launcher
+def _fused(
+    x,
+    weight,
+    *,
+    dtype,
+    prologue,
+    act1,
+    gates,
+    statistics,
+    partial_statistics,
+    counters,
+    epilogue,
+    act2,
+    residual,
+    pool,
+    out_dtype,
+):
+    """``pointwise_forward`` in one launch."""
+    N, H, W, K = x.shape
+    O = weight.shape[0]
     copied = weight.dim() == 2
     cfg = pointwise_forward_config(K, O, N * H * W, H * W, dtype, prologue is not None, gates is not None, pool, copied)
     slices = triton.cdiv(O, cfg.BLOCK_N)
@@ -554,7 +614,7 @@ def pointwise_forward(
     blocks = column_blocks(cfg.BLOCK_N, cfg.one_block)
     exact_n = O % cfg.BLOCK_N == 0 and sum(blocks) == cfg.BLOCK_N
     steps = triton.cdiv(K, cfg.BLOCK_K) if cfg.resident else 0
-    y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype or dtype)
+    y = x.new_empty((N, O) if pool else (N, H, W, O), dtype=out_dtype)
     table = None if prologue is None else fp32(x.device, 2, K)
     count = tile_mean = tile_m2 = mean = rstd = None
     if statistics is not None:

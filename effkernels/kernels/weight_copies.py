@@ -5,9 +5,9 @@ A parameter is fp32 [O, K, 1, 1] as a rule. Read as it is by every tile of a pro
 rounded again and goes through registers on its way to shared memory; a copy in the compute dtype is loaded there as it
 lies. The forms of a copy:
 
-    plain       [O, K]                               w[o, k] transposed  [K, O]                               w[o, k] at
-    [k, o] permuted    [O, K rounded up to 32]              w[o, k(k')] at [o, k'], 0 for k >= K: the order of
-    ``pointwise_forward``'s fragments
+    plain       [O, K]                     w[o, k]
+    permuted    [O, K rounded up to 32]    w[o, k(k')] at [o, k'], 0 for k >= K: the order of ``pointwise_forward``'s
+                                           fragments
 
 In each 32 columns, counted in binary, k = (q1 q0 f h e) lies at k' = (f h q1 q0 e): q is the lane that loads 8
 neighbouring values of k, f the step of 16 in which the tensor cores take them, h the half of that step, e the odd one
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import takes_permuted_weight
+from effkernels.configs.rules import weight_form
 from effkernels.kernels.common import cast
 
 BLOCK = 1024  # elements of a program
@@ -30,10 +30,7 @@ BLOCK = 1024  # elements of a program
 def copy_block(weight, copy, O, K, block, FORM: tl.constexpr, BLOCK: tl.constexpr):
     """Elements block * BLOCK ... of one copy."""
     at = block * BLOCK + tl.arange(0, BLOCK)
-    if FORM == "transposed":
-        o, k = at % O, at // O
-        inside = k < K
-    elif FORM == "permuted":
+    if FORM == "permuted":
         padded = tl.cdiv(K, 32) * 32
         o, k = at // padded, at % padded
         k = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
@@ -72,7 +69,7 @@ def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
         if form == "plain" and weight.dtype == dtype:
             results.append(weight.view(O, K))
             continue
-        shape = {"plain": (O, K), "transposed": (K, O), "permuted": (O, triton.cdiv(K, 32) * 32)}[form]
+        shape = {"plain": (O, K), "permuted": (O, triton.cdiv(K, 32) * 32)}[form]
         results.append(weight.new_empty(shape, dtype=dtype))
         todo.append((weight, results[-1], (2 * O + 1, 2 * K + 1), form))
     if todo:
@@ -85,14 +82,16 @@ def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def forward_weights(wanted, dtype: torch.dtype) -> list[torch.Tensor | None]:
     """What ``pointwise_forward`` is to be given of each (weight or None, rows of its product, whether it transforms x
-    on load): a permuted copy, made in one launch for all of them, where that makes it faster, else the live weight.
+    on load): a copy, made in one launch for all of them, where that makes it faster, else the live weight.
     """
     results = [weight for weight, *_ in wanted]
-    chosen = [
-        i
-        for i, (weight, rows, transforms) in enumerate(wanted)
-        if weight is not None and takes_permuted_weight(weight.shape[1], rows, transforms, dtype)
-    ]
-    for i, copy in zip(chosen, weight_copies([(results[i], "permuted") for i in chosen], dtype), strict=True):
+    chosen = {}
+    for i, (weight, rows, transforms) in enumerate(wanted):
+        if weight is not None:
+            O, K = weight.shape[:2]
+            form = weight_form(K, O, rows, transforms, dtype)
+            if form != "live":
+                chosen[i] = (weight, form)
+    for i, copy in zip(chosen, weight_copies(list(chosen.values()), dtype), strict=True):
         results[i] = copy
     return results

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The weight in steps as it is; in half precision also in the order of fragments, as a copy, or put there where it stays
 # with a program.
 FORMS = [*((dtype, "live") for dtype in DTYPES), (DTYPES[1], "copy"), *((dtype, "fragments") for dtype in DTYPES[1:])]
-FORMS += [(dtype, "shared") for dtype in DTYPES]
+FORMS += [(dtype, form) for form in ("shared", "apart") for dtype in DTYPES]
 every_form = pytest.mark.parametrize(("dtype", "form"), FORMS, ids=lambda p: str(p).removeprefix("torch."))
 # Images, height, width, inner channels, outer channels: one row; rows of no whole tile and no channel count divisible
 # by 8; several tiles a program; more inner channels than one step takes and more outer ones than one block; images
@@ -50,7 +50,7 @@ def conv(a, weight):
 def run(x, weight, form="live", fields=MappingProxyType({}), **how):
     """``pointwise_forward`` of x [N, K, H, W] in one of FORMS, with ``fields`` of its configuration."""
     from effkernels.configs import tables
-    from effkernels.kernels.pointwise_forward import pointwise_forward
+    from effkernels.kernels import pointwise_forward
     from effkernels.kernels.weight_copies import weight_copies
 
     if form == "copy":
@@ -60,8 +60,9 @@ def run(x, weight, form="live", fields=MappingProxyType({}), **how):
         "fragments": stays | {"ahead": 2, "fragments": True},
         "shared": stays | {"ahead": 0, "fragments": False, "stages": 3},
     }
-    with tables.override("pointwise_forward", **forms.get(form, {}), **fields):
-        return pointwise_forward(nhwc(x), weight, **how)
+    with pytest.MonkeyPatch.context() as patch, tables.override("pointwise_forward", **forms.get(form, {}), **fields):
+        patch.setattr(pointwise_forward, "product_is_apart", lambda *args: form == "apart")
+        return pointwise_forward.pointwise_forward(nhwc(x), weight, **how)
 
 
 @every_form
@@ -73,7 +74,7 @@ def test_product(N, H, W, K, O, dtype, form, device, scratch):
     check(nchw(y), three(conv, x, weight))
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared", "apart"])
 def test_input_is_rounded_to_the_compute_dtype_on_load(form, device, scratch):
     x, weight = tensor(2, 20, 3, 5, device=device), tensor(9, 20, 1, 1, device=device)
     for dtype in (torch.bfloat16, torch.float16):
@@ -128,7 +129,7 @@ def test_statistics(N, H, W, K, O, dtype, form, device, scratch):
         check(fused, {name: with_running(r) for name, r in results.items()}, f"momentum {momentum}")
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared", "apart"])
 def test_several_slices_of_columns(form, device, scratch):
     """Programs of other columns have counts and counters of their own; one of them counts the batch."""
     from effkernels.kernels.norm import BatchStatistics
@@ -253,7 +254,7 @@ def test_pooled_head(N, H, W, K, O, dtype, form, device, scratch):
     )
 
 
-@pytest.mark.parametrize("form", ["live", "copy", "fragments", "shared"])
+@pytest.mark.parametrize("form", ["live", "copy", "fragments"])  # of others NumPy's and PyTorch's products decide
 def test_results_do_not_depend_on_the_run(form, device, scratch):
     """No atomics: bit for bit the same, and an image's product does not depend on the others in the batch."""
     x, weight = tensor(4, 24, 5, 6, device=device, dtype=torch.bfloat16), tensor(12, 24, 1, 1, device=device)
@@ -284,7 +285,7 @@ def test_copies_of_several_weights(dtype, device, scratch):
     from effkernels.kernels.weight_copies import weight_copies
 
     weights = [tensor(*shape, 1, 1, device=device) for shape in ((24, 16), (5, 70), (1, 1), (40, 33))]
-    forms = {"plain": lambda w: w, "transposed": torch.t, "permuted": permuted}
+    forms = {"plain": lambda w: w, "permuted": permuted}
     wanted = [(weight, form) for weight in weights for form in forms]
     for _ in range(2):
         for (weight, form), copy in zip(wanted, weight_copies(wanted, dtype), strict=True):
@@ -298,3 +299,27 @@ def test_a_plain_copy_in_its_own_dtype_is_the_weight(device):
     weight = tensor(8, 16, 1, 1, device=device, dtype=torch.bfloat16)
     (plain,) = weight_copies([(weight, "plain")], torch.bfloat16)
     assert plain.shape == (8, 16) and plain.data_ptr() == weight.data_ptr()
+
+
+def test_products_of_many_outputs_are_apart(device, monkeypatch):
+    """More outputs than a program holds, with something to evaluate before the product: the weight is given to
+    PyTorch's product as it is, or rounded once for it.
+    """
+    from effkernels.configs import rules
+    from effkernels.kernels import pointwise_forward
+    from effkernels.kernels.weight_copies import forward_weights
+
+    monkeypatch.setattr(rules, "_fills_the_device", lambda rows, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(pointwise_forward, "_fused", lambda *args, **how: pytest.fail("in one launch"))
+    x, weight = tensor(2, 40, 3, 5, device=device, dtype=torch.bfloat16), tensor(150, 40, 1, 1, device=device)
+    gates = torch.rand(2, 40, device=device)
+    (copy,) = forward_weights([(weight, 30, True)], x.dtype)
+    assert torch.equal(copy, weight.flatten(1).to(x.dtype))
+    y, _ = pointwise_forward.pointwise_forward(nhwc(x), copy, gates=gates)
+
+    def gated(x, weight, gates):
+        return conv(x * gates[..., None, None].to(x.dtype), weight)
+
+    check(nchw(y), three(gated, x, weight, gates))
+    assert not rules.product_is_apart(150, 30, False, x.dtype) and not rules.product_is_apart(128, 30, True, x.dtype)
+    assert rules.weight_form(40, 150, 30, True, torch.float32) == "live"

@@ -49,7 +49,7 @@ def _norm(x, bn):
 
 def _copies(x, conv):
     """Sums of copies of the weight in every form, beside a product that needs a gradient."""
-    made = weight_copies([(conv.weight.detach(), form) for form in ("plain", "transposed", "permuted")], x.dtype)
+    made = weight_copies([(conv.weight.detach(), form) for form in ("plain", "permuted")], x.dtype)
     return x * made[0].sum()
 
 
