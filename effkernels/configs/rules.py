@@ -502,7 +502,7 @@ def _reads_shared_memory(device: torch.device) -> bool:
 @tuned
 def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a
-    tile is only 32 high, so that two programs of four stages fit the shared memory, and the 120 registers of D^T the
+    tile is only 32 high, so that two programs of three stages fit the shared memory, and the 120 registers of D^T the
     255.
     """
     BLOCK_I = _power_of_two(I, 16, 64)
@@ -511,7 +511,7 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
         return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=64, stages=2, programs_per_sm=4, maxnreg=160)
     if BLOCK_I == 32:
         return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=64, stages=3, programs_per_sm=2)
-    return ExpandBackwardConfig(BLOCK_M=32, BLOCK_I=BLOCK_I, BLOCK_E=128, stages=4, programs_per_sm=2, maxnreg=255)
+    return ExpandBackwardConfig(BLOCK_M=32, BLOCK_I=BLOCK_I, BLOCK_E=128, stages=3, programs_per_sm=2, maxnreg=255)
 
 
 @tuned
