@@ -75,6 +75,12 @@ def chain(x, out, steps, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
     tl.store(out + i, value)
 
 
+@triton.jit
+def wrong(x, BLOCK: tl.constexpr):
+    """Adds blocks whose sizes do not agree."""
+    tl.store(x + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)) + tl.load(x + tl.arange(0, 2 * BLOCK)))
+
+
 def recorded(fn, grid, *arguments, **constants):
     """The launch, as the project records its own."""
     with record_launches() as launches:
@@ -120,3 +126,7 @@ def chain_launch(warps, steps=512, barrier=False, programs=132):
         BARRIER=barrier,
         num_warps=warps,
     )
+
+
+def wrong_launch():
+    return recorded(wrong, (1,), meta(64), BLOCK=16)

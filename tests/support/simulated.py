@@ -141,12 +141,58 @@ def known(slow: bool) -> dict:
     return found
 
 
-def chains() -> dict:
+def chains(gpu: str) -> dict:
     """Dependent multiply-adds: clocks of each, for warps a program with and without a barrier."""
-    found = {}
+    found, rates = {}, GPUS[gpu]
     for warps, barrier in ((4, False), (16, False), (4, True)):
-        prediction = launches.predict(known_kernels.chain_launch(warps, barrier=barrier), "h200")
-        found[f"{warps} warps{' barrier' * barrier}"] = prediction.time * 1.755e9 / 512 / 64
+        launch = known_kernels.chain_launch(warps, barrier=barrier, programs=rates.processors)
+        found[f"{warps} warps{' barrier' * barrier}"] = launches.predict(launch, gpu).time * rates.clock / 512 / 64
+    return found
+
+
+def other_architectures() -> dict:
+    """Of a product and a copy, {GPU: (share of the data sheet's matrix rate, share of the copy bandwidth)}."""
+    found = {}
+    for gpu, peak in (("a100", 312e12), ("rtx4090", 165e12)):
+        product, operations = known_kernels.product_launch(4096, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=4)
+        copy, moved = known_kernels.copy_launch()
+        rates = operations / launches.predict(product, gpu).time, moved / launches.predict(copy, gpu).time
+        found[gpu] = rates[0] / peak, rates[1] / GPUS[gpu].bandwidth
+    return found
+
+
+def floors() -> dict:
+    """{machine: (seconds, floors, bytes from DRAM, bytes through L2)} of a copy: as it is, with a slow L2 and slow
+    memory."""
+    found, h200 = {}, machine.machine_of("h200")
+    launch, _ = known_kernels.copy_launch(1 << 24)
+    changes = {"as it is": {}, "slow L2": {"l2_bandwidth": 1e12}, "slow memory": {"memory_share": 0.1}}
+    for name, constants in changes.items():
+        it = launches.predict(launch, "h200", machine=machine.with_constants(h200, **constants))
+        found[name] = it.time, it.floors, it.dram_bytes, it.l2_bytes
+    return found
+
+
+def problems() -> dict:
+    """What is said of a launch that does not compile, of one that asks for too much shared memory, and of one with
+    instructions that are not known: whether it is estimated, which they are, and its row of the table."""
+    from effkernels.tools import simulate
+
+    found = {}
+    wide, _ = known_kernels.product_launch(1024, BLOCK_M=256, BLOCK_N=256, BLOCK_K=128)
+    for name, launch in (("wrong", known_kernels.wrong_launch()), ("wide", wide)):
+        try:
+            launches.predict(launch, "a100")
+        except RuntimeError as error:
+            found[name] = str(error)
+
+    def unknown(code):
+        changed = [dataclasses.replace(i, opcode="FROB") if "ISETP" in i.base else i for i in code.instructions]
+        return dataclasses.replace(code, instructions=changed, digest=f"{code.digest} unknown", memo={})
+
+    with _changed(unknown):
+        prediction = launches.predict(known_kernels.chain_launch(4), "h200")
+    found["unknown"] = prediction.estimated, prediction.unknown, simulate.table(simulate.rows([prediction]))
     return found
 
 
@@ -225,7 +271,8 @@ def variants() -> dict:
         workload = next(workload for workload in workloads if workload.family == family)
         with record_launches(GPUS["h200"]) as made, tables.watch(), tables.override(family, **fields):
             workload.build(meta)()
-        return _row(launches.predict(next(launch for launch in made if launch.name == kernel), "h200"))
+        launch = next(launch for launch in made if launch.name == kernel)
+        return _row(launches.predict(launch, "h200"))
 
     found = {}
     for warps in (8, 4):

@@ -180,8 +180,9 @@ def read(i: Instruction) -> list[int]:
                 if any(m in ("U64", "S64", "F64") for m in i.modifiers):
                     count = 2
             found += [number(kind, index + k) for k in range(count)]
-    if i.base == "P2R":
-        found += [PREDICATE + bit for bit in range(7) if int(i.operands[-1], 16) >> bit & 1]
+    if i.base in ("P2R", "UP2UR"):
+        first = PREDICATE if i.base == "P2R" else UNIFORM_PREDICATE
+        found += [first + bit for bit in range(7) if int(i.operands[-1], 16) >> bit & 1]
     return found
 
 

@@ -28,7 +28,7 @@ from effkernels.tools.simulator.machine import (
     machine_of,
 )
 
-BUDGET = 60_000  # instructions of the programs on an SM that are run one by one; the rest is extrapolated
+BUDGET = 1_000_000  # instructions of the programs on an SM that are run one by one; the rest is extrapolated
 PROBES = 24  # programs whose path alone is emulated, to find the roles
 _MARK = sm.Operation(MARK, 0, 0, 0, 0, encoding.NO_SCOREBOARD, encoding.NO_SCOREBOARD, ()).packed()
 
@@ -375,20 +375,14 @@ def _on_one_sm(
     if len(programs) <= resident or total <= 2 * BUDGET and not shortened:
         run = simulate(programs)
         return _time_of(run, programs), run
-    if not shortened:  # many short programs, one after the other: the steady rate at which they end
-        count = max(3 * resident, min(len(programs), BUDGET // each))
-        count = min(count, len(programs))
-        run = simulate(programs[:count])
-        if count == len(programs):
+    if not shortened:  # many short programs, one after the other: the steady rate at which whole waves end
+        waves = min(len(programs) // resident, max(3, BUDGET // (each * resident)))
+        run = simulate(programs[: waves * resident] if waves > 2 else programs)
+        if waves <= 2 or waves * resident == len(programs):
             return _time_of(run, programs), run
-        ends = sorted(program.end for program in run.programs)
-        first, last = resident - 1, count - 1 - resident
-        interval = (
-            (ends[last] - ends[first]) / (last - first)
-            if last > first
-            else (ends[-1] - ends[first]) / (count - 1 - first)
-        )
-        return run.clocks + (len(programs) - count) * interval, run
+        ends = sorted(program.end for program in run.programs)[resident - 1 :: resident]
+        wave = (ends[-2] - ends[0]) / (waves - 2)  # past the first; the last has the SM to itself
+        return run.clocks + (len(programs) / resident - waves) * wave, run
     clocks, first_run = 0.0, None
     for start in range(0, len(programs), resident):
         some = programs[start : start + resident]

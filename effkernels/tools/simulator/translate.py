@@ -294,10 +294,10 @@ def _result(i: Instruction) -> list[str]:
         return [_source(text)] if words == 1 else ["0"] * words
     if base == "R2UR":
         return [f"E.uniform({_source(ops[-1])})"]
-    if base == "P2R":
-        mask = int(ops[2], 16)
-        bits = " | ".join(f"(P[{bit}] * {1 << bit})" for bit in range(7) if mask >> bit & 1) or "0"
-        if any(m.startswith("B") for m in mods) or ops[0] != "PR":
+    if base in ("P2R", "UP2UR"):  # predicates to bits of a register; the second is of uniform ones
+        mask, letter, source = int(ops[2], 16), *(("P", "PR") if base == "P2R" else ("Q", "UPR"))
+        bits = " | ".join(f"({letter}[{bit}] * {1 << bit})" for bit in range(7) if mask >> bit & 1) or "0"
+        if any(m.startswith("B") for m in mods) or ops[0] != source:
             raise _Unknown(str(i))
         return [f"({_source(ops[1])} & {~mask & M}) | {bits}"]
     if base == "R2P":
