@@ -56,8 +56,8 @@ def statistics_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Store each program's (count, mean, M2) of its rows of y [rows, C]. Sums are of differences from the program's
-    first row."""
+    """Store each program's (count, mean, M2) of its rows of y [rows, C]. Sums are of differences from the mean of the
+    program's first BLOCK_ROWS rows."""
     C = CV * CVEC
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
@@ -65,7 +65,9 @@ def statistics_kernel(
     first = p.to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     r = tl.arange(0, BLOCK_ROWS)
-    pivot = tl.load(y + first * C + c, mask=mc & (first < rows), other=0.0).to(tl.float32)[None, :]
+    ok = (first + r < last)[:, None] & mc[None, :]
+    beginning = tl.load(y + (first + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    pivot = (tl.sum(beginning, 0) / tl.minimum(last - first, BLOCK_ROWS))[None, :]
     s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in range(first, last, BLOCK_ROWS):

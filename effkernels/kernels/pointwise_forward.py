@@ -30,7 +30,8 @@ Where x is multiplied as it lies in memory and a few tiles of all its columns fi
 needed: copies fill it with the next tiles while the tensor cores read this one from there (AHEAD = 0).
 
 Where more columns than a program holds want something evaluated on x, that is a pass of its own and the product
-PyTorch's, since every slice of columns would evaluate it again (``product_is_apart``).
+PyTorch's, since every slice of columns would evaluate it again; so it is where weights do not stay and would be loaded
+again by every tile (``product_is_apart``).
 
 In the accumulator a thread holds rows r and r + 8 of every 16 W, so that a column's sums first run over the rows of one
 thread, without a word between threads, and meet once after the last tile, by Chan's formula.
@@ -545,7 +546,7 @@ def pointwise_forward(
 
     Returns: (y, statistics or None).
     """
-    N, H, W, _ = x.shape
+    N, H, W, K = x.shape
     dtype = dtype or x.dtype
     transforms = prologue is not None or gates is not None
     how = {
@@ -559,7 +560,7 @@ def pointwise_forward(
         "residual": residual,
         "out_dtype": out_dtype or dtype,
     }
-    if product_is_apart(weight.shape[0], N * H * W, transforms, dtype) and not pool:
+    if product_is_apart(K, weight.shape[0], N * H * W, transforms, dtype) and not pool:
         return _product_apart(x.to(dtype), weight, **how)
     return _fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
 
@@ -570,7 +571,7 @@ def _product_apart(
     """``pointwise_forward`` as a pass over x, PyTorch's product, and passes over y, which is smaller."""
     N, H, W, K = x.shape
     O = weight.shape[0]
-    a = apply(x, prologue, act=act1, gates=gates)
+    a = x if prologue is None and gates is None else apply(x, prologue, act=act1, gates=gates)
     y = x.new_empty(N, H, W, O)
     product(a.view(-1, K), weight.reshape(O, K).to(x.dtype).t(), out=y.view(-1, O))
     found = None

@@ -301,7 +301,7 @@ def test_a_plain_copy_in_its_own_dtype_is_the_weight(device):
     assert plain.shape == (8, 16) and plain.data_ptr() == weight.data_ptr()
 
 
-def test_products_of_many_outputs_are_apart(device, monkeypatch):
+def test_products_that_are_apart(device, monkeypatch):
     """More outputs than a program holds, with something to evaluate before the product: the weight is given to
     PyTorch's product as it is, or rounded once for it.
     """
@@ -309,11 +309,10 @@ def test_products_of_many_outputs_are_apart(device, monkeypatch):
     from effkernels.kernels import pointwise_forward
     from effkernels.kernels.weight_copies import forward_weights
 
-    monkeypatch.setattr(rules, "_fills_the_device", lambda rows, dtype: dtype.itemsize == 2)
     monkeypatch.setattr(pointwise_forward, "_fused", lambda *args, **how: pytest.fail("in one launch"))
-    x, weight = tensor(2, 40, 3, 5, device=device, dtype=torch.bfloat16), tensor(150, 40, 1, 1, device=device)
-    gates = torch.rand(2, 40, device=device)
-    (copy,) = forward_weights([(weight, 30, True)], x.dtype)
+    x, weight = tensor(3, 16, 13, 14, device=device, dtype=torch.bfloat16), tensor(150, 16, 1, 1, device=device)
+    gates, rows = torch.rand(3, 16, device=device), 3 * 13 * 14
+    (copy,) = forward_weights([(weight, rows, True)], x.dtype)
     assert torch.equal(copy, weight.flatten(1).to(x.dtype))
     y, _ = pointwise_forward.pointwise_forward(nhwc(x), copy, gates=gates)
 
@@ -321,5 +320,12 @@ def test_products_of_many_outputs_are_apart(device, monkeypatch):
         return conv(x * gates[..., None, None].to(x.dtype), weight)
 
     check(nchw(y), three(gated, x, weight, gates))
-    assert not rules.product_is_apart(150, 30, False, x.dtype) and not rules.product_is_apart(128, 30, True, x.dtype)
-    assert rules.weight_form(40, 150, 30, True, torch.float32) == "live"
+    fused = [
+        (16, 128, rows, True, x.dtype),
+        (16, 150, 512, True, x.dtype),
+        (16, 150, rows, True, torch.float32),
+        (384, 150, rows, False, x.dtype),
+    ]
+    assert not any(rules.product_is_apart(*case) for case in fused)
+    assert rules.product_is_apart(385, 10, rows, False, x.dtype)
+    assert rules.weight_form(16, 150, rows, True, torch.float32) == "live"
