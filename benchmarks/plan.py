@@ -273,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
     if args.predict and args.dtype != "bfloat16":
         parser.error(f"--predict knows bfloat16 only, got --dtype {args.dtype}")
+    for name in ("bandwidth", "matrix", "clock"):
+        if args.predict and getattr(args, name) is not None:
+            parser.error(f"--predict takes the figures of --gpu {args.gpu}: leave --{name} out")
     gpu = named = GPUS[args.gpu]
     units = {"bandwidth": 1e9, "matrix": 1e12, "clock": 1e9}
     gpu = replace(

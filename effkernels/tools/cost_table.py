@@ -291,6 +291,9 @@ def main(argv=None, predict=None):
             "--predict", action="store_true", help="also the time of each launch on --gpu, predicted (seconds each)"
         )
     args = parser.parse_args(argv)
+    predicts = predict is not None and args.predict
+    if predicts and (args.update or args.check):
+        parser.error("--predict is for the table that is printed, not for --update or --check")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     path = args.table or table_path(args.arch)
@@ -322,7 +325,9 @@ def main(argv=None, predict=None):
     todo = [launch for launch in launches if launch.digest(args.arch) not in known]
     known |= {row["digest"]: row for row in compiled_rows(todo, args.arch, args.processes)}
     rows = [known[launch.digest(args.arch)] for launch in launches]
-    predictions = predict(launches, args.gpu) if predict is not None and args.predict else None
+    predictions = predict(launches, args.gpu) if predicts else None
+    if predicts:
+        rows = [row | {"predicted_us": 1e6 * each.time} for row, each in zip(rows, predictions, strict=True)]
     print(
         json.dumps(rows)
         if args.json

@@ -150,8 +150,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
     if (args.timeline is None) != (args.kernel is None):
         parser.error("--timeline and --kernel go together")
+    if args.timeline is not None and (args.json is not None or args.each):
+        parser.error("--timeline draws one launch; --json and --each are for the table of all")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
 

@@ -156,3 +156,6 @@ def test_a_prediction_stands_below_the_floors(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plan.main(["--predict", "--dtype", "float32"])
     assert "--predict knows bfloat16 only, got --dtype float32" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plan.main(["--predict", "--clock", "1.5"])
+    assert "--predict takes the figures of --gpu h200: leave --clock out" in capsys.readouterr().err

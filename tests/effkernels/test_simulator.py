@@ -1,6 +1,7 @@
 """The simulator of kernel times: its parts on code written by hand, kernels of known speed, and its counts against the
 interpreter's."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ if not HAS_TRITON:
 
 from effkernels import kernels
 from effkernels.configs.gpus import GPUS
-from effkernels.tools import simulate
+from effkernels.tools import cost_table, simulate
 from effkernels.tools.networks import network, predict_step
 from effkernels.tools.simulator import (
     baselines,
@@ -543,7 +544,16 @@ def test_launches_that_cannot_be_predicted_are_named():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--batch-size", "0"], ["--gpu", "v100"], ["--model", "b9"], ["--mode", "x"], ["--kernel", "k"]]
+    "arguments",
+    [
+        ["--batch-size", "0"],
+        ["--gpu", "v100"],
+        ["--model", "b9"],
+        ["--mode", "x"],
+        ["--processes", "0"],
+        ["--kernel", "k"],
+        ["--timeline", "x.png", "--kernel", "k", "--json", "x.json"],
+    ],
 )
 def test_bad_arguments_are_named(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -559,6 +569,31 @@ def test_the_command():
     assert document["predicted_ms"] == pytest.approx(sum(row["us"] for row in document["kernels"]) / 1e3, rel=0.01)
     assert document["predicted_ms"] > document["bytes_ms"] > 0
     assert document["source"] == "predicted, not measured"
+
+
+def test_shipped_launches_beside_their_predictions(monkeypatch, capsys):
+    """``effkernels.inspect --predict``: a column of the table, and a field of each row of ``--json``."""
+    row = {"digest": "a", "kernel": "a_kernel", "dtype": "bfloat16", "constants": {}, "per_element": None}
+    row |= {"registers": 32, "spills": 0, "shared": 0, "loads": [16], "stores": [16]}
+    monkeypatch.setattr(cost_table.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(cost_table, "shipped_launches", lambda full: [_Launch("a")])
+    monkeypatch.setattr(cost_table, "read_table", lambda path: {"triton": "", "arch": 90, "rows": [row]})
+    asked = []
+
+    def predict(launches, gpu):
+        asked.append(gpu)
+        return [SimpleNamespace(time=2.5e-6) for _ in launches]
+
+    cost_table.main(["--predict", "--gpu", "a100"], predict)
+    head, line = capsys.readouterr().out.splitlines()
+    assert "predicted us" in head and line.split()[-1] == "2.5" and asked == ["a100"]
+    cost_table.main(["--predict", "--json"], predict)
+    assert json.loads(capsys.readouterr().out)[0]["predicted_us"] == 2.5
+    cost_table.main(["--json"], predict)
+    assert "predicted_us" not in json.loads(capsys.readouterr().out)[0] and len(asked) == 2
+    with pytest.raises(SystemExit):
+        cost_table.main(["--predict", "--check"], predict)
+    assert "--predict is for the table that is printed" in capsys.readouterr().err
 
 
 def test_what_l2_holds_from_launches_before():
