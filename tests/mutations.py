@@ -294,10 +294,10 @@ FAULTS = [
         "test_expand_backward.py::test_input_far_from_zero",
     ),
     Fault(
-        "blocks of gram too far apart",
+        "a split of gram takes another's tiles",
         "kernels/expand_backward.py",
-        "j = pid % blocks_j * BLOCK_J",
-        "j = pid % blocks_j * BLOCK_I",
+        "for t in tl.range(pid, tiles, gram_splits, num_stages=STAGES):",
+        "for t in tl.range(pid, tiles, splits, num_stages=STAGES):",
         "test_expand_backward.py::test_several_blocks_and_splits",
     ),
     # ---- stem, head, and the expansion inside the depthwise kernel

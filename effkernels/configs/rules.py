@@ -468,23 +468,18 @@ class ExpandBackwardConfig:
         return -(-tiles // -(-tiles // resident))
 
     @property
-    def BLOCK_J(self) -> int:
-        """Rows of a block of gram."""
-        return min(self.BLOCK_I, 128)
-
-    @property
     def BLOCK_R(self) -> int:
         """Rows of x that all threads together load at once, 8 channels each: as many are summed apart."""
         return min(self.BLOCK_M, 256 * self.num_warps // self.BLOCK_I)
 
-    def splits(self, tiles: int, blocks_e: int, blocks_j: int, blocks_i: int, device: torch.device) -> tuple[int, int]:
-        """Splits of the rows for (D, in ``blocks_e`` x ``blocks_i`` blocks; gram, ``blocks_j`` x ``blocks_i``). A tile
-        of gram takes BLOCK_J / BLOCK_E of the time of one of D.
+    def splits(self, tiles: int, blocks_e: int, with_gram: bool, device: torch.device) -> tuple[int, int]:
+        """Splits of the rows for (D, in ``blocks_e`` blocks; gram). A tile of gram takes BLOCK_I / BLOCK_E of the time
+        of one of D.
         """
-        share = min(1.0, self.BLOCK_J / self.BLOCK_E)
-        splits = int(self.programs_per_sm * processor_count(device) / ((blocks_e + share * blocks_j) * blocks_i))
+        share = min(1.0, self.BLOCK_I / self.BLOCK_E) if with_gram else 0.0
+        splits = int(self.programs_per_sm * processor_count(device) / (blocks_e + share))
         splits = -(-tiles // -(-tiles // max(1, splits)))
-        return splits, min(tiles, max(1, int(share * splits))) if blocks_j else 0
+        return splits, min(tiles, max(1, int(share * splits))) if with_gram else 0
 
 
 def expand_backward_form(E, I, dtype, device) -> str:
@@ -497,6 +492,14 @@ def expand_backward_form(E, I, dtype, device) -> str:
     if dtype == torch.float32:
         return "library"
     return "pass" if E <= 256 and I <= (64 if _reads_shared_memory(device) else 32) else "split"
+
+
+def expand_weight_is_apart(I: int, dtype: torch.dtype) -> bool:
+    """Whether the expand convolution's weight gradient is PyTorch's product: in fp32, and where a program has to hold
+    more than 128 columns, so that one fills an SM (I = 192, E = 1152, 12544 rows: 23 us for 14; I = 448, E = 2688, 9216
+    rows: 88 for 47; predicted, bf16, an H200).
+    """
+    return dtype == torch.float32 or I > 128
 
 
 def _reads_shared_memory(device: torch.device) -> bool:
@@ -526,8 +529,11 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 @tuned
 def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42
-    us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes.
+    us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes. More than 128 inputs:
+    one program that holds all up to 256, so that dz is loaded once.
     """
+    if 128 < I <= 256:
+        return ExpandBackwardConfig(BLOCK_M=128, BLOCK_I=256, num_warps=8, stages=3, programs_per_sm=1, maxnreg=255)
     BLOCK_I = _power_of_two(I, 16, 128)
     return ExpandBackwardConfig(
         BLOCK_M=128,
@@ -545,10 +551,8 @@ def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
     """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on
     sm_80).
     """
-    BLOCK_I = _power_of_two(I, 16, 256)
-    return ExpandBackwardConfig(
-        BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=128, num_warps=8, programs_per_sm=2 if BLOCK_I <= 128 else 1, maxnreg=255
-    )
+    BLOCK_I = _power_of_two(I, 16, 128)
+    return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=128, num_warps=8, programs_per_sm=2, maxnreg=255)
 
 
 @tuned

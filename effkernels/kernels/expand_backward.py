@@ -30,11 +30,13 @@ tile is 32 rows, and shared memory holds three for each of two programs:
 
 "split", many channels: two launches, since the registers of an SM do not hold D. The data gradient is one product
 over k, dx = [dz | x | dout] [A w ; G ; 1], whose loop only moves a pointer from one tensor to the next. A program of
-the weight gradient holds 128 rows of D, or of gram, and all of their columns up to 256, and walks over every
-``splits``-th tile.
+the weight gradient holds 128 rows of D, or of gram, and all of their columns, and walks over every ``splits``-th
+tile.
 
 "library", fp32: PyTorch's own products, whose tiles keep the plain multiply-adds (or TF32) busier than Triton's;
-those of x alone come on top.
+those of x alone come on top. The weight gradient is PyTorch's in half precision too, as soon as a program does not
+hold all of its columns (``expand_weight_is_apart``); the data gradient is not, since x G and c, which may cancel, would
+be rounded apart.
 
 Channels are compile-time constants of what passes over the rows: strides fold, and pieces that fit need no mask.
 Weight gradients are fp32 partials, one for a program or a split of the rows; nothing is added atomically.
@@ -50,6 +52,7 @@ from effkernels.configs.rules import (
     expand_matrix_config,
     expand_pass_config,
     expand_weight_config,
+    expand_weight_is_apart,
 )
 from effkernels.kernels.common import (
     cast,
@@ -58,6 +61,7 @@ from effkernels.kernels.common import (
     fp32,
     launcher,
     matmul_precision,
+    product,
     sized_jit,
 )
 from effkernels.kernels.norm import load_rstd, load_vector
@@ -333,38 +337,32 @@ def expand_weight_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """First come programs for gram, BLOCK_J x BLOCK_I, and xsum over every ``gram_splits``-th tile, then those for D,
-    BLOCK_E x BLOCK_I, over every ``splits``-th."""
-    blocks_i = tl.cdiv(I, BLOCK_I)
+    """First come programs for gram and xsum over every ``gram_splits``-th tile, then those for D, BLOCK_E x BLOCK_I,
+    over every ``splits``-th. BLOCK_I covers I."""
     blocks_e = tl.cdiv(E, BLOCK_E)
-    pid = tl.program_id(0) // blocks_i
-    i = tl.program_id(0) % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    pid = tl.program_id(0)
+    i = tl.arange(0, BLOCK_I)
     mi = i < I
     m = tl.arange(0, BLOCK_M)
     wide = tl.full([], BLOCK_M, tl.int64)
-    blocks_j = tl.cdiv(I, BLOCK_J)
-    if pid < blocks_j * gram_splits:
-        j = pid % blocks_j * BLOCK_J + tl.arange(0, BLOCK_J)
-        mj = j < I
-        gram = zeros(BLOCK_J, BLOCK_I)
+    if pid < gram_splits:
+        gram = zeros(BLOCK_I, BLOCK_I)
         xsum = zeros(BLOCK_R, BLOCK_I)
-        for t in tl.range(pid // blocks_j, tiles, gram_splits, num_stages=STAGES):
+        for t in tl.range(pid, tiles, gram_splits, num_stages=STAGES):
             row0 = t * wide
             ok = row0 + m < rows
-            right = load_rows(x + row0 * I, m, i, I, ok, mi)
-            left = right if I <= BLOCK_J else load_rows(x + row0 * I, m, j, I, ok, mj)
-            gram = dot(tl.trans(left), right, gram, PRECISION)
-            xsum = add_rows(xsum, right)
-        out = grams + (pid // blocks_j).to(tl.int64) * ((I + 1) * I)
-        tl.store(out + j[:, None] * I + i[None, :], gram, mask=mj[:, None] & mi[None, :])
-        tl.store(out + I * I + i, tl.sum(xsum, 0), mask=mi & (pid % blocks_j == 0))
+            x_tile = load_rows(x + row0 * I, m, i, I, ok, mi)
+            gram = dot(tl.trans(x_tile), x_tile, gram, PRECISION)
+            xsum = add_rows(xsum, x_tile)
+        out = grams + pid.to(tl.int64) * ((I + 1) * I)
+        tl.store(out + i[:, None] * I + i[None, :], gram, mask=mi[:, None] & mi[None, :])
+        tl.store(out + I * I + i, tl.sum(xsum, 0), mask=mi)
     else:
-        pid -= blocks_j * gram_splits
+        pid -= gram_splits
         e = pid % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
         me = e < E
         acc = zeros(BLOCK_E, BLOCK_I)
@@ -504,12 +502,11 @@ def weight_gradient(dz, x, with_gram):
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
     cfg = expand_weight_config(E, I, rows, dz.dtype)
-    tiles, blocks_i = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(I, cfg.BLOCK_I)
-    blocks_e, blocks_j = triton.cdiv(E, cfg.BLOCK_E), triton.cdiv(I, cfg.BLOCK_J)
-    splits, gram_splits = cfg.splits(tiles, blocks_e, blocks_j if with_gram else 0, blocks_i, dz.device)
+    tiles, blocks_e = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(E, cfg.BLOCK_E)
+    splits, gram_splits = cfg.splits(tiles, blocks_e, with_gram, dz.device)
     partials = fp32(dz.device, splits, E, I)
     grams = fp32(dz.device, gram_splits, I + 1, I) if with_gram else None
-    expand_weight_kernel[((splits * blocks_e + gram_splits * blocks_j) * blocks_i,)](
+    expand_weight_kernel[(splits * blocks_e + gram_splits,)](
         dz=dz,
         x=x,
         partials=partials,
@@ -523,7 +520,6 @@ def weight_gradient(dz, x, with_gram):
         BLOCK_M=cfg.BLOCK_M,
         BLOCK_E=cfg.BLOCK_E,
         BLOCK_I=cfg.BLOCK_I,
-        BLOCK_J=cfg.BLOCK_J,
         BLOCK_R=cfg.BLOCK_R,
         STAGES=cfg.stages,
         PRECISION=matmul_precision(),
@@ -532,29 +528,33 @@ def weight_gradient(dz, x, with_gram):
     return partials, grams
 
 
-def library_products(dz, x, dout, weight, norm, terms, need_dx, need_dw, out_dtype):
-    """(dx, D, gram) by PyTorch's products. With ``out`` given, since autocast leaves those in fp32."""
+def library_data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
+    """dx by PyTorch's products. With ``out`` given, since autocast leaves those as they are."""
     E, I = dz.shape[-1], x.shape[-1]
-    dz, rows = dz.view(-1, E), x.view(-1, I)
-    dx = partials = grams = None
-    if need_dx:
-        matrix, c = right_operand(weight, norm, terms, E_rows=E, I_rows=I)
-        dx = torch.empty_like(rows)
-        if terms is None:
-            torch.mm(dz, matrix, out=dx)
-        else:
-            torch.addmm(c.to(dx.dtype), rows, matrix[E:], out=dx)
-            torch.addmm(dx, dz, matrix[:E], out=dx)
-        if dout is not None:
-            dx += dout.view(-1, I)
-        dx = dx.to(out_dtype).view(x.shape)
-    if need_dw:
-        partials = torch.mm(dz.t(), rows, out=fp32(dz.device, E, I))[None]
-        if terms is not None:
-            grams = fp32(dz.device, 1, I + 1, I)
-            torch.mm(rows.t(), rows, out=grams[0, :I])
-            torch.sum(rows, 0, out=grams[0, I])
-    return dx, partials, grams
+    rows = x.view(-1, I)
+    matrix, c = right_operand(weight, norm, terms, E_rows=E, I_rows=I)
+    dx = torch.empty_like(rows)
+    if terms is None:
+        torch.mm(dz.view(-1, E), matrix, out=dx)
+    else:
+        torch.addmm(c.to(dx.dtype), rows, matrix[E:], out=dx)
+        torch.addmm(dx, dz.view(-1, E), matrix[:E], out=dx)
+    if dout is not None:
+        dx += dout.view(-1, I)
+    return dx.to(out_dtype).view(x.shape)
+
+
+def library_weight_gradient(dz, x, with_gram):
+    """(D, gram or None) by PyTorch's products."""
+    E, I = dz.shape[-1], x.shape[-1]
+    rows = x.view(-1, I)
+    partials, grams = fp32(dz.device, 1, E, I), None
+    product(dz.view(-1, E).t(), rows, out=partials[0])
+    if with_gram:
+        grams = fp32(dz.device, 1, I + 1, I)
+        product(rows.t(), rows, out=grams[0, :I])
+        torch.sum(rows, 0, dtype=torch.float32, out=grams[0, I])
+    return partials, grams
 
 
 def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True, need_dw=True, out_dtype=None):
@@ -573,18 +573,19 @@ def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True
     out_dtype = out_dtype or x.dtype
     x = x.to(dz.dtype)
     form = expand_backward_form(E, I, dz.dtype, dz.device)
-    if form == "library":
-        return library_products(dz, x, residual, weight, norm1, terms1, need_dx, need_dw, out_dtype)
     if form == "pass" and need_dx and need_dw:
         matrix, c = right_operand(weight, norm1, terms1, E_rows=E, I_rows=I)
         return both_gradients(dz, x, residual, matrix, c, out_dtype)
     dx = partials = grams = None
-    if need_dx:
+    if need_dx and form == "library":
+        dx = library_data_gradient(dz, x, residual, weight, norm1, terms1, out_dtype)
+    elif need_dx:
         # As an operand of the product, a residual of another dtype would be rounded.
         late = residual is not None and residual.dtype != dz.dtype
         dx = data_gradient(dz, x, None if late else residual, weight, norm1, terms1, out_dtype)
         if late:
             dx += residual
     if need_dw:
-        partials, grams = weight_gradient(dz, x, terms1 is not None)
+        makes = library_weight_gradient if expand_weight_is_apart(I, dz.dtype) else weight_gradient
+        partials, grams = makes(dz, x, terms1 is not None)
     return dx, partials, grams
