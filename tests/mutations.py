@@ -268,9 +268,30 @@ FAULTS = [
     Fault(
         "Gram identity without the mean",
         "kernels/weight_gradients.py",
-        "acc += load_vector(terms[0], e, me)[:, None] * xsum[None, :]",
-        "acc += 0.0",
+        "dw += load_vector(terms[0], e, me)[:, None] * load_vector(gram + I * I, i, mi)[None, :]",
+        "dw += 0.0",
         BLOCK,
+    ),
+    Fault(
+        "only the first step of partials",
+        "kernels/weight_gradients.py",
+        "for start in range(0, parts, BLOCK_P):",
+        "for start in range(0, tl.minimum(parts, BLOCK_P), BLOCK_P):",
+        "test_weight_gradients.py::test_all_layers_together[cpu-5-24-20-6-9-3-19-float32-False]",
+    ),
+    Fault(
+        "images of one part alone",
+        "kernels/weight_gradients.py",
+        "part * images, last, BLOCK_N",
+        "0, tl.minimum(N, images), BLOCK_N",
+        "test_weight_gradients.py::test_all_layers_together[cpu-33-40-10-12-70-5-3-float32-False]",
+    ),
+    Fault(
+        "bottleneck not activated",
+        "kernels/weight_gradients.py",
+        "activate(right, ACT, False)",
+        "right",
+        "test_weight_gradients.py::test_all_layers_together[cpu-2-130-66-33-4-9-1-float32-False]",
     ),
     Fault(
         "dx without the mean's term",

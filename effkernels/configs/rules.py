@@ -5,7 +5,7 @@ element; tests/effkernels/test_compile.py holds them to it); none has been measu
 """
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -707,39 +707,64 @@ def expand_inside(
 
 
 @dataclass(frozen=True)
-class WeightGradientConfig:
-    """Blocks of the launch that finishes a block's weight gradients from partials; each layer's programs have their
-    own.
+class PartialsConfig:
+    """BLOCK_P partials at a time of BLOCK_COLS elements of a weight."""
 
-    Depthwise: DEPTHWISE_PARTS partials at a time of DEPTHWISE_COLS values, project: BLOCK_P of BLOCK_COLS; expand:
-    BLOCK_S splits at a time of BLOCK_E x BLOCK_I; squeeze-excite: BLOCK_N images at a time of BLOCK_C x BLOCK_R.
-    """
-
-    BLOCK_E: int
-    BLOCK_I: int
-    BLOCK_S: int
-    BLOCK_R: int
-    DEPTHWISE_PARTS: int = 64
-    DEPTHWISE_COLS: int = 32
-    BLOCK_P: int = 16
-    BLOCK_COLS: int = 128
-    BLOCK_N: int = 32
-    BLOCK_C: int = 16
-    num_warps: int = 4
-
-    @property
-    def blocks(self) -> dict:
-        """The kernel's compile-time arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_warps"}
+    BLOCK_P: int
+    BLOCK_COLS: int
 
 
 @tuned
-def weight_gradient_config(splits: int, R: int) -> WeightGradientConfig:
-    """Many splits come with few values (a layer of few channels), which one program must not sum one by one: 16 at a
-    time, in small blocks. Few come with wide layers, whose programs read the whole Gram matrix each: large blocks, so
-    that they are fewer."""
-    BLOCK_E, BLOCK_I, BLOCK_S = (16, 16, 16) if splits > 8 else (64, 32, 1)
-    return WeightGradientConfig(BLOCK_E=BLOCK_E, BLOCK_I=BLOCK_I, BLOCK_S=BLOCK_S, BLOCK_R=_power_of_two(R, 16, 32))
+def partials_config(elements: int) -> PartialsConfig:
+    """Many elements come with few partials: threads of their own for all of them, whose sums need no exchange. Few (a
+    layer of few channels) come with many, which few programs must not sum one by one. The partials themselves, whose
+    number depends on the batch, do not decide: kernels would be compiled again.
+
+    H200, predicted, B0's block of 1152 channels (7 to 29 partials) and its second (352 to 652): 7.1 and 4.9 us, and
+    15.5 and 13.2 with 64 x 64 for both.
+    """
+    if elements >= 100_000:
+        return PartialsConfig(BLOCK_P=8, BLOCK_COLS=512)
+    if elements >= 10_000:
+        return PartialsConfig(BLOCK_P=16, BLOCK_COLS=256)
+    return PartialsConfig(BLOCK_P=64, BLOCK_COLS=16)
+
+
+@dataclass(frozen=True)
+class ImageProductsConfig:
+    """Products over images: BLOCK_N images a step, BLOCK_C channels times BLOCK_R units of the bottleneck; with longer
+    steps their registers would leave too few programs an SM for the sums of the same launch."""
+
+    BLOCK_N: int = 16
+    BLOCK_C: int = 64
+    BLOCK_R: int = 16
+    num_warps: int = 4
+
+    def images(self, N: int, C: int, R: int) -> int:
+        """Images a program: N in up to 8 parts, if that makes no more than about 256 programs."""
+        blocks = 2 * -(-C // self.BLOCK_C) * -(-R // self.BLOCK_R)
+        parts = max(1, min(8, 256 // blocks))
+        return -(-N // (parts * self.BLOCK_N)) * self.BLOCK_N
+
+
+@tuned
+def image_products_config() -> ImageProductsConfig:
+    return ImageProductsConfig()
+
+
+@dataclass(frozen=True)
+class ExpandGradientConfig:
+    """BLOCK_E x BLOCK_I of the expand layer's gradient, BLOCK_K rows of the Gram matrix a step."""
+
+    BLOCK_E: int = 32
+    BLOCK_I: int = 32
+    BLOCK_K: int = 16  # with 32, ptxas spilled 8 bytes to stay at 56 registers
+    num_warps: int = 4
+
+
+@tuned
+def expand_gradient_config() -> ExpandGradientConfig:
+    return ExpandGradientConfig()
 
 
 @dataclass(frozen=True)

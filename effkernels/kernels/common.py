@@ -32,7 +32,8 @@ SIZES = (
     "N H W CV C R OH OW COLS pad_top pad_left first_row first_col strips_w strips groups P TH rows tiles parts "
     "rows_per_program "
     "image_blocks row_stride total images E I O KV NV IV RV OV EV step per_program programs splits "
-    "stride_n stride_c stride_h stride_w depthwise_parts project_parts E_rows I_rows gram_splits"
+    "stride_n stride_c stride_h stride_w first_parts gram_parts project_parts depthwise_parts image_parts E_rows "
+    "I_rows gram_splits"
 ).split()
 
 

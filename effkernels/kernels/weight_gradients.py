@@ -1,13 +1,19 @@
-"""One launch that finishes every weight gradient of a block from fp32 partials; each layer has a range of the programs.
+"""All weight gradients of a block, in two launches. The first adds fp32 partials that other kernels left of each layer:
 
     depthwise       dw[c,tap] = sum_p partials[p,tap,c]
     project         dw[o,e]   = sum_s partials[s,o,e]
     stem            dw[i]     = sum_s D[s,i]             elements of the weight as they lie in memory
-    expand          dw[e,i]   = A[e] sum_s D[s,e,i] + k1[e] sum_j w[e,j] sum_t gram[t,j,i] + k0[e] sum_t xsum[t,i],  A =
-    gamma rstd squeeze-excite  dW_e = dt^T v, db_e = sum_n dt, dW_r = du^T pooled, db_r = sum_n du,  v = phi(u)
+    expand          D, gram and xsum of ``expand_backward``
+    squeeze-excite  db_e = sum_n dt,  db_r = sum_n du
+
+and multiplies those of squeeze-excite's gradients that are products, for parts of the images: a single program would
+take long over all of them. The second launch needs these results:
+
+    expand          dw[e,i] = A[e] D[e,i] + k1[e] sum_j w[e,j] gram[j,i] + k0[e] xsum[i],  A = gamma rstd
+    squeeze-excite  dW_e = sum over parts of dt^T v,  dW_r = sum over parts of du^T pooled,  v = phi(u)
 
 The expand layer's formula is BatchNorm 1's backward dy1 = A dz + k0 + k1 y1 times x, with y1 = x w^T folded into x's
-Gram matrix.
+Gram matrix. Were gram not summed first, every block of dw would sum it again.
 """
 
 from typing import NamedTuple
@@ -16,252 +22,223 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import weight_gradient_config
+from effkernels.configs.rules import expand_gradient_config, image_products_config, partials_config
 from effkernels.kernels.activation import activate
 from effkernels.kernels.batchnorm import BatchTerms
-from effkernels.kernels.common import TL_DTYPES, cast, channel_vector_width, launcher, sized_jit
+from effkernels.kernels.common import TL_DTYPES, cast, channel_vector_width, fp32, given, launcher, sized_jit
 from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector
 
 
 @triton.jit
-def sum_of_partials(pid, partials, parts, row_stride, COLS, BLOCK_P: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """(i [BLOCK_COLS], the sums of elements i over ``parts`` rows), in a fixed order, BLOCK_P rows at a time."""
-    i = pid * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    t = tl.arange(0, BLOCK_P)
-    acc = tl.zeros([BLOCK_P, BLOCK_COLS], tl.float32)
-    for start in tl.range(0, parts, BLOCK_P, num_stages=3):
-        ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
-        acc += tl.load(partials + (start + t).to(tl.int64)[:, None] * row_stride + i[None, :], mask=ok, other=0.0)
-    return i, tl.sum(acc, 0)
+def add_partials(pid, sum_of, parts, row_stride, COLS, BLOCKS: tl.constexpr, TAPS: tl.constexpr = 1):
+    """Store the sums of the first COLS elements of ``parts`` rows, in a fixed order, if ``pid`` is one of the programs
+    for them, from 0 on. Return ``pid`` less the number of these programs.
+
+    sum_of: (partials, where their sums are stored), or None, which has no programs. BLOCKS: (rows at a time, elements a
+    program). TAPS: of TAPS * C elements [TAPS, C], to be stored as [C, TAPS].
+    """
+    if given(sum_of):
+        partials, out = sum_of
+        BLOCK_P: tl.constexpr = BLOCKS[0]
+        BLOCK_COLS: tl.constexpr = BLOCKS[1]
+        programs = tl.cdiv(COLS, BLOCK_COLS)
+        if (pid >= 0) & (pid < programs):
+            i = pid * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+            t = tl.arange(0, BLOCK_P)
+            acc = tl.zeros([BLOCK_P, BLOCK_COLS], tl.float32)
+            for start in range(0, parts, BLOCK_P):
+                row = (start + t).to(tl.int64) * row_stride
+                ok = (start + t < parts)[:, None] & (i < COLS)[None, :]
+                acc += tl.load(partials + row[:, None] + i[None, :], mask=ok, other=0.0)
+            at = i
+            if TAPS > 1:
+                C = COLS // TAPS
+                at = i % C * TAPS + i // C
+            tl.store(out + at, cast(tl.sum(acc, 0), out.dtype.element_ty), mask=i < COLS)
+        pid -= programs
+    return pid
 
 
 @triton.jit
-def sum_splits(partials, splits, stride, row, col, mask, COLS, BLOCK_S: tl.constexpr):
-    """The sum over splits of partials [rows, COLS], ``stride`` apart, at rows ``row`` and columns ``col``, BLOCK_S
-    splits at a time."""
-    s = tl.arange(0, BLOCK_S)
-    acc = tl.zeros([BLOCK_S, row.shape[0], col.shape[0]], tl.float32)
-    at = partials + (row[:, None] * COLS + col[None, :])[None, :, :]
-    for start in tl.range(0, splits, BLOCK_S, num_stages=3):
-        ok = (start + s < splits)[:, None, None] & mask[None, :, :]
-        acc += tl.load(at + (start + s).to(tl.int64)[:, None, None] * stride, mask=ok, other=0.0)
-    return tl.sum(acc, 0)
+def multiply_images(
+    pid,
+    a,
+    b,
+    out,
+    N,
+    C,
+    R,
+    c_stride,
+    r_stride,
+    images,
+    parts,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """Store out[p,c,r] = sum_n a[n,c] phi(b[n,r]) over the ``images`` of part p, BLOCK_C x BLOCK_R a program, as
+    ``add_partials`` does, and return the same. The strides of ``out`` are C * R, c_stride and r_stride."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks = blocks_c * tl.cdiv(R, BLOCK_R)
+    if (pid >= 0) & (pid < blocks * parts):
+        part = pid // blocks
+        c = pid % blocks % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        r = pid % blocks // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R)
+        mc, mr = c < C, r < R
+        last = tl.minimum(N, (part + 1) * images)
+        acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+        for start in range(part * images, last, BLOCK_N):
+            n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+            mn = (n < last)[:, None]
+            left = tl.load(a + n[:, None] * C + c[None, :], mask=mn & mc[None, :], other=0.0)
+            right = tl.load(b + n[:, None] * R + r[None, :], mask=mn & mr[None, :], other=0.0)
+            if ACT != "identity":
+                right = tl.where(mn & mr[None, :], activate(right, ACT, False), 0.0)
+            acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+        at = part.to(tl.int64) * C * R + c[:, None] * c_stride + r[None, :] * r_stride
+        tl.store(out + at, acc, mask=mc[:, None] & mr[None, :])
+    return pid - blocks * parts
+
+
+@sized_jit
+def weight_sums_kernel(
+    dt,
+    du,
+    u,
+    pooled,
+    dw_expand,
+    dw_reduce,
+    expand_bias,
+    reduce_bias,
+    first,
+    grams,
+    project,
+    depthwise,
+    N,
+    EV,
+    IV,
+    O,
+    RV,
+    images,
+    image_parts,
+    first_parts,
+    gram_parts,
+    project_parts,
+    depthwise_parts,
+    EVEC: tl.constexpr,
+    IVEC: tl.constexpr,
+    RVEC: tl.constexpr,
+    TAPS: tl.constexpr,
+    EXPAND_BIAS_BLOCKS: tl.constexpr,
+    REDUCE_BIAS_BLOCKS: tl.constexpr,
+    FIRST_BLOCKS: tl.constexpr,
+    GRAM_BLOCKS: tl.constexpr,
+    PROJECT_BLOCKS: tl.constexpr,
+    DEPTHWISE_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """The first launch; what takes longest begins first.
+
+    ``expand_bias`` to ``depthwise`` are (partials, where their sums are stored) or None. dw_expand [image_parts, E, R]
+    and dw_reduce [image_parts, R, E] are partials for the second launch.
+    """
+    E = EV * EVEC
+    I = IV * IVEC
+    R = RV * RVEC
+    pid = tl.program_id(0)
+    if dt is not None:
+        pid = multiply_images(pid, dt, u, dw_expand, N, E, R, R, 1, images, image_parts, BLOCK_N, BLOCK_C, BLOCK_R, ACT)
+        pid = multiply_images(
+            pid, pooled, du, dw_reduce, N, E, R, 1, E, images, image_parts, BLOCK_N, BLOCK_C, BLOCK_R, "identity"
+        )
+    pid = add_partials(pid, expand_bias, N, E, E, EXPAND_BIAS_BLOCKS)
+    pid = add_partials(pid, reduce_bias, N, R, R, REDUCE_BIAS_BLOCKS)
+    pid = add_partials(pid, first, first_parts, E * I, E * I, FIRST_BLOCKS)
+    pid = add_partials(pid, grams, gram_parts, (I + 1) * I, (I + 1) * I, GRAM_BLOCKS)
+    pid = add_partials(pid, project, project_parts, O * E, O * E, PROJECT_BLOCKS)
+    add_partials(pid, depthwise, depthwise_parts, (TAPS + 2) * E, TAPS * E, DEPTHWISE_BLOCKS, TAPS)
 
 
 @triton.jit
 def expand_gradient(
     pid,
     D,
-    grams,
+    gram,
     w,
     norm,
     terms,
     out,
-    splits,
-    gram_splits,
     E,
     I,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """BLOCK_E x BLOCK_I of the expand layer's gradient; ``grams`` and ``terms`` are None where BatchNorm 1 is
-    frozen."""
+    """Store BLOCK_E x BLOCK_I of the expand layer's gradient, as ``add_partials`` does, and return the same; ``gram``
+    and ``terms`` are None where BatchNorm 1 is frozen."""
     blocks_i = tl.cdiv(I, BLOCK_I)
-    i = pid % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    e = pid // blocks_i * BLOCK_E + tl.arange(0, BLOCK_E)
-    mi, me = i < I, e < E
-    mask = me[:, None] & mi[None, :]
-    offset = e[:, None] * I + i[None, :]
-    acc = sum_splits(D, splits, E * I, e, i, mask, I, BLOCK_S)
-    acc *= (load_vector(norm.weight, e, me) * load_rstd(norm, e, me))[:, None]
-    if terms is not None:
-        size = (I + 1) * I
-        xsum = tl.zeros([BLOCK_I], tl.float32)
-        for start in range(0, gram_splits, 128):
-            s = start + tl.arange(0, 128)
-            sum_mask = (s < gram_splits)[:, None] & mi[None, :]
-            xsum += tl.sum(
-                tl.load(grams + s.to(tl.int64)[:, None] * size + I * I + i[None, :], mask=sum_mask, other=0.0), 0
-            )
-        acc += load_vector(terms[0], e, me)[:, None] * xsum[None, :]
-        slope = load_vector(terms[1], e, me)
-        for start in range(0, I, BLOCK_I):
-            j = start + tl.arange(0, BLOCK_I)
-            mj = j < I
-            gram = sum_splits(grams, gram_splits, size, j, i, mj[:, None] & mi[None, :], I, BLOCK_S)
-            weight = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0).to(tl.float32)
-            weight = cast(weight, DTYPE).to(tl.float32) * slope[:, None]  # as the forward rounded it
-            acc = tl.dot(weight, gram, acc, input_precision="ieee")
-    tl.store(out + offset, cast(acc, out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def squeeze_excite_gradient(
-    pid,
-    dt,
-    du,
-    u_in,
-    pooled,
-    dw_reduce,
-    db_reduce,
-    dw_expand,
-    db_expand,
-    N,
-    C,
-    R,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACT: tl.constexpr,
-):
-    """BLOCK_C channels times BLOCK_R units of the bottleneck, over all images in order."""
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = pid // blocks_c * BLOCK_R + tl.arange(0, BLOCK_R)
-    mc, mr = c < C, r < R
-    dwe = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    dwr = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    dbe = tl.zeros([BLOCK_C], tl.float32)
-    dbr = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mn = n < N
-        mask_c = mn[:, None] & mc[None, :]
-        mask_r = mn[:, None] & mr[None, :]
-        at_c = n[:, None] * C + c[None, :]
-        at_r = n[:, None] * R + r[None, :]
-        dt_n = tl.load(dt + at_c, mask=mask_c, other=0.0)
-        du_n = tl.load(du + at_r, mask=mask_r, other=0.0)
-        v = tl.where(mask_r, activate(tl.load(u_in + at_r, mask=mask_r, other=0.0), ACT, False), 0.0)
-        dwe = tl.dot(tl.trans(dt_n), v, dwe, input_precision="ieee")
-        dwr = tl.dot(tl.trans(tl.load(pooled + at_c, mask=mask_c, other=0.0)), du_n, dwr, input_precision="ieee")
-        dbe += tl.sum(dt_n, 0)
-        dbr += tl.sum(du_n, 0)
-    mask = mc[:, None] & mr[None, :]
-    tl.store(dw_expand + c[:, None] * R + r[None, :], cast(dwe, dw_expand.dtype.element_ty), mask=mask)
-    tl.store(dw_reduce + r[None, :] * C + c[:, None], cast(dwr, dw_reduce.dtype.element_ty), mask=mask)
-    tl.store(db_expand + c, cast(dbe, db_expand.dtype.element_ty), mask=mc & (pid // blocks_c == 0))
-    tl.store(db_reduce + r, cast(dbr, db_reduce.dtype.element_ty), mask=mr & (pid % blocks_c == 0))
+    programs = tl.cdiv(E, BLOCK_E) * blocks_i
+    if pid < programs:
+        i = pid % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
+        e = pid // blocks_i * BLOCK_E + tl.arange(0, BLOCK_E)
+        mi, me = i < I, e < E
+        mask = me[:, None] & mi[None, :]
+        offset = e[:, None] * I + i[None, :]
+        dw = tl.load(D + offset, mask=mask, other=0.0)
+        dw *= (load_vector(norm.weight, e, me) * load_rstd(norm, e, me))[:, None]
+        if terms is not None:
+            dw += load_vector(terms[0], e, me)[:, None] * load_vector(gram + I * I, i, mi)[None, :]
+            slope = load_vector(terms[1], e, me)
+            for start in tl.range(0, I, BLOCK_K, num_stages=3):
+                j = start + tl.arange(0, BLOCK_K)
+                mj = j < I
+                weight = tl.load(w + e[:, None] * I + j[None, :], mask=me[:, None] & mj[None, :], other=0.0)
+                weight = cast(weight.to(tl.float32), DTYPE).to(tl.float32)  # as the forward rounded it
+                right = tl.load(gram + j[:, None] * I + i[None, :], mask=mj[:, None] & mi[None, :], other=0.0)
+                dw = tl.dot(weight * slope[:, None], right, dw, input_precision="ieee")
+        tl.store(out + offset, cast(dw, out.dtype.element_ty), mask=mask)
+    return pid - programs
 
 
 @sized_jit
 def weight_gradients_kernel(
-    depthwise_partials,
-    depthwise_out,
-    project_partials,
-    project_out,
     D,
-    grams,
+    gram,
     expand_weight,
     norm1,
     terms1,
-    first_out,
-    dt,
-    du,
-    u,
-    pooled,
-    dw_reduce,
-    db_reduce,
+    expand_out,
     dw_expand,
-    db_expand,
-    depthwise_parts,
-    CV,
-    project_parts,
-    OV,
-    splits,
-    gram_splits,
-    E,
+    dw_reduce,
+    EV,
     IV,
-    N,
-    R,
-    CVEC: tl.constexpr,
-    OVEC: tl.constexpr,
+    RV,
+    image_parts,
+    EVEC: tl.constexpr,
     IVEC: tl.constexpr,
-    TAPS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ACT: tl.constexpr,
-    DEPTHWISE_PARTS: tl.constexpr,
-    DEPTHWISE_COLS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    RVEC: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SE_BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    C = CV * CVEC
+    """The second launch. dw_expand and dw_reduce are (partials, where their sums are stored), or None."""
+    E = EV * EVEC
     I = IV * IVEC
-    COLS = OV * OVEC
+    weights = E * RV * RVEC
     pid = tl.program_id(0)
-    if expand_weight is not None:
-        programs = tl.cdiv(E, BLOCK_E) * tl.cdiv(I, BLOCK_I)
-        if pid < programs:
-            expand_gradient(
-                pid,
-                D,
-                grams,
-                expand_weight,
-                norm1,
-                terms1,
-                first_out,
-                splits,
-                gram_splits,
-                E,
-                I,
-                BLOCK_E,
-                BLOCK_I,
-                BLOCK_S,
-                DTYPE,
-            )
-        pid -= programs
-    elif D is not None:  # the stem
-        stem_programs = tl.cdiv(E * I, BLOCK_COLS)
-        if pid < stem_programs:
-            element, stem_total = sum_of_partials(pid, D, splits, E * I, E * I, BLOCK_P, BLOCK_COLS)
-            tl.store(first_out + element, cast(stem_total, first_out.dtype.element_ty), mask=element < E * I)
-        pid -= stem_programs
-    if dt is not None:
-        se_programs = tl.cdiv(C, BLOCK_C) * tl.cdiv(R, BLOCK_R)
-        if (pid >= 0) & (pid < se_programs):
-            squeeze_excite_gradient(
-                pid,
-                dt,
-                du,
-                u,
-                pooled,
-                dw_reduce,
-                db_reduce,
-                dw_expand,
-                db_expand,
-                N,
-                C,
-                R,
-                BLOCK_N,
-                BLOCK_R,
-                BLOCK_C,
-                ACT,
-            )
-        pid -= se_programs
-    if project_partials is not None:
-        project_programs = tl.cdiv(COLS, BLOCK_COLS)
-        if (pid >= 0) & (pid < project_programs):
-            i, total = sum_of_partials(pid, project_partials, project_parts, COLS, COLS, BLOCK_P, BLOCK_COLS)
-            tl.store(project_out + i, cast(total, project_out.dtype.element_ty), mask=i < COLS)
-        pid -= project_programs
-    if depthwise_partials is not None:
-        if pid >= 0:
-            k, tap_total = sum_of_partials(
-                pid, depthwise_partials, depthwise_parts, (TAPS + 2) * C, TAPS * C, DEPTHWISE_PARTS, DEPTHWISE_COLS
-            )
-            tl.store(
-                depthwise_out + k % C * TAPS + k // C,
-                cast(tap_total, depthwise_out.dtype.element_ty),
-                mask=k < TAPS * C,
-            )
+    if D is not None:
+        pid = expand_gradient(
+            pid, D, gram, expand_weight, norm1, terms1, expand_out, E, I, BLOCK_E, BLOCK_I, BLOCK_K, DTYPE
+        )
+    pid = add_partials(pid, dw_expand, image_parts, weights, weights, SE_BLOCKS)
+    add_partials(pid, dw_reduce, image_parts, weights, weights, SE_BLOCKS)
 
 
 def contiguous_like(t: torch.Tensor) -> torch.Tensor:
@@ -309,7 +286,154 @@ class SqueezeExcitePartials(NamedTuple):
     act: str
 
 
+class Sum(NamedTuple):
+    """fp32 partials [parts, ...], and the contiguous tensor for the sums of their first elements over the parts, which
+    are cast to its dtype."""
+
+    partials: torch.Tensor
+    out: torch.Tensor
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """BLOCKS of ``add_partials``."""
+        cfg = partials_config(self.out.numel())
+        return cfg.BLOCK_P, cfg.BLOCK_COLS
+
+    @property
+    def programs(self) -> int:
+        return triton.cdiv(self.out.numel(), self.blocks[1])
+
+
+def parts_of(total: Sum | None) -> int:
+    return 0 if total is None else len(total.partials)
+
+
+def blocks_of(total: Sum | None) -> tuple[int, int] | None:
+    return None if total is None else total.blocks
+
+
+class Sums(NamedTuple):
+    """The sums of the first launch. first: the expand layer's D, or the stem's gradient. grams: with xsum. expand_bias,
+    reduce_bias: of squeeze-excite, over images."""
+
+    depthwise: Sum | None = None
+    project: Sum | None = None
+    first: Sum | None = None
+    grams: Sum | None = None
+    expand_bias: Sum | None = None
+    reduce_bias: Sum | None = None
+
+
+class ImageProducts(NamedTuple):
+    """Squeeze-excite's weight gradients over parts of the images."""
+
+    expand: Sum  # [parts, C, R]
+    reduce: Sum  # [parts, R, C]
+
+
 @launcher
+def weight_sums(sums: Sums, squeeze_excite: SqueezeExcitePartials | None, products: ImageProducts | None) -> None:
+    """Start the first launch; ``products`` belong to ``squeeze_excite``."""
+    cfg = image_products_config()
+    programs = sum(total.programs for total in sums if total is not None)
+    E, I, O, R, N, taps, images, image_parts, act = 8, 8, 8, 8, 0, 1, 1, 0, "identity"
+    if sums.depthwise is not None:
+        E, taps = len(sums.depthwise.out), sums.depthwise.out[0].numel()
+        assert sums.depthwise.partials.shape[1] == taps + 2
+    if sums.project is not None:
+        O, E = sums.project.out.shape[:2]
+    if sums.first is not None:
+        E, I = len(sums.first.out), sums.first.out[0].numel()
+    dt = du = u = pooled = None
+    if squeeze_excite is not None:
+        dt, du, u, pooled, _, act = squeeze_excite
+        (N, E), R = dt.shape, u.shape[1]
+        images, image_parts = cfg.images(N, E, R), parts_of(products.expand)
+        programs += 2 * image_parts * triton.cdiv(E, cfg.BLOCK_C) * triton.cdiv(R, cfg.BLOCK_R)
+    if not programs:
+        return
+    weight_sums_kernel[(programs,)](
+        dt=dt,
+        du=du,
+        u=u,
+        pooled=pooled,
+        dw_expand=None if products is None else products.expand.partials,
+        dw_reduce=None if products is None else products.reduce.partials,
+        expand_bias=sums.expand_bias,
+        reduce_bias=sums.reduce_bias,
+        first=sums.first,
+        grams=sums.grams,
+        project=sums.project,
+        depthwise=sums.depthwise,
+        N=N,
+        EV=E // channel_vector_width(E),
+        IV=I // channel_vector_width(I),
+        O=O,
+        RV=R // channel_vector_width(R),
+        images=images,
+        image_parts=image_parts,
+        first_parts=parts_of(sums.first),
+        gram_parts=parts_of(sums.grams),
+        project_parts=parts_of(sums.project),
+        depthwise_parts=parts_of(sums.depthwise),
+        EVEC=channel_vector_width(E),
+        IVEC=channel_vector_width(I),
+        RVEC=channel_vector_width(R),
+        TAPS=taps,
+        EXPAND_BIAS_BLOCKS=blocks_of(sums.expand_bias),
+        REDUCE_BIAS_BLOCKS=blocks_of(sums.reduce_bias),
+        FIRST_BLOCKS=blocks_of(sums.first),
+        GRAM_BLOCKS=blocks_of(sums.grams),
+        PROJECT_BLOCKS=blocks_of(sums.project),
+        DEPTHWISE_BLOCKS=blocks_of(sums.depthwise),
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_C=cfg.BLOCK_C,
+        BLOCK_R=cfg.BLOCK_R,
+        ACT=act,
+        num_warps=cfg.num_warps,
+    )
+
+
+@launcher
+def finish_weight_gradients(
+    expand: ExpandPartials | None, sums: Sums, products: ImageProducts | None, out: torch.Tensor | None
+) -> None:
+    """Start the second launch, for what is not None; ``out`` gets the expand layer's gradient."""
+    if expand is None and products is None:
+        return
+    E, I, R, image_parts, programs, dtype = 8, 8, 8, 0, 0, torch.float32
+    cfg = expand_gradient_config()
+    if products is not None:
+        (E, R), image_parts = products.expand.out.shape[:2], parts_of(products.expand)
+        programs += products.expand.programs + products.reduce.programs
+    if expand is not None:
+        (E, I), dtype = expand.weight.shape[:2], expand.dtype
+        programs += triton.cdiv(E, cfg.BLOCK_E) * triton.cdiv(I, cfg.BLOCK_I)
+    weight_gradients_kernel[(programs,)](
+        D=None if expand is None else sums.first.out,
+        gram=None if sums.grams is None else sums.grams.out,
+        expand_weight=None if expand is None else expand.weight,
+        norm1=None if expand is None else expand.norm,
+        terms1=None if expand is None or expand.terms is None else tuple(expand.terms),
+        expand_out=out,
+        dw_expand=None if products is None else products.expand,
+        dw_reduce=None if products is None else products.reduce,
+        EV=E // channel_vector_width(E),
+        IV=I // channel_vector_width(I),
+        RV=R // channel_vector_width(R),
+        image_parts=image_parts,
+        EVEC=channel_vector_width(E),
+        IVEC=channel_vector_width(I),
+        RVEC=channel_vector_width(R),
+        BLOCK_E=cfg.BLOCK_E,
+        BLOCK_I=cfg.BLOCK_I,
+        BLOCK_K=cfg.BLOCK_K,
+        SE_BLOCKS=None if products is None else products.expand.blocks,
+        DTYPE=TL_DTYPES[dtype],
+        num_warps=cfg.num_warps,
+    )
+
+
 def reduce_weight_gradients(
     depthwise: LayerPartials | None = None,
     project: LayerPartials | None = None,
@@ -317,7 +441,8 @@ def reduce_weight_gradients(
     squeeze_excite: SqueezeExcitePartials | None = None,
     stem: LayerPartials | None = None,
 ) -> tuple:
-    """Finish all weight gradients of a block in one launch. What is not given gives None.
+    """Finish all weight gradients of a block in one launch, or two with expand or squeeze_excite. What is not given
+    gives None.
 
     Args:
         depthwise: partials [P, k*k + 2, C] of ``depthwise_backward``, weight [C, 1, k, k].
@@ -330,76 +455,27 @@ def reduce_weight_gradients(
     depthwise_gradient, project_gradient, first_gradient = (
         None if part is None else contiguous_like(part.weight) for part in (depthwise, project, expand)
     )
+    sums = Sums(
+        depthwise=None if depthwise is None else Sum(depthwise.partials, depthwise_gradient),
+        project=None if project is None else Sum(project.partials, project_gradient),
+    )
+    products = se = None
     if stem is not None:
         first_gradient = torch.empty_like(stem.weight)
-    se = None
+        sums = sums._replace(first=Sum(stem.partials, first_gradient))
+    elif expand is not None:
+        sums = sums._replace(first=Sum(expand.partials, torch.empty_like(expand.partials[0])))
+        if expand.grams is not None:
+            sums = sums._replace(grams=Sum(expand.grams, torch.empty_like(expand.grams[0])))
     if squeeze_excite is not None:
-        se = tuple(contiguous_like(t) for t in squeeze_excite.weights)
-    if all(part is None for part in (depthwise, project, expand, stem, se)):
-        return (None,) * 4
-    programs, C, R, N, act = 0, 1, 1, 1, "identity"
-    taps, depthwise_parts, project_parts, COLS, splits, gram_splits, E, I = 0, 0, 0, 1, 0, 0, 1, 1
-    dtype = torch.float32
-    if squeeze_excite is not None:
-        (N, C), R, act = squeeze_excite.dt.shape, squeeze_excite.u.shape[1], squeeze_excite.act
-    if expand is not None:
-        (splits, E, I), dtype = expand.partials.shape, expand.dtype
-        gram_splits = 0 if expand.grams is None else len(expand.grams)
-    if stem is not None:
-        splits, (E, I) = len(stem.partials), (len(stem.weight), stem.weight[0].numel())
-    cfg = weight_gradient_config(splits, R)
-    if se is not None:
-        programs += triton.cdiv(C, cfg.BLOCK_C) * triton.cdiv(R, cfg.BLOCK_R)
-    if expand is not None:
-        programs += triton.cdiv(E, cfg.BLOCK_E) * triton.cdiv(I, cfg.BLOCK_I)
-    if stem is not None:
-        programs += triton.cdiv(E * I, cfg.BLOCK_COLS)
-    if project is not None:
-        project_parts, COLS = project.partials.shape[0], project.partials[0].numel()
-        programs += triton.cdiv(COLS, cfg.BLOCK_COLS)
-    if depthwise is not None:
-        (depthwise_parts, rows, C), taps = depthwise.partials.shape, depthwise.weight.shape[-1] ** 2
-        assert rows == taps + 2
-        programs += triton.cdiv(taps * C, cfg.DEPTHWISE_COLS)
-    first = expand or stem  # the block's first convolution; both leave their partials in the same argument
-    dt, du, u, pooled = (None,) * 4 if squeeze_excite is None else squeeze_excite[:4]
-    dw_reduce, db_reduce, dw_expand, db_expand = se or (None,) * 4
-    weight_gradients_kernel[(programs,)](
-        depthwise_partials=None if depthwise is None else depthwise.partials,
-        depthwise_out=depthwise_gradient,
-        project_partials=None if project is None else project.partials,
-        project_out=project_gradient,
-        D=None if first is None else first.partials,
-        grams=None if expand is None else expand.grams,
-        expand_weight=None if expand is None else expand.weight,
-        norm1=None if expand is None else expand.norm,
-        terms1=None if expand is None or expand.terms is None else tuple(expand.terms),
-        first_out=first_gradient,
-        dt=dt,
-        du=du,
-        u=u,
-        pooled=pooled,
-        dw_reduce=dw_reduce,
-        db_reduce=db_reduce,
-        dw_expand=dw_expand,
-        db_expand=db_expand,
-        depthwise_parts=depthwise_parts,
-        CV=C // channel_vector_width(C),
-        project_parts=project_parts,
-        OV=COLS // channel_vector_width(COLS),
-        splits=splits,
-        gram_splits=gram_splits,
-        E=E,
-        IV=I // channel_vector_width(I),
-        N=N,
-        R=R,
-        CVEC=channel_vector_width(C),
-        OVEC=channel_vector_width(COLS),
-        IVEC=channel_vector_width(I),
-        TAPS=taps,
-        DTYPE=TL_DTYPES[dtype],
-        ACT=act,
-        **cfg.blocks,
-        num_warps=cfg.num_warps,
-    )
+        dt, du, *_ = squeeze_excite
+        dw_reduce, db_reduce, dw_expand, db_expand = se = tuple(contiguous_like(t) for t in squeeze_excite.weights)
+        (N, E), R = dt.shape, du.shape[1]
+        parts = triton.cdiv(N, image_products_config().images(N, E, R))
+        products = ImageProducts(
+            expand=Sum(fp32(dt.device, parts, E, R), dw_expand), reduce=Sum(fp32(dt.device, parts, R, E), dw_reduce)
+        )
+        sums = sums._replace(expand_bias=Sum(dt, db_expand), reduce_bias=Sum(du, db_reduce))
+    weight_sums(sums, squeeze_excite, products)
+    finish_weight_gradients(expand, sums, products, first_gradient)
     return depthwise_gradient, project_gradient, first_gradient, se

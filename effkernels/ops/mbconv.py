@@ -15,7 +15,7 @@ tensor at the input's size, e2: after the depthwise convolution):
                gate          sums -> squeeze-excite's gradients, BN2's sums
                depthwise     dq, y2, y1 -> dz1, BN1's sums                              2 e1 + 2 e2
                expand        dz1, x -> dx                                                 e1, or 2 e1
-               weights       partials -> all weight gradients
+               weights       partials -> sums -> all weight gradients (two launches)
     inference  expand        x -> a1                                                      e1
                depthwise     a1 -> a2, pooled                                             e1 +   e2
                gate          pooled -> gate

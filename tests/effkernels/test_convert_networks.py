@@ -72,15 +72,9 @@ def large_blocks(monkeypatch):
     enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})
-    blocks = {
-        "DEPTHWISE_PARTS": 16,
-        "DEPTHWISE_COLS": 8192,
-        "BLOCK_P": 16,
-        "BLOCK_COLS": 16384,
-        "BLOCK_E": 256,
-        "BLOCK_I": 256,
-    }
-    enlarge(weight_gradients, "weight_gradient_config", lambda *_: blocks | {"BLOCK_S": 1, "BLOCK_C": 256})
+    enlarge(weight_gradients, "partials_config", lambda *_: {"BLOCK_P": 16, "BLOCK_COLS": 16384})
+    enlarge(weight_gradients, "image_products_config", lambda *_: {"BLOCK_C": 1024})
+    enlarge(weight_gradients, "expand_gradient_config", lambda *_: {"BLOCK_E": 256, "BLOCK_I": 256, "BLOCK_K": 256})
 
 
 slow = pytest.mark.slow

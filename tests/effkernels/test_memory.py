@@ -335,7 +335,7 @@ LARGE = [
 WITHOUT_PIXELS = (
     "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad "
     "squeeze_excite_wgrad "
-    "sum_partials weight_copies weight_gradients"
+    "sum_partials weight_copies weight_gradients weight_sums"
 )
 
 

@@ -1,4 +1,4 @@
-"""The launch that finishes all weight gradients, against float64 and layer by layer."""
+"""The launches that finish all weight gradients, against float64 and layer by layer."""
 
 import itertools
 
@@ -65,9 +65,10 @@ def check(found, eager, truth, dtype):
         (33, 40, 10, 12, 70, 5, 3),
         (2, 130, 66, 33, 4, 9, 1),
         (5, 24, 20, 6, 9, 3, 19),
+        (70, 24, 12, 6, 20, 3, 70),  # several steps of every sum, several parts of the images
     ],
 )
-def test_all_layers_in_one_launch(N, E, I, O, R, k, splits, dtype, frozen, device, scratch):
+def test_all_layers_together(N, E, I, O, R, k, splits, dtype, frozen, device, scratch):
     from effkernels.kernels.weight_gradients import reduce_weight_gradients
 
     arguments, truth, eager = layers(N, E, I, O, R, k, splits, dtype, frozen, device)
