@@ -128,6 +128,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exact_dot(a, b, acc):
+    """acc + a b of fp32 blocks, as exact as fp32 sums of fp32 products: each value is the sum of three in bf16, for
+    tensor cores. Plain multiply-adds would wait for shared memory.
+    """
+    PRECISION: tl.constexpr = "ieee" if _INTERPRETING else "bf16x6"  # which the interpreter does not know
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def load_tile(x, i, c, C, ok, mc):
     """Rows i of x [BLOCK_M, C] at channels c; 0 outside."""
     return tl.load(x + i[:, None] * C + c[None, :], mask=ok[:, None] & mc[None, :], other=0.0)

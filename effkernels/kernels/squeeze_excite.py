@@ -1,4 +1,4 @@
-"""Squeeze-excite: global pooling with BatchNorm and activation on load, and both fully connected layers in one launch.
+"""Squeeze-excite: global pooling with BatchNorm and activation on load, both fully connected layers, their backward.
 
     pooled[n,c] = mean_hw a[n,h,w,c],  u = pooled W_r^T + b_r,  v = phi(u),  gate = sigma(v W_e^T + b_e)
     backward, from dgate = sum_hw dq * a:
@@ -8,19 +8,26 @@
 The backward also finishes BatchNorm 2. Since da = dq * gate + dpool is linear in gate and dpool, its two sums follow
 from the five sums per image and channel of ``gradient_sums``, with no further pass: dbeta = sum_n gate*S1 + dpool*S2,
 dgamma = sum_n gate*S3 + dpool*S4.
+
+The forward is two launches after the pooling: every channel's gate needs all units, and each unit all channels. A
+program of either has a block of the layer's weights, so that even one image takes as many programs as there are blocks.
+
+    squeeze   pooled[n,c],  partials[j,n,r] = sum over block j of channels of pooled[n,c] W_r[r,c]
+    excite    u[n,r] = sum_j partials[j,n,r] + b_r,  v,  gate[n,c]
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import gate_backward_config, reduction_config, squeeze_excite_config
+from effkernels.configs.rules import gate_backward_config, pool_config, squeeze_excite_config
 from effkernels.kernels.activation import activate, activate_and_grad, gate_derivative, gate_function
 from effkernels.kernels.batchnorm import batch_terms, finish_gradients
 from effkernels.kernels.common import (
     cast,
     channel_vector_width,
     check_counters,
+    exact_dot,
     fast_math,
     fp32,
     given,
@@ -68,161 +75,113 @@ def pool_kernel(
 
 
 @triton.jit
-def squeeze_excite_layers(
-    pooled,
-    w_reduce,
-    b_reduce,
-    w_expand,
-    b_expand,
-    u_out,
-    gate,
-    n,
-    C,
-    R,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACT: tl.constexpr,
-    GATE: tl.constexpr,
-):
-    """Store u and the gates of image n (int64), whose ``pooled`` this program has stored.
-
-    A single program reads all weights: three blocks of them are in flight beside the one in use.
-    """
-    i = tl.arange(0, BLOCK_R)
-    j = tl.arange(0, BLOCK_C)
-    tl.debug_barrier()  # what other threads of this program stored
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + i
-        mr = r < R
-        acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for start in tl.range(0, C, BLOCK_C, num_stages=4):
-            c = start + j
-            mc = c < C
-            w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(
-                tl.float32
-            )
-            acc += w * load_vector(pooled + n * C, c, mc)[None, :]
-        tl.store(u_out + n * R + r, tl.sum(acc, 1) + load_vector(b_reduce, r, mr), mask=mr)
-    tl.debug_barrier()
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    for step in tl.range(0, tl.cdiv(C, BLOCK_C) * blocks_r, num_stages=4):
-        c = step // blocks_r * BLOCK_C + j
-        mc = c < C
-        r = step % blocks_r * BLOCK_R + i
-        mr = r < R
-        v = tl.where(mr, activate(load_vector(u_out + n * R, r, mr), ACT, False), 0.0)
-        w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
-        acc = tl.where(step % blocks_r == 0, 0.0, acc) + w * v[None, :]
-        last = step % blocks_r == blocks_r - 1
-        tl.store(gate + n * C + c, gate_function(tl.sum(acc, 1) + load_vector(b_expand, c, mc), GATE), mask=mc & last)
-
-
-@sized_jit
-def squeeze_excite_kernel(
-    sums,
-    w_reduce,
-    b_reduce,
-    w_expand,
-    b_expand,
-    pooled,
-    u_out,
-    gate,
-    parts,
-    CV,
-    RV,
-    inverse_count,
-    CVEC: tl.constexpr,
-    RVEC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ACT: tl.constexpr,
-    GATE: tl.constexpr,
-):
-    """A program does one image: it finishes the pooling, and runs both layers and the gate function."""
-    C = CV * CVEC
-    R = RV * RVEC
-    n = tl.program_id(0).to(tl.int64)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        mc = c < C
-        p = tl.zeros([BLOCK_C], tl.float32)
-        for t in range(0, parts):
-            p += tl.load(sums + (n * parts + t) * C + c, mask=mc, other=0.0)
-        tl.store(pooled + n * C + c, p * inverse_count, mask=mc)
-    squeeze_excite_layers(
-        pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, ACT, GATE
-    )
+def sum_parts(partials, n, parts, n_stride, part_stride, k, mask, BLOCK_P: tl.constexpr):
+    """Columns k of partials of images n, added over the parts: [BLOCK_N, BLOCK_K]. Of one image BLOCK_P parts at a
+    time."""
+    at = partials + (n * n_stride)[:, None] + k[None, :]
+    if n.shape[0] == 1:
+        t = tl.arange(0, BLOCK_P)[:, None]
+        some = tl.zeros([BLOCK_P, k.shape[0]], tl.float32)
+        for start in range(0, parts, BLOCK_P):
+            some += tl.load(at + (start + t) * part_stride, mask=mask & (start + t < parts), other=0.0)
+        return tl.sum(some, 0)[None, :]
+    else:
+        acc = tl.zeros([n.shape[0], k.shape[0]], tl.float32)
+        for part in range(0, parts):
+            acc += tl.load(at + part * part_stride, mask=mask, other=0.0)
+        return acc
 
 
 @triton.jit
-def sum_parts(sums, n, parts, c, mc, C, BLOCK_P: tl.constexpr):
-    """Sums [N, parts, C] of image n, which other programs stored, added over the parts: [BLOCK_C]."""
-    t = tl.arange(0, BLOCK_P)
-    acc = tl.zeros([BLOCK_P, c.shape[0]], tl.float32)
-    for start in range(0, parts, BLOCK_P):
-        ok = (start + t < parts)[:, None] & mc[None, :]
-        at = sums + (n * parts + start) * C + t[:, None] * C + c[None, :]
-        acc += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
-    return tl.sum(acc, 0)
+def linear(x, w, acc):
+    """acc + x w^T, of x [BLOCK_N, K] and w [M, K]. A product of tensor cores has 16 rows at least, so that of one image
+    is a sum."""
+    if x.shape[0] == 1:
+        return acc + tl.sum(w * x, 1)[None, :]
+    else:
+        return exact_dot(x, tl.trans(w), acc)
 
 
 @sized_jit
-def pool_and_gate_kernel(
-    y,
+def squeeze_kernel(
     sums,
-    norm2,
     w_reduce,
-    b_reduce,
-    w_expand,
-    b_expand,
-    counters,
     pooled,
-    u_out,
-    gate,
-    rows,
+    partials,
+    N,
+    parts,
     CV,
     RV,
-    rows_per_program,
-    parts,
+    inverse_pixels,
     CVEC: tl.constexpr,
     RVEC: tl.constexpr,
-    POOL_ROWS: tl.constexpr,
-    POOL_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ACT: tl.constexpr,
-    SE_ACT: tl.constexpr,
-    GATE: tl.constexpr,
-    FAST: tl.constexpr,
 ):
-    """Store sums [N, parts, C] of phi(z) over pixels; the last program of an image goes on to its gates."""
+    """Finish the pooling of BLOCK_N images times BLOCK_C channels, and store what these channels give to BLOCK_R units
+    of the bottleneck: partials [channel blocks, N, R]."""
     C = CV * CVEC
     R = RV * RVEC
-    blocks_c = tl.cdiv(C, POOL_C)
-    c = tl.program_id(0) % blocks_c * POOL_C + tl.arange(0, POOL_C)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    j = tl.program_id(0) % blocks_c
+    block_r = tl.program_id(0) // blocks_c % blocks_r
+    n = (tl.program_id(0) // (blocks_c * blocks_r) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mn = (n < N)[:, None]
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mr = r < R
+    c = j * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
-    group = tl.program_id(0) // blocks_c
-    n = (group // parts).to(tl.int64)
-    first = group % parts * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    r = tl.arange(0, POOL_ROWS)
-    scale, shift = scale_and_shift(norm2, c, mc)
-    acc = tl.zeros([POOL_ROWS, POOL_C], tl.float32)
-    for start in range(first, last, POOL_ROWS):
-        ok = (start + r < last)[:, None] & mc[None, :]
-        v = tl.load(y + n * rows * C + (start + r)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
-        acc += tl.where(ok, activate(v * scale + shift, ACT, FAST), 0.0)
-    tl.store(sums + group.to(tl.int64) * C + c, tl.sum(acc, 0), mask=mc)
-    if last_to_arrive(counters + n, parts * blocks_c):
-        for start in range(0, C, BLOCK_C):
-            cc = start + tl.arange(0, BLOCK_C)
-            mcc = cc < C
-            tl.store(pooled + n * C + cc, sum_parts(sums, n, parts, cc, mcc, C, BLOCK_P) / rows, mask=mcc)
-        squeeze_excite_layers(
-            pooled, w_reduce, b_reduce, w_expand, b_expand, u_out, gate, n, C, R, BLOCK_R, BLOCK_C, SE_ACT, GATE
-        )
+    mask = mn & mc[None, :]
+    w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
+    p = sum_parts(sums, n, parts, parts * C, C, c, mask, BLOCK_P) * inverse_pixels
+    tl.store(pooled + n[:, None] * C + c[None, :], p, mask=mask & (block_r == 0))
+    u = linear(p, w, tl.zeros([BLOCK_N, BLOCK_R], tl.float32))
+    tl.store(partials + (j * N + n)[:, None] * R + r[None, :], u, mask=mn & mr[None, :])
+
+
+@sized_jit
+def excite_kernel(
+    partials,
+    b_reduce,
+    w_expand,
+    b_expand,
+    u_out,
+    gate,
+    N,
+    splits,
+    CV,
+    RV,
+    CVEC: tl.constexpr,
+    RVEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """The gates of BLOCK_N images times BLOCK_C channels, from partials [splits, N, R] of u without its bias."""
+    C = CV * CVEC
+    R = RV * RVEC
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    j = tl.program_id(0) % blocks_c
+    n = (tl.program_id(0) // blocks_c * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mn = (n < N)[:, None]
+    c = j * BLOCK_C + tl.arange(0, BLOCK_C)
+    mc = c < C
+    t = tl.zeros([BLOCK_N, BLOCK_C], tl.float32) + load_vector(b_expand, c, mc)[None, :]
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        mr = r < R
+        mask = mn & mr[None, :]
+        w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
+        u = sum_parts(partials, n, splits, R, N * R, r, mask, BLOCK_P) + load_vector(b_reduce, r, mr)[None, :]
+        tl.store(u_out + n[:, None] * R + r[None, :], u, mask=mask & (j == 0))
+        t = linear(tl.where(mask, activate(u, ACT, False), 0.0), w, t)
+    tl.store(gate + n[:, None] * C + c[None, :], gate_function(t, GATE), mask=mn & mc[None, :])
 
 
 @triton.jit
@@ -556,9 +515,9 @@ def squeeze_excite_wgrad_kernel(
 def pool(y: torch.Tensor, norm: BatchNorm | None = None, *, act: str = "identity") -> torch.Tensor:
     """Return fp32 sums [N, parts, C] over pixels of phi(BN(y)), or of y itself without ``norm``, for y [N, H, W, C]."""
     N, H, W, C = y.shape
-    cfg = reduction_config(C, y.dtype)
+    cfg = pool_config(C, y.dtype)
     blocks_c = triton.cdiv(C, cfg.BLOCK_C)
-    rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
+    rows_per_program, parts = cfg.long(H * W, blocks_c * N, y.device)
     sums = fp32(y.device, N, parts, C)
     pool_kernel[(blocks_c * N * parts,)](
         y=y,
@@ -578,71 +537,6 @@ def pool(y: torch.Tensor, norm: BatchNorm | None = None, *, act: str = "identity
     return sums
 
 
-@launcher
-def pool_and_gate(
-    y: torch.Tensor,
-    norm2: BatchNorm,
-    w_reduce: torch.Tensor,
-    b_reduce: torch.Tensor,
-    w_expand: torch.Tensor,
-    b_expand: torch.Tensor,
-    *,
-    act: str,
-    se_act: str,
-    gate: str,
-    counters: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pool phi(BN2(y)) over each image and run squeeze-excite's two layers, in one launch, for training.
-
-    Args:
-        y: [N, h, w, C]. norm2: with rstd. w_reduce: [R, C, 1, 1]. w_expand: [C, R, 1, 1].
-        act: the activation after BatchNorm 2. se_act: that of the bottleneck. gate: the gate function.
-        counters: int32, all 0, at least N; they are 0 again afterwards.
-
-    Returns: fp32 (gates [N, C], pooled [N, C], u [N, R]).
-    """
-    N, H, W, C = y.shape
-    check_counters(counters, N)
-    R = w_reduce.shape[0]
-    cfg = reduction_config(C, y.dtype)
-    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
-    layers = squeeze_excite_config(R)
-    rows_per_program, parts = cfg.split(H * W, blocks_c * N, y.device)
-    sums = fp32(y.device, N, parts, C)
-    gates, pooled, u = (fp32(y.device, N, size) for size in (C, C, R))
-    pool_and_gate_kernel[(blocks_c * N * parts,)](
-        y=y,
-        sums=sums,
-        norm2=norm2,
-        w_reduce=w_reduce,
-        b_reduce=b_reduce,
-        w_expand=w_expand,
-        b_expand=b_expand,
-        counters=counters,
-        pooled=pooled,
-        u_out=u,
-        gate=gates,
-        rows=H * W,
-        CV=C // channel_vector_width(C),
-        RV=R // channel_vector_width(R),
-        rows_per_program=rows_per_program,
-        parts=parts,
-        POOL_ROWS=cfg.BLOCK_ROWS,
-        POOL_C=cfg.BLOCK_C,
-        CVEC=channel_vector_width(C),
-        RVEC=channel_vector_width(R),
-        BLOCK_R=layers.BLOCK_R,
-        BLOCK_C=layers.BLOCK_C,
-        BLOCK_P=layers.BLOCK_P,
-        ACT=act,
-        SE_ACT=se_act,
-        GATE=gate,
-        FAST=fast_math(y.dtype),
-        **layers.options,
-    )
-    return gates, pooled, u
-
-
 def _blocks(R):
     """Return the blocks of a launch that holds the whole bottleneck at once: BLOCK_R covers it, and a block of weights
     has about 4096 elements."""
@@ -651,6 +545,75 @@ def _blocks(R):
 
 
 @launcher
+def squeeze(sums: torch.Tensor, pixels: int, w_reduce: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fp32 pooled [N, C] and, to be summed over the first dimension, u without its bias [splits, N, R]."""
+    N, parts, C = sums.shape
+    R = w_reduce.shape[0]
+    cfg = squeeze_excite_config(N, R)
+    blocks = triton.cdiv(C, cfg.BLOCK_C) * triton.cdiv(R, cfg.BLOCK_R)
+    programs = triton.cdiv(N, cfg.BLOCK_N)
+    pooled, partials = fp32(sums.device, N, C), fp32(sums.device, triton.cdiv(C, cfg.BLOCK_C), N, R)
+    squeeze_kernel[(blocks * programs,)](
+        sums=sums,
+        w_reduce=w_reduce,
+        pooled=pooled,
+        partials=partials,
+        N=N,
+        parts=parts,
+        CV=C // channel_vector_width(C),
+        RV=R // channel_vector_width(R),
+        inverse_pixels=1.0 / pixels,
+        CVEC=channel_vector_width(C),
+        RVEC=channel_vector_width(R),
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_R=cfg.BLOCK_R,
+        BLOCK_C=cfg.BLOCK_C,
+        BLOCK_P=cfg.BLOCK_P,
+        **cfg.options,
+    )
+    return pooled, partials
+
+
+@launcher
+def excite(
+    partials: torch.Tensor,
+    b_reduce: torch.Tensor,
+    w_expand: torch.Tensor,
+    b_expand: torch.Tensor,
+    act: str,
+    gate: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fp32 (gates [N, C], u [N, R]) from what ``squeeze`` left."""
+    splits, N, R = partials.shape
+    C = len(b_expand)
+    cfg = squeeze_excite_config(N, R)
+    blocks = triton.cdiv(C, cfg.BLOCK_C)
+    programs = triton.cdiv(N, cfg.BLOCK_N)
+    gates, u = fp32(partials.device, N, C), fp32(partials.device, N, R)
+    excite_kernel[(blocks * programs,)](
+        partials=partials,
+        b_reduce=b_reduce,
+        w_expand=w_expand,
+        b_expand=b_expand,
+        u_out=u,
+        gate=gates,
+        N=N,
+        splits=splits,
+        CV=C // channel_vector_width(C),
+        RV=R // channel_vector_width(R),
+        CVEC=channel_vector_width(C),
+        RVEC=channel_vector_width(R),
+        BLOCK_N=cfg.BLOCK_N,
+        BLOCK_C=cfg.BLOCK_C,
+        BLOCK_R=cfg.BLOCK_R,
+        BLOCK_P=cfg.BLOCK_P,
+        ACT=act,
+        GATE=gate,
+        **cfg.options,
+    )
+    return gates, u
+
+
 def squeeze_excite_forward(
     sums: torch.Tensor,
     pixels: int,
@@ -663,32 +626,9 @@ def squeeze_excite_forward(
     gate: str = "sigmoid",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return fp32 (gates [N, C], pooled [N, C], u [N, R]) from the sums fp32 [N, parts, C] of ``pool`` over ``pixels``
-    pixels."""
-    N, parts, C = sums.shape
-    R = w_reduce.shape[0]
-    cfg = squeeze_excite_config(R)
-    pooled, u, gates = fp32(sums.device, N, C), fp32(sums.device, N, R), fp32(sums.device, N, C)
-    squeeze_excite_kernel[(N,)](
-        sums=sums,
-        w_reduce=w_reduce,
-        b_reduce=b_reduce,
-        w_expand=w_expand,
-        b_expand=b_expand,
-        pooled=pooled,
-        u_out=u,
-        gate=gates,
-        parts=parts,
-        CV=C // channel_vector_width(C),
-        RV=R // channel_vector_width(R),
-        inverse_count=1.0 / pixels,
-        CVEC=channel_vector_width(C),
-        RVEC=channel_vector_width(R),
-        BLOCK_R=cfg.BLOCK_R,
-        BLOCK_C=cfg.BLOCK_C,
-        ACT=act,
-        GATE=gate,
-        **cfg.options,
-    )
+    pixels, in two launches: every channel needs all units, and each unit all channels."""
+    pooled, partials = squeeze(sums, pixels, w_reduce)
+    gates, u = excite(partials, b_reduce, w_expand, b_expand, act, gate)
     return gates, pooled, u
 
 

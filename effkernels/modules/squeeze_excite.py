@@ -47,7 +47,7 @@ class SqueezeExcite(nn.Module):
 
 
 class FusedSqueezeExcite(SqueezeExcite):
-    """``SqueezeExcite`` on fused kernels: pooling, both layers and the gate in two launches, the product in a third.
+    """``SqueezeExcite`` on fused kernels: pooling, each of both layers, and the product, a launch each.
 
     Same arguments, parameters and numbers. x [N, channels, H, W] fp32, bf16 or fp16; pooled sums, both layers and the
     gate are fp32. Runs the plain layers where kernels cannot (``why_not_fused(x)`` tells the reason).

@@ -7,7 +7,8 @@ tensor at the input's size, e2: after the depthwise convolution):
 
     forward    expand        x -> y1, BN1's statistics                                    e1
                depthwise     y1 -> y2, BN2's statistics                                   e1 +   e2
-               pool          y2 -> gate, by squeeze-excite                                       e2
+               pool          y2 -> pooled                                                        e2
+               gate          pooled -> gate, by squeeze-excite (two launches)
                project       y2, gate -> y3, BN3's statistics                                    e2
                apply         y3, x -> out
     backward   reduce        dout, y3 -> BN3's sums
@@ -18,7 +19,7 @@ tensor at the input's size, e2: after the depthwise convolution):
                weights       partials -> sums -> all weight gradients (two launches)
     inference  expand        x -> a1                                                      e1
                depthwise     a1 -> a2, pooled                                             e1 +   e2
-               gate          pooled -> gate
+               gate          pooled -> gate (two launches)
                project       a2, gate, x -> out                                                  e2
 
 With many channels the project backward is two products of PyTorch with a pass between them, and the expand backward
@@ -88,7 +89,7 @@ class BlockResults(NamedTuple):
 
 
 def _counters(x, E, O):
-    """One for each image, and enough for the channel blocks and groups of programs of every kernel."""
+    """Enough for the blocks of images and of channels and the groups of programs of every kernel."""
     return zeroed_counters(x, x.shape[0] + 512 + max(E, O) // 8)
 
 
@@ -172,17 +173,15 @@ def _forward(
 
     gates = pooled = bottleneck = None
     if se is not None:
-        gates, pooled, bottleneck = squeeze_excite.pool_and_gate(
-            y2,
-            bn2,
+        gates, pooled, bottleneck = squeeze_excite.squeeze_excite_forward(
+            squeeze_excite.pool(y2, bn2, act=act),
+            y2.shape[1] * y2.shape[2],
             se.reduce_weight,
             se.reduce_bias,
             se.expand_weight,
             se.expand_bias,
-            act=act,
-            se_act=se.act,
+            act=se.act,
             gate=se.gate,
-            counters=counters,
         )
 
     wanted = batch_statistics(norm3, O, x.device)

@@ -33,7 +33,7 @@ STREAMING = {
     "pool_kernel",
 }
 # Their loops also load drop-path's mask, or the largest of them is over weights.
-WITH_OTHERS = {"gradient_reduce_kernel", "pool_and_gate_kernel"}
+WITH_OTHERS = {"gradient_reduce_kernel"}
 # Matrix products of activations with weights, which are fp32 and may be narrow.
 MIXED = {
     "pointwise_forward_kernel",

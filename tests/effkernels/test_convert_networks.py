@@ -69,7 +69,7 @@ def large_blocks(monkeypatch):
     enlarge(
         expand_backward, "expand_weight_config", lambda E, I, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)}
     )
-    enlarge(squeeze_excite, "reduction_config", lambda C, *_: {"BLOCK_C": _block(C)})
+    enlarge(squeeze_excite, "pool_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})
     enlarge(weight_gradients, "partials_config", lambda *_: {"BLOCK_P": 16, "BLOCK_COLS": 16384})

@@ -251,7 +251,7 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
     """Passes over e1 and e2, the expanded tensors before and after the depthwise convolution, and launches, PyTorch's
     included.
 
-    Training forward 2 e1 + 3 e2 in 5 and the draw of drop-path, inference 2 e1 + 2 e2 in 4; backward 3 e1 + 4 e2 in 10,
+    Training forward 2 e1 + 3 e2 in 7 and the draw of drop-path, inference 2 e1 + 2 e2 in 5; backward 3 e1 + 4 e2 in 10,
     or 5 e2 in 13 where PyTorch makes two products of the project convolution, with more than 24 outputs: they write and
     read e2 once more, which is not counted here. Each byte counts once a launch, so overlapping tiles are no excuse:
     one pass too many over the smaller tensor is 6 % or more.
@@ -262,7 +262,7 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
     x = torch.randn(2, 16, 12, 12).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     e1 = 2 * 12 * 12 * 96 * 2
     e2 = e1 // stride**2
-    budgets = {"forward": (2, 3, 6), "backward": backward, "inference": (2, 2, 4)}
+    budgets = {"forward": (2, 3, 8), "backward": backward, "inference": (2, 2, 5)}
     for name, launches in count_steps(block, x).items():
         most_e1, most_e2, most_launches = budgets[name]
         launches = on_a_gpu(launches)
@@ -278,11 +278,11 @@ def test_a_block_keeps_to_its_budget(k, stride, outputs, backward, device, small
 # squeeze-excite no pass pools y2. Without expand e1 is the block's input: read forward; read, and its gradient written,
 # backward.
 KINDS = [
-    pytest.param(6, 0.25, 5, 2, {"forward": (2, 3, 5), "backward": (3, 4, 10), "inference": (2, 2, 4)}, id="5x5"),
+    pytest.param(6, 0.25, 5, 2, {"forward": (2, 3, 7), "backward": (3, 4, 10), "inference": (2, 2, 5)}, id="5x5"),
     pytest.param(
         6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 10), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"
     ),
-    pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 4), "backward": (2, 4, 7), "inference": (1, 2, 3)}, id="no expand"),
+    pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 6), "backward": (2, 4, 7), "inference": (1, 2, 4)}, id="no expand"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_launches_of_b0(on_meta):
         model.eval()(x)
     assert on_meta.count("weight_copies_kernel") == 5  # where all tiles load weights that do not fit beside them
     assert sum(name.startswith("aten::mm") for name in operators.names) == 5  # more outputs than a program holds
-    assert len(on_meta) + len(operators.names) <= 80
+    assert len(on_meta) + len(operators.names) <= 96
     on_meta.clear()
     model.train()
     with Operators() as operators:
@@ -159,7 +159,7 @@ def test_launches_of_b0(on_meta):
     )  # those of head and classifier too
     assert [on_meta.count(f"expand_{name}_kernel") for name in ("pass", "data", "weight")] == [5, 10, 10]
     assert [on_meta.count(f"weight_{name}_kernel") for name in ("sums", "gradients")] == [16, 16]
-    assert len(on_meta) + len(operators.names) <= 316, (len(on_meta), operators.names)
+    assert len(on_meta) + len(operators.names) <= 348, (len(on_meta), operators.names)
 
 
 @pytest.mark.parametrize(

@@ -292,27 +292,25 @@ LARGE = [
         "expanded",
         lambda: FusedMBConv(16, 24, 3, 2, 6, 0.25, device="meta"),
         (11000, 16, 112, 112),
-        "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool_and_gate "
-        "project_both",
+        "depthwise_backward depthwise_forward expand_pass expand_depthwise pointwise_forward pool project_both",
     ),
     (
         "expanded, stride 1",
         lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"),
         (1800, 16, 112, 112),
-        "depthwise_backward depthwise_forward expand_pass pointwise_forward pool_and_gate project_both",
+        "depthwise_backward depthwise_forward expand_pass pointwise_forward pool project_both",
     ),
     (
         "expanded, more channels",
         lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"),
         (600, 48, 112, 112),
-        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward gradient_sums pool_and_gate",
+        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward gradient_sums pool",
     ),
     (
         "not expanded",
         lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"),
         (3600, 48, 112, 112),
-        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward gradient_sums "
-        "pool_and_gate project_dy",
+        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward gradient_sums pool project_dy",
     ),
     (
         "smaller modules",
@@ -333,7 +331,7 @@ LARGE = [
 ]
 # Kernels over what has no pixels: vectors of a channel, of an image's channels, and partial sums.
 WITHOUT_PIXELS = (
-    "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze_excite squeeze_excite_dgrad "
+    "expand_matrix gate_backward gradient_merge merge pooled_norm_gradients squeeze excite squeeze_excite_dgrad "
     "squeeze_excite_wgrad "
     "sum_partials weight_copies weight_gradients weight_sums"
 )

@@ -121,6 +121,7 @@ TRAINING_CASES = [
     (33, 20, 10, 1, 1, torch.bfloat16, "gelu", "identity", "sigmoid"),
     (2, 3, 70, 9, 15, torch.float32, "relu", "relu6", "sigmoid"),
     (1, 140, 33, 2, 2, torch.float16, "identity", "silu", "sigmoid"),
+    (18, 70, 66, 2, 3, torch.float32, "silu", "silu", "sigmoid"),
 ]
 training_cases = pytest.mark.parametrize("N, C, R, H, W, dtype, act, se_act, gate", TRAINING_CASES)
 
@@ -148,7 +149,7 @@ def normalized(y, bn):
 
 
 def check_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device):
-    from effkernels.kernels.squeeze_excite import pool_and_gate
+    from effkernels.kernels.squeeze_excite import pool, squeeze_excite_forward
 
     torch.manual_seed(0)
     y = torch.randn(N, C, H, W).to(device, dtype)
@@ -162,9 +163,7 @@ def check_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device):
         gates = GATES[gate](F.linear(ACTIVATIONS[se_act](u), w[2].flatten(1), w[3]))
         return {"gates": gates, "pooled": pooled, "u": u}
 
-    counters = torch.zeros(N, dtype=torch.int32, device=device)
-    fused = pool_and_gate(nhwc(y), bn, *weights, act=act, se_act=se_act, gate=gate, counters=counters)
-    assert not counters.any()
+    fused = squeeze_excite_forward(pool(nhwc(y), bn, act=act), H * W, *weights, act=se_act, gate=gate)
     assert all(t.dtype == torch.float32 for t in fused)
     assert_close_to_truth(dict(zip(("gates", "pooled", "u"), fused, strict=True)), network(y), network(y.double()))
 
@@ -175,12 +174,13 @@ def test_pool_and_gate(N, C, R, H, W, dtype, act, se_act, gate, device, scratch)
 
 
 def test_pool_and_gate_with_many_parts(device, scratch, monkeypatch):
-    """11 parts an image, more than one step of the last program sums."""
+    """9 parts an image, more than one step of what adds those of one image; 2 of each of many images."""
     from effkernels.configs import rules
 
     if device == "cpu":
         monkeypatch.setattr(rules, "processor_count", lambda device: 8)
-    check_pool_and_gate(3, 35, 5, 38, 37, torch.float32, "silu", "silu", "sigmoid", device)
+    for N, H in ((1, 250), (17, 60)):
+        check_pool_and_gate(N, 35, 5, H, 38, torch.float32, "silu", "silu", "sigmoid", device)
 
 
 @on_gpu
