@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,6 @@ MEANT |= {
 }
 MEANT |= {
     "--image-size": "--img-size",
-    "--input-size": "--img-size",
     "--imgsz": "--img-size",
     "--num-epochs": "--epochs",
 }
@@ -70,12 +70,12 @@ EXPORT = ("onnx", "onnxscript", "onnxruntime")
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. An unexpected error keeps its traceback."""
     _print_every_name()
-    args, unknown = _parser().parse_known_args(argv)
+    args, unknown = _parser().parse_known_args(_joined_sizes(sys.argv[1:] if argv is None else argv))
     if unknown:
         name = unknown[0].partition("=")[0]
         near = [MEANT[name]] if MEANT.get(name) in args.options else difflib.get_close_matches(name, args.options, n=1)
         _fail(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
-    with _leaving_at_once(getattr(args, "output", None)):
+    with _leaving_at_once(getattr(args, "output", None)), _warnings_in_one_line():
         try:
             args.run(args)
             sys.stdout.flush()
@@ -105,6 +105,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _joined_sizes(argv):
+    """``--img-size H W`` -> ``--img-size HxW``. A second number that is the name of a file to predict stays one."""
+    joined = []
+    for word in argv:
+        sides = joined[-1:] + [word]
+        if joined[-2:-1] == ["--img-size"] and all(side.isascii() and side.isdigit() for side in sides):
+            if argv[0] != "predict" or not os.path.exists(word):
+                word = f"{joined.pop()}x{word}"
+        joined.append(word)
+    return joined
+
+
 def _print_every_name():
     """File names that are no text in this encoding, and encodings that lack a letter, are no reason to stop: bytes of a
     name come out as they came in, letters that cannot be written as their number.
@@ -121,6 +133,17 @@ def _print_every_name():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="efficientnet")
+
+
+@contextmanager
+def _warnings_in_one_line():
+    """Within, a warning is printed without the place in the code, which says nothing to who typed a command."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"efficientnet: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ import re
 import sys
 
 from efficientnet.choices import DEVICES
-from efficientnet.commands.common import checking_input
+from efficientnet.commands.common import add_size_arguments, check_channels, checking_input
 
 SUMMARY = "Speed and memory of models on this machine, under the keys of timm's benchmark.py and more."
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, help="images a step, fewer if memory is short (default: 256, on a CPU 16)"
     )
-    parser.add_argument("--img-size", type=int, help="pixels (default: the model's own)")
+    add_size_arguments(parser, "the model's own")
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--device", default="auto", choices=DEVICES)
     dtypes = ("auto", "bfloat16", "float16", "float32")
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         "cuda_graph": args.cuda_graph,
     } | cpu
     with checking_input():
+        check_channels(args, 3)
         fields |= {name: value for name, value in given.items() if value is not None}
         configs = [BenchmarkConfig(model=name, **fields) for name in _names(args.model)]
 

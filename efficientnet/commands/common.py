@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from efficientnet.choices import AMP, DEVICES, MAX_PIXELS
+from efficientnet.choices import AMP, DEVICES, MAX_PIXELS, image_size
 from efficientnet.errors import InputError
 
 
@@ -22,11 +22,57 @@ def checking_input() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
+def size_argument(text: str) -> int | tuple[int, int]:
+    """The value of --img-size. ``cli`` has joined the two numbers of ``--img-size H W``, which argparse could not tell
+    from the image's name that may follow.
+    """
+    try:
+        return image_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("img_size ")) from error
+
+
+class _InputSize(argparse.Action):
+    """timm's three numbers: what --in-chans and --img-size say."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        channels, *hw = values
+        if min(values) < 1:
+            parser.error(f"argument --input-size: must be channels, height and width, got {' '.join(map(str, values))}")
+        namespace.in_chans, namespace.img_size = channels, image_size(hw)
+
+
+def add_size_arguments(sub: argparse.ArgumentParser, otherwise: str) -> None:
+    """--img-size and --input-size. ``otherwise`` says what counts where neither is given."""
+    help = f"pixels, or height and width: 224, 192 256 or 192x256 (default: {otherwise})"
+    sub.add_argument("--img-size", type=size_argument, metavar="PIXELS", help=help)
+    add_input_size(sub)
+
+
+def add_input_size(sub: argparse.ArgumentParser) -> None:
+    """--input-size, which sets what --img-size and --in-chans set."""
+    sub.add_argument(
+        "--input-size",
+        type=int,
+        nargs=3,
+        action=_InputSize,
+        metavar=("CHANNELS", "HEIGHT", "WIDTH"),
+        default=argparse.SUPPRESS,
+        help="--in-chans and --img-size in one, as timm has it",
+    )
+
+
+def check_channels(args: argparse.Namespace, in_chans: int) -> None:
+    """Raise InputError where --input-size names other channels than the model's."""
+    if getattr(args, "in_chans", in_chans) != in_chans:
+        raise InputError(f"input_size has {args.in_chans} channels, but the model has in_chans {in_chans}")
+
+
 def add_checkpoint_arguments(sub: argparse.ArgumentParser) -> None:
     """The options of every command that runs a checkpoint on images."""
     sub.add_argument("--checkpoint", required=True, help=".safetensors, or a state_dict saved by torch (.pt, .pth)")
     sub.add_argument("--model", help="the model's name, for a file that does not say it")
-    sub.add_argument("--img-size", type=int, help="pixels (default: as in training)")
+    add_size_arguments(sub, "as in training")
     sub.add_argument("--device", default="auto", choices=DEVICES)
     sub.add_argument("--amp", default="none", choices=AMP)
     sub.add_argument(
@@ -64,7 +110,10 @@ def load(args: argparse.Namespace) -> tuple:
         preprocess = Preprocess(**stored | {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
     else:
         cfg = model.pretrained_cfg
-        preprocess = Preprocess(cfg["input_size"][-1], cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"])
+        preprocess = Preprocess(
+            tuple(cfg["input_size"][-2:]), cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"]
+        )
+    check_channels(args, model.in_chans)
     preprocess = preprocess.of_channels(model.in_chans)
     if model.in_chans != 3:
         print(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from efficientnet.commands.common import checking_input, load
+from efficientnet.commands.common import add_size_arguments, checking_input, load
 
 SUMMARY = "A checkpoint as ONNX, TorchScript or torch.export program, checked against the model before it is kept."
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the model's name, for a file that does not say it")
     parser.add_argument("--format", required=True, help="onnx, torchscript or torch-export")
     parser.add_argument("--output", required=True, metavar="FILE")
-    parser.add_argument("--img-size", type=int, help="pixels (default: as in training)")
+    add_size_arguments(parser, "as in training")
     parser.add_argument("--batch-size", type=int, help="images a run of the program (default: 1)")
     parser.add_argument(
         "--dynamic-batch", action=argparse.BooleanOptionalAction, default=False, help="any number of images a run"
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
             metadata={"classes": classes, "preprocess": asdict(preprocess)},
         )
     batch = "any" if args.dynamic_batch else args.batch_size or 1
-    size = preprocess.img_size
+    height, width = preprocess.hw
     print(
-        f"{args.output}: {args.format}, {batch} x {model.in_chans} x {size} x {size} images, "
+        f"{args.output}: {args.format}, {batch} x {model.in_chans} x {height} x {width} images, "
         f"{Path(args.output).stat().st_size:,} bytes"
     )
     print(f"maximal difference from the model: {difference.absolute:.3g} (logits reach {difference.largest_logit:.3g})")

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import fields
 
-from efficientnet.commands.common import checking_input
+from efficientnet.commands.common import add_input_size, checking_input, size_argument
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig, option_names
 
@@ -13,6 +13,7 @@ KINDS = {
     "float": {"type": float},
     "str": {},
     "tuple": {},
+    "int | tuple": {"type": size_argument},
     "bool": {"action": argparse.BooleanOptionalAction},
 }
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             {"dest": field.name, "default": argparse.SUPPRESS, "help": help} | KINDS[kind] | field.metadata["argparse"]
         )
         parser.add_argument(*option_names(field.name), **kwargs)
+    add_input_size(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -127,9 +127,9 @@ def _validate(args, processes):
         print(json.dumps(row))
         return
     print(f"{'held-out' if args.split == 'val' else args.split} loss: {result.loss:.4f}")
-    size, crop = preprocess.img_size, preprocess.crop_pct
+    (height, width), crop = preprocess.hw, preprocess.crop_pct
     print(
-        f"images: {result.total}, {size} x {size} pixels, {100 * crop:g} % of the shorter side, "
+        f"images: {result.total}, {height} x {width} pixels, {100 * crop:g} % of the shorter side, "
         f"{preprocess.interpolation}"
     )
     if args.per_class:

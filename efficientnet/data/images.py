@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from efficientnet.choices import INTERPOLATIONS, MAX_PIXELS
+from efficientnet.choices import INTERPOLATIONS, MAX_PIXELS, height_width, image_size
 from efficientnet.data.order import Draw
 from efficientnet.errors import InputError
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
@@ -29,28 +29,35 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".we
 OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".jp2")
 NO_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # what systems put among one's own
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of images with so many channels
-THIN = 4  # of an image with longer sides than so many shorter ones only the middle is resized
+THIN = 4  # of an image with a side of more than so many times what a crop sees only the middle is resized
+ONLY_MIDDLE = (
+    f"there are images of which the model sees less than 1 / {THIN}, the middle; cut them into parts to have all seen"
+)
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From pixels to the model's input: resize the shorter side to ``img_size / crop_pct``, cut out the central square
-    of ``img_size``, scale to [0, 1], and normalise with ``mean`` and ``std``.
+    """From pixels to the model's input: resize, without a change of shape, until the image just covers
+    ``img_size / crop_pct``, cut out the centre of ``img_size``, scale to [0, 1], and normalise with ``mean`` and
+    ``std``.
 
-    It is kept with a checkpoint, so that prediction prepares images as training did.
+    ``img_size`` is the side of a square or (height, width). All of this is kept with a checkpoint, so that prediction
+    prepares images as training did.
 
     Raises InputError for an ``img_size`` below 1, an unknown interpolation, or a ``crop_pct`` that is not in (0, 1].
     """
 
-    img_size: int
+    img_size: int | tuple[int, int]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.img_size, int) or isinstance(self.img_size, bool) or self.img_size < 1:
-            raise InputError(f"img_size must be an integer >= 1, got {self.img_size!r}")
+        try:
+            object.__setattr__(self, "img_size", image_size(self.img_size))
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(f"interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
         if not 0 < self.crop_pct <= 1:
@@ -60,6 +67,11 @@ class Preprocess:
     def channels(self) -> int:
         """Of the images: 1 for grey, 3 for RGB, 4 for RGBA."""
         return len(self.mean)
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return height_width(self.img_size)
 
     def of_channels(self, channels: int) -> "Preprocess":
         """For images of so many channels: grey ones take the means of mean and std, an opacity is centred.
@@ -79,23 +91,25 @@ class Preprocess:
         return replace(self, mean=adapted(tuple(self.mean)), std=adapted(tuple(self.std)))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 [C, H, W] -> float32 [C, img_size, img_size]."""
+        """uint8 [C, H, W] -> float32 [C, *hw]."""
         return self.normalize(self.pixels(image))
 
-    def pixels(self, image: torch.Tensor, img_size: int | None = None, crop_pct: float | None = None) -> torch.Tensor:
-        """uint8 [C, H, W] -> uint8 [C, img_size, img_size]: everything but the normalisation."""
-        img_size, crop_pct = img_size or self.img_size, crop_pct or self.crop_pct
-        image = _middle(image)
-        height, width = image.shape[1:]
-        if (height, width) == (img_size, img_size) and crop_pct == 1:
+    def pixels(
+        self, image: torch.Tensor, img_size: int | tuple[int, int] | None = None, crop_pct: float | None = None
+    ) -> torch.Tensor:
+        """uint8 [C, H, W] -> uint8 [C, *hw] (or of ``img_size``): everything but the normalisation."""
+        wanted, crop_pct = height_width(img_size or self.img_size), crop_pct or self.crop_pct
+        image = _middle(image, wanted)
+        sides = tuple(image.shape[1:])
+        if sides == wanted and crop_pct == 1:
             return image
-        scale = img_size / crop_pct / min(height, width)
-        size = [max(img_size, round(n * scale)) for n in (height, width)]
+        scale = max(wants / crop_pct / has for wants, has in zip(wanted, sides, strict=True))
+        size = [max(wants, round(has * scale)) for wants, has in zip(wanted, sides, strict=True)]
         x = F.interpolate(
             image.float().unsqueeze(0), size, mode=self.interpolation, align_corners=False, antialias=True
         )[0]
-        top, left = ((n - img_size) // 2 for n in size)
-        x = x[:, top : top + img_size, left : left + img_size]
+        top, left = ((n - wants) // 2 for n, wants in zip(size, wanted, strict=True))
+        x = x[:, top : top + wanted[0], left : left + wanted[1]]
         return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
@@ -104,16 +118,30 @@ class Preprocess:
         return (images.float() / 255 - mean) / std
 
 
-def _middle(image):
-    """The part of a thin image, uint8 [C, H, W], that the centre crop can see: a line of 20,000 pixels would be resized
-    to gigabytes.
+def largest_box(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the largest part of an image that has the shape of images (height, width), and a pixel at
+    least.
+    """
+    return min(height, -(-width * shape[0] // shape[1])), min(width, -(-height * shape[1] // shape[0]))
+
+
+def _middle(image, wanted):
+    """The part of a thin image, uint8 [C, H, W], that a centre crop of (height, width) can see: a line of 20,000 pixels
+    would be resized to gigabytes.
     """
     height, width = image.shape[1:]
-    for dim, size in ((1, height), (2, width)):
-        keep = THIN * min(height, width) + size % 2  # as many left out on either side
+    seen = largest_box(height, width, wanted)
+    for dim, size, part in ((1, height, seen[0]), (2, width, seen[1])):
+        keep = THIN * part + size % 2  # as many left out on either side
         if size > keep:
+            _warn_of_the_rest()
             image = image.narrow(dim, (size - keep) // 2, keep)
     return image
+
+
+@functools.cache  # once in a process: Python forgets which warnings it has shown whenever their filters change
+def _warn_of_the_rest():
+    warnings.warn(ONLY_MIDDLE, stacklevel=3)
 
 
 class Prepared:
@@ -130,8 +158,8 @@ class Prepared:
     ):
         self.preprocess, self.augment, self.finish, self.seed = preprocess, augment, finish, seed
 
-    def augmented(self, image: torch.Tensor, img_size: int) -> torch.Tensor:
-        """A training image: uint8 [3, H, W] -> uint8 [3, img_size, img_size]."""
+    def augmented(self, image: torch.Tensor, img_size: int | tuple[int, int]) -> torch.Tensor:
+        """A training image: uint8 [C, H, W] -> uint8 [C, img_size, img_size], or of (height, width)."""
         if self.augment:
             image = self.augment(image)
         image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
@@ -141,7 +169,7 @@ class Prepared:
 class ImageSet(Prepared, Dataset):
     """Labelled images, each decoded when it is asked for.
 
-    Item i is (uint8 [3, img_size, img_size], class index), without augmentation. Item ``Draw(...)`` is image ``index``
+    Item i is (uint8 [C, *preprocess.hw], class index), without augmentation. Item ``Draw(...)`` is image ``index``
     augmented, which depends on the seed and the draw alone.
 
     Args:

@@ -16,7 +16,7 @@ class Draw(NamedTuple):
 
     index: int
     epoch: int
-    img_size: int
+    img_size: int | tuple[int, int]
 
 
 class TrainingOrder:
@@ -44,7 +44,7 @@ class TrainingOrder:
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
-        size_of: Callable[[int], int] | None = None,
+        size_of: Callable[[int], int | tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
     ):
         if total < batch_size and accum * world == 1:

@@ -4,12 +4,13 @@ torchvision's, shards.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.images import ImageSet, Preprocess, find_images, hidden, image_suffixes
+from efficientnet.data.images import ImageSet, Preprocess, find_images, hidden, image_suffixes, largest_box
 from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_local, numbered
 from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
@@ -55,7 +56,7 @@ class Data:
 
 def load_data(
     name: str,
-    img_size: int,
+    img_size: int | tuple[int, int],
     val_fraction: float = 0.2,
     *,
     val_data: str | None = None,
@@ -75,7 +76,7 @@ def load_data(
             case); "cifar10:ROOT" (cifar100, flowers102, oxfordiiitpet,
             food101), a set of torchvision, where ``download`` leaves it; "webdataset:SHARDS" such as
             "webdataset:/data/train-{000..146}.tar" (see ``shards``), whose held-out images are ``val_data``.
-        img_size: pixels of the square that the model sees.
+        img_size: pixels of the square that the model sees, or (height, width).
         val_fraction: the share of each class to hold out, in (0, 1); not used if the set is split already.
         val_data: the held-out images, a name as above with the same classes; then all of ``name`` is for training.
         num_classes, num_samples: of a webdataset, the second for one epoch. None: counted, where the shards are local
@@ -115,7 +116,10 @@ def load_data(
             )
     if source.kind is not ImageSet and source.train[-1] is None:
         raise InputError(f"samples of {name!r} cannot be counted beforehand: give --train-num-samples")
-    return Data(source.kind(*train, preprocess, source.augment), kind(*val, preprocess), source.classes, preprocess)
+    augment = source.augment
+    if augment is random_crop_flip:
+        augment = partial(augment, shape=preprocess.hw)
+    return Data(source.kind(*train, preprocess, augment), kind(*val, preprocess), source.classes, preprocess)
 
 
 @dataclass
@@ -173,13 +177,16 @@ def random_shift(image: torch.Tensor, pixels: int = 2) -> torch.Tensor:
     return padded[:, top : top + height, left : left + width]
 
 
-def random_crop_flip(image: torch.Tensor, min_side: float = 0.6) -> torch.Tensor:
-    """A random square of ``min_side`` to all of the shorter side, mirrored half of the time."""
+def random_crop_flip(image: torch.Tensor, min_side: float = 0.6, shape: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """A random part of the ``shape`` of images (height, width), with ``min_side`` to all of the sides of the largest
+    one, mirrored half of the time.
+    """
     height, width = image.shape[1:]
     share, y, x, flip = torch.rand(4).tolist()
-    side = max(1, round((min_side + (1 - min_side) * share) * min(height, width)))
-    top, left = round(y * (height - side)), round(x * (width - side))
-    crop = image[:, top : top + side, left : left + side]
+    share = min_side + (1 - min_side) * share
+    rows, columns = (max(1, round(share * side)) for side in largest_box(height, width, shape))
+    top, left = round(y * (height - rows)), round(x * (width - columns))
+    crop = image[:, top : top + rows, left : left + columns]
     return crop.flip(2) if flip < 0.5 else crop
 
 

@@ -200,7 +200,7 @@ class _Plan:
     epoch: int
     start: int
     stop: int
-    img_size: int
+    img_size: int | tuple[int, int]
 
     @classmethod
     def of(cls, order):

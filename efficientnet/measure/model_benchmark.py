@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from efficientnet.choices import height_width
 from efficientnet.devices import describe_backend, out_of_memory
 from efficientnet.errors import InputError
 from efficientnet.measure.roofline import model_bytes
@@ -52,7 +53,7 @@ class BenchmarkConfig:
     model: str = "efficientnet_b0"
     mode: str = "infer"
     batch_size: int = 256
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     num_classes: int = 1000
     dtype: str = "auto"
     num_warm_iter: int = 10
@@ -68,7 +69,11 @@ class BenchmarkConfig:
         check("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         least = 2 if self.mode == "train" else 1  # one image of one pixel has no batch statistics
         check("batch_size", f"an integer >= {least}", self.batch_size >= least)
-        check("img_size", "an integer >= 32", self.img_size is None or self.img_size >= 32)
+        check(
+            "img_size",
+            "an integer >= 32 or two, height and width",
+            self.img_size is None or min(height_width(self.img_size)) >= 32,
+        )
         check("num_classes", "an integer >= 1", self.num_classes >= 1)
         check("num_warm_iter", "an integer >= 1", self.num_warm_iter >= 1)
         check("num_bench_iter", "an integer >= 2", self.num_bench_iter >= 2)
@@ -175,7 +180,7 @@ class Benchmark:
         return model, call, memory_format
 
     def _images(self, config, batch: int, memory_format):
-        images = torch.randn(batch, 3, config.img_size, config.img_size, device=self.device)
+        images = torch.randn(batch, 3, *height_width(config.img_size), device=self.device)
         return images.to(self.dtype(config), memory_format=memory_format)
 
     def _autocast(self, config):

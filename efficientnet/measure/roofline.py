@@ -12,6 +12,7 @@ activation. dq is the gradient after the gate, dz1 the one before BN1's activati
 it is empty where there is none.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from efficientnet.choices import height_width, image_size
 from effkernels.configs.gpus import Gpu
 from effkernels.geometry import conv_out_size
 
@@ -71,19 +73,19 @@ ENDS_TRAINING = (
 
 @dataclass(frozen=True)
 class BlockGeometry:
-    """The sizes of an MBConv block on square images of ``size`` pixels a side."""
+    """The sizes of an MBConv block on images of ``size``: the side of a square, or (height, width)."""
 
     in_channels: int
     out_channels: int
     kernel_size: int
     stride: int
     expanded: int
-    size: int
+    size: int | tuple[int, int]
     residual: bool
 
     @property
-    def out_size(self) -> int:
-        return conv_out_size(self.size, self.kernel_size, self.stride, "symmetric")
+    def out_size(self) -> int | tuple[int, int]:
+        return _after(self.size, self.kernel_size, self.stride)
 
     @property
     def expands(self) -> bool:
@@ -93,6 +95,11 @@ class BlockGeometry:
         return (
             f"{self.in_channels}-{self.expanded}-{self.out_channels} k{self.kernel_size} s{self.stride} {self.size}px"
         )
+
+
+def _after(size, kernel_size, stride):
+    """What a convolution with symmetric padding makes of a size."""
+    return image_size([conv_out_size(side, kernel_size, stride, "symmetric") for side in height_width(size)])
 
 
 class Work(NamedTuple):
@@ -110,8 +117,9 @@ class Work(NamedTuple):
 
 def block_sizes(block: BlockGeometry) -> dict[str, int]:
     """The elements of each tensor of a block, and its numbers of multiply-accumulates, for one image."""
-    inputs, outputs = block.in_channels * block.size**2, block.out_channels * block.out_size**2
-    e1, e2 = block.expanded * block.size**2, block.expanded * block.out_size**2
+    before, after = (math.prod(height_width(size)) for size in (block.size, block.out_size))  # pixels
+    inputs, outputs = block.in_channels * before, block.out_channels * after
+    e1, e2 = block.expanded * before, block.expanded * after
     expands = block.expanded != block.in_channels
     sizes = {
         "x": inputs,
@@ -155,13 +163,18 @@ def block_works(block: BlockGeometry, training: bool) -> list[Work]:
 
 
 def end_works(
-    first: BlockGeometry, last: BlockGeometry, in_chans: int, image_size: int, head_channels: int, training: bool
+    first: BlockGeometry,
+    last: BlockGeometry,
+    in_chans: int,
+    size: int | tuple[int, int],
+    head_channels: int,
+    training: bool,
 ) -> list[Work]:
-    """The kernels of stem and head of a network whose first and last blocks these are."""
-    stem, features = first.in_channels * first.size**2, last.out_channels * last.out_size**2
-    head = head_channels * last.out_size**2
+    """The kernels of stem and head of a network, on images of ``size``, whose first and last blocks these are."""
+    image, before, after = (math.prod(height_width(size)) for size in (size, first.size, last.out_size))  # pixels
+    stem, features, head = first.in_channels * before, last.out_channels * after, head_channels * after
     sizes = {
-        "image": in_chans * image_size**2,
+        "image": in_chans * image,
         "stem": stem,
         "dstem": stem,
         "features": features,
@@ -172,9 +185,9 @@ def end_works(
     return _works(ENDS_TRAINING if training else ENDS_INFERENCE, sizes)
 
 
-def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
-    """Every MBConv block of an EfficientNet (ours, or one with its parameter names), in order, for square images."""
-    found, size = [], conv_out_size(image_size, 3, 2, "symmetric")
+def block_geometries(model: nn.Module, size: int | tuple[int, int]) -> list[BlockGeometry]:
+    """Every MBConv block of an EfficientNet (ours, or one with its parameter names), in order, for images of a size."""
+    found, size = [], _after(size, 3, 2)
     for block in (block for stage in model.blocks for block in stage):
         block = BlockGeometry(
             block.in_channels,
@@ -190,12 +203,12 @@ def block_geometries(model: nn.Module, image_size: int) -> list[BlockGeometry]:
     return found
 
 
-def model_works(model: nn.Module, training: bool, image_size: int | None = None) -> list[Work]:
+def model_works(model: nn.Module, training: bool, size: int | tuple[int, int] | None = None) -> list[Work]:
     """The kernels of one step of an EfficientNet on one image: those of the blocks in order, then stem and head."""
-    image_size = image_size or model.config.resolution
-    blocks = block_geometries(model, image_size)
+    size = size or model.config.resolution
+    blocks = block_geometries(model, size)
     works = [work for block in blocks for work in block_works(block, training)]
-    return works + end_works(blocks[0], blocks[-1], model.in_chans, image_size, model.num_features, training)
+    return works + end_works(blocks[0], blocks[-1], model.in_chans, size, model.num_features, training)
 
 
 def elements(works: Iterable[Work]) -> int:
@@ -215,11 +228,16 @@ def weight_bytes(parameters: int, training: bool, itemsize: int, optimizer: bool
 
 
 def model_bytes(
-    model: nn.Module, training: bool, batch: int, itemsize: int, image_size: int | None = None, optimizer: bool = True
+    model: nn.Module,
+    training: bool,
+    batch: int,
+    itemsize: int,
+    size: int | tuple[int, int] | None = None,
+    optimizer: bool = True,
 ) -> int:
     """The bytes that one step of an EfficientNet moves for ``batch`` images of ``itemsize`` bytes an element."""
     parameters = sum(p.numel() for p in model.parameters())
-    moved = batch * itemsize * elements(model_works(model, training, image_size))
+    moved = batch * itemsize * elements(model_works(model, training, size))
     return moved + weight_bytes(parameters, training, itemsize, optimizer)
 
 

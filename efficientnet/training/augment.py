@@ -9,15 +9,16 @@ from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig
 
 
-def training_crop(config: TrainConfig) -> Callable | None:
-    """A function from a uint8 image to a random crop of it, mirrored or not; None where the settings leave it to the
-    data set.
+def training_crop(config: TrainConfig, shape: tuple[int, int] = (1, 1)) -> Callable | None:
+    """A function from a uint8 image to a random crop of it, mirrored or not, of about the ``shape`` of images (height,
+    width); None where the settings leave it to the data set.
     """
     if config.scale is None:
         return None
     v2 = torchvision_module("transforms.v2")
     # Only the box is drawn here: resizing is Preprocess's, at whatever size the epoch has.
-    return partial(_crop, v2.RandomResizedCrop(1, config.scale), v2.RandomHorizontalFlip(config.hflip))
+    ratio = tuple(aspect * shape[1] / shape[0] for aspect in (3 / 4, 4 / 3))  # torchvision's for squares
+    return partial(_crop, v2.RandomResizedCrop(1, config.scale, ratio), v2.RandomHorizontalFlip(config.hflip))
 
 
 def _crop(draw, flip, image):

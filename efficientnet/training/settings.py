@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 
-from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS, MAX_PIXELS
+from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS, MAX_PIXELS, image_size
 from efficientnet.errors import InputError
 
 OPTIMIZERS = ("adamw", "adam", "rmsproptf", "sgd")
@@ -49,7 +49,11 @@ class TrainConfig:
 
     model: str = option("efficientnet_b0", "a name that `efficientnet info` lists")
     in_chans: int = option(3, "channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)")
-    img_size: int | None = option(None, "pixels (default: 32 for digits, else the model's own)")
+    img_size: int | tuple | None = option(
+        None,
+        "pixels, or height and width: 224, 192 256 or 192x256 (default: 32 for digits, else the model's own)",
+        metavar="PIXELS",
+    )
     drop_rate: float | None = option(None, "dropout before the classifier (default: the model's own)", "--drop")
     drop_path_rate: float | None = option(
         None, "stochastic depth of the last block (default: the model's own)", "--drop-path"
@@ -224,6 +228,15 @@ class TrainConfig:
         elif self.freeze_bn != "all":
             raise InputError(
                 f"freeze_bn {self.freeze_bn} is about layers that freeze_until freezes: give --freeze-until too"
+            )
+        if self.img_size is not None:
+            try:
+                object.__setattr__(self, "img_size", image_size(self.img_size))
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        if isinstance(self.img_size, tuple) and self.progressive_size is not None:
+            raise InputError(
+                f"progressive_size is for square images, and img_size is {self.img_size[0]} x {self.img_size[1]}"
             )
         if self.scale is not None:
             object.__setattr__(self, "scale", tuple(self.scale))  # a list, from a recipe

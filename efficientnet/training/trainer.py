@@ -156,7 +156,7 @@ class Trainer:
         self.data: Data = load_data(config.data, img_size, config.val_fraction, **part, **sizes, **prepare)
         train = self.data.train
         train.seed, train.finish = config.seed, training_finish(config, self.data.preprocess.mean)
-        train.augment = training_crop(config) or train.augment
+        train.augment = training_crop(config, self.data.preprocess.hw) or train.augment
         if config.progressive_size is not None and config.progressive_size > img_size:
             raise InputError(f"progressive_size must be at most img_size {img_size}, got {config.progressive_size}")
         with warnings.catch_warnings():
@@ -222,10 +222,10 @@ class Trainer:
             len(self.data.train), config.batch_size, config.grad_accum_steps, *place, config.seed, self.img_size, labels
         )
 
-    def img_size(self, epoch: int) -> int:
-        """The pixels of the training images of an epoch.
+    def img_size(self, epoch: int) -> int | tuple[int, int]:
+        """The pixels of the training images of an epoch: the model's.
 
-        They grow from ``progressive_size`` to the model's size in equal stages, in multiples of 8.
+        With ``progressive_size`` they grow from it to the model's in equal stages, in multiples of 8.
         """
         config, last = self.config, self.data.preprocess.img_size
         stage = min(config.progressive_stages - 1, epoch * config.progressive_stages // config.epochs)
@@ -738,13 +738,14 @@ class Trainer:
         """
         config = self.config
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        size = self.data.preprocess.img_size
         # What the optimizer and the average will take.
         reserved = [torch.zeros_like(p) for p in self.model.parameters() for _ in range(2 + config.model_ema)]
         while True:
             try:
                 with torch.random.fork_rng():
-                    images = torch.zeros(config.batch_size, config.in_chans, size, size, dtype=torch.uint8)
+                    images = torch.zeros(
+                        config.batch_size, config.in_chans, *self.data.preprocess.hw, dtype=torch.uint8
+                    )
                     batch = self.runner.to_device(
                         images, torch.zeros(config.batch_size, dtype=torch.long), self.data.preprocess
                     )
@@ -780,8 +781,8 @@ class Trainer:
     def _announce(self):
         if not self.processes.first:
             return
-        size, config = self.data.preprocess.img_size, self.config
-        images = torch.zeros(2, config.in_chans, size, size, device=self.runner.device).to(
+        (height, width), config = self.data.preprocess.hw, self.config
+        images = torch.zeros(2, config.in_chans, height, width, device=self.runner.device).to(
             memory_format=self.runner.memory_format
         )
         with self.runner.autocast():
@@ -796,7 +797,7 @@ class Trainer:
         print(
             f"model       {config.model}, {count_parameters(self.model):,} parameters, {len(self.data.classes)} classes"
         )
-        print(f"data        {config.data}, {counts}, {size} x {size}")
+        print(f"data        {config.data}, {counts}, {height} x {width}")
         print(f"device      {where}, amp {config.amp}")
         print(f"backend     {backend}")
         print(f"output      {self.output}", flush=True)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from efficientnet.choices import height_width, image_size
 from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig, StageConfig
 from efficientnet.model.network import EfficientNet
@@ -309,8 +310,9 @@ def stored_cfg(metadata: dict) -> dict | None:
     """A ``pretrained_cfg`` made of the preprocessing that training keeps with a checkpoint; None if it has none."""
     if "preprocess" not in metadata:
         return None
-    stored, size = metadata["preprocess"], metadata["preprocess"]["img_size"]
-    cfg = {"architecture": metadata["config"]["name"], "input_size": (3, size, size)}
+    stored = metadata["preprocess"]
+    hw = height_width(image_size(stored["img_size"]))
+    cfg = {"architecture": metadata["config"]["name"], "input_size": (3, *hw)}
     cfg |= {"interpolation": stored["interpolation"], "crop_pct": stored["crop_pct"]}
     return cfg | {
         "mean": tuple(stored["mean"]),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from efficientnet.choices import height_width
 from efficientnet.errors import InputError
 from efficientnet.files import replacing
 from efficientnet.model.scaling import check_count
@@ -33,7 +34,7 @@ def export_model(
     path: str | os.PathLike,
     format: str,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     in_chans: int = 3,
     batch_size: int = 1,
     dynamic_batch: bool = False,
@@ -41,8 +42,7 @@ def export_model(
     metadata: dict | None = None,
     tolerance: float = 1e-4,
 ) -> Difference:
-    """Write the model in eval, in fp32, as a program images [N, in_chans, image_size, image_size] -> logits [N,
-    num_classes].
+    """Write the model in eval, in fp32, as a program images [N, in_chans, H, W] -> logits [N, num_classes].
 
     The file is written aside, read back, run on random images and compared with the model. Only then does it take its
     name, so ``path`` is never half a file nor a wrong one. The inputs and outputs of an ONNX file are named "images"
@@ -51,6 +51,7 @@ def export_model(
     Args:
         model: of plain layers (``fused=False``), on the CPU.
         format: "onnx" (needs onnx, onnxscript, onnxruntime), "torchscript" or "torch-export".
+        image_size: H = W, or (H, W).
         batch_size: N, unless dynamic_batch: then N is free, and N = 1 and N = 3 are checked.
         opset: of ONNX, 18 or more. None: torch's choice.
         metadata: JSON values to keep in the file under METADATA_KEY, such as class names and how images are prepared.
@@ -63,7 +64,9 @@ def export_model(
     """
     path = Path(path)
     check_format(format, opset)
-    check_count("img_size", image_size)
+    height, width = height_width(image_size)
+    check_count("img_size", height)
+    check_count("img_size", width)
     check_count("batch_size", batch_size)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output {str(path)!r} must be a file in a folder that exists")
@@ -74,7 +77,7 @@ def export_model(
     generator = torch.Generator().manual_seed(0)
 
     def images(n):
-        return torch.randn(n, in_chans, image_size, image_size, generator=generator)
+        return torch.randn(n, in_chans, height, width, generator=generator)
 
     difference = Difference(0.0, 0.0)
     with torch.no_grad(), replacing(path) as temporary:

@@ -196,7 +196,7 @@ def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkey
         ("--model b7..b0", "b7..b0"),
         ("--batch-size 0", "batch_size must be an integer >= 1, got 0"),
         ("--mode train --batch-size 1", "batch_size must be an integer >= 2, got 1"),
-        ("--img-size 8", "img_size must be an integer >= 32, got 8"),
+        ("--img-size 8", "img_size must be an integer >= 32 or two, height and width, got 8"),
         ("--num-bench-iter 1", "num_bench_iter must be an integer >= 2"),
         ("--baseline quick", "invalid choice: 'quick'"),
         ("--cuda-graph --device cpu", "needs a CUDA device"),

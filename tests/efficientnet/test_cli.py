@@ -153,7 +153,7 @@ def test_predict_with_weights_from_elsewhere(run, image_folder, tmp_path):
         (["train", "--data", "mnist"], "data must be one of digits.* got 'mnist'"),
         (["train", "--data", "imagefolder:/no/such"], "data folder '/no/such' does not exist"),
         (["train", "--model", "efficientnet_b99"], "unknown model 'efficientnet_b99'"),
-        (["train", "--img-size", "0"], "img_size must be an integer >= 1, got 0"),
+        (["train", "--img-size", "0"], "--img-size: must be an integer >= 1 or two, height and width, got '0'"),
         (["train", "--drop-rate", "1.5"], r"drop_rate must be a number in \[0, 1\), got 1.5"),
         (["train", "--resume", "/no/such.train.pt"], "no such checkpoint file: '/no/such.train.pt'"),
         (["predict", "x.png"], "the following arguments are required: --checkpoint"),
@@ -163,7 +163,7 @@ def test_predict_with_weights_from_elsewhere(run, image_folder, tmp_path):
         ),
         (["info", "b99"], "unknown model 'b99'"),
         (["info", "b0", "--num-classes", "-1"], "num_classes must be an integer >= 0, got -1"),
-        (["info", "b0", "--img-size", "-3"], "image_size must be a positive integer .* got -3"),
+        (["info", "b0", "--img-size", "-3"], "--img-size: must be an integer >= 1 or two, height and width, got '-3'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, argv, message):

@@ -216,8 +216,8 @@ def test_unknown_data(name):
         ({"crop_pct": 0.0}, r"crop_pct must be in \(0, 1\], got 0.0"),
         ({"val_fraction": 0.0}, r"val_fraction must be in \(0, 1\), got 0.0"),
         ({"val_fraction": 1.5}, "val_fraction must be"),
-        ({"img_size": 0}, "img_size must be an integer >= 1, got 0"),
-        ({"img_size": 2.5}, "img_size must be an integer >= 1, got 2.5"),
+        ({"img_size": 0}, "img_size must be an integer >= 1 or two, height and width, got 0"),
+        ({"img_size": 2.5}, "img_size must be an integer >= 1 or two, height and width, got 2.5"),
     ],
 )
 def test_bad_arguments(kwargs, message):

@@ -141,7 +141,7 @@ def test_a_failed_export_leaves_nothing(run, checkpoint, tmp_path, format, monke
         (["--format", "onnx", "--opset", 99], r"opset must be from 18 to \d+, got 99"),
         (["--format", "onnx", "--batch-size", 0], "batch_size must be an integer >= 1, got 0"),
         (["--format", "onnx", "--batch-size", 2, "--dynamic-batch"], "batch_size is not for dynamic_batch"),
-        (["--format", "onnx", "--img-size", 0], "img_size must be an integer >= 1, got 0"),
+        (["--format", "onnx", "--img-size", 0], "img-size: must be an integer >= 1 or two, height and width, got '0'"),
         (
             ["--format", "onnx", "--checkpoint", "/no/such.safetensors"],
             "no such checkpoint file: '/no/such.safetensors'",

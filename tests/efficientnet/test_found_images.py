@@ -191,7 +191,19 @@ def test_thin_images(size, crop_pct, monkeypatch):
 
 def test_ordinary_images_are_resized_whole():
     image = torch.randint(0, 255, (3, 60, 240), dtype=torch.uint8)
-    assert reading._middle(image) is image and reading._middle(image[:, :30]).shape == (3, 30, 120)
+    assert reading._middle(image, (9, 9)) is image and reading._middle(image[:, :30], (9, 9)).shape == (3, 30, 120)
+
+
+def test_predict_says_that_it_sees_the_middle_alone(tmp_path):
+    """Once, in one line, without a place in the code."""
+    save_checkpoint(create_model(TINY, num_classes=2), tmp_path / "m.safetensors")
+    for i in range(3):
+        picture(tmp_path / "thin" / f"{i}.png", size=(900 + i, 1 + i))
+    picture(tmp_path / "square" / "0.png")
+    argv = [sys.executable, "-m", "efficientnet", "predict", "--checkpoint", tmp_path / "m.safetensors"]
+    for folder, said in (("thin", f"efficientnet: warning: {reading.ONLY_MIDDLE}\n"), ("square", "")):
+        done = subprocess.run([*argv, "--img-size", "32", tmp_path / folder], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, said)
 
 
 @pytest.mark.slow

@@ -193,7 +193,7 @@ def test_bad_settings_are_named(field, value):
     [
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
         ({"model": "b99"}, "unknown model 'b99'"),
-        ({"img_size": 0}, "img_size must be an integer >= 1, got 0"),
+        ({"img_size": 0}, "img_size must be an integer >= 1 or two, height and width, got 0"),
         ({"drop_rate": 1.0}, "drop_rate must be a number in"),
         ({"val_fraction": 2.0}, "val_fraction must be in"),
     ],
