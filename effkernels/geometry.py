@@ -19,7 +19,8 @@ def pad_amounts(size: int, kernel_size: int, stride: int, padding: str) -> tuple
     if padding in ("same", "same_as_even"):
         total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
         return total // 2, total - total // 2
-    raise ValueError(f"padding must be one of {PADDINGS}, got {padding!r}")
+    # Not PADDINGS, nor !r: TorchScript compiles this, and knows neither.
+    raise ValueError(f"padding must be one of symmetric, same, same_as_even, got '{padding}'")
 
 
 def conv_out_size(size: int, kernel_size: int, stride: int, padding: str) -> int:

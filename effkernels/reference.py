@@ -39,8 +39,9 @@ def drop_path_draws(n: int, device) -> torch.Tensor:
 @torch.fx.wrap
 def pad(x: torch.Tensor, kernel_size: int, stride: int, padding: str) -> torch.Tensor:
     """x [N, C, H, W] with the zeros that the rule ``padding`` puts around it for a k x k convolution."""
-    (top, bottom), (left, right) = (pad_amounts(n, kernel_size, stride, padding) for n in x.shape[2:])
-    return F.pad(x, (left, right, top, bottom)) if top or bottom or left or right else x
+    top, bottom = pad_amounts(x.shape[2], kernel_size, stride, padding)  # no generator: TorchScript compiles this
+    left, right = pad_amounts(x.shape[3], kernel_size, stride, padding)
+    return F.pad(x, (left, right, top, bottom)) if top > 0 or bottom > 0 or left > 0 or right > 0 else x
 
 
 def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor | None = None) -> torch.Tensor:

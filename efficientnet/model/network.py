@@ -218,6 +218,15 @@ class EfficientNet(nn.Module):
             x = activate(self.bn2(self.conv_head(x)), self.config.act)
         return x, maps
 
+    def __prepare_scriptable__(self) -> torch.fx.GraphModule:
+        """What torch.jit.script compiles in place of the network: the operators of its plain layers, without dropout.
+
+        Raises ValueError in training mode, whose dropout the graph would keep for ever.
+        """
+        if self.training:
+            raise ValueError("torch.jit.script takes the network as it is in evaluation: call eval() first")
+        return torch.fx.symbolic_trace(self)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks keep only their input for the backward, and compute the rest again there. Numbers stay the
         same.

@@ -154,6 +154,7 @@ class EfficientNetFeatures(nn.Module):
         self.blocks = model.blocks[: max(feature["stage"] for feature in self.feature_info)]
 
     set_grad_checkpointing, _run = EfficientNet.set_grad_checkpointing, EfficientNet._run
+    __prepare_scriptable__ = EfficientNet.__prepare_scriptable__
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         if not recording(x):

@@ -24,6 +24,12 @@ class Swapped:
 
     _original: type
 
+    def __prepare_scriptable__(self):
+        raise ValueError(
+            f"torch.jit.script compiles no kernels: give it the model that effkernels.restore returns, whose "
+            f"{self._original.__name__} is as it was"
+        )
+
     def __reduce_ex__(self, protocol):
         make, args, *state = super().__reduce_ex__(max(protocol, 2))
         if make is not copyreg.__newobj__ or args != (type(self),):

@@ -195,6 +195,11 @@ class FusedMBConv(MBConvBase):
             elif name != "se" or type(layer) is not nn.Identity:
                 yield name, layer
 
+    def __prepare_scriptable__(self):
+        raise ValueError(
+            "torch.jit.script compiles no kernels: give it torch.fx.symbolic_trace(block.eval()), or trace it"
+        )
+
     def forward(self, x: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """draws: fp32 [N] from [0, 1) for drop_path (a network's own, drawn for all its blocks at once); else they are
         drawn here.

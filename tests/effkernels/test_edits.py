@@ -285,8 +285,44 @@ def test_scripted_after_restore(timm):
     model, x = timm.create_model("mobilenetv2_035", num_classes=3).eval(), torch.randn(1, 3, 32, 32)
     expected = model(x)
     torch.testing.assert_close(torch.jit.script(restore(accelerate(model)))(x), expected)
-    own = create_model(TINY, num_classes=3).eval()
-    torch.testing.assert_close(torch.jit.script(torch.fx.symbolic_trace(own))(x), own(x))
+
+
+@pytest.mark.parametrize("name", [TINY, f"tf_{TINY}", "efficientnet_b0"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_scripted(name, fused):
+    """The project's own networks as they are; of any number of images, of any size."""
+    torch.manual_seed(0)
+    own, plain = (create_model(name, num_classes=3, fused=kernels).eval() for kernels in (fused, False))
+    plain.load_state_dict(own.state_dict())
+    scripted = torch.jit.script(own)
+    torch.jit.save(scripted, buffer := io.BytesIO())
+    buffer.seek(0)
+    for module in (scripted, torch.jit.load(buffer), torch.jit.script(torch.fx.symbolic_trace(own))):
+        for shape in ((1, 3, 32, 32), (3, 3, 37, 50)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(module(x), plain(x))
+    assert type(own.blocks[1][0]) is type(create_model(name, fused=fused).blocks[1][0]), "the network is as it was"
+    assert len(list(own.parameters())) == len(list(scripted.parameters()))
+
+
+def test_scripted_features():
+    own, x = create_model(TINY, features_only=True, fused=False).eval(), torch.randn(2, 3, 33, 32)
+    for found, expected in zip(torch.jit.script(own)(x), own(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_scripted(timm):
+    """One sentence that says what to give instead."""
+    for model, reason in (
+        (create_model(TINY), "takes the network as it is in evaluation: call eval.. first"),
+        (accelerate(timm.create_model("mobilenetv2_035")).eval(), "no kernels: give it the model that .* EfficientNet"),
+        (nn.Sequential(FusedMBConv(8, 8)).eval(), "no kernels: give it torch.fx.symbolic_trace"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            torch.jit.script(model)
+    x = torch.randn(2, 8, 9, 9)
+    block = FusedMBConv(8, 8).eval()
+    torch.testing.assert_close(torch.jit.script(torch.fx.symbolic_trace(block))(x), block.forward_reference(x))
 
 
 @recorded
