@@ -2,6 +2,8 @@
 torchvision's, shards.
 """
 
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,23 +17,12 @@ from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_lo
 from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
 
-# Names of folders with parts of a set, in whatever case; of several held-out ones the first here is taken.
-TRAIN_FOLDERS = ("train", "training", "train_set", "trainset", "trn")
-HELD_OUT_FOLDERS = (
-    "val",
-    "validation",
-    "valid",
-    "validate",
-    "dev",
-    "eval",
-    "evaluation",
-    "holdout",
-    "held_out",
-    "test",
-    "testing",
-    "tst",
-)
-HELD_OUT_FOLDERS += ("val_set", "valset", "test_set", "testset")
+# What folders with parts of a set are called; of several held-out ones the first here is taken.
+TRAIN_FOLDERS = ("train", "training", "trn", "trainval")
+HELD_OUT_FOLDERS = ("val", "validation", "valid", "validate", "dev", "eval", "evaluation", "holdout", "heldout")
+HELD_OUT_FOLDERS += ("test", "testing", "tst")
+# Besides, in whatever case, such words and all that is no letter: val-set, Training_Images, seg_test, train2017.
+BESIDES = "seg|set|sets|data|dataset|images?|imgs?|pictures?|photos?|pics|split|part|folder|dir"
 DIGITS_MEAN, DIGITS_STD = (0.305,) * 3, (0.324,) * 3  # of the training images
 # name: (class, arguments of the training parts, of the held-out part)
 TORCHVISION_SETS = {
@@ -225,6 +216,13 @@ def _imagefolder(root):
     if train is None and held_out is None:
         classes, images, labels = _scan(root)
         _check_classes(classes, root)
+        inside = [_folders(root / name) for name in classes]
+        if len(inside[0]) > 1 and all(names == inside[0] for names in inside):
+            warnings.warn(
+                f"{', '.join(map(repr, classes[:3]))} are taken for classes, though the same folders are in each "
+                f"({', '.join(map(repr, inside[0][:3]))}): parts of a set are called train and val",
+                stacklevel=2,
+            )
         return _Source(classes, (images, labels), None, random_crop_flip, {})
     if held_out is None:
         raise InputError(
@@ -249,16 +247,34 @@ def _imagefolder(root):
 def _part(root, names):
     """The folder of ``root`` with one of these names that has folders of its own, so that it is no class; None if there
     is none.
+
+    Raises InputError where two have the same.
     """
     found = {}
     for entry in sorted(root.iterdir()) if root.is_dir() else ():
-        if (
-            entry.name.lower() in names
-            and entry.is_dir()
-            and any(e.is_dir() and not hidden(e.name) for e in entry.iterdir())
-        ):
-            found.setdefault(entry.name.lower(), entry)
-    return next((found[name] for name in names if name in found), None)
+        if (name := _called(entry.name)) in names and not hidden(entry.name) and _folders(entry):
+            found.setdefault(name, []).append(entry)
+    for name in names:
+        if name in found:
+            entry, *others = found[name]
+            if others:
+                raise InputError(
+                    f"data folder {str(root)!r} has several {name!r} folders, {entry.name!r} and {others[0].name!r}: "
+                    "give the one to train on, and the one to hold out as --val-data"
+                )
+            return entry
+    return None
+
+
+def _called(name):
+    """The name of a folder without what says nothing about its part: "Train_Images" -> "train"."""
+    letters = re.sub("[^a-z]", "", name.lower())
+    return re.sub(f"^({BESIDES})(?=.)|(?<=.)({BESIDES})$", "", letters)
+
+
+def _folders(path):
+    """The names of the folders in one, sorted; none where it is no folder."""
+    return sorted(e.name for e in path.iterdir() if e.is_dir() and not hidden(e.name)) if path.is_dir() else []
 
 
 def _torchvision(kind, root, download):

@@ -57,6 +57,8 @@ def split(root, train, held_out, classes=("cat", "dog"), images=2):
             ("train", "dev"),
         ),
         *(("train", "Evaluation"), ("train", "holdout"), ("Trn", "Tst"), ("train_set", "test_set"), ("train", "valid")),
+        *(("train_images", "val_images"), ("train-set", "val-set"), ("training_data", "validation_data")),
+        *(("seg_train", "seg_test"), ("train2017", "val2017"), ("0_train", "1_val"), ("Train Set", "hold-out")),
     ],
 )
 def test_split_folders(tmp_path, train, held_out):
@@ -166,6 +168,31 @@ def test_suffixes(tmp_path, monkeypatch):
     assert len(find_images(tmp_path)) == 5
     monkeypatch.undo()
     assert (".avif" in reading.image_suffixes()) == (Image.registered_extensions().get(".avif") in Image.OPEN)
+
+
+def test_two_folders_of_the_same_part(tmp_path):
+    """Neither is left out in silence."""
+    split(tmp_path, "train", "val")
+    split(tmp_path, "train_2", "test")
+    with pytest.raises(InputError, match="has several 'train' folders, 'train' and 'train_2': give the one to train"):
+        load_data(f"imagefolder:{tmp_path}", 8)
+
+
+@pytest.mark.parametrize("names", [("tr", "te"), ("part1", "part2"), ("\u8bad\u7ec3", "\u6d4b\u8bd5")])
+def test_parts_that_are_taken_for_classes_are_named(tmp_path, names):
+    split(tmp_path, *names)
+    with pytest.warns(
+        UserWarning, match="taken for classes, though the same folders are in each .'cat', 'dog'.: parts"
+    ):
+        assert load_data(f"imagefolder:{tmp_path}", 8).classes == sorted(names)
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_with_folders_of_their_own(tmp_path):
+    for name in ("cat/a", "cat/b", "dog/a", "dog/c", "test_tube/a", "training_dog/a"):
+        for i in range(2):
+            picture(tmp_path / name / f"{i}.png")
+    assert load_data(f"imagefolder:{tmp_path}", 8).classes == ["cat", "dog", "test_tube", "training_dog"]
 
 
 # Pixels
