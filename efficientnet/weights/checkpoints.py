@@ -4,12 +4,15 @@ libraries.
 
 import argparse
 import datetime
+import decimal
 import errno
+import fractions
 import json
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -376,7 +379,8 @@ def _read(path, use_ema=True):
         start = file.read(512)
     if (other := _other_file(start)) is not None:
         raise ValueError(f"checkpoint {str(path)!r} {other}")
-    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":  # after the header's length
+    of_torch = start.startswith((b"PK", b"\x80"))  # a zip archive, or a pickle as before torch 1.6
+    if start[8:9] == b"{" or path.suffix.lower() == ".safetensors" and not of_torch:  # after the header's length
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -386,6 +390,8 @@ def _read(path, use_ema=True):
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"checkpoint {str(path)!r} is unreadable or truncated: {_first_line(error)}") from error
         return state, metadata if isinstance(metadata, dict) else {}
+    if (other := _other_archive(path)) is not None:
+        raise ValueError(f"checkpoint {str(path)!r} is {other}; accepted are files of safetensors and of torch.save")
     state, metadata = _torch_load(path), {}
     if isinstance(state, dict) and isinstance(state.get("metadata"), dict):  # a training state of ours
         metadata = state["metadata"]
@@ -397,26 +403,44 @@ def _read(path, use_ema=True):
 
 def _other_file(start):
     """What a file that begins so is instead of a checkpoint, or None."""
-    text = start.lstrip().lower()
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "is a web page, not the weights: the download got a page in their place"
     if not start:
         return "is unreadable or truncated: it is empty"
+    for magic, what in ((b"\x1f\x8b", "compressed by gzip: unpack it"), (b"\x89HDF", "HDF5, as of Keras")):
+        if start.startswith(magic):
+            return f"is {what}; accepted are files of safetensors and of torch.save"
+    words = start.decode("utf-8", errors="ignore").strip()
+    if words and all(letter.isprintable() or letter.isspace() for letter in words) and len(words) > 0.9 * len(start):
+        return f"is text, not the weights: {words.splitlines()[0][:60]!r}"
     return None
+
+
+def _other_archive(path):
+    """What a zip archive is that is none of torch.save's, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return None
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "TorchScript, which is a program: torch.jit.load(PATH).state_dict() has its weights"
+    return None if any(name.endswith("/data.pkl") for name in names) else f"an archive of {', '.join(names[:2])}, ..."
 
 
 def _unwrapped(state, path, wrappers):
     """The state_dict in what a training script saved: it is itself the file, or is under one of ``wrappers``, the first
-    that is there, or is the only dictionary of tensors.
+    that is there, or is in the only dictionary that holds tensors.
     """
     while True:
         if not isinstance(state, dict):
             raise ValueError(f"checkpoint {str(path)!r} holds no state_dict but a {type(state).__name__}")
         inner = [state[key] for key in wrappers if isinstance(state.get(key), dict) and state[key]]
         if not inner and not any(isinstance(value, torch.Tensor) for value in state.values()):
-            inner = [value for value in state.values() if isinstance(value, dict) and _all_tensors(value)]
+            inner = [value for value in state.values() if _holds_weights(value)]
             inner = inner if len(inner) == 1 else []
             if not inner:
                 keys = ", ".join(map(str, list(state)[:5])) or "none"
@@ -428,8 +452,11 @@ def _unwrapped(state, path, wrappers):
         state = inner[0]
 
 
-def _all_tensors(state):
-    return bool(state) and all(isinstance(value, torch.Tensor) for value in state.values())
+def _holds_weights(value):
+    """Whether a value is a state_dict, or a dictionary with one in it; an optimizer's state has numbers for keys."""
+    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
+        return False
+    return all(isinstance(inner, torch.Tensor) for inner in value.values()) or any(map(_holds_weights, value.values()))
 
 
 def _safe_types():
@@ -438,7 +465,7 @@ def _safe_types():
 
     multiarray = (getattr(np, "_core", None) or np.core).multiarray
     numbers = [np.ndarray, np.dtype, multiarray.scalar, multiarray._reconstruct]
-    numbers += [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
+    numbers += [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFDUS"]
     # numpy 1's names of them, in files that it wrote.
     numbers += [(getattr(multiarray, name), f"numpy.core.multiarray.{name}") for name in ("scalar", "_reconstruct")]
     systems = ("pathlib", "pathlib._local")
@@ -451,6 +478,11 @@ def _safe_types():
         argparse.Namespace,
         SimpleNamespace,
         (_mapping, "collections.defaultdict"),
+        (_sequence, "collections.deque"),
+        decimal.Decimal,
+        fractions.Fraction,
+        range,
+        slice,
         dict,
         list,
         set,
@@ -468,6 +500,11 @@ def _mapping(factory=None):
     return {}
 
 
+def _sequence(items=(), length=None):
+    """In place of a deque, the same."""
+    return list(items)
+
+
 def _path(*parts):
     """In place of a path, also one of another system."""
     return "/".join(map(str, parts))
@@ -475,8 +512,9 @@ def _path(*parts):
 
 def _torch_load(path):
     try:
-        with torch.serialization.safe_globals(_safe_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Not the path, whose suffix may have torch.load read something else.
+        with torch.serialization.safe_globals(_safe_types()), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError and more
         if refused := _refused(error):
             raise ValueError(

@@ -209,6 +209,13 @@ def _behind(state, prefix):
     return (inside, list(others)) if _known(tidy(inside)) and not (others and _known(others)) else None
 
 
+def _prefixes(state):
+    """What may stand before each key: a usual prefix, or what precedes the one first convolution that there is."""
+    stems = tuple(f".{layout.stem[0]}.weight" for layout in LAYOUTS.values())
+    found = {key[: -len(stem) + 1] for key in state for stem in stems if key.endswith(stem)}
+    return (*PREFIXES, *found) if len(found) == 1 else PREFIXES
+
+
 def _known(state):
     try:
         return bool(recognise(state))
@@ -221,7 +228,7 @@ def tidy(state: dict) -> dict:
 
     DistributedDataParallel, torch.compile and Lightning put a prefix before every key, and may keep others besides.
     """
-    while state and (found := next(filter(None, (_behind(state, prefix) for prefix in PREFIXES)), None)):
+    while state and (found := next(filter(None, (_behind(state, prefix) for prefix in _prefixes(state))), None)):
         state, others = found
         if others:
             names = f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"

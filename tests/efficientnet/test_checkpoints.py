@@ -185,7 +185,7 @@ def write_safetensors(path, metadata):
             lambda path: torch.save({"a": torch.zeros(1)}, path.with_suffix(".pt")),
             "is of an unknown layout: the nearest .* is timm, which does not know 1 of 1 keys: a",
         ),
-        (lambda path: path.with_suffix(".ckpt").write_bytes(b"x"), "unreadable or truncated"),
+        (lambda path: path.with_suffix(".ckpt").write_bytes(b"\0x"), "unreadable or truncated"),
         (lambda path: write_safetensors(path, "{not json"), "unreadable or truncated"),
     ],
 )

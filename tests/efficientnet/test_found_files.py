@@ -4,6 +4,9 @@ checkpoint.
 
 import collections
 import datetime
+import decimal
+import fractions
+import gzip
 import pathlib
 import warnings
 import zipfile
@@ -50,6 +53,7 @@ def same(model, weights):
         "w.model",
         "w",
         "w.weights.h",
+        "w.safetensors",
     ],
 )
 def test_any_name(weights, tmp_path, name):
@@ -80,6 +84,11 @@ WRAPPED = {
     "weights": lambda w: {"weights": w, "classes": ["a", "b", "c"]},
     "a name of its own": lambda w: {"my_model_v2": w, "lr": 0.1},
     "twice": lambda w: {"checkpoint": 1, "model": {"state_dict": w}},
+    "below a name of its own": lambda w: {"checkpoint": {"model": {"state_dict": w}}, "step": 3},
+    "beside an optimizer": lambda w: {
+        "state": {"my_net": w},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []},
+    },
     "module": lambda w: {"module": w, "iteration": 7},
     "params": lambda w: {"params": w, "config": {"name": "b0"}},
     "with numbers beside": lambda w: {**w, "epoch": 4, "best": 0.9},
@@ -122,11 +131,34 @@ def test_averaged_model_of_torch(weights, tmp_path):
         "model.backbone._orig_mod.",
         "net.module.encoder.",
         "teacher.",
+        "cnn.",
+        "feature_extractor.0.",
+        "efficientnet.",
+        "_fsdp_wrapped_module.trunk.",
+        "module.img_encoder.model.",
     ],
 )
 def test_prefixes_in_any_order(weights, tmp_path, prefix):
     torch.save({"state_dict": {prefix + key: value for key, value in weights.items()}}, tmp_path / "w.ckpt")
     assert same(load_checkpoint(NAME, tmp_path / "w.ckpt"), weights)
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "lukemelas", "huggingface"])
+def test_a_prefix_that_nobody_knows_before_other_layouts(tmp_path, run, layout):
+    model = create_model("efficientnet_b0", num_classes=2)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    assert run("convert", tmp_path / "m.safetensors", tmp_path / "l.pt", "--to", layout)[0] == 0
+    state = torch.load(tmp_path / "l.pt", weights_only=True)
+    torch.save({f"vision_tower.{key}": value for key, value in state.items()}, tmp_path / "w.pt")
+    found = load_checkpoint("efficientnet_b0", tmp_path / "w.pt").state_dict()
+    assert same(model, found)
+
+
+def test_two_networks_behind_unknown_prefixes_are_not_chosen_between(weights, averaged, tmp_path):
+    both = {f"q.{key}": value for key, value in weights.items()} | {f"k.{key}": v for key, v in averaged.items()}
+    torch.save(both, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="is of an unknown layout"):
+        load_checkpoint(NAME, tmp_path / "w.pt")
 
 
 def test_what_is_beside_the_network_is_left_out_with_a_warning(weights, averaged, tmp_path):
@@ -155,6 +187,9 @@ VALUES = {
         "set": {1, 2},
     },
     "settings": {"args": SimpleNamespace(lr=0.1), "when": datetime.datetime(2024, 1, 2), "took": datetime.timedelta(1)},
+    "queues": {"last": collections.deque([1.0, 2.0], maxlen=5), "steps": range(3)},
+    "fractions": {"lr": decimal.Decimal("0.1"), "share": fractions.Fraction(1, 3)},
+    "numpy's text": {"name": np.str_("b0"), "letters": np.array(["a", "bc"])},
     "types": {"dtype": torch.float16, "device": torch.device("cpu"), "size": torch.Size([2])},
 }
 
@@ -227,7 +262,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 21
         (b"", "is empty"),
         (b"PK\x03\x04 not a zip file", "is unreadable or truncated"),
         (b"\x80\x02not a pickle", "is unreadable or truncated"),
-        (b"hello, world", "is unreadable or truncated"),
+        (b"\xef\xbb\xbf<!doctype html>", "is a web page"),
+        (b"404: Not Found", "is text, not the weights: '404: Not Found'"),
+        (b'{"error": "gated"}\n', "is text, not the weights: '{"),
+        (b"\0\1\2 what", "is unreadable or truncated"),
+        (gzip.compress(b"weights"), "is compressed by gzip: unpack it"),
+        (b"\x89HDF\r\n\x1a\n", "is HDF5, as of Keras"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, capsys, name, content, message):
@@ -241,6 +281,17 @@ def test_what_is_no_checkpoint(tmp_path, capsys, name, content, message):
     assert not any(
         word in err for word in ("weights_only", "Weights only", "trust the source", "allowlist", "safe_globals")
     )
+
+
+def test_archives_of_others(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "w.pt"))
+    with pytest.raises(ValueError, match="is TorchScript, which is a program: torch.jit.load.PATH..state_dict"):
+        load_checkpoint(NAME, tmp_path / "w.pt")
+    np.savez(tmp_path / "w.npz", a=np.ones(1))
+    with pytest.raises(
+        ValueError, match="is an archive of a.npy, .*accepted are files of safetensors and of torch.save"
+    ):
+        load_checkpoint(NAME, tmp_path / "w.npz")
 
 
 def test_code_is_refused(weights, tmp_path, capsys):
