@@ -392,7 +392,7 @@ def project_backward(
     Args:
         dout: gradient of the block's output [N, h, w, O], of any dtype.
         y3: [N, h, w, O] and y2: [N, h, w, E], before their BatchNorms.
-        weight: [O, E, 1, 1], rounded to y2's dtype.
+        weight: [O, E, 1, 1] or [O, E], rounded to y2's dtype; not read, and may be None, without ``need_data``.
         norm3, norm2: ``BatchNorm``. terms3: (k0, k1) fp32 [O] of BatchNorm 3's backward, or None with running
             statistics.
         gates: fp32 [N, E] or None. branch_draws, keep: drop-path's, as in ``batchnorm.apply``.
@@ -409,7 +409,7 @@ def project_backward(
     dq = sums = q = partials = None
     if need_data:
         dq = torch.empty_like(y2)
-        product(dy.view(rows, O), weight.flatten(1).to(y2.dtype), out=dq.view(rows, E))
+        product(dy.view(rows, O), weight.reshape(O, E).to(y2.dtype), out=dq.view(rows, E))
         sums, q = gradient_sums(dq, y2, norm2, act=act, gates=gates, for_gate=gates is not None, activated=need_dw)
     elif need_dw:
         q = apply(y2, norm2, act=act, gates=gates)

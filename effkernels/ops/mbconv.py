@@ -262,6 +262,7 @@ def _backward(
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
     from effkernels.kernels.expand_backward import expand_backward
     from effkernels.kernels.project_backward import project_backward
+    from effkernels.kernels.weight_copies import weight_copies
     from effkernels.kernels.weight_gradients import (
         ExpandPartials,
         LayerPartials,
@@ -290,13 +291,18 @@ def _backward(
         gradients["norm3_weight"], gradients["norm3_bias"], *_ = sums3
         terms3 = batch_terms(norm3, bn3, sums3, rows2)
 
+    # Both 1x1 weights as the forward rounded them, in one launch.
+    need_expand = not settings.stem_stride and bool(needs & {"x", "expand_weight"}) and bn1 is not None
+    rounded = [(project_weight, "plain")] * need_sums + [(expand_weight, "plain")] * need_expand
+    rounded = weight_copies(rounded, settings.dtype)
+
     project = se_partials = terms2 = dpool = dq = None
     if need_sums or "project_weight" in needs:
         dq, sums, partials = project_backward(
             dout,
             saved.y3,
             saved.y2,
-            project_weight,
+            rounded[0] if need_sums else None,
             norm3=bn3,
             terms3=terms3,
             norm2=bn2,
@@ -381,11 +387,11 @@ def _backward(
                 need_dw="expand_weight" in needs,
             )
             stem = None if partials is None else LayerPartials(partials, expand_weight)
-        elif needs & {"x", "expand_weight"}:
+        elif need_expand:
             gradients["x"], partials, grams = expand_backward(
                 dz1,
                 x,
-                expand_weight.flatten(1).to(settings.dtype),
+                rounded[-1],
                 norm1=bn1,
                 terms1=terms1,
                 residual=dout if settings.residual else None,
