@@ -22,11 +22,13 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from effkernels.configs.gpus import ARCHITECTURES
+
 ROOT = Path(__file__).parents[1]
 # Triton 3.6's interpreter fails under NumPy 2.4 and newer.
 VERSIONS = {"3.6.0": ["numpy==2.3.5"], "3.7.1": [], "3.8.0": []}
 TARGETS = {
-    **{f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
+    **{f"sm_{arch}": ("cuda", arch, 32) for arch in ARCHITECTURES},
     **{arch: ("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
 }
 # What of tests/effkernels is left out, as no Triton runs in it or none but the default suite's matters: mathematics in

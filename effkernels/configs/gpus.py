@@ -36,6 +36,9 @@ class Gpu:
         }
 
 
+# Compute capabilities, as in sm_90, that the tests and ``effkernels.inspect`` compile kernels for.
+ARCHITECTURES = (80, 86, 89, 90, 100)
+
 # Bandwidth: that of a copy, measured on an H200; elsewhere 0.9 of the data sheet's, as there. Matrix: dense bf16,
 # measured on an H200; elsewhere 0.8 of the data sheet's, as there. Clock: under load, Hopper's (boost 1.98 GHz).
 GPUS = {

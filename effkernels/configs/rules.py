@@ -75,6 +75,9 @@ class DepthwiseConfig:
 # Channels of every depthwise program: its block of the counters and of the partial results.
 DEPTHWISE_CHANNELS = 32
 MOST_WARPS = 16  # per SM, of one-warp programs
+# Activations whose value and derivative take far more registers and instructions than SiLU's: kernels that have no
+# registers left do not compute them.
+HEAVY_ACTIVATIONS = ("gelu",)
 
 
 def depthwise_counters(C: int, device: torch.device) -> int:
@@ -429,9 +432,9 @@ def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
     between them.
 
     It does where their accumulators fit a thread's registers beside five sums. fp32 products without tensor cores do
-    not, nor does GELU (300 bytes spilled).
+    not, nor do heavy activations (GELU: 300 bytes spilled).
     """
-    return dtype.itemsize == 2 and O <= 24 and act != "gelu"
+    return dtype.itemsize == 2 and O <= 24 and act not in HEAVY_ACTIVATIONS
 
 
 @tuned
@@ -709,11 +712,11 @@ def expand_inside(
     Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2)
     elements. One launch: its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E +
     1/s^2). At k = 3, s = 2 in bf16 that is 0.85 ps against 1.12 ps (B0's second stage); every other case loses. More
-    than 32 inputs: 22 instructions, and x, read again by each 32 channels, takes L2 as long as e1 took DRAM. GELU's erf
-    alone makes it 60 instructions; the other activations are near SiLU.
+    than 32 inputs: 22 instructions, and x, read again by each 32 channels, takes L2 as long as e1 took DRAM. A heavy
+    activation makes it 60 instructions (GELU); the others are near SiLU.
     """
     instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
-    if instructions is None or in_channels > 32 or act == "gelu":
+    if instructions is None or in_channels > 32 or act in HEAVY_ACTIVATIONS:
         return False
     x, e2 = in_channels / expanded, 1 / stride**2
     separate = (x + 1 + 1 + e2) * dtype.itemsize / _GPU.bandwidth

@@ -13,8 +13,9 @@ class FusedDepthwiseConvBNAct(nn.Module):
     """``act(BN(depthwise_kxk(x)))`` on fused kernels, with submodules ``conv`` (no bias) and ``bn``.
 
     Args:
-        channels: C. kernel_size: odd, 1 to 9. stride: 1 or 2. act: as in ``effkernels.reference.ACTIVATIONS``.
-        padding: "symmetric", (k - 1) // 2 on every side, or TensorFlow's "same". bn_eps, bn_momentum: of the BatchNorm.
+        channels: C. kernel_size: odd, up to ``effkernels.geometry.LARGEST_KERNEL_SIZE``. stride: 1 or 2.
+        act: a name in ``effkernels.reference.ACTIVATIONS``. padding: one in ``effkernels.geometry.PADDINGS``.
+        bn_eps, bn_momentum: of the BatchNorm.
 
     Shapes: x [N, C, H, W] -> [N, C, H', W'], channels_last. Dtypes, fallback and errors as ``FusedMBConv``.
     """

@@ -152,9 +152,10 @@ class FusedMBConv(MBConvBase):
 
     Args:
         in_channels, out_channels: I and O; the expanded width is ``round(in_channels * expand_ratio)``.
-        kernel_size: odd, 1 to 9. stride: 1 or 2. expand_ratio: >= 1; at 1 there is no expand convolution.
+        kernel_size: odd, up to ``effkernels.geometry.LARGEST_KERNEL_SIZE``. stride: 1 or 2.
+        expand_ratio: >= 1; at 1 there is no expand convolution.
         se_ratio: in [0, 1], of the block's INPUT channels; 0 drops squeeze-excite.
-        act: silu, relu, relu6, hard_swish, gelu or identity. padding: "symmetric" or TensorFlow's "same".
+        act: a name in ``effkernels.reference.ACTIVATIONS``. padding: one in ``effkernels.geometry.PADDINGS``.
         bn_eps, bn_momentum: of every BatchNorm; momentum None is the cumulative average.
         drop_path: probability of dropping the residual branch of a sample in training.
         dilation: of the depthwise convolution; above 1 the plain layers run.

@@ -14,7 +14,7 @@ from pathlib import Path
 import triton
 
 import effkernels.configs
-from effkernels.configs.gpus import GPUS, Gpu
+from effkernels.configs.gpus import ARCHITECTURES, GPUS, Gpu
 from effkernels.tools.launches import Launch
 from effkernels.tools.machine_code import cost_of
 from effkernels.tools.shipped import shipped_launches
@@ -259,9 +259,7 @@ def main(argv=None, predict=None):
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.inspect", description="Static cost of every shipped configuration."
     )
-    parser.add_argument(
-        "--arch", type=int, default=90, choices=(80, 86, 89, 90, 100), help="compute capability to compile for"
-    )
+    parser.add_argument("--arch", type=int, default=90, choices=ARCHITECTURES, help="compute capability to compile for")
     parser.add_argument(
         "--gpu", choices=GPUS, default="h200", help="whose rates the floors are computed with (default: h200)"
     )

@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from effkernels.geometry import LARGEST_KERNEL_SIZE
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 from effkernels.tools.launches import Launch, call_launches
 
@@ -143,11 +144,11 @@ def stem_and_head_launches(dtype, channels, inputs, features, *, training, image
 def shipped_launches(full: bool = False) -> list[Launch]:
     """One launch for every configuration the package uses with SiLU on channel counts divisible by 8: blocks of B0
     (and B1, of the same widths) in every dtype and of B4 and B7 in bf16, with and without residual, drop-path and
-    squeeze-excite, and single layers with k up to 9. Other widths differ in the channel counts that kernels of 1x1
+    squeeze-excite, and single layers of every k. Other widths differ in the channel counts that kernels of 1x1
     convolutions are compiled for.
 
     Without ``full`` what the table in git holds, and compiles in minutes: blocks of B0 in bf16, layers that do not
-    expand in bf16 only, k = 7 and 9 in training only, in bf16 and fp32 only (fp16 shares bf16's configuration).
+    expand in bf16 only, k >= 7 in training only, in bf16 and fp32 only (fp16 shares bf16's configuration).
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     launches = []
@@ -169,7 +170,7 @@ def shipped_launches(full: bool = False) -> list[Launch]:
         if training:
             for how in ({"memory": "recompute"}, {"frozen": True}, {"frozen": True, "memory": "recompute"}):
                 launches += mbconv_launches(dtype, 40, 40, 5, 1, 6, 28, training=True, **how)
-    for dtype, k, stride in itertools.product((bf16, fp16, fp32), (3, 5, 7, 9), (1, 2)):
+    for dtype, k, stride in itertools.product((bf16, fp16, fp32), range(3, LARGEST_KERNEL_SIZE + 1, 2), (1, 2)):
         if full or k <= 5 or dtype != fp16:
             launches += block_launches(dtype, k, stride)
         if full or k <= 5:

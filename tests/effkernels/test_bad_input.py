@@ -9,7 +9,7 @@ import torch
 
 from efficientnet import MBConv
 from effkernels import FusedDepthwiseConvBNAct, FusedMBConv, FusedSqueezeExcite
-from effkernels.geometry import pad_amounts
+from effkernels.geometry import LARGEST_KERNEL_SIZE, pad_amounts
 
 
 @pytest.mark.parametrize("cls", [FusedMBConv, MBConv])
@@ -19,10 +19,10 @@ from effkernels.geometry import pad_amounts
         ({"in_channels": 0}, "in_channels must be an integer >= 1, got 0"),
         ({"in_channels": 8.0}, "in_channels must be an integer >= 1, got 8.0"),
         ({"out_channels": True}, "out_channels must be an integer >= 1, got True"),
-        ({"kernel_size": 4}, "kernel_size must be an odd integer from 1 to 9, got 4"),
-        ({"kernel_size": 11}, "kernel_size must be an odd integer from 1 to 9, got 11"),
-        ({"kernel_size": 3.0}, "kernel_size must be an odd integer from 1 to 9, got 3.0"),
-        ({"kernel_size": True}, "kernel_size must be an odd integer from 1 to 9, got True"),
+        ({"kernel_size": 4}, f"kernel_size must be an odd integer from 1 to {LARGEST_KERNEL_SIZE}, got 4"),
+        ({"kernel_size": LARGEST_KERNEL_SIZE + 2}, f"from 1 to {LARGEST_KERNEL_SIZE}, got {LARGEST_KERNEL_SIZE + 2}"),
+        ({"kernel_size": 3.0}, f"kernel_size must be an odd integer from 1 to {LARGEST_KERNEL_SIZE}, got 3.0"),
+        ({"kernel_size": True}, f"kernel_size must be an odd integer from 1 to {LARGEST_KERNEL_SIZE}, got True"),
         ({"stride": 3}, "stride must be 1 or 2, got 3"),
         ({"stride": True}, "stride must be 1 or 2, got True"),
         ({"stride": 1.0}, "stride must be 1 or 2, got 1.0"),

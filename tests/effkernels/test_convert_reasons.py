@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from efficientnet import MBConv
 from effkernels import accelerate, explain
+from effkernels.geometry import LARGEST_KERNEL_SIZE
 from support.other_blocks import (
     lukemelas_block,
     timm_block,
@@ -103,7 +104,7 @@ def projection_padding(block):
         (
             inverted,
             put("conv_dw", conv(16, 16, 4, groups=16)),
-            "conv_dw has kernel_size 4, kernels have odd ones up to 9",
+            f"conv_dw has kernel_size 4, kernels have odd ones up to {LARGEST_KERNEL_SIZE}",
         ),
         (inverted, put("conv_dw", conv(16, 16, (3, 5), groups=16, padding=(1, 2))), "conv_dw has kernel_size .*"),
         (inverted, put("conv_dw", conv(16, 16, 3, groups=16, stride=3)), "conv_dw has stride 3, kernels have 1 and 2"),

@@ -57,7 +57,7 @@ REAL_SHAPES = [
     (9, 2, "same", 2, 31, 29, 40, torch.float32),
 ]
 # test_activations.py compares each in detail; here they take turns.
-ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]
+ACTS = list(ACTIVATIONS)
 ARGUMENTS = "i, k, stride, padding, N, H, W, C, dtype"
 
 
@@ -94,7 +94,7 @@ def check_forward(i, k, stride, padding, N, H, W, C, dtype, device):
     x, weight = data(k, N, C, H, W, dtype, device)
     bn1 = norm_vectors(C, device) if i % 3 != 2 else None
     bn2 = norm_vectors(C, device) if i % 2 else None
-    act1, act2 = ACTS[i % 6], ACTS[(i + 1) % 6]
+    act1, act2 = ACTS[i % len(ACTS)], ACTS[(i + 1) % len(ACTS)]
 
     def network(x, weight):
         if bn1:
@@ -157,7 +157,7 @@ def check_backward(i, k, stride, padding, N, H, W, C, dtype, device, need_dx=Tru
     gate, dpool = guarded(torch.rand(N, C).to(device)), guarded(torch.randn(N, C).to(device))
     bn1, bn2 = norm_vectors(C, device), norm_vectors(C, device)
     rstd1 = guarded((bn1[3] + EPS).rsqrt())
-    act1, act2 = ACTS[i % 6], ACTS[(i + 1) % 6]
+    act1, act2 = ACTS[i % len(ACTS)], ACTS[(i + 1) % len(ACTS)]
 
     def network(x, weight):
         """By autograd: gradients of the input (with BN1: of BN1's output), of the weight, and of BN2's output; and

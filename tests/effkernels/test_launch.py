@@ -112,3 +112,13 @@ def test_configurations_do_not_depend_on_batch_or_size():
                 make(k, stride, n, h, h, c, dtype, CPU) for n, h, c in ((1, 7, 1152), (64, 112, 32), (3, 33, 40))
             ]
             assert len({(c.BLOCK_C, c.S, c.TW, c.num_warps, c.stages, c.split, c.maxnreg) for c in configs}) == 1
+
+
+def test_every_gpu_belongs_to_a_generation_that_is_compiled_for_and_predicted():
+    from effkernels.configs.gpus import ARCHITECTURES, GPUS
+    from effkernels.tools.simulator.machine import machine_of
+
+    for name, gpu in GPUS.items():
+        major, minor = gpu.capability
+        assert 10 * major + minor in ARCHITECTURES
+        assert machine_of(name).arch == 10 * major + minor

@@ -196,7 +196,7 @@ def test_statistics_of_a_large_mean(dtype, form, device, scratch):
     check({"mean": total, "var": variance}, results)
 
 
-@pytest.mark.parametrize("act", ["silu", "relu6", "hard_swish", "gelu", "identity"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("dtype", "form"), [FORMS[0], FORMS[3], FORMS[4]], ids=lambda p: str(p).removeprefix("torch."))
 @pytest.mark.parametrize(("N", "H", "W", "K", "O"), SHAPES[1:3] + SHAPES[4:])

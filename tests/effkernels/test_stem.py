@@ -26,7 +26,7 @@ from support.truth import (
 )
 
 EPS = 1e-3
-ACTS = ["silu", "relu", "relu6", "hard_swish", "gelu", "identity"]
+ACTS = list(ACTIVATIONS)
 
 
 def channels_last(x):
@@ -88,7 +88,7 @@ def check_forward(i, stride, padding, N, H, W, I, S, layout, image, compute, dev
     from effkernels.kernels.stem import stem_forward
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
-    act, bn = ACTS[i % 6], norm_vectors(S, device)
+    act, bn = ACTS[i % len(ACTS)], norm_vectors(S, device)
 
     def network(x, weight):
         y = convolve(x, weight, stride, padding)
@@ -117,7 +117,7 @@ def check_backward(i, stride, padding, N, H, W, I, S, layout, image, compute, de
     from effkernels.kernels.weight_gradients import LayerPartials, reduce_weight_gradients
 
     x, weight = data(i, N, H, W, I, S, layout, image, device)
-    act = ACTS[i % 6]
+    act = ACTS[i % len(ACTS)]
     gamma, beta, mean, var = norm_vectors(S, device)
     bn = (gamma, beta, mean, (var + EPS).rsqrt())
     y = convolve(x.to(compute), weight.to(compute), stride, padding)
