@@ -17,11 +17,12 @@ ACTIVATIONS = {
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
-def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """phi(x), never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the
-    caller's.
+def activate(x: torch.Tensor, act) -> torch.Tensor:
+    """phi(x) of a name in ``ACTIVATIONS``, or of what was put in its place.
+
+    Never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the caller's.
     """
-    return ACTIVATIONS[act](x)
+    return act(x) if callable(act) else ACTIVATIONS[act](x)
 
 
 def drop_path_scale(n: int, rate: float, device) -> torch.Tensor:

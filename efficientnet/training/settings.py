@@ -243,6 +243,26 @@ class TrainConfig:
             check("scale", "two numbers, 0 < smallest <= largest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
 
+def unused(config: TrainConfig) -> dict[str, str]:
+    """Settings that others leave without an effect: {name: those others}."""
+    of = {
+        "momentum": ("opt", ("sgd", "rmsproptf")),
+        "alpha": ("opt", ("rmsproptf",)),
+        "opt_eps": ("opt", ("adamw", "adam", "rmsproptf")),
+        "decay_epochs": ("sched", ("step",)),
+        "decay_rate": ("sched", ("step", "plateau")),
+        "patience_epochs": ("sched", ("plateau",)),
+    }
+    found = {name: f"{by} {getattr(config, by)}" for name, (by, ones) in of.items() if getattr(config, by) not in ones}
+    without = {"hflip": "scale", "progressive_stages": "progressive_size", "lr_base_size": "lr_base"}
+    found |= {name: f"no {by}" for name, by in without.items() if getattr(config, by) is None}
+    if not config.model_ema:
+        found["model_ema_decay"] = "no model_ema"
+    if config.lr_base is not None:
+        found["lr"] = "lr_base"
+    return found
+
+
 def option_names(name: str) -> list[str]:
     """The names of a field's option on the command line, its own first."""
     return ["--" + name.replace("_", "-"), *TrainConfig.__dataclass_fields__[name].metadata["aliases"]]

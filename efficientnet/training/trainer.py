@@ -42,7 +42,7 @@ from efficientnet.training.logs import Log, plot_curves
 from efficientnet.training.optim import average_of, create_optimizer, epochs_without_gain, learning_rate
 from efficientnet.training.run_state import RunStates, read_state
 from efficientnet.training.runner import Evaluation, Runner
-from efficientnet.training.settings import TrainConfig
+from efficientnet.training.settings import TrainConfig, unused
 from efficientnet.weights.checkpoints import describe_model, read_weights, save_checkpoint, stored_cfg
 from efficientnet.weights.factory import create_model
 from efficientnet.weights.pretrained import resolve
@@ -615,7 +615,9 @@ class Trainer:
                 and (now := getattr(self.config, name, None)) != value
                 and self.processes.first
             ):
-                self.say(f"resume: {name} was {value!r}, is {now!r} from here on")
+                idle = unused(self.config).get(name)
+                what = f"is {now!r} from here on" if idle is None else f"is {now!r}, without effect: the run has {idle}"
+                self.say(f"resume: {name} was {value!r}, {what}")
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

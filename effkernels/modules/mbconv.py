@@ -174,6 +174,8 @@ class FusedMBConv(MBConvBase):
         """None if the kernels will serve x (or, without x, this block at all), else the reason why not."""
         if self.dilation != 1:
             return f"the depthwise convolution has dilation {self.dilation}, kernels need 1"
+        if not isinstance(self.act, str):
+            return f"act is a {type(self.act).__name__}"
         pad = (self.kernel_size - 1) // 2 if self.padding == "symmetric" else 0
         I, O, E = self.in_channels, self.out_channels, round(self.in_channels * self.expand_ratio)
         shapes = {"conv_dw": (E, 1)}

@@ -20,7 +20,7 @@ import torch
 from efficientnet import load_checkpoint
 from efficientnet.errors import InputError, Interrupted, TrainingStopped
 from efficientnet.training.run_state import RunStates, read_state
-from efficientnet.training.settings import TrainConfig
+from efficientnet.training.settings import TrainConfig, unused
 from efficientnet.training.trainer import Trainer
 from efficientnet.weights.checkpoints import read_metadata
 from support import processes
@@ -497,6 +497,43 @@ def test_changed_optimizer_settings_are_used(image_folder, tmp_path, opt, first,
             assert value is None or torch.equal(value, states[1][moment]), (name, moment)
     resumed.run()
     assert len(resumed.history) == 2
+
+
+@pytest.mark.parametrize(
+    "opt, changed, without",
+    [
+        ("adamw", {"momentum": 0.3}, "opt adamw"),
+        ("sgd", {"opt_eps": 0.2}, "opt sgd"),
+        ("sgd", {"alpha": 0.5}, "opt sgd"),
+        ("adam", {"decay_rate": 0.5}, "sched cosine"),
+        ("adam", {"model_ema_decay": 0.5}, "no model_ema"),
+        ("adam", {"hflip": 0.1}, "no scale"),
+    ],
+    ids=str,
+)
+def test_settings_without_an_effect_are_not_announced_as_if_they_had_one(
+    image_folder, tmp_path, capsys, opt, changed, without
+):
+    config = TrainConfig(f"imagefolder:{image_folder}", model=TINY, img_size=8, opt=opt, output=str(tmp_path), epochs=1)
+    Trainer(config).run()
+    capsys.readouterr()
+    Trainer(replace(config, epochs=2, resume="auto", **changed))
+    said = [line for line in capsys.readouterr().out.splitlines() if next(iter(changed)) in line]
+    assert len(said) == 1 and said[0].endswith(f"without effect: the run has {without}")
+
+
+def test_every_setting_of_the_optimizers_that_has_an_effect_is_announced():
+    used = {
+        opt: {"momentum", "alpha", "opt_eps"} - unused(TrainConfig(opt=opt)).keys()
+        for opt in ("adamw", "adam", "sgd", "rmsproptf")
+    }
+    assert used == {
+        "adamw": {"opt_eps"},
+        "adam": {"opt_eps"},
+        "sgd": {"momentum"},
+        "rmsproptf": {"momentum", "alpha", "opt_eps"},
+    }
+    assert "lr" in unused(TrainConfig(lr_base=0.1)) and "lr" not in unused(TrainConfig())
 
 
 @pytest.mark.parametrize(
