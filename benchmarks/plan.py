@@ -24,6 +24,7 @@ from benchmarks.schedule_bytes import works
 from benchmarks.static import TABLE
 from efficientnet.measure.roofline import RESOURCES, Work, block_sizes, floors, weight_bytes
 from effkernels.configs.gpus import GPUS, Gpu, gpu_of
+from effkernels.tools.cost_table import DEPTHWISE_FORWARD
 
 BATCH = {"b0": 256, "b1": 256, "b2": 256, "b3": 128, "b4": 128, "b5": 64, "b6": 32, "b7": 32}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,13 +62,13 @@ class Instructions:
     def __init__(self, dtype: str):
         self.rows = [row for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if row["dtype"] == dtype]
 
-    def _per_element(self, kernel: str, given=(), absent=(), **constants) -> float:
-        """The median of the rows with these constants whose launches took the arguments ``given`` and not those
-        ``absent``."""
+    def _per_element(self, *kernels: str, given=(), absent=(), **constants) -> float:
+        """The median of the rows of ``kernels`` with these constants whose launches took the arguments ``given`` and not
+        those ``absent``."""
         counts = [
             row["per_element"]
             for row in self.rows
-            if row["kernel"] == kernel
+            if row["kernel"] in kernels
             and row["per_element"] is not None
             and not any(name in row["constants"] for name in given)  # an absent argument is a constant, None
             and all(name in row["constants"] for name in absent)
@@ -83,10 +84,10 @@ class Instructions:
         expands = block.expanded != block.in_channels
         shape = {"K": block.kernel_size, "STRIDE": block.stride}
         if work.kernel == "depthwise" and not training:
-            return sizes["y2"] * self._per_element("depthwise_forward_kernel", given=("norm2",), ACT2="silu", **shape)
+            return sizes["y2"] * self._per_element(*DEPTHWISE_FORWARD, given=("norm2",), ACT2="silu", **shape)
         if work.kernel == "depthwise":
             how = {"given": ("tile_mean", "norm1")} if expands else {"given": ("tile_mean",), "absent": ("norm1",)}
-            return sizes["y2"] * self._per_element("depthwise_forward_kernel", **how, **shape)
+            return sizes["y2"] * self._per_element(*DEPTHWISE_FORWARD, **how, **shape)
         if work.kernel == "depthwise backward":
             how = {"given": ("norm1", "gates")} if expands else {"given": ("gates",), "absent": ("norm1",)}
             return sizes["y1"] * self._per_element(

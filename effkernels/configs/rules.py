@@ -41,8 +41,9 @@ class DepthwiseConfig:
 
     wide: 8 or 4 channels a thread, columns loaded and stored one by one as they lie in memory (else in blocks that are
     taken apart). stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or
-    loaded when met (1). split: dgrad and the halves of wgrad in programs of their own (of one launch), where all
-    together would spill. warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
+    loaded when met (1). products: the forward's multiplications by the tensor cores; S is 8 then, and TW a multiple of
+    4. split: dgrad and the halves of wgrad in programs of their own (of one launch), where all together would spill.
+    warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
     maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its
     choice).
     """
@@ -55,6 +56,7 @@ class DepthwiseConfig:
     stages: int = 3
     split: bool = False
     wide: bool = False
+    products: bool = False
     maxnreg: int | None = None
     warps_per_sm: int = 8
 
@@ -72,8 +74,9 @@ class DepthwiseConfig:
         return -(-tiles // -(-tiles // resident))
 
 
-# Channels of every depthwise program: its block of the counters and of the partial results.
+# Channels of a depthwise program, its block of the counters and of the partial results: of most, and the fewest.
 DEPTHWISE_CHANNELS = 32
+FEWEST_CHANNELS = 16
 MOST_WARPS = 16  # per SM, of one-warp programs
 # Activations whose value and derivative take far more registers and instructions than SiLU's: kernels that have no
 # registers left do not compute them.
@@ -83,7 +86,7 @@ HEAVY_ACTIVATIONS = ("gelu",)
 def depthwise_counters(C: int, device: torch.device) -> int:
     """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block
     of channels."""
-    blocks_c = -(-C // DEPTHWISE_CHANNELS)
+    blocks_c = -(-C // FEWEST_CHANNELS)
     programs = -(-MOST_WARPS * processor_count(device) // blocks_c)
     return blocks_c * (1 + -(-programs // 32))
 
@@ -114,13 +117,33 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
 
 @tuned
 def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
-    """Up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the running sums of 2
-    or 4 columns: loads and stores need no change of layout. Larger k keep one or two channels a thread, and TW is what
-    a power of two of input columns feeds.
+    """Products take a quarter to a half of the instructions, but many registers: k = 3 with stride 2, and k above 5,
+    spill or gain nothing. Few images: fewer rows a program, until the device is full.
+
+    Without products: up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the
+    running sums of 2 or 4 columns: loads and stores need no change of layout. Larger k keep one or two channels a
+    thread, and TW is what a power of two of input columns feeds.
 
     sm_90, bf16, instructions an output without / with BN + SiLU on load and statistics: 3x3 17.6 / 31.7, where 3
     columns would take 29.7 and spill, and one channel a thread took 24.8 / 43.9; 5x5 34.8 / 45.8.
     """
+    if (K, stride) in ((3, 1), (5, 1)) and dtype.itemsize == 2 or (K, stride, dtype) == (5, 2, torch.bfloat16):
+        # fp16 has no tanh in one operation: its activations take more registers.
+        limit = 255 if dtype == torch.float16 else {(3, 1): 168, (5, 1): 200, (5, 2): 224}[K, stride]
+        cfg = DepthwiseConfig(
+            BLOCK_C=FEWEST_CHANNELS,
+            S=8,
+            TW=4,
+            TH=even_rows(OH, 28),
+            stages=4 if stride == 1 else 2,
+            products=True,
+            maxnreg=limit,
+            warps_per_sm=65536 // 32 // limit,
+        )
+        strips, blocks_c = -(-N * -(-OW // cfg.TW) // cfg.S), -(-C // cfg.BLOCK_C)
+        while cfg.TH > 4 and strips * -(-OH // cfg.TH) * blocks_c < cfg.warps_per_sm * processor_count(device):
+            cfg = replace(cfg, TH=even_rows(OH, cfg.TH // 2))
+        return cfg
     if K <= 3:
         S, TW = (8, 2) if dtype.itemsize == 2 else (4, 4)
         TH = strip_rows(OH, -(-OW // TW), S, -(-K // stride) - 1)

@@ -22,6 +22,9 @@ from effkernels.tools.shipped import shipped_launches
 TABLES = Path(effkernels.configs.__file__).parent
 
 
+DEPTHWISE_FORWARD = ("depthwise_forward_kernel", "depthwise_products_kernel")
+
+
 def per_pass(launch: Launch) -> tuple[float, str] | None:
     """(elements a thread finishes in one pass of the hottest loop or of a kernel without one, the argument they belong
     to), or None.
@@ -30,7 +33,7 @@ def per_pass(launch: Launch) -> tuple[float, str] | None:
     work.
     """
     k = launch.constants
-    if launch.name == "depthwise_forward_kernel":
+    if launch.name in DEPTHWISE_FORWARD:
         return k["S"] * k["BLOCK_C"] * k["TW"] / launch.threads, "y"
     if launch.name == "depthwise_backward_kernel":
         return k["S"] * k["BLOCK_C"] * k["TW"] * k["STRIDE"] ** 2 / launch.threads, "x"
@@ -75,7 +78,7 @@ def row_of(launch: Launch, arch: int = 90) -> dict:
 
 # Most instructions an output of the depthwise forward's inner loop may cost on sm_90, without and with BN + activation
 # on load.
-DEPTHWISE_GOALS = {3: (24, 32), 5: (45, 56)}
+DEPTHWISE_GOALS = {3: (16, 22), 5: (28, 34)}
 
 
 def goal_of(row: dict) -> tuple[int, str] | None:
@@ -84,7 +87,7 @@ def goal_of(row: dict) -> tuple[int, str] | None:
     The goal is for what training runs at stride 1 in bf16. The other reasons are of the formula, not of its code.
     """
     c = row["constants"]
-    if row["kernel"] != "depthwise_forward_kernel" or c["K"] not in DEPTHWISE_GOALS:
+    if row["kernel"] not in DEPTHWISE_FORWARD or c["K"] not in DEPTHWISE_GOALS:
         return None
     reasons = []
     if c["STRIDE"] == 2:

@@ -84,14 +84,14 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
             code.append(instruction[1])
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code]
     # A loop is a backward branch; the hottest is the largest that holds no other, of those that load 16 bytes a thread
-    # if any does (a program's last steps may loop over partial sums, with narrow loads).
+    # or multiply matrices if any does (a program's last steps may loop over partial sums).
     loops = []
     for i, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?\(?(\.L_\w+)\)?", text)
         if target and labels.get(target[1], i) < i:
             loops.append((labels[target[1]], i))
     inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    wide = [(a, b) for a, b in inner if any(re.match(r"LDG.*\.128", op) for op in opcodes[a : b + 1])]
+    wide = [(a, b) for a, b in inner if any(re.match(r"LDG.*\.128|HG?MMA", op) for op in opcodes[a : b + 1])]
     a, b = max(wide or inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
     return Cost(
         launch.name,

@@ -160,11 +160,13 @@ def test_depthwise_forward_keeps_to_its_goal_or_says_why_not(sm90):
 
 
 def test_tanh_is_one_special_function_op_in_bf16_only(sm90):
+    from effkernels.tools.cost_table import DEPTHWISE_FORWARD
+
     for row in sm90:
         fast, c = "TANH" in row["special"], row["constants"]
         if row["dtype"] != "bfloat16":
             assert not fast, described(row)
-        elif row["kernel"] == "depthwise_forward_kernel":
+        elif row["kernel"] in DEPTHWISE_FORWARD:
             silu = ("norm1" not in c and c["ACT1"] == "silu") or ("norm2" not in c and c["ACT2"] == "silu")
             assert fast == silu, described(row)
 

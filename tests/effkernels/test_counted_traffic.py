@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from effkernels.tools import traffic
+from effkernels.tools.cost_table import DEPTHWISE_FORWARD
 from effkernels.tools.traffic import LaunchTraffic, count_steps, count_traffic, passes, summary
 
 N, H, W, C = 2, 7, 6, 40
@@ -201,7 +202,7 @@ def test_depthwise(k, stride, device, small_tiles):
         y, *_ = depthwise.depthwise_forward(
             x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True
         )
-    forward = next(launch for launch in launches if launch.name == "depthwise_forward_kernel")
+    forward = next(launch for launch in launches if launch.name in DEPTHWISE_FORWARD)
     e1, e2 = x.numel() * 2, y.numel() * 2
     expected = {"x": (e1, 0), "y": (0, e2), "w": (C * k * k * 4, 0)}
     expected |= {name: (VECTOR, 0) for name in ("norm1.weight", "norm1.bias", "norm1.mean", "norm1.rstd")}

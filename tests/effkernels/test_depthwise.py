@@ -388,6 +388,80 @@ def test_nan_reaches_its_receptive_field_alone(k, stride, device, scratch):
     assert torch.equal(nchw(dz).isfinite(), finite)
 
 
+# Shapes of the form with products: a strip of four columns and part of one, more strips than a program has, channels
+# beyond a block of 16, rows of a second tile, and paddings larger than half the kernel, which leave no column sure.
+PRODUCTS = [
+    # k s N  H  W  C  padding of each side  dtype
+    (3, 1, 3, 5, 13, 20, 1, torch.bfloat16),
+    (3, 1, 9, 3, 4, 16, 2, torch.float16),
+    (5, 1, 2, 6, 9, 17, 2, torch.bfloat16),
+    (5, 1, 5, 6, 12, 4, 0, torch.float16),
+    (5, 2, 3, 7, 11, 40, 2, torch.bfloat16),
+    (5, 2, 1, 5, 6, 24, 4, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("k, stride, N, H, W, C, pad, dtype", PRODUCTS)
+def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device, scratch, monkeypatch):
+    """Tiles of two rows, walked by two programs."""
+    from effkernels.configs.rules import depthwise_forward_config
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    assert depthwise_forward_config(k, stride, N, H, W, C, dtype, torch.device(device)).products
+    fewer_programs(monkeypatch, 2)
+    x, weight = data(k, N, C, H, W, dtype, device)
+    bn1, bn2 = norm_vectors(C, device), norm_vectors(C, device)
+
+    def network(x, weight):
+        a = F.silu(batch_norm(x, *bn1, EPS)) if prologue else x
+        y = F.conv2d(a, weight, None, stride, pad, 1, C)
+        mean, var = mean_and_var(y)
+        z = y if prologue else F.silu(batch_norm(y, *bn2, EPS))
+        return {"y": z, "pool": z.sum((2, 3), dtype=torch.float64), "mean": mean, "var": var}
+
+    first = {"prologue": norm_of(bn1, eps=EPS), "act1": "silu"}
+    last = {"epilogue": norm_of(bn2, eps=EPS), "act2": "silu"}
+    y, tiles, pool = depthwise_forward(
+        nhwc(x), weight, stride, (pad,) * 4, partial_statistics=True, pool=True, **(first if prologue else last)
+    )
+    mean, var = merged(tiles)
+    fused = {"y": nchw(y), "pool": pool.double().sum(1), "mean": mean, "var": var}
+    assert tiles[0].sum() == N * y.shape[1] * y.shape[2]
+    assert_close_to_truth(fused, network(x, weight.to(dtype)), network(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("k, stride", [(3, 1), (5, 1), (5, 2)])
+def test_nan_by_products_stays_near(k, stride, device, scratch):
+    """It reaches every output that sees it, and none of another image, of a row that does not, or of channels beyond
+    the four that share a product."""
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight = data(k, 2, 32, 9, 6, torch.bfloat16, device)
+    x[0, 17, 4, 3] = float("nan")
+    pad = k // 2
+    y = nchw(depthwise_forward(nhwc(x), weight, stride, (pad,) * 4)[0])
+    seen = ~F.conv2d(x.float(), weight, None, stride, pad, 1, 32).isfinite()
+    assert (~y.isfinite())[seen].all()
+    rows, channels = seen.any(3).any(1), (17 % 4) + 4 * torch.arange(4, device=device) + 16
+    allowed = torch.zeros_like(seen)
+    allowed[:, channels] = rows[:, None, :, None]
+    assert not (~y.isfinite() & ~allowed).any()
+
+
+def test_a_configuration_that_products_cannot_have_is_refused(device, monkeypatch):
+    from effkernels.kernels import depthwise
+
+    config = depthwise.depthwise_forward_config
+    x, weight = data(3, 1, 4, 3, 3, torch.bfloat16, device)
+    for fields in ({"TW": 6}, {"S": 4}):
+        monkeypatch.setattr(
+            depthwise, "depthwise_forward_config", lambda *args, fields=fields: replace(config(*args), **fields)
+        )
+        with pytest.raises(ValueError, match="S = 8 and TW a multiple of 4"):
+            depthwise.depthwise_forward(nhwc(x), weight, 1, (1,) * 4)
+
+
 def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
     """|mean| / std = 1000: fp32 means carry a relative error of 2^-24 * 1000 into the variance, plain sums of squares
     2^-24 * 1000^2.
