@@ -218,6 +218,22 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
     assert [model for model, *_ in asked] == ["b4"] * 11 + ["b7"] * 12
 
 
+STALE = """
+from benchmarks import static
+from effkernels.tools.simulator import steps
+steps.predict_launches = lambda launches, gpu: []
+static.predicted(static.read(static.BASELINE)["predicted"], "changed", print)
+"""
+
+
+@pytest.mark.slow
+def test_predicted_steps_are_of_the_present_launches():
+    """Otherwise ``python -m benchmarks.compare --static --update`` predicts again what changed."""
+    pytest.importorskip("triton")
+    done = _run(STALE)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_one_pass_and_launch_more_is_seen():
     pytest.importorskip("triton")
