@@ -192,6 +192,29 @@ def plain_line(rows: list[dict]) -> str:
     )
 
 
+def fitted_tables(folder: Path) -> str:
+    """Measured beside predicted times of each kernel, of the files that ``benchmarks.fitted`` wrote into a campaign."""
+    parts = []
+    for path in sorted(folder.glob("fitted-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        times: dict[str, list[float]] = {}
+        for launch in found["launches"]:
+            both = times.setdefault(launch["kernel"], [0.0, 0.0])
+            both[0] += launch["measured_us"]
+            both[1] += launch["predicted_us"]
+        lines = [
+            (kernel, f"{measured:,.0f}", f"{predicted:,.0f}", f"{predicted / measured:.2f}")
+            for kernel, (measured, predicted) in sorted(times.items(), key=lambda item: -item[1][0])
+        ]
+        parts.append(f"{found['model'].upper()} {found['mode']}, {found['batch']} images, {found['device']}:")
+        parts.append(_markdown(("kernel", "measured us", "predicted us", "ratio"), lines))
+        parts.append(
+            f"Predictions are {100 * found['before']:.0f} % off, {100 * found['after']:.0f} % with what was fitted: "
+            f"{found['constants'] or 'nothing'}."
+        )
+    return "\n\n".join(parts) or NOT_YET
+
+
 def report(folder: Path, rows: list[dict], plots: dict[str, Path | None]) -> str:
     """The whole page."""
     on_gpu = gpu_rows(rows)
@@ -212,7 +235,9 @@ def report(folder: Path, rows: list[dict], plots: dict[str, Path | None]) -> str
         ("squeeze_excite", "Squeeze-excite"),
     ):
         parts += [f"## {title}", layer_table(on_gpu, kind)]
-    parts += ["## Blocks", layer_table(on_gpu, "block"), "## CPU", cpu_line(rows), cpu_table(rows), "## Plots"]
+    parts += ["## Blocks", layer_table(on_gpu, "block")]
+    parts += ["## Launches, measured beside predicted", fitted_tables(folder)]
+    parts += ["## CPU", cpu_line(rows), cpu_table(rows), "## Plots"]
     parts += [f"{title}: " + (NOT_YET if path is None else f"![{title}]({path.name})") for title, path in plots.items()]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -2,7 +2,8 @@
 two trees.
 
 ``benchmarks/static.json`` holds them for the tree that was last accepted. ``python -m benchmarks.compare --static``
-compares the present tree with it; ``--update`` accepts the present tree (half a minute). Its sections:
+compares the present tree with it; ``--update`` accepts the present tree (half a minute, and what has to be predicted
+again: about 20 minutes of two cores for all of it). Its sections:
 
 - ``networks``: the launches of one step of B0 to B7 in bf16, PyTorch's own operators among them, and the bytes of all
   their tensors, each once a launch, for one image. They are read off the launchers, which run on the ``meta`` device.

@@ -120,6 +120,23 @@ def test_tables(folder, tmp_path, capsys):
     assert "updated" not in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_launches_beside_their_predictions(folder, tmp_path):
+    """A kernel's launches together; how far off they are, and what was fitted."""
+    names, times = ("a_kernel", "b_kernel", "a_kernel"), ((10.0, 5.0), (40.0, 44.0), (20.0, 16.0))
+    launches = [
+        {"kernel": name, "grid": [1], "measured_us": measured, "predicted_us": predicted}
+        for name, (measured, predicted) in zip(names, times, strict=True)
+    ]
+    found = {"device": "NVIDIA H200", "model": "b0", "mode": "train", "batch": 256, "launches": launches}
+    found |= {"before": 0.25, "after": 0.125, "constants": {"barrier": 36}}
+    (folder / "fitted-train.json").write_text(json.dumps(found))
+    assert report.main([str(folder), "--no-readme"]) == 0
+    text = (folder / "report.md").read_text()
+    assert "B0 train, 256 images, NVIDIA H200:" in text
+    assert "| b_kernel | 40 | 44 | 1.10 |\n| a_kernel | 30 | 21 | 0.70 |" in text
+    assert "Predictions are 25 % off, 12 % with what was fitted: {'barrier': 36}." in text
+
+
 def test_devices_dtypes_and_batches_are_not_mixed(folder):
     rows = report.results.load(folder)
     others = [
