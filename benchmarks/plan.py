@@ -63,8 +63,8 @@ class Instructions:
         self.rows = [row for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"] if row["dtype"] == dtype]
 
     def _per_element(self, *kernels: str, given=(), absent=(), **constants) -> float:
-        """The median of the rows of ``kernels`` with these constants whose launches took the arguments ``given`` and not
-        those ``absent``."""
+        """The median of the rows of ``kernels`` with these constants whose launches took the arguments ``given`` and
+        not those ``absent``."""
         counts = [
             row["per_element"]
             for row in self.rows

@@ -293,8 +293,12 @@ def _backward(
 
     # Both 1x1 weights as the forward rounded them, in one launch.
     need_expand = not settings.stem_stride and bool(needs & {"x", "expand_weight"}) and bn1 is not None
-    rounded = [(project_weight, "plain")] * need_sums + [(expand_weight, "plain")] * need_expand
-    rounded = weight_copies(rounded, settings.dtype)
+    wanted = {}
+    if need_sums:
+        wanted["project"] = project_weight, "plain"
+    if need_expand:
+        wanted["expand"] = expand_weight, "plain"
+    rounded = dict(zip(wanted, weight_copies(list(wanted.values()), settings.dtype), strict=True))
 
     project = se_partials = terms2 = dpool = dq = None
     if need_sums or "project_weight" in needs:
@@ -302,7 +306,7 @@ def _backward(
             dout,
             saved.y3,
             saved.y2,
-            rounded[0] if need_sums else None,
+            rounded.get("project"),
             norm3=bn3,
             terms3=terms3,
             norm2=bn2,
@@ -391,7 +395,7 @@ def _backward(
             gradients["x"], partials, grams = expand_backward(
                 dz1,
                 x,
-                rounded[-1],
+                rounded["expand"],
                 norm1=bn1,
                 terms1=terms1,
                 residual=dout if settings.residual else None,
