@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -118,7 +119,9 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def tensor_problem(x: torch.Tensor, weights=(), buffers=()) -> str | None:
+def tensor_problem(
+    x: torch.Tensor, weights: Iterable[torch.Tensor] = (), buffers: Iterable[torch.Tensor] = ()
+) -> str | None:
     """Why kernels cannot run on x [N, C, H, W] with these weights, or None."""
     dtype = compute_dtype(x)
     if dtype not in COMPUTE_DTYPES:
@@ -138,14 +141,14 @@ def tensor_problem(x: torch.Tensor, weights=(), buffers=()) -> str | None:
     return None
 
 
-def recording(x) -> bool:
+def recording(x: object) -> bool:
     """Whether x only stands for a tensor (torch.fx), or torch.jit writes down what is done with it: nothing about it
     can be checked.
     """
     return not torch.compiler.is_compiling() and (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing())
 
 
-def watched(x) -> str | None:
+def watched(x: object) -> str | None:
     """Who wants to see torch's own operators or modules, which kernels bypass, or None."""
     if torch.compiler.is_compiling():  # the compiler has modes of its own
         return None
@@ -229,11 +232,11 @@ def layer_problem(
 
 def why_not_fused(
     x: torch.Tensor | None,
-    layers,
+    layers: dict[str, nn.Module] | Iterable[tuple[str, nn.Module]],
     largest: int = 1,
     depthwise: tuple[int, int, int] = (1, 1, 0),
     shapes: dict | None = None,
-    judge=None,
+    judge: Callable | None = None,
 ) -> str | None:
     """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 

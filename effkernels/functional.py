@@ -122,7 +122,14 @@ def depthwise_conv_bn_act(
     return _nchw(ops.depthwise_block(*args))
 
 
-def bn_act_add(x, norm: BatchNormParams, *, act="identity", branch_scale=None, residual=None) -> torch.Tensor:
+def bn_act_add(
+    x: torch.Tensor,
+    norm: BatchNormParams,
+    *,
+    act: str = "identity",
+    branch_scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``act(BN(x)) * branch_scale[n] + residual``; x and residual [N, C, H, W], branch_scale fp32 [N]."""
     _check_norms(norm, acts=(act,))
     _check_alone(norm)

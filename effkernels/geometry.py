@@ -1,5 +1,10 @@
 """Padding and output sizes of a k x k convolution: the one place that knows "symmetric" from TensorFlow's "same"."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 PADDINGS = ("symmetric", "same", "same_as_even")
 LARGEST_KERNEL_SIZE = 9  # of the depthwise kernels, whose sizes are odd
 
@@ -28,7 +33,7 @@ def conv_out_size(size: int, kernel_size: int, stride: int, padding: str) -> int
     return (size + sum(pad_amounts(size, kernel_size, stride, padding)) - kernel_size) // stride + 1
 
 
-def check_conv_args(kernel_size, stride, padding):
+def check_conv_args(kernel_size: int, stride: int, padding: str) -> None:
     """ValueError unless (kernel_size, stride, padding) is a depthwise convolution this package has."""
     is_int = isinstance(kernel_size, int) and not isinstance(kernel_size, bool)
     if not is_int or kernel_size % 2 == 0 or not 1 <= kernel_size <= LARGEST_KERNEL_SIZE:
@@ -40,7 +45,12 @@ def check_conv_args(kernel_size, stride, padding):
 
 
 def check_activation(
-    x, weight, channels: int | None, kernel_size: int = 1, stride: int = 1, padding: str = "symmetric"
+    x: "torch.Tensor",
+    weight: "torch.Tensor | None",
+    channels: int | None,
+    kernel_size: int = 1,
+    stride: int = 1,
+    padding: str = "symmetric",
 ) -> None:
     """ValueError/TypeError unless x is a floating [N, channels, H, W] tensor on weight's device that the convolution
     fits.

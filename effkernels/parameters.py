@@ -28,7 +28,7 @@ class BatchNormParams(NamedTuple):
     group: str = ""
 
     @classmethod
-    def of(cls, bn) -> "BatchNormParams":
+    def of(cls, bn: nn.Module) -> "BatchNormParams":
         """The live tensors of an nn.BatchNorm2d, and whether it would use batch statistics now."""
         training = bn.training or bn.running_mean is None
         running = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
@@ -63,6 +63,6 @@ class SqueezeExciteParams(NamedTuple):
     gate: str = "sigmoid"
 
     @classmethod
-    def of(cls, se) -> "SqueezeExciteParams":
+    def of(cls, se: nn.Module) -> "SqueezeExciteParams":
         reduce, expand = se.conv_reduce, se.conv_expand
         return cls(reduce.weight, reduce.bias, expand.weight, expand.bias, se.act, se.gate)

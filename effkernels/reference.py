@@ -1,5 +1,7 @@
 """Plain PyTorch twins of the fused operators: the CPU path, the fallback, and the truth the tests compare with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -25,14 +27,14 @@ def activate(x: torch.Tensor, act) -> torch.Tensor:
     return act(x) if callable(act) else ACTIVATIONS[act](x)
 
 
-def drop_path_scale(n: int, rate: float, device) -> torch.Tensor:
+def drop_path_scale(n: int, rate: float, device: torch.device) -> torch.Tensor:
     """``bernoulli(1 - rate) / (1 - rate)`` per sample, fp32 [N], drawn as timm draws it."""
     keep = 1.0 - rate
     return torch.empty(n, dtype=torch.float32, device=device).bernoulli_(keep).div_(keep)
 
 
 @torch.fx.wrap
-def drop_path_draws(n: int, device) -> torch.Tensor:
+def drop_path_draws(n: int, device: torch.device) -> torch.Tensor:
     """One draw from [0, 1) per sample, fp32 [N]: drawn here by both paths, so what they drop agrees bit for bit."""
     return torch.rand(n, dtype=torch.float32, device=device)
 
@@ -55,7 +57,7 @@ def drop_path(x: torch.Tensor, rate: float, training: bool, draws: torch.Tensor 
     return x * ((draws < 1.0 - rate).float() / (1.0 - rate)).to(x.dtype).view(-1, 1, 1, 1)
 
 
-def check_batch(norm: BatchNormParams, shape, *conv) -> None:
+def check_batch(norm: BatchNormParams, shape: Sequence[int], *conv: int | str) -> None:
     """ValueError if batch statistics are wanted of nothing, or of one value a channel (as PyTorch's batch_norm raises).
 
     shape [N, C, H, W] of the normalised tensor, or of the input of the convolution (kernel_size, stride, padding)
@@ -113,17 +115,17 @@ _squeeze_excite, _drop_path = squeeze_excite, drop_path
 
 
 def depthwise_conv_bn_act(
-    x,
-    weight,
-    norm,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: BatchNormParams,
     *,
-    stride=1,
-    padding="symmetric",
-    act="silu",
-    pre_norm=None,
-    pre_act="identity",
-    squeeze_excite=None,
-):
+    stride: int = 1,
+    padding: str = "symmetric",
+    act: str = "silu",
+    pre_norm: BatchNormParams | None = None,
+    pre_act: str = "identity",
+    squeeze_excite: SqueezeExciteParams | None = None,
+) -> torch.Tensor:
     """Twin of ``functional.depthwise_conv_bn_act``."""
     if pre_norm is not None:
         x = activate(batch_norm(x, pre_norm), pre_act)
@@ -131,7 +133,14 @@ def depthwise_conv_bn_act(
     return y if squeeze_excite is None else _squeeze_excite(y, squeeze_excite)
 
 
-def bn_act_add(x, norm, *, act="identity", branch_scale=None, residual=None):
+def bn_act_add(
+    x: torch.Tensor,
+    norm: BatchNormParams,
+    *,
+    act: str = "identity",
+    branch_scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Twin of ``functional.bn_act_add``."""
     y = activate(batch_norm(x, norm), act)
     if branch_scale is not None:
@@ -140,23 +149,23 @@ def bn_act_add(x, norm, *, act="identity", branch_scale=None, residual=None):
 
 
 def mbconv(
-    x,
-    expand,
-    depthwise,
-    squeeze_excite,
-    project,
+    x: torch.Tensor,
+    expand: tuple[torch.Tensor, BatchNormParams] | None,
+    depthwise: tuple[torch.Tensor, BatchNormParams],
+    squeeze_excite: SqueezeExciteParams | None,
+    project: tuple[torch.Tensor, BatchNormParams],
     *,
-    stride=1,
-    padding="symmetric",
-    act="silu",
-    residual=False,
-    drop_path=0.0,
-    draws=None,
-    training=False,
-    memory="keep",
-    branch_scale=None,
-    stem_stride=0,
-):
+    stride: int = 1,
+    padding: str = "symmetric",
+    act: str = "silu",
+    residual: bool = False,
+    drop_path: float = 0.0,
+    draws: torch.Tensor | None = None,
+    training: bool = False,
+    memory: str = "keep",
+    branch_scale: torch.Tensor | None = None,
+    stem_stride: int = 0,
+) -> torch.Tensor:
     """Twin of ``functional.mbconv``; ``memory`` is the kernels' business."""
     check_memory(memory)
     y = x
@@ -173,11 +182,19 @@ def mbconv(
     return y + x if residual else y
 
 
-def head(x, weight, norm, *, act="silu"):
+def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: str = "silu") -> torch.Tensor:
     """Twin of ``functional.head``."""
     return activate(batch_norm(F.conv2d(x, weight), norm), act).mean((2, 3))
 
 
-def stem(x, weight, norm, *, stride=2, padding="symmetric", act="silu"):
+def stem(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: BatchNormParams,
+    *,
+    stride: int = 2,
+    padding: str = "symmetric",
+    act: str = "silu",
+) -> torch.Tensor:
     """Twin of ``functional.stem``."""
     return activate(batch_norm(_conv(x, weight, stride, padding, 1), norm), act)

@@ -271,7 +271,9 @@ class Explanation(dict):
     ends: {name of each network's stem or head: None if kernels serve it, else the reason}, which are not blocks.
     """
 
-    def __init__(self, reasons, plain, kinds, ends):
+    def __init__(
+        self, reasons: dict[str, str | None], plain: set[str], kinds: dict[str, str], ends: dict[str, str | None]
+    ):
         super().__init__(reasons)
         self.plain, self._kinds, self.ends = plain, kinds, ends
 

@@ -53,5 +53,5 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def is_identity(module) -> bool:
+def is_identity(module: nn.Module) -> bool:
     return path_of(type(module)) == "torch.nn.modules.linear.Identity"

@@ -36,7 +36,7 @@ def run_block(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -
     return out.to(dispatch.compute_dtype(x)) if block.in_place else out
 
 
-def run_network(x, network: Network):
+def run_network(x: torch.Tensor, network: Network) -> torch.Tensor:
     """The whole network, stem, head and what is separable after the stem on kernels."""
     from effkernels import functional
 

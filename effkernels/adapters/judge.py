@@ -16,7 +16,7 @@ from effkernels.geometry import LARGEST_KERNEL_SIZE, PADDINGS, pad_amounts
 ACTS, GATES = tuple(reference.ACTIVATIONS), tuple(reference.GATES)
 
 
-def activation(named, accepted, default) -> str | None:
+def activation(named: tuple[str, nn.Module | str] | None, accepted: tuple[str, ...], default: str) -> str | None:
     """Its name in ``effkernels.reference``, or None if kernels do not have it."""
     if named is None:
         return default
@@ -74,14 +74,14 @@ def layers_of_block(block: Block) -> list[tuple[str, str, nn.Module]]:
     return layers
 
 
-def judge_block(module: nn.Module, block: Block, layers) -> Verdict | str:
+def judge_block(module: nn.Module, block: Block, layers: list[tuple[str, str, nn.Module]]) -> Verdict | str:
     """The settings of a block that kernels serve, or the reason, as a string, why they do not; platform and tensors are
     not asked.
     """
     return edited(module, "") or judge_layers(block, layers)
 
 
-def judge_layers(block: Block, layers) -> Verdict | str:
+def judge_layers(block: Block, layers: list[tuple[str, str, nn.Module]]) -> Verdict | str:
     """As ``judge_block``, of layers that are no module by themselves."""
     for name, inner in block.identities:
         if not is_identity(inner):
@@ -127,7 +127,7 @@ def judge_layers(block: Block, layers) -> Verdict | str:
     return _acts(block, pads)
 
 
-def edited(module, prefix):
+def edited(module: nn.Module, prefix: str) -> str | None:
     """Whether somebody listens to, or stands in for, a module inside."""
     for name, inner in module._modules.items():
         if inner is None:
@@ -228,7 +228,7 @@ def judge_network(network: Network | str) -> str | None:
     return problem
 
 
-def judge_separable(network):
+def judge_separable(network: Network) -> Verdict | str:
     _, block = network.separable
     return judge_layers(block, layers_of_block(block))
 
@@ -238,7 +238,7 @@ def largest_of_network(network: Network) -> int:
     return getattr(network.stem.conv[1], "out_channels", 1)
 
 
-def layers_of_network(network: Network):
+def layers_of_network(network: Network) -> list[tuple[str, nn.Module]]:
     """(name, module) of every layer with parameters that kernels stand in for."""
     stages = [network.stem] if isinstance(network.head, str) else [network.stem, network.head]
     layers = [layer for stage in stages for layer in (stage.conv, stage.bn)]

@@ -1,19 +1,20 @@
 """efficientnet_pytorch's blocks and networks (Luke Melas-Kyriazi's EfficientNet)."""
 
 import torch
+from torch import nn
 
 from effkernels import dispatch
 from effkernels.adapters.parts import Block, Gate, Network, Reader, Stage, is_global_average
 
 
-def draw_drop_connect(x, rate):
+def draw_drop_connect(x: torch.Tensor, rate: float) -> torch.Tensor:
     """efficientnet_pytorch's: floor(keep + uniform) / keep, the uniform in the compute dtype."""
     keep = 1 - rate
     uniform = torch.rand(x.shape[0], dtype=dispatch.compute_dtype(x), device=x.device)
     return (torch.floor(keep + uniform) / keep).float()
 
 
-def read_block(block, drop_connect_rate=None):
+def read_block(block: nn.Module, drop_connect_rate: float | None = None) -> Block | str:
     args, act = block._block_args, ("_swish", block._swish)
 
     def stage(conv, bn, act=act):
@@ -44,7 +45,7 @@ def read_block(block, drop_connect_rate=None):
     )
 
 
-def read_network(model):
+def read_network(model: nn.Module) -> Network | str:
     act, settings = ("_swish", model._swish), model._global_params
     if not settings.include_top or not is_global_average(model._avg_pooling):
         return "it has no classifier (include_top)"

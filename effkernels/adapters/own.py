@@ -1,9 +1,11 @@
 """The project's own family: efficientnet.MBConv, whose layers FusedMBConv reads itself, and its networks."""
 
+from torch import nn
+
 from effkernels.adapters.parts import Network, Reader, Stage
 
 
-def read_network(model):
+def read_network(model: nn.Module) -> Network:
     """efficientnet's, whose activation and padding are settings, and whose forward runs stem and head itself where
     ``fused`` is set.
     """

@@ -7,6 +7,7 @@ nothing that is changed later goes stale; or a string, the reason why kernels ca
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from effkernels import reference
@@ -36,7 +37,7 @@ class Gate(NamedTuple):
     gate: tuple[str, nn.Module] | None  # None: torch.sigmoid
 
 
-def draw_drop_path(x, rate):
+def draw_drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
     return reference.drop_path_scale(x.shape[0], rate, x.device)
 
 
@@ -82,7 +83,7 @@ class Reader(NamedTuple):
     names: str | None = None
 
 
-def squeeze_excite(name, module):
+def squeeze_excite(name: str, module: nn.Module) -> Gate | str | None:
     """``Gate`` of a library's squeeze-excite module, None for nn.Identity, else the reason as a string."""
     path = path_of(type(module))
     if is_identity(module):
@@ -98,7 +99,7 @@ def squeeze_excite(name, module):
     return Gate(*((f"{name}.{inner}", getattr(module, inner)) for inner in names))
 
 
-def with_drop_path(block, name, module):
+def with_drop_path(block: Block, name: str, module: nn.Module | None) -> Block | str:
     """The block with timm's DropPath or torchvision's StochasticDepth; the two draw alike."""
     if module is None or not block.residual or is_identity(module):
         return block
@@ -118,5 +119,5 @@ def with_drop_path(block, name, module):
     return block._replace(drop_rate=rate)
 
 
-def is_global_average(pool):
+def is_global_average(pool: nn.Module) -> bool:
     return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))

@@ -7,8 +7,11 @@ may change it.
 import functools
 from collections.abc import Callable
 
+from torch import nn
+
 from effkernels.adapters import lukemelas, own, timm, torchvision, transformers
 from effkernels.adapters.equivalents import path_of
+from effkernels.adapters.parts import Block, Network
 
 LIBRARIES = (own, timm, torchvision, lukemelas, transformers)
 BLOCKS = {path: reader for library in LIBRARIES for path, reader in library.BLOCKS.items()}
@@ -26,7 +29,7 @@ def known_block(cls: type) -> tuple[type, Callable | str | None] | None:
     return None
 
 
-def known_network(cls: type):
+def known_network(cls: type) -> tuple[Callable | None, str | None] | None:
     """(reader, None) or (None, why its forward is not fused) of a network's class; None for any other class."""
     for base in cls.__mro__:
         if (path := path_of(base)) in NETWORKS:
@@ -40,7 +43,7 @@ def known_network(cls: type):
     return None
 
 
-def read(reader: Callable, module, *args, **kwargs):
+def read(reader: Callable, module: nn.Module, *args, **kwargs) -> Block | Network | str:
     """What ``reader`` finds in a module, or, as a string, that somebody has taken out what it looks for."""
     try:
         return reader(module, *args, **kwargs)

@@ -7,14 +7,14 @@ from effkernels.adapters.equivalents import NORMS, path_of
 from effkernels.adapters.parts import DENSE, Block, Network, Reader, Stage, squeeze_excite, with_drop_path
 
 
-def block_stage(block, conv, bn, identities):
+def block_stage(block: nn.Module, conv: str, bn: str, identities: list[tuple[str, nn.Module]]) -> Stage:
     norm = getattr(block, bn)
     if path_of(type(norm)) in NORMS and norm.drop is not None:
         identities.append((f"{bn}.drop", norm.drop))
     return network_stage(block, conv, bn)
 
 
-def read_block(block):
+def read_block(block: nn.Module) -> Block | str:
     """InvertedResidual (conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3) and DepthwiseSeparableConv (conv_dw bn1 aa se
     conv_pw bn2).
     """
@@ -39,14 +39,14 @@ def read_block(block):
     )
 
 
-def network_stage(model, conv, bn):
+def network_stage(model: nn.Module, conv: str, bn: str) -> Stage:
     norm = getattr(model, bn)
     # torch's conversion to nn.SyncBatchNorm keeps BatchNormAct2d's activation as a child that nobody calls.
     acts = path_of(type(norm)) in NORMS and norm.act is not None
     return Stage((conv, getattr(model, conv)), (bn, norm), (f"{bn}.act", norm.act) if acts else None)
 
 
-def read_network(model):
+def read_network(model: nn.Module) -> Network | str:
     if model.grad_checkpointing:
         return "grad_checkpointing is on"
     stem, bypassed = network_stage(model, "conv_stem", "bn1"), [("conv_stem", model.conv_stem), ("bn1", model.bn1)]

@@ -16,14 +16,14 @@ from effkernels.adapters.parts import (
 )
 
 
-def leaves(name, module):
+def leaves(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, layer) of everything in nested Sequentials, in order."""
     if type(module).forward is not nn.Sequential.forward:
         return [(name, module)]
     return [leaf for inner, child in module.named_children() for leaf in leaves(f"{name}.{inner}", child)]
 
 
-def read_block(block):
+def read_block(block: nn.Module) -> Block | str:
     """A Sequential of [conv bn act] conv bn act [squeeze-excite] conv bn, nested or not: EfficientNet, MobileNetV2 and
     V3, MnasNet.
     """
@@ -65,7 +65,7 @@ def read_block(block):
     return with_drop_path(found, "stochastic_depth", getattr(block, "stochastic_depth", None))
 
 
-def sequential_stage(name, layers):
+def sequential_stage(name: str, layers: list[tuple[str, nn.Module]]) -> Stage | None:
     """Stage of convolution, BatchNorm and perhaps activation in a Sequential's (name, module) pairs; None for anything
     else.
     """
@@ -74,7 +74,7 @@ def sequential_stage(name, layers):
     return Stage(*((f"{name}.{inner}", layer) for inner, layer in layers))
 
 
-def read_network(model):
+def read_network(model: nn.Module) -> Network | str:
     """features: Conv2dNormActivation, blocks, Conv2dNormActivation; MnasNet's layers are one flat Sequential."""
     flat = hasattr(model, "layers")
     name = "layers" if flat else "features"

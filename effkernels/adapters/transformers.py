@@ -14,7 +14,7 @@ PARTS = {
 }
 
 
-def read_block(block):
+def read_block(block: nn.Module) -> Block | str:
     for owner, cls in PARTS.items():
         part = block._modules.get(owner)
         if part is not None and path_of(type(part)) != f"{_MODULE}.{cls}":
@@ -44,7 +44,7 @@ def read_block(block):
     )
 
 
-def read_stem(stem):
+def read_stem(stem: nn.Module) -> Network | str:
     """EfficientNetEmbeddings, a module of its own; the head's features are a result of the model, so they must be
     stored.
     """

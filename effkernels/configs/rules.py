@@ -116,7 +116,9 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
 
 
 @tuned
-def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> DepthwiseConfig:
+def depthwise_forward_config(
+    K: int, stride: int, N: int, OH: int, OW: int, C: int, dtype: torch.dtype, device: torch.device
+) -> DepthwiseConfig:
     """Products take a quarter to a half of the instructions, but many registers: k = 3 with stride 2, and k above 5,
     spill or gain nothing. Few images: fewer rows a program, until the device is full.
 
@@ -164,7 +166,9 @@ def depthwise_forward_config(K, stride, N, OH, OW, C, dtype, device) -> Depthwis
 
 
 @tuned
-def depthwise_backward_config(K, stride, N, rows, cols, C, dtype, device) -> DepthwiseConfig:
+def depthwise_backward_config(
+    K: int, stride: int, N: int, rows: int, cols: int, C: int, dtype: torch.dtype, device: torch.device
+) -> DepthwiseConfig:
     """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the
     halo.
 
@@ -375,7 +379,17 @@ def _plain_rows_config(K, N, pool, dtype) -> PointwiseForwardConfig:
 
 
 @tuned
-def pointwise_forward_config(K, N, rows, image_rows, dtype, prologue, gated, pool, copied) -> PointwiseForwardConfig:
+def pointwise_forward_config(
+    K: int,
+    N: int,
+    rows: int,
+    image_rows: int,
+    dtype: torch.dtype,
+    prologue: bool,
+    gated: bool,
+    pool: bool,
+    copied: bool,
+) -> PointwiseForwardConfig:
     narrow, transforms = dtype.itemsize == 2, prologue or gated
     if copied:
         BLOCK_N = _even_slice(N, 128)
@@ -461,14 +475,14 @@ def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
 
 
 @tuned
-def project_dy_config(O, dtype) -> RowsConfig:
+def project_dy_config(O: int, dtype: torch.dtype) -> RowsConfig:
     """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread of each operand in flight."""
     block = _channel_block(O, 128)
     return RowsConfig(BLOCK_ROWS=4096 // block, BLOCK_C=block)
 
 
 @tuned
-def project_both_config(E, O, rows, dtype) -> ProjectBackwardConfig:
+def project_both_config(E: int, O: int, rows: int, dtype: torch.dtype) -> ProjectBackwardConfig:
     """One warp: 4 channels a lane, 32 values of dq and up to as many of dw a thread; 246 to 255 registers. With 32
     columns of dw, 2 channels a lane leave room for half as many programs again (predicted for O = 24, E = 144: 242 us
     for 289).
@@ -524,7 +538,7 @@ class ExpandBackwardConfig:
         return splits, min(tiles, max(1, int(share * splits))) if with_gram else 0
 
 
-def expand_backward_form(E, I, dtype, device) -> str:
+def expand_backward_form(E: int, I: int, dtype: torch.dtype, device: torch.device) -> str:
     """The form "pass", "split" or "library" (kernels/expand_backward.py says what they are), by predicted time.
 
     bf16 on an H200, 200704 rows: I = 40, E = 240 takes 35 us in one pass, 65 in two. I = 48, E = 288 spills in one; so
@@ -554,7 +568,7 @@ def _reads_shared_memory(device: torch.device) -> bool:
 
 
 @tuned
-def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+def expand_pass_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
     """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a
     tile is only 32 high, so that two programs of three stages fit the shared memory, and the 120 registers of D^T the
     255.
@@ -569,7 +583,7 @@ def expand_pass_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 
 @tuned
-def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+def expand_data_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
     """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42
     us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes. More than 128 inputs:
     one program that holds all up to 256, so that dz is loaded once.
@@ -589,7 +603,7 @@ def expand_data_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 
 @tuned
-def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
+def expand_weight_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
     """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on
     sm_80).
     """
@@ -598,7 +612,7 @@ def expand_weight_config(E, I, rows, dtype) -> ExpandBackwardConfig:
 
 
 @tuned
-def expand_matrix_config(E, I, dtype) -> ExpandBackwardConfig:
+def expand_matrix_config(E: int, I: int, dtype: torch.dtype) -> ExpandBackwardConfig:
     """Blocks of 32 x 32 of G: many programs, whose loop over E is short."""
     return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=_power_of_two(I, 16, 32), BLOCK_K=64 if dtype.itemsize == 2 else 32)
 
@@ -627,7 +641,7 @@ class StemConfig:
 
 
 @tuned
-def stem_forward_config(K, S, rows, dtype) -> StemConfig:
+def stem_forward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
     """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in
     fp32, whose products run without tensor cores): with 64 of either ptxas spilled."""
     narrow = dtype.itemsize == 2
@@ -641,7 +655,7 @@ def stem_forward_config(K, S, rows, dtype) -> StemConfig:
 
 
 @tuned
-def stem_backward_config(K, S, rows, dtype) -> StemConfig:
+def stem_backward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
     """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels:
     left alone, ptxas stopped at 168 and spilled 8 bytes of GELU."""
     BLOCK_N = _power_of_two(S, 16, 64)
@@ -683,7 +697,9 @@ class ExpandDepthwiseConfig:
 
 
 @tuned
-def expand_depthwise_config(K, stride, N, I, E, OH, OW, dtype, device) -> ExpandDepthwiseConfig:
+def expand_depthwise_config(
+    K: int, stride: int, N: int, I: int, E: int, OH: int, OW: int, dtype: torch.dtype, device: torch.device
+) -> ExpandDepthwiseConfig:
     """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of
     weights at k = 3. Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32,
     more than 32 inputs.

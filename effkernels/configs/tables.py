@@ -16,6 +16,7 @@ import functools
 import inspect
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ _disabled = False
 _stand_in: Gpu | None = None
 
 
-def key_of(names, values) -> str:
+def key_of(names: Iterable[str], values: Iterable) -> str:
     """The bucket of a rule's arguments, e.g. "K=3 stride=1 C=128 dtype=bfloat16": integers above 16 rounded up to a
     power of two."""
     parts = []
@@ -138,7 +139,7 @@ def _fallen_back(config, fields: dict):
     return dataclasses.replace(config, **{name: value for name, value in fields.items() if hasattr(config, name)})
 
 
-def tuned(rule):
+def tuned(rule: Callable) -> Callable:
     """A rule ``<family>_config(...)`` of configs/rules.py whose result a row of its family and bucket overrides."""
     family = rule.__name__.removesuffix("_config")
     signature = inspect.signature(rule)
@@ -183,7 +184,7 @@ def _forget_decisions() -> None:
 
 
 @contextlib.contextmanager
-def override(family: str, **fields):
+def override(family: str, **fields: int | bool | None) -> Iterator[None]:
     """Within: the rule of ``family`` returns its configuration with these fields, whatever the arguments; tables do not
     count."""
     _overrides[family] = fields
@@ -194,7 +195,7 @@ def override(family: str, **fields):
 
 
 @contextlib.contextmanager
-def watch():
+def watch() -> Iterator[list[tuple[str, str, object]]]:
     """Within: (family, key, configuration) of every rule asked is in the list this yields; tables do not count."""
     seen: list = []
     _watchers.append(seen)
@@ -205,7 +206,7 @@ def watch():
 
 
 @contextlib.contextmanager
-def falling_back(fields: dict):
+def falling_back(fields: dict) -> Iterator[list[tuple[str, str, object]]]:
     """Within: every rule returns its configuration with ``fields``, as far as it has them. What it was asked, as
     ``watch`` lists it, is remembered at the end, unless by an error."""
     global _fallback
@@ -226,7 +227,7 @@ def overridden() -> bool:
 
 
 @contextlib.contextmanager
-def rules_only():
+def rules_only() -> Iterator[None]:
     """Within: no table counts, as on the CPU."""
     global _disabled
     before, _disabled = _disabled, True
@@ -242,7 +243,7 @@ def stand_in() -> Gpu:
 
 
 @contextlib.contextmanager
-def meta_is(gpu: Gpu):
+def meta_is(gpu: Gpu) -> Iterator[None]:
     """Within: tensors of the ``meta`` device get the configurations that this GPU's would, from its table too."""
     global _stand_in
     before, _stand_in = _stand_in, gpu

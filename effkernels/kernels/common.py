@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 import triton
@@ -37,7 +38,7 @@ SIZES = (
 ).split()
 
 
-def sized_jit(fn):
+def sized_jit(fn: Callable) -> triton.JITFunction:
     """Compile a kernel by ``triton.jit``, and never again for another size."""
     parameters = inspect.signature(fn).parameters.values()
     named = [p.name for p in parameters if p.name in SIZES and p.annotation is not tl.constexpr]
@@ -65,7 +66,7 @@ def _does_not_compile(error: Exception) -> bool:
     )
 
 
-def launcher(fn):
+def launcher(fn: Callable) -> Callable:
     """Wrap a function that asks the rules of configs/rules.py for a configuration and starts one kernel with it.
 
     Where the configuration does not compile, or needs more than the GPU has, the next of ``tables.FALLBACKS`` is tried,

@@ -64,7 +64,7 @@ from effkernels.kernels.common import (
     product,
     sized_jit,
 )
-from effkernels.kernels.norm import load_rstd, load_vector
+from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector
 
 
 @triton.jit
@@ -387,7 +387,15 @@ def pieces(channels: int, most: int, least: int) -> tuple[tuple[int, ...], tuple
 
 
 @launcher
-def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
+def right_operand(
+    weight: torch.Tensor,
+    norm: BatchNorm,
+    terms: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    E_rows: int,
+    I_rows: int,
+    identity: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(matrix [E_rows (+ I_rows with terms) (+ I_rows with ``identity``), I] in weight's dtype, c fp32 [I] or None)."""
     E, I = weight.shape
     cfg = expand_matrix_config(E, I, weight.dtype)
@@ -421,7 +429,14 @@ def right_operand(weight, norm, terms, *, E_rows, I_rows, identity=False):
 
 
 @launcher
-def both_gradients(dz, x, dout, matrix, c, out_dtype):
+def both_gradients(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    dout: torch.Tensor | None,
+    matrix: torch.Tensor,
+    c: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dx, D, gram or None) in one pass."""
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
@@ -462,7 +477,15 @@ def both_gradients(dz, x, dout, matrix, c, out_dtype):
 
 
 @launcher
-def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
+def data_gradient(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    dout: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm: BatchNorm,
+    terms: tuple[torch.Tensor, torch.Tensor] | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     """dx; dout is of dz's dtype, or None."""
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
@@ -497,7 +520,7 @@ def data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
 
 
 @launcher
-def weight_gradient(dz, x, with_gram):
+def weight_gradient(dz: torch.Tensor, x: torch.Tensor, with_gram: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(D, gram or None)."""
     E, I = dz.shape[-1], x.shape[-1]
     rows = dz.numel() // E
@@ -557,7 +580,18 @@ def library_weight_gradient(dz, x, with_gram):
     return partials, grams
 
 
-def expand_backward(dz, x, weight, *, norm1, terms1, residual=None, need_dx=True, need_dw=True, out_dtype=None):
+def expand_backward(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm1: BatchNorm,
+    terms1: tuple[torch.Tensor, torch.Tensor] | None,
+    residual: torch.Tensor | None = None,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Data and weight gradient of the expand convolution, without its output.
 
     Args:

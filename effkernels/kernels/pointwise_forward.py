@@ -516,22 +516,22 @@ def column_blocks(columns: int, one: bool) -> tuple[int, ...]:
 
 
 def pointwise_forward(
-    x,
-    weight,
+    x: torch.Tensor,
+    weight: torch.Tensor,
     *,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     prologue: BatchNorm | None = None,
-    act1="identity",
-    gates=None,
+    act1: str = "identity",
+    gates: torch.Tensor | None = None,
     statistics: BatchStatistics | None = None,
-    partial_statistics=False,
-    counters=None,
+    partial_statistics: bool = False,
+    counters: torch.Tensor | None = None,
     epilogue: BatchNorm | None = None,
-    act2="identity",
-    residual=None,
-    pool=False,
-    out_dtype=None,
-):
+    act2: str = "identity",
+    residual: torch.Tensor | None = None,
+    pool: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """y = a w^T for x [N, H, W, K]; see the module docstring.
 
     Args:

@@ -55,7 +55,7 @@ from effkernels.kernels.common import (
     product,
     sized_jit,
 )
-from effkernels.kernels.norm import load_rstd, load_vector
+from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector
 
 
 @sized_jit
@@ -299,7 +299,16 @@ def halved(act: str, fast: bool) -> bool:
 
 
 @launcher
-def project_dy(dout, y3, norm3, terms3, *, branch_draws=None, keep=-1.0, dtype):
+def project_dy(
+    dout: torch.Tensor,
+    y3: torch.Tensor,
+    norm3: BatchNorm,
+    terms3: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    branch_draws: torch.Tensor | None = None,
+    keep: float = -1.0,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """dy [N, h, w, O] in ``dtype``: the gradient of BatchNorm 3's input."""
     N, H, W, O = dout.shape
     cfg = project_dy_config(O, dtype)
@@ -327,7 +336,17 @@ def project_dy(dout, y3, norm3, terms3, *, branch_draws=None, keep=-1.0, dtype):
 
 
 @launcher
-def project_both(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
+def project_both(
+    dy: torch.Tensor,
+    y2: torch.Tensor,
+    weight: torch.Tensor,
+    norm2: BatchNorm,
+    *,
+    act: str,
+    gates: torch.Tensor | None,
+    need_dq: bool,
+    need_dw: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """(dq or None, sums, partials or None) of ``project_backward`` in one launch, from dy [N, h, w, O]."""
     N, H, W, E = y2.shape
     O, rows = dy.shape[-1], H * W
@@ -371,22 +390,22 @@ def project_both(dy, y2, weight, norm2, *, act, gates, need_dq, need_dw):
 
 
 def project_backward(
-    dout,
-    y3,
-    y2,
-    weight,
+    dout: torch.Tensor,
+    y3: torch.Tensor,
+    y2: torch.Tensor,
+    weight: torch.Tensor | None,
     *,
-    norm3,
-    terms3,
-    norm2,
-    act,
-    gates=None,
-    branch_draws=None,
-    keep=-1.0,
-    need_data=True,
-    need_dq=True,
-    need_dw=True,
-):
+    norm3: BatchNorm,
+    terms3: tuple[torch.Tensor, torch.Tensor] | None,
+    norm2: BatchNorm,
+    act: str,
+    gates: torch.Tensor | None = None,
+    branch_draws: torch.Tensor | None = None,
+    keep: float = -1.0,
+    need_data: bool = True,
+    need_dq: bool = True,
+    need_dw: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Data and weight gradient of the project convolution, and the sums of BatchNorm 2's and the gate's gradients.
 
     Args:

@@ -55,7 +55,7 @@ def weight_copies_kernel(weights, copies, sizes, FORMS: tl.constexpr, BLOCK: tl.
             )
 
 
-def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
+def weight_copies(wanted: list[tuple[torch.Tensor, str]], dtype: torch.dtype) -> list[torch.Tensor]:
     """Copies in ``dtype`` of live weights, in one launch.
 
     wanted: a list of (weight [O, K, 1, 1] or [O, K], form), as many as there are, those of a block or of a whole
@@ -80,7 +80,9 @@ def weight_copies(wanted, dtype: torch.dtype) -> list[torch.Tensor]:
     return results
 
 
-def forward_weights(wanted, dtype: torch.dtype) -> list[torch.Tensor | None]:
+def forward_weights(
+    wanted: list[tuple[torch.Tensor | None, int, bool]], dtype: torch.dtype
+) -> list[torch.Tensor | None]:
     """What ``pointwise_forward`` is to be given of each (weight or None, rows of its product, whether it transforms x
     on load): a copy, made in one launch for all of them, where that makes it faster, else the live weight.
     """

@@ -30,8 +30,8 @@ class FusedDepthwiseConvBNAct(nn.Module):
         padding: str = "symmetric",
         bn_eps: float = 1e-3,
         bn_momentum: float | None = 0.01,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
@@ -82,5 +82,5 @@ class FusedDepthwiseConvBNAct(nn.Module):
             x, self.conv.weight, BatchNormParams.of(self.bn), stride=self.stride, padding=self.padding, act=self.act
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"act={self.act}, padding={self.padding}"

@@ -35,8 +35,8 @@ class MBConvBase(nn.Module):
         drop_path: float = 0.0,
         memory: str = "keep",
         dilation: int = 1,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_memory(memory)
@@ -137,7 +137,7 @@ class MBConvBase(nn.Module):
     def project_norm(self) -> nn.Module:
         return self.bn3 if self.expands else self.bn2
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = ("expand_ratio", "se_ratio", "act", "padding", "drop_path")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
@@ -216,7 +216,7 @@ class FusedMBConv(MBConvBase):
 
     def fused(
         self, x: torch.Tensor, draws: torch.Tensor | None = None, *, stem: tuple | None = None, stem_stride: int = 0
-    ):
+    ) -> torch.Tensor:
         """``forward`` on the kernels, unchecked. stem: (weight, BatchNormParams) of the 3x3 convolution before a block
         that does not expand, to run with it as one; then x are its images.
         """

@@ -20,7 +20,16 @@ class SqueezeExcite(nn.Module):
     Shapes: [N, channels, H, W] in and out; both convolutions are 1x1 with bias.
     """
 
-    def __init__(self, channels, reduced_channels, act="silu", gate="sigmoid", *, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int,
+        reduced_channels: int,
+        act: str = "silu",
+        gate: str = "sigmoid",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         for name, value in (("channels", channels), ("reduced_channels", reduced_channels)):
             if not isinstance(value, int) or value < 1:
@@ -42,7 +51,7 @@ class SqueezeExcite(nn.Module):
         pooled = x.mean((2, 3), keepdim=True)
         return x * GATES[self.gate](self.conv_expand(activate(self.conv_reduce(pooled), self.act)))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"act={self.act}, gate={self.gate}"
 
 

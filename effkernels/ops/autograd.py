@@ -16,7 +16,7 @@ import contextlib
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ def _results(function: Callable) -> type | None:
 
 
 @contextlib.contextmanager
-def on_the_device_of(x: Tensor):
+def on_the_device_of(x: Tensor) -> Iterator[None]:
     """Kernels start on the current GPU: make that the tensor's own."""
     if not x.is_cuda:
         yield
@@ -152,7 +152,7 @@ class Operator:
         if backward is not None:
             LIB.impl(name, lambda *flat: self.node.apply(True, *flat), "Autograd")
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs) -> Tensor:
         """The forward's result: recorded by torch.compile, straight to the implementation in eager mode."""
         flat = self.flatten(*args, **kwargs)
         if torch.compiler.is_compiling():
@@ -175,7 +175,7 @@ class Operator:
             flat.append(value)
         return flat
 
-    def structured(self, flat, leaves=None) -> dict:
+    def structured(self, flat: Iterable, leaves: list[Leaf] | None = None) -> dict:
         """The forward's arguments by name from the schema's; fields that are not among ``leaves`` are None."""
         values = {parameter: None if cls is None else {} for parameter, cls in self.structures.items()}
         for leaf, value in zip(self.leaves if leaves is None else leaves, flat, strict=True):

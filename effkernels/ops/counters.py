@@ -9,6 +9,7 @@ memory that outlives the call.
 
 import functools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def zeroed_counters(x: torch.Tensor, needed: int) -> torch.Tensor:
     return buffer
 
 
-def own_counters(implementation):
+def own_counters(implementation: Callable) -> Callable:
     """``implementation`` with counters of its own in every call."""
 
     @functools.wraps(implementation)

@@ -59,7 +59,16 @@ def _fake(x, conv_weight, norm, settings) -> HeadResults:
     return HeadResults(out, y, fp32(x, O), fp32(x, O), fp32(x, N, O), fp32(x, N, O))
 
 
-def _backward(dout, *, x, conv_weight, norm, settings, saved: HeadResults, needs) -> dict:
+def _backward(
+    dout: Tensor,
+    *,
+    x: Tensor,
+    conv_weight: Tensor,
+    norm: BatchNormParams,
+    settings: HeadSettings,
+    saved: HeadResults,
+    needs: frozenset[str],
+) -> dict:
     from effkernels.kernels.pooled_norm import pooled_norm_backward, pooled_norm_gradients
 
     N, H, W, O = saved.y.shape

@@ -141,7 +141,18 @@ def _depthwise_fake(x, weight, norm1, norm2, se, settings) -> DepthwiseResults:
     )
 
 
-def _depthwise_backward(dout, *, x, weight, norm1, norm2, se, settings, saved: DepthwiseResults, needs) -> dict:
+def _depthwise_backward(
+    dout: Tensor,
+    *,
+    x: Tensor,
+    weight: Tensor,
+    norm1: BatchNormParams | None,
+    norm2: BatchNormParams,
+    se: SqueezeExciteParams | None,
+    settings: DepthwiseSettings,
+    saved: DepthwiseResults,
+    needs: frozenset[str],
+) -> dict:
     from effkernels.kernels import batchnorm, depthwise, squeeze_excite
 
     need_dx = bool(needs & {"x", "norm1_weight", "norm1_bias"})  # the gradients of the first BatchNorm come with dx
@@ -265,7 +276,17 @@ def _norm_fake(x, norm, branch_scale, residual, settings) -> NormResults:
     return NormResults(torch.empty_like(x, dtype=_sum_dtype(x, residual)), fp32(x, C), fp32(x, C))
 
 
-def _norm_backward(dout, *, x, norm, branch_scale, residual, settings, saved: NormResults, needs) -> dict:
+def _norm_backward(
+    dout: Tensor,
+    *,
+    x: Tensor,
+    norm: BatchNormParams,
+    branch_scale: Tensor | None,
+    residual: None,
+    settings: ActivationSettings,
+    saved: NormResults,
+    needs: frozenset[str],
+) -> dict:
     from effkernels.kernels import batchnorm
 
     C = x.shape[-1]
@@ -321,7 +342,9 @@ def _gate_fake(x, se) -> GateResults:
     return GateResults(torch.empty_like(x), fp32(x, N, C), fp32(x, N, C), fp32(x, N, se.reduce_weight.shape[0]))
 
 
-def _gate_backward(dout, *, x, se, saved: GateResults, needs) -> dict:
+def _gate_backward(
+    dout: Tensor, *, x: Tensor, se: SqueezeExciteParams, saved: GateResults, needs: frozenset[str]
+) -> dict:
     from effkernels.kernels import batchnorm, squeeze_excite
 
     sums, _ = batchnorm.gradient_sums(dout, x, None, for_gate=True)

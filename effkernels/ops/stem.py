@@ -6,7 +6,7 @@ block does not expand has it as that block's first convolution in training (``mb
 the passes of its BatchNorm.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from effkernels.ops.autograd import Operator, fp32
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.normalise import backward_norm, batch_statistics, batch_terms, frozen_normalisation, normalisation
 from effkernels.parameters import BatchNormParams
+
+if TYPE_CHECKING:
+    from effkernels.kernels.norm import BatchNorm
 
 
 class StemSettings(NamedTuple):
@@ -38,7 +41,9 @@ class StemResults(NamedTuple):
     rstd: Tensor
 
 
-def stem_convolution(x: Tensor, weight: Tensor, stride: int, padding: str, dtype: torch.dtype, **how):
+def stem_convolution(
+    x: Tensor, weight: Tensor, stride: int, padding: str, dtype: torch.dtype, **how
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """(y [N, H', W', S], (mean, rstd) or None) of a 3x3 convolution; ``how`` as
     ``effkernels.kernels.stem.stem_forward`` takes it.
     """
@@ -47,7 +52,20 @@ def stem_convolution(x: Tensor, weight: Tensor, stride: int, padding: str, dtype
     return stem_forward(x, weight, stride, conv_pads(*x.shape[2:], 3, stride, padding), dtype=dtype, **how)
 
 
-def stem_gradients(dz, y, x, weight, stride, padding, bn, terms, *, act="identity", need_dx: bool, need_dw: bool):
+def stem_gradients(
+    dz: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: str,
+    bn: "BatchNorm",
+    terms: tuple[Tensor, Tensor] | None,
+    *,
+    act: str = "identity",
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """(dx or None, partial sums of dw or None) of a 3x3 convolution, from the gradient dz of what follows its BatchNorm
     ``bn``.
 
@@ -108,7 +126,16 @@ def _output(x, weight, settings):
     return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=settings.dtype)
 
 
-def _backward(dout, *, x, weight, norm, settings, saved: StemResults, needs) -> dict:
+def _backward(
+    dout: Tensor,
+    *,
+    x: Tensor,
+    weight: Tensor,
+    norm: BatchNormParams,
+    settings: StemSettings,
+    saved: StemResults,
+    needs: frozenset[str],
+) -> dict:
     from effkernels.kernels import batchnorm
     from effkernels.kernels.weight_gradients import LayerPartials, reduce_weight_gradients
 

@@ -9,14 +9,21 @@ Two small collectives a BatchNorm and step, as in PyTorch. Processes may have di
 the name of a process group, which an operator can take.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from effkernels.parameters import BatchNormParams
+
+if TYPE_CHECKING:
+    from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 
 def _group(name: str):
     return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
-def own_statistics(norm, channels: int, device: torch.device):
+def own_statistics(norm: BatchNormParams, channels: int, device: torch.device) -> "BatchStatistics":
     """``BatchStatistics`` that put this process's mean and unbiased variance into vectors of their own, as running ones
     of momentum 1.
     """
@@ -26,7 +33,7 @@ def own_statistics(norm, channels: int, device: torch.device):
     return BatchStatistics(norm.eps, mean, variance, momentum=1.0)
 
 
-def merge_processes(norm, own, rows: int):
+def merge_processes(norm: BatchNormParams, own: "BatchStatistics", rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, rstd) fp32 [C] over all processes of ``norm.group``, and the running statistics of ``norm`` updated with
     them.
 
@@ -48,7 +55,7 @@ def merge_processes(norm, own, rows: int):
 
 
 def batch_terms(
-    dgamma: torch.Tensor, dbeta: torch.Tensor, bn, rows: int, group: str
+    dgamma: torch.Tensor, dbeta: torch.Tensor, bn: "BatchNorm", rows: int, group: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(k0, k1) fp32 [C] over all processes, from this process's gradients of a ``BatchNorm`` over ``rows`` values a
     channel.

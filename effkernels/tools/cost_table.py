@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import triton
@@ -131,7 +132,7 @@ def _job(index_arch) -> dict:
     return row_of(_JOBS[index], arch)
 
 
-def compiled_rows(launches, arch: int = 90, processes: int | None = None):
+def compiled_rows(launches: list[Launch], arch: int = 90, processes: int | None = None) -> Iterator[dict]:
     """``row_of`` every launch as they become ready, from ``processes`` worker processes (default: one per core)."""
     import multiprocessing
 
@@ -147,7 +148,7 @@ def compiled_rows(launches, arch: int = 90, processes: int | None = None):
             raise
 
 
-def costs(launches, arch: int = 90, processes: int | None = None) -> list[dict]:
+def costs(launches: list[Launch], arch: int = 90, processes: int | None = None) -> list[dict]:
     """``row_of`` every launch, in order."""
     by_digest = {row["digest"]: row for row in compiled_rows(launches, arch, processes)}
     return [by_digest[launch.digest(arch)] for launch in launches]
@@ -180,7 +181,7 @@ def read_table(path: Path) -> dict:
     return table
 
 
-def write_table(path: Path, arch: int, rows) -> None:
+def write_table(path: Path, arch: int, rows: Iterable[dict]) -> None:
     """One row a line, in an order that changes little when rows do."""
     lines = sorted((described(row), row["digest"], json.dumps(row, separators=(",", ":"))) for row in rows)
     head = json.dumps({"triton": triton.__version__, "arch": arch})
@@ -192,7 +193,7 @@ def write_table(path: Path, arch: int, rows) -> None:
     temporary.replace(path)
 
 
-def update(path: Path, launches, arch: int, processes: int | None = None) -> tuple[int, int]:
+def update(path: Path, launches: list[Launch], arch: int, processes: int | None = None) -> tuple[int, int]:
     """Bring the table up to date: (rows compiled, rows dropped). Saved as it goes, so that it can be interrupted."""
     wanted = {launch.digest(arch): launch for launch in launches}
     old = read_table(path)["rows"]
@@ -209,7 +210,7 @@ def update(path: Path, launches, arch: int, processes: int | None = None) -> tup
     return len(todo), dropped
 
 
-def sample(rows, one_in: int = 60) -> list[dict]:
+def sample(rows: list[dict], one_in: int = 60) -> list[dict]:
     """The rows to check by compiling: the shortest of each kernel, and one in ``one_in``, others whenever a kernel
     changes."""
     shortest = {}
@@ -219,7 +220,9 @@ def sample(rows, one_in: int = 60) -> list[dict]:
     return list({row["digest"]: row for row in (*shortest.values(), *drawn)}.values())
 
 
-def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[str]:
+def table_lines(
+    launches: list[Launch], rows: list[dict], gpu: Gpu, arch: int, predictions: list | None = None
+) -> list[str]:
     """The table for people: machine code, then each resource's floor in picoseconds an element and the one that binds.
 
     With ``predictions``, one for each launch, also the microseconds that the launch is predicted to take.
@@ -257,7 +260,7 @@ def table_lines(launches, rows, gpu: Gpu, arch: int, predictions=None) -> list[s
     return lines
 
 
-def main(argv=None, predict=None):
+def main(argv: list[str] | None = None, predict: Callable | None = None) -> None:
     """predict(launches, gpu) gives a prediction for each launch; None: ``--predict`` is not offered."""
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.inspect", description="Static cost of every shipped configuration."

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import tokenize
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ POINTER_TYPES = {
 }
 
 
-def members(name: str, value) -> dict:
+def members(name: str, value: object) -> dict:
     """{path: value} of a kernel argument: itself under its name, or what a tuple holds, as "norm.weight" or
     "terms.0"."""
     if not isinstance(value, tuple):
@@ -154,7 +155,7 @@ def _names(code) -> set[str]:
 
 
 @functools.cache
-def source_digest(fn) -> str:
+def source_digest(fn: triton.JITFunction) -> str:
     """Of a jitted function's source, comments and place in the file aside, with the jitted functions and constants it
     reaches.
 
@@ -195,7 +196,7 @@ def _hint(value) -> bool:
 
 
 @contextlib.contextmanager
-def record_launches(gpu: Gpu | None = None):
+def record_launches(gpu: Gpu | None = None) -> Iterator[list[Launch]]:
     """Within: kernels are recorded in the list this yields instead of started, so launchers run on ``meta`` tensors.
 
     Configurations are those of ``gpu``, from its table too; without one the rules', whatever tables there are.
@@ -217,7 +218,7 @@ def record_launches(gpu: Gpu | None = None):
         cls.run = original
 
 
-def call_launches(call, x, backward: bool) -> list[Launch]:
+def call_launches(call: Callable, x: torch.Tensor, backward: bool) -> list[Launch]:
     """Launches of ``call(x)`` on x [N, C, H, W] of the ``meta`` device, and of its backward."""
     with record_launches() as launches, torch.set_grad_enabled(backward):
         out = call(x.to(memory_format=torch.channels_last).requires_grad_(backward))

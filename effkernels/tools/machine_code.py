@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import triton
@@ -40,7 +41,7 @@ class Cost:
     def loop_instructions(self) -> int:
         return sum(self.loop.values())
 
-    def widths(self, op: str, opcodes=None) -> set[int]:
+    def widths(self, op: str, opcodes: Iterable[str] | None = None) -> set[int]:
         """Bytes per thread of the global loads (``LDG``, and ``LDGSTS`` into shared memory) or stores (``STG``), e.g.
         {16}."""
         found = set()
@@ -60,7 +61,7 @@ class Cost:
         return sum(n for code, n in (self.loop or self.opcodes).items() if code.startswith(prefixes or ""))
 
 
-def compile_launch(launch: Launch, arch: int = 90):
+def compile_launch(launch: Launch, arch: int = 90) -> triton.compiler.CompiledKernel:
     """Triton's compiled kernel of ``launch`` for CUDA compute capability ``arch`` (90 = sm_90)."""
     signature, constants, attributes = launch.specialization()
     source = ASTSource(launch.fn, signature, constants, attributes)

@@ -3,7 +3,10 @@
 The rest of the tools takes any module of fused blocks; this file alone knows that package.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from efficientnet import create_model
 from effkernels.configs.gpus import GPUS
@@ -13,7 +16,7 @@ MODELS = tuple(f"b{i}" for i in range(8))
 MODES = ("train", "infer")
 
 
-def network(name: str, training: bool, images: int, device: str = "meta"):
+def network(name: str, training: bool, images: int, device: str = "meta") -> tuple[nn.Module, torch.Tensor]:
     """(model, images) of a network on ``device``, bf16. In training its blocks keep fp32 weights, as under
     autocast; those of the head and classifier are bf16, as autocast hands them over."""
     bf16 = torch.bfloat16
@@ -26,7 +29,12 @@ def network(name: str, training: bool, images: int, device: str = "meta"):
 
 
 def predict_step(
-    model: str, mode: str, batch: int, gpu: str, processes: int | None = None, report=lambda done, total: None
+    model: str,
+    mode: str,
+    batch: int,
+    gpu: str,
+    processes: int | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Step:
     """Predict a step of B0 to B7 ("b0"), "train" or "infer", of ``batch`` images in bf16. ValueError for a name that is
     not known."""

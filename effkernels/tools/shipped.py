@@ -36,18 +36,18 @@ def _squeeze_excite(channels, reduced, act="silu"):
 
 
 def block_launches(
-    dtype,
-    kernel_size,
-    stride,
+    dtype: torch.dtype,
+    kernel_size: int,
+    stride: int,
     *,
-    channels=96,
-    size=56,
-    images=64,
-    reduced=8,
-    expands=True,
-    squeeze=True,
-    training=True,
-    act="silu",
+    channels: int = 96,
+    size: int = 56,
+    images: int = 64,
+    reduced: int = 8,
+    expands: bool = True,
+    squeeze: bool = True,
+    training: bool = True,
+    act: str = "silu",
 ) -> list[Launch]:
     """Launches of one depthwise block (forward and backward, or inference) at a shape of an MBConv network."""
     from effkernels import functional
@@ -69,7 +69,9 @@ def block_launches(
     return call_launches(block, _meta(images, channels, size, size, dtype=dtype), training)
 
 
-def norm_launches(dtype, *, channels=40, size=28, images=64, training=True) -> list[Launch]:
+def norm_launches(
+    dtype: torch.dtype, *, channels: int = 40, size: int = 28, images: int = 64, training: bool = True
+) -> list[Launch]:
     """Launches of BN + drop-path + residual, the end of a block, and of squeeze-excite alone."""
     from effkernels import functional
 
@@ -111,7 +113,18 @@ def family_blocks(width: float) -> list[tuple]:
 
 
 def mbconv_launches(
-    dtype, inputs, outputs, k, stride, ratio, size, *, training, frozen=False, images=64, **how
+    dtype: torch.dtype,
+    inputs: int,
+    outputs: int,
+    k: int,
+    stride: int,
+    ratio: float,
+    size: int,
+    *,
+    training: bool,
+    frozen: bool = False,
+    images: int = 64,
+    **how,
 ) -> list[Launch]:
     """Launches of one whole MBConv block; frozen: training with running statistics."""
     from effkernels import FusedMBConv
@@ -121,7 +134,9 @@ def mbconv_launches(
     return call_launches(block, _meta(images, inputs, size, size, dtype=dtype), training)
 
 
-def stem_and_head_launches(dtype, channels, inputs, features, *, training, images=64) -> list[Launch]:
+def stem_and_head_launches(
+    dtype: torch.dtype, channels: int, inputs: int, features: int, *, training: bool, images: int = 64
+) -> list[Launch]:
     """Launches of a network's first convolution, on normalised images of the compute dtype, in training also as its
     first block's, and of its last."""
     from effkernels import FusedMBConv, functional

@@ -111,7 +111,7 @@ def summary(step: Step, baseline: float) -> str:
     )
 
 
-def draw(path: Path, kernel: str, args) -> None:
+def draw(path: Path, kernel: str, args: argparse.Namespace) -> None:
     """The timeline of the longest launch of ``kernel``."""
     from effkernels.tools.simulator import timeline
 
@@ -130,7 +130,7 @@ def draw(path: Path, kernel: str, args) -> None:
     )
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.tools.simulate", description="Kernel times, predicted without a GPU."
     )

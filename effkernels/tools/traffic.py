@@ -15,11 +15,13 @@ IndexError. PyTorch's own operators in between are recorded too, as "aten::name"
 import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -193,7 +195,7 @@ def _width(pointers) -> int:
 
 
 @contextlib.contextmanager
-def count_traffic():
+def count_traffic() -> Iterator[list[LaunchTraffic]]:
     """Within: every launch and every PyTorch operator is recorded, in order, in the list of ``LaunchTraffic`` this
     yields.
 
@@ -263,7 +265,7 @@ def count_traffic():
             setattr(owner, name, original)
 
 
-def count_steps(module, x) -> dict[str, list[LaunchTraffic]]:
+def count_steps(module: nn.Module, x: torch.Tensor) -> dict[str, list[LaunchTraffic]]:
     """The launches of a training step's "forward" and "backward" and of the "inference" of a module on x, which
     requires a gradient."""
     with count_traffic() as forward:
@@ -276,7 +278,7 @@ def count_steps(module, x) -> dict[str, list[LaunchTraffic]]:
     return {"forward": forward, "backward": backward, "inference": inference}
 
 
-def passes(launches, e1_bytes: int, e2_bytes: int) -> tuple[float, float]:
+def passes(launches: list[LaunchTraffic], e1_bytes: int, e2_bytes: int) -> tuple[float, float]:
     """How often ``launches`` pass over the expanded tensors before and after the depthwise: reads and writes, a whole
     tensor is 1.
 
@@ -290,7 +292,7 @@ def passes(launches, e1_bytes: int, e2_bytes: int) -> tuple[float, float]:
     return moved[e1_bytes] / e1_bytes, 0.0 if e1_bytes == e2_bytes else moved[e2_bytes] / e2_bytes
 
 
-def summary(launches) -> str:
+def summary(launches: list[LaunchTraffic]) -> str:
     """A table of launches: programs, bytes read and written, and by argument."""
     lines = [f"{'launch':32} {'programs':>8} {'read':>10} {'written':>10}"]
     for launch in launches:

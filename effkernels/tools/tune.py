@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Workload:
     build: Callable
 
 
-def neighbours(family: str, config) -> list:
+def neighbours(family: str, config: object) -> list:
     """Configurations that differ from ``config`` in one field, by one step."""
     found = []
     for field, values in FIELDS[family].items():
@@ -99,7 +99,7 @@ def neighbours(family: str, config) -> list:
     return found
 
 
-def climb(family: str, start, times_of: Callable, gain: float):
+def climb(family: str, start: object, times_of: Callable, gain: float) -> tuple[object, float, float]:
     """(fastest configuration, its time, the start's time): steps to the fastest neighbour as long as one takes at most
     ``gain`` of the time.
 
@@ -130,7 +130,7 @@ def _difference(results, expected) -> float:
     return worst
 
 
-def changed(config, start) -> dict:
+def changed(config: object, start: object) -> dict:
     """Fields of ``config`` that differ from ``start``."""
     return {
         f.name: getattr(config, f.name)
@@ -139,7 +139,7 @@ def changed(config, start) -> dict:
     }
 
 
-def measured(device, timer: Callable) -> Callable:
+def measured(device: torch.device, timer: Callable) -> Callable:
     """How ``tune`` times a workload on this GPU. timer(call) returns microseconds."""
 
     def start(workload: Workload, report):
@@ -195,7 +195,14 @@ def simulated(gpu: str, predict: Callable) -> Callable:
     return start
 
 
-def tune(workloads, table: dict, path: Path, start: Callable, source: str, report: Callable = lambda line: None) -> int:
+def tune(
+    workloads: list[Workload],
+    table: dict,
+    path: Path,
+    start: Callable,
+    source: str,
+    report: Callable = lambda line: None,
+) -> int:
     """Add a row to ``table``, and save it in ``path``, for each workload whose bucket it lacks; how many were added.
 
     start(workload, report) returns what ``measured`` and ``simulated`` do: (what ``tables.watch`` saw, a function of
@@ -241,7 +248,17 @@ def _random(device, *shape, dtype=torch.float32):
     return torch.randn(shape, device=device).to(dtype)
 
 
-def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size, device=None) -> list[Workload]:
+def block_workloads(
+    dtype: torch.dtype,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    k: int,
+    stride: int,
+    ratio: float,
+    size: int,
+    device: torch.device | None = None,
+) -> list[Workload]:
     """Every launcher with a tunable family that one MBConv block calls on a device: this GPU, or ``meta``."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "meta")
     E, out_size = round(inputs * ratio), -(-size // stride)
@@ -379,7 +396,9 @@ def block_workloads(dtype, batch, inputs, outputs, k, stride, ratio, size, devic
     return [Workload(f"{build.__name__} {name}", family, build) for family, build in made]
 
 
-def workloads(widths, dtypes, batches, device=None) -> list[Workload]:
+def workloads(
+    widths: Iterable[float], dtypes: Iterable[torch.dtype], batches: Iterable[int], device: torch.device | None = None
+) -> list[Workload]:
     """Those of every different block of the networks of these width coefficients, as ``block_workloads`` has them."""
     from effkernels.tools.shipped import family_blocks
 
@@ -413,7 +432,7 @@ def _table(path: Path, capability, gpu: str, source: str) -> dict:
     return table | head
 
 
-def main(argv=None, predict=None) -> int:
+def main(argv: list[str] | None = None, predict: Callable | None = None) -> int:
     """predict: as ``simulated`` takes it; None: ``--simulate`` is not offered."""
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.tune", description="Measure launch configurations on the present GPU."
