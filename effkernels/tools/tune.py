@@ -24,7 +24,12 @@ import torch
 
 from effkernels.configs import tables
 from effkernels.configs.gpus import GPUS
-from effkernels.configs.rules import expand_backward_form, project_backward_is_fused
+from effkernels.configs.rules import (
+    expand_backward_form,
+    expand_weight_is_apart,
+    product_is_apart,
+    project_backward_is_fused,
+)
 
 # Fields that are free to change, with the values tried, in order. What other parts of a launch rely on is not here.
 FIELDS = {
@@ -385,13 +390,17 @@ def block_workloads(
 
         return call
 
-    made = [("depthwise_forward", depthwise_forward), ("pointwise_forward", project), ("elementwise", elementwise)]
+    made = [("depthwise_forward", depthwise_forward), ("elementwise", elementwise)]
+    if not product_is_apart(E, outputs, batch * out_size**2, True, dtype):
+        made.append(("pointwise_forward", project))
     made += [("reduction", reduction), ("depthwise_backward", depthwise_backward)]
     fused = project_backward_is_fused(outputs, dtype, "silu")
     made.append(("project_both", project_backward) if fused else ("gradient_sums", gradient_sums))
     if ratio > 1:
-        made.append(("pointwise_forward", expand))
-        forms = {"pass": [expand_pass], "split": [expand_data, expand_weight], "library": []}
+        if not product_is_apart(inputs, E, batch * size**2, False, dtype):
+            made.append(("pointwise_forward", expand))
+        split = [expand_data] if expand_weight_is_apart(inputs, dtype) else [expand_data, expand_weight]
+        forms = {"pass": [expand_pass], "split": split, "library": []}
         made += [(build.__name__, build) for build in forms[expand_backward_form(E, inputs, dtype, device)]]
     return [Workload(f"{build.__name__} {name}", family, build) for family, build in made]
 

@@ -264,7 +264,7 @@ def barriers() -> list:
 def variants() -> dict:
     """What is predicted of kernels of B0's blocks, as they are and with another configuration or code."""
     meta = torch.device("meta")
-    early = tune.block_workloads(torch.bfloat16, 64, 24, 40, 5, 2, 6, 56, meta)
+    early = tune.block_workloads(torch.bfloat16, 64, 16, 24, 3, 2, 6, 112, meta)
     late = tune.block_workloads(torch.bfloat16, 256, 80, 112, 5, 1, 6, 14, meta)
 
     def row(workloads, family, kernel, **fields):
