@@ -562,7 +562,7 @@ def pointwise_forward(
     }
     if product_is_apart(K, weight.shape[0], N * H * W, transforms, dtype) and not pool:
         return _product_apart(x.to(dtype), weight, **how)
-    return _fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
+    return pointwise_forward_fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
 
 
 def _product_apart(
@@ -585,7 +585,7 @@ def _product_apart(
 
 
 @launcher
-def _fused(
+def pointwise_forward_fused(
     x,
     weight,
     *,

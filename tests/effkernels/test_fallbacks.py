@@ -161,7 +161,7 @@ def test_a_block_trains_on_a_gpu_with_little_of_everything(device, refuse):
     assert families >= {
         "depthwise_forward",
         "depthwise_backward",
-        "pointwise_forward",
+        "pointwise_forward_fused",
     }
     assert len(set(messages(warned))) == len(messages(warned))
     attempts.clear()

@@ -309,7 +309,7 @@ def test_products_that_are_apart(device, monkeypatch):
     from effkernels.kernels import pointwise_forward
     from effkernels.kernels.weight_copies import forward_weights
 
-    monkeypatch.setattr(pointwise_forward, "_fused", lambda *args, **how: pytest.fail("in one launch"))
+    monkeypatch.setattr(pointwise_forward, "pointwise_forward_fused", lambda *args, **how: pytest.fail("in one launch"))
     x, weight = tensor(3, 16, 13, 14, device=device, dtype=torch.bfloat16), tensor(150, 16, 1, 1, device=device)
     gates, rows = torch.rand(3, 16, device=device), 3 * 13 * 14
     (copy,) = forward_weights([(weight, rows, True)], x.dtype)
