@@ -40,7 +40,7 @@ _PLAIN = {str: "str", int: "int", float: "float", bool: "bool", float | None: "f
 _NOTHING = {"str": "", "int": 0, "float": 0.0, "bool": False}
 
 
-def fp32(x: Tensor, *shape: int) -> Tensor:
+def fp32_like(x: Tensor, *shape: int) -> Tensor:
     """Memory for statistics, sums and gates beside x."""
     return x.new_empty(shape, dtype=torch.float32)
 

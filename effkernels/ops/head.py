@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkernels.ops.autograd import Operator, fp32
+from effkernels.ops.autograd import Operator, fp32_like
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.normalise import backward_norm, batch_statistics, batch_terms, frozen_normalisation, normalisation
 from effkernels.parameters import BatchNormParams
@@ -56,7 +56,7 @@ def _fake(x, conv_weight, norm, settings) -> HeadResults:
     O = conv_weight.shape[0]
     out = x.new_empty(N, O, dtype=settings.dtype)
     y = x.new_empty(N, H, W, O, dtype=settings.dtype)
-    return HeadResults(out, y, fp32(x, O), fp32(x, O), fp32(x, N, O), fp32(x, N, O))
+    return HeadResults(out, y, fp32_like(x, O), fp32_like(x, O), fp32_like(x, N, O), fp32_like(x, N, O))
 
 
 def _backward(

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from effkernels.geometry import conv_out_sizes, conv_pads
-from effkernels.ops.autograd import Constant, Operator, fp32
+from effkernels.ops.autograd import Constant, Operator, fp32_like
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.normalise import (
     backward_norm,
@@ -228,15 +228,15 @@ def _fake(x, expand_weight, norm1, depthwise_weight, norm2, se, project_weight, 
         y1,
         x.new_empty(N, *size, E, dtype=settings.dtype),
         x.new_empty(N, *size, O, dtype=settings.dtype),
-        mean1=fp32(x, E) if expands else None,
-        rstd1=fp32(x, E) if expands else None,
-        mean2=fp32(x, E),
-        rstd2=fp32(x, E),
-        mean3=fp32(x, O),
-        rstd3=fp32(x, O),
-        gates=fp32(x, N, E) if se is not None else None,
-        pooled=fp32(x, N, E) if se is not None else None,
-        bottleneck=fp32(x, N, se.reduce_weight.shape[0]) if se is not None else None,
+        mean1=fp32_like(x, E) if expands else None,
+        rstd1=fp32_like(x, E) if expands else None,
+        mean2=fp32_like(x, E),
+        rstd2=fp32_like(x, E),
+        mean3=fp32_like(x, O),
+        rstd3=fp32_like(x, O),
+        gates=fp32_like(x, N, E) if se is not None else None,
+        pooled=fp32_like(x, N, E) if se is not None else None,
+        bottleneck=fp32_like(x, N, se.reduce_weight.shape[0]) if se is not None else None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effkernels.geometry import conv_out_sizes, conv_pads
-from effkernels.ops.autograd import Constant, Operator, Shortcut, fp32
+from effkernels.ops.autograd import Constant, Operator, Shortcut, fp32_like
 from effkernels.ops.normalise import (
     batch_statistics,
     batch_terms,
@@ -131,13 +131,13 @@ def _depthwise_fake(x, weight, norm1, norm2, se, settings) -> DepthwiseResults:
     return DepthwiseResults(
         _depthwise_output(x, weight, settings),
         _depthwise_output(x, weight, settings),
-        mean1=None if norm1 is None else fp32(x, C),
-        rstd1=None if norm1 is None else fp32(x, C),
-        mean2=fp32(x, C),
-        rstd2=fp32(x, C),
-        gates=None if se is None else fp32(x, N, C),
-        pooled=None if se is None else fp32(x, N, C),
-        bottleneck=None if se is None else fp32(x, N, se.reduce_weight.shape[0]),
+        mean1=None if norm1 is None else fp32_like(x, C),
+        rstd1=None if norm1 is None else fp32_like(x, C),
+        mean2=fp32_like(x, C),
+        rstd2=fp32_like(x, C),
+        gates=None if se is None else fp32_like(x, N, C),
+        pooled=None if se is None else fp32_like(x, N, C),
+        bottleneck=None if se is None else fp32_like(x, N, se.reduce_weight.shape[0]),
     )
 
 
@@ -273,7 +273,7 @@ def _norm_forward(
 
 def _norm_fake(x, norm, branch_scale, residual, settings) -> NormResults:
     C = x.shape[-1]
-    return NormResults(torch.empty_like(x, dtype=_sum_dtype(x, residual)), fp32(x, C), fp32(x, C))
+    return NormResults(torch.empty_like(x, dtype=_sum_dtype(x, residual)), fp32_like(x, C), fp32_like(x, C))
 
 
 def _norm_backward(
@@ -339,7 +339,9 @@ def _gate_forward(x: Tensor, se: SqueezeExciteParams) -> GateResults:
 
 def _gate_fake(x, se) -> GateResults:
     N, C = x.shape[0], x.shape[-1]
-    return GateResults(torch.empty_like(x), fp32(x, N, C), fp32(x, N, C), fp32(x, N, se.reduce_weight.shape[0]))
+    return GateResults(
+        torch.empty_like(x), fp32_like(x, N, C), fp32_like(x, N, C), fp32_like(x, N, se.reduce_weight.shape[0])
+    )
 
 
 def _gate_backward(

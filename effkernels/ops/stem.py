@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effkernels.geometry import conv_out_sizes, conv_pads
-from effkernels.ops.autograd import Operator, fp32
+from effkernels.ops.autograd import Operator, fp32_like
 from effkernels.ops.counters import zeroed_counters
 from effkernels.ops.normalise import backward_norm, batch_statistics, batch_terms, frozen_normalisation, normalisation
 from effkernels.parameters import BatchNormParams
@@ -118,7 +118,7 @@ def _forward(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSet
 def _fake(x, weight, norm, settings) -> StemResults:
     S = weight.shape[0]
     out, y = (_output(x, weight, settings) for _ in range(2))
-    return StemResults(out, y, fp32(x, S), fp32(x, S))
+    return StemResults(out, y, fp32_like(x, S), fp32_like(x, S))
 
 
 def _output(x, weight, settings):
