@@ -1,6 +1,6 @@
 """Plain PyTorch twins of the fused operators: the CPU path, the fallback, and the truth the tests compare with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ ACTIVATIONS = {
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
-def activate(x: torch.Tensor, act) -> torch.Tensor:
+def activate(x: torch.Tensor, act: str | Callable) -> torch.Tensor:
     """phi(x) of a name in ``ACTIVATIONS``, or of what was put in its place.
 
     Never in place: a hook may have kept x, and where the layer before it is now an nn.Identity, x is the caller's.

@@ -190,3 +190,37 @@ def test_no_operator_argument_is_picked_by_a_number():
     files.append(ROOT / "effkernels/functional.py")
     wrong = {str(path.relative_to(ROOT)): numbered(path.read_text(encoding="utf-8")) for path in files}
     assert {name: lines for name, lines in wrong.items() if lines} == {}
+
+
+def untyped(text: str) -> list[str]:
+    """Functions and methods, those whose names begin with _ and jitted ones aside, with an argument or a result that
+    has no type.
+    """
+
+    def within(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                yield from within(child)
+            elif isinstance(child, ast.FunctionDef) and (child.name == "__init__" or not child.name.startswith("_")):
+                if not any("jit" in ast.unparse(decorator) for decorator in child.decorator_list):
+                    yield child
+
+    found = []
+    for function in within(ast.parse(text)):
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        if bare or (function.returns is None and function.name != "__init__"):
+            found.append(function.name)
+    return found
+
+
+def test_public_functions_have_types():
+    """Launchers, operators, modules and commands; the simulator's registers and addresses may be any arrays."""
+    assert untyped("def f(x): pass\ndef g(x: int) -> int: pass\ndef _h(x): pass\nclass A:\n def m(self): pass") == [
+        "f",
+        "m",
+    ]
+    files = [path for package in ("effkernels", "efficientnet") for path in sorted((ROOT / package).rglob("*.py"))]
+    files = [path for path in files if "simulator" not in path.parts]
+    wrong = {str(path.relative_to(ROOT)): untyped(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: functions for name, functions in wrong.items() if functions} == {}

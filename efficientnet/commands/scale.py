@@ -4,11 +4,15 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from efficientnet.choices import DEVICES
 from efficientnet.commands.common import checking_input, print_stages, print_table
 from efficientnet.model.scaling import COEFFICIENTS, check_count
 from efficientnet.scaling_study.table3 import TABLE_3
+
+if TYPE_CHECKING:
+    from efficientnet.scaling_study.search import Search, SearchConfig
 
 SUMMARY = (
     "Compound scaling: the network of a phi or a budget; the search for alpha, beta and gamma; the paper's other "
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"results  {args.output}")
 
 
-def prepare_search(args: argparse.Namespace):
+def prepare_search(args: argparse.Namespace) -> "Search":
     """The search that the options describe."""
     from dataclasses import fields
 
@@ -108,7 +112,7 @@ def prepare_search(args: argparse.Namespace):
     return Search(SearchConfig(**{name: value for name, value in given.items() if value is not None}), args.output)
 
 
-def print_search(config, rows: list[dict], top: int = 10) -> None:
+def print_search(config: "SearchConfig", rows: list[dict], top: int = 10) -> None:
     """Print the best candidates, and the paper's among them."""
     shown = {"accuracy": ("accuracy", "loss"), "latency": ("ms", "ms_per_gmac"), "macs": ("macs_of_base",)}[
         config.objective
@@ -192,7 +196,7 @@ class Stopwatch:
         check_count("batch_size", self.batch_size)
         self.device, self.build, self.measured = pick_device(args.device), build, {}
 
-    def __call__(self, phi):
+    def __call__(self, phi: float) -> float:
         from tqdm import tqdm
 
         from efficientnet.measure.latency import measure_latency

@@ -42,32 +42,32 @@ class GlobalPool(nn.Module):
             return torch.cat(pools, 1)
         return pools[0] if len(pools) == 1 else 0.5 * (pools[0] + pools[1])
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"pool_type={self.pool_type!r}"
 
 
 class FeatureInfo(list):
     """A list of dicts, as ``EfficientNet.feature_info``, that also answers under timm's names."""
 
-    def __init__(self, info, all_info=None):
+    def __init__(self, info: list[dict], all_info: list[dict] | None = None):
         super().__init__(info)
         self.info = list(self if all_info is None else all_info)
 
-    def get(self, key: str, idx: int | list[int] | None = None):
+    def get(self, key: str, idx: int | list[int] | None = None) -> object:
         """``key`` of every entry; of entry ``idx`` (or several) of all that the network has."""
         if isinstance(idx, int):
             return self.info[idx][key]
         return [entry[key] for entry in (self if idx is None else (self.info[i] for i in idx))]
 
-    def channels(self, idx: int | list[int] | None = None):
+    def channels(self, idx: int | list[int] | None = None) -> list[int] | int:
         """C of each feature map."""
         return self.get("num_chs", idx)
 
-    def reduction(self, idx: int | list[int] | None = None):
+    def reduction(self, idx: int | list[int] | None = None) -> list[int] | int:
         """Pixels of the image over those of each feature map."""
         return self.get("reduction", idx)
 
-    def module_name(self, idx: int | list[int] | None = None):
+    def module_name(self, idx: int | list[int] | None = None) -> list[str] | str:
         """The module whose output each feature map is."""
         return self.get("module", idx)
 

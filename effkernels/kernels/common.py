@@ -45,7 +45,7 @@ def sized_jit(fn: Callable) -> triton.JITFunction:
     return triton.jit(fn, do_not_specialize=named)
 
 
-def given(argument):
+def given(argument: object) -> tl.constexpr:
     """Whether a kernel was given this tuple, at compile time: ``argument is not None``.
 
     Triton 3.6 cannot compile that comparison for a tuple that holds a None, as a ``BatchNorm`` does. A plain pointer is

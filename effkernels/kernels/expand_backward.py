@@ -551,7 +551,15 @@ def weight_gradient(dz: torch.Tensor, x: torch.Tensor, with_gram: bool) -> tuple
     return partials, grams
 
 
-def library_data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
+def library_data_gradient(
+    dz: torch.Tensor,
+    x: torch.Tensor,
+    dout: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm: BatchNorm,
+    terms: tuple[torch.Tensor, torch.Tensor] | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     """dx by PyTorch's products. With ``out`` given, since autocast leaves those as they are."""
     E, I = dz.shape[-1], x.shape[-1]
     rows = x.view(-1, I)
@@ -567,7 +575,9 @@ def library_data_gradient(dz, x, dout, weight, norm, terms, out_dtype):
     return dx.to(out_dtype).view(x.shape)
 
 
-def library_weight_gradient(dz, x, with_gram):
+def library_weight_gradient(
+    dz: torch.Tensor, x: torch.Tensor, with_gram: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(D, gram or None) by PyTorch's products."""
     E, I = dz.shape[-1], x.shape[-1]
     rows = x.view(-1, I)

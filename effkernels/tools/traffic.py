@@ -15,7 +15,7 @@ IndexError. PyTorch's own operators in between are recorded too, as "aten::name"
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -165,7 +165,7 @@ class Operators(TorchDispatchMode):
 
     sees_kernels = True  # launches are counted beside it, so it is no reason for plain PyTorch
 
-    def __init__(self, record, free=("empty",)):
+    def __init__(self, record: Callable, free: tuple[str, ...] = ("empty",)):
         super().__init__()
         self.record, self.free = record, free
 
