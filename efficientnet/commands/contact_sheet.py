@@ -37,7 +37,7 @@ class ContactSheet:
             image: uint8 [3, H, W], or None for one that cannot be read.
             text: a line each.
         """
-        self.cells.append((None if image is None else _thumbnail(image), list(text)))
+        self.cells.append((None if image is None else _thumbnail(image), list(map(_drawable, text))))
         if len(self.cells) == self.columns * self.rows:
             self.close()
 
@@ -74,6 +74,11 @@ class ContactSheet:
                     font=font,
                 )
         return sheet
+
+
+def _drawable(text):
+    """A file's name may have what no font draws, bytes that are no text, and line ends."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _thumbnail(image):

@@ -142,6 +142,15 @@ def test_contact_sheet_takes_text_of_any_script(tmp_path):
     assert (np.asarray(Image.open(tmp_path / "s.png"))[MARGIN + CELL :] < 200).any()
 
 
+@pytest.mark.parametrize("name", ["caf\udce9.png", "a\nb.png", "a\tb\x1b.png"])
+def test_contact_sheet_takes_names_that_are_no_text(tmp_path, name):
+    sheet = ContactSheet(tmp_path / "s.png", lines=1)
+    sheet.add(None, name)
+    sheet.close()
+    pixels = np.asarray(Image.open(tmp_path / "s.png"))
+    assert pixels.shape[0] == MARGIN + CELL + LINE + MARGIN and (pixels[MARGIN + CELL :] < 200).any()
+
+
 def test_bad_input(run, checkpoint, pictures, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "hollow").mkdir()
     for argv, message in [
