@@ -586,22 +586,22 @@ def _product_apart(
 
 @launcher
 def pointwise_forward_fused(
-    x,
-    weight,
+    x: torch.Tensor,
+    weight: torch.Tensor,
     *,
-    dtype,
-    prologue,
-    act1,
-    gates,
-    statistics,
-    partial_statistics,
-    counters,
-    epilogue,
-    act2,
-    residual,
-    pool,
-    out_dtype,
-):
+    dtype: torch.dtype,
+    prologue: BatchNorm | None,
+    act1: str,
+    gates: torch.Tensor | None,
+    statistics: BatchStatistics | None,
+    partial_statistics: bool,
+    counters: torch.Tensor | None,
+    epilogue: BatchNorm | None,
+    act2: str,
+    residual: torch.Tensor | None,
+    pool: bool,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """``pointwise_forward`` in one launch."""
     N, H, W, K = x.shape
     O = weight.shape[0]
