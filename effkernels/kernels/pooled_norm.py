@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effkernels.configs.rules import elementwise_config, reduction_config
+from effkernels.configs.rules import elementwise_config, pooled_norm_config
 from effkernels.kernels.activation import activate_and_grad
 from effkernels.kernels.batchnorm import BatchTerms, batch_terms
 from effkernels.kernels.common import cast, channel_vector_width, fast_math, fp32, launcher, sized_jit
@@ -140,7 +140,7 @@ def pooled_norm(y: torch.Tensor, norm: BatchNorm, *, act: str) -> tuple[torch.Te
     """Return out [N, C] in y's dtype, and s2 and s4 fp32 [N, C], of y [N, H, W, C]; see the module docstring. norm:
     with rstd."""
     N, H, W, C = y.shape
-    cfg = reduction_config(C, y.dtype)
+    cfg = pooled_norm_config(C, y.dtype)
     out, s2, s4 = y.new_empty(N, C), fp32(y.device, N, C), fp32(y.device, N, C)
     pooled_norm_kernel[(N * triton.cdiv(C, cfg.BLOCK_C),)](
         y=y,

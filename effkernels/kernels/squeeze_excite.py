@@ -189,7 +189,7 @@ def sum_tile(sums, n, parts, row, c, mask, C):
     """Row ``row`` of sums [N, parts, 5, C] at images n and channels c, added over the parts: [BLOCK_N, BLOCK_C]."""
     acc = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
     at = sums + (n * parts * 5 + row)[:, None] * C + c[None, :]
-    for t in tl.range(0, parts, num_stages=4):
+    for t in range(0, parts):
         acc += tl.load(at + t * 5 * C, mask=mask, other=0.0)
     return acc
 
@@ -209,7 +209,6 @@ def gate_backward_to_units(
     R,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -218,22 +217,17 @@ def gate_backward_to_units(
     n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mn = (n < N)[:, None]
     c = j * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = mn & (c < C)[None, :]
+    mc = c < C
+    mask = mn & mc[None, :]
     at = n[:, None] * C + c[None, :]
     dt = sum_tile(sums, n, parts, 2, c, mask, C) * gate_derivative(tl.load(gates + at, mask=mask, other=0.0), GATE)
     tl.store(dt_out + at, dt, mask=mask)
-    tl.debug_barrier()
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         mr = (r < R)[None, :]
-        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for start in tl.range(0, BLOCK_C, BLOCK_K, num_stages=3):
-            k = j * BLOCK_C + start + tl.arange(0, BLOCK_K)
-            mk = k < C
-            left = tl.load(dt_out + n[:, None] * C + k[None, :], mask=mn & mk[None, :], other=0.0)
-            w = tl.load(w_expand + k[:, None] * R + r[None, :], mask=mk[:, None] & mr, other=0.0).to(tl.float32)
-            acc = tl.dot(left, w, acc, input_precision="ieee")
-        tl.store(dv_out + (j * N + n)[:, None] * R + r[None, :], acc, mask=mn & mr)
+        w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr, other=0.0).to(tl.float32)
+        dv = exact_dot(dt, w, tl.zeros([BLOCK_N, BLOCK_R], tl.float32))
+        tl.store(dv_out + (j * N + n)[:, None] * R + r[None, :], dv, mask=mn & mr)
 
 
 @triton.jit
@@ -247,31 +241,26 @@ def gate_backward_units(
     R,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     ACT: tl.constexpr,
 ):
     """du of BLOCK_N images."""
     n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    jj = tl.arange(0, BLOCK_J)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         mask = (n < N)[:, None] & (r < R)[None, :]
         at = n[:, None] * R + r[None, :]
-        acc = tl.zeros([BLOCK_J, BLOCK_N, BLOCK_R], tl.float32)
-        for start in range(0, blocks_c, BLOCK_J):
-            j = start + jj
-            block = (j * N).to(tl.int64)[:, None, None] * R + at[None, :, :]
-            acc += tl.load(
-                dv + block, mask=(j < blocks_c)[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg"
-            )
+        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        for j in range(0, blocks_c):
+            acc += tl.load(dv + j * N * R.to(tl.int64) + at, mask=mask, other=0.0, cache_modifier=".cg")
         phi, dphi = activate_and_grad(tl.load(u_in + at, mask=mask, other=0.0), ACT, False)
-        tl.store(du_out + at, tl.sum(acc, 0) * dphi, mask=mask)
+        tl.store(du_out + at, acc * dphi, mask=mask)
 
 
 @triton.jit
 def gate_backward_to_pool(
     b,
     j,
+    ready,
     sums,
     gates,
     w_reduce,
@@ -285,31 +274,36 @@ def gate_backward_to_pool(
     inverse_pixels,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """dpool of BLOCK_N images times BLOCK_C channels, and BatchNorm 2's two sums over them: partials [image blocks, 2,
-    C]."""
+    C]. ``ready`` is not 0 once the images' du can be read; what does not need it is loaded before."""
     n = (b * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mn = (n < N)[:, None]
     c = j * BLOCK_C + tl.arange(0, BLOCK_C)
     mc = c < C
     mask = mn & mc[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in tl.range(0, R, BLOCK_K, num_stages=3):
-        k = start + tl.arange(0, BLOCK_K)
-        mk = k < R
-        left = tl.load(du + n[:, None] * R + k[None, :], mask=mn & mk[None, :], other=0.0, cache_modifier=".cg")
-        w = tl.load(w_reduce + k[:, None] * C + c[None, :], mask=mk[:, None] & mc[None, :], other=0.0).to(tl.float32)
-        acc = tl.dot(left, w, acc, input_precision="ieee")
-    acc *= inverse_pixels
     at = n[:, None] * C + c[None, :]
-    tl.store(dpool + at, acc, mask=mask)
     g = tl.load(gates + at, mask=mask, other=0.0)
+    db = g * sum_tile(sums, n, parts, 0, c, mask, C)
+    dg = g * sum_tile(sums, n, parts, 1, c, mask, C)
+    db_pool = sum_tile(sums, n, parts, 3, c, mask, C)
+    dg_pool = sum_tile(sums, n, parts, 4, c, mask, C)
+    while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") == 0:
+        pass
+    tl.debug_barrier()
+    acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        mr = r < R
+        left = tl.load(du + n[:, None] * R + r[None, :], mask=mn & mr[None, :], other=0.0, cache_modifier=".cg")
+        w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
+        acc = exact_dot(left, w, acc)
+    acc *= inverse_pixels
+    tl.store(dpool + at, acc, mask=mask)
     out = partials + (b * 2).to(tl.int64) * C + c
-    db = g * sum_tile(sums, n, parts, 0, c, mask, C) + acc * sum_tile(sums, n, parts, 3, c, mask, C)
-    tl.store(out, tl.sum(db, 0), mask=mc)
-    dg = g * sum_tile(sums, n, parts, 1, c, mask, C) + acc * sum_tile(sums, n, parts, 4, c, mask, C)
-    tl.store(out + C, tl.sum(dg, 0), mask=mc)
+    tl.store(out, tl.sum(db + acc * db_pool, 0), mask=mc)
+    tl.store(out + C, tl.sum(dg + acc * dg_pool, 0), mask=mc)
 
 
 @sized_jit
@@ -340,9 +334,7 @@ def gate_backward_kernel(
     RVEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
@@ -367,19 +359,30 @@ def gate_backward_kernel(
     j = ticket % stage % blocks_c
     readers = counters + 1 + blocks_n + b
     if ticket < stage:
-        gate_backward_to_units(
-            b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_K, BLOCK_R, GATE
-        )
+        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_R, GATE)
         if last_to_arrive(counters + 1 + b, blocks_c):
-            gate_backward_units(b, blocks_c, dv, u, du, N, R, BLOCK_N, BLOCK_R, BLOCK_J, ACT)
+            gate_backward_units(b, blocks_c, dv, u, du, N, R, BLOCK_N, BLOCK_R, ACT)
             tl.debug_barrier()
             tl.atomic_add(readers, 1, sem="release", scope="gpu")
     else:
-        while tl.atomic_add(readers, 0, sem="acquire", scope="gpu") == 0:
-            pass
-        tl.debug_barrier()
         gate_backward_to_pool(
-            b, j, sums, gates, w_reduce, du, dpool, partials, N, parts, C, R, inverse_pixels, BLOCK_N, BLOCK_C, BLOCK_K
+            b,
+            j,
+            readers,
+            sums,
+            gates,
+            w_reduce,
+            du,
+            dpool,
+            partials,
+            N,
+            parts,
+            C,
+            R,
+            inverse_pixels,
+            BLOCK_N,
+            BLOCK_C,
+            BLOCK_R,
         )
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
@@ -654,7 +657,7 @@ def gate_backward(
         gates, u: results of ``pool_and_gate``. weights: (w_reduce, b_reduce, w_expand, b_expand). norm2: with rstd.
             pixels: h * w.
         act: of the bottleneck. gate: the gate function.
-        counters: int32, all 0, at least ``gate_backward_config().counters(N, C)``; they are 0 again afterwards.
+        counters: int32, all 0, at least ``gate_backward_config(R).counters(N, C)``; they are 0 again afterwards.
 
     Returns: fp32 dt [N, C] and du [N, R], the gradients before the gate function and before ``act``; dpool fp32 [N, C],
         which is added to the gradient of every pixel; and BatchNorm 2's dgamma and dbeta, in their parameters' dtypes,
@@ -663,7 +666,7 @@ def gate_backward(
     w_reduce, _, w_expand, _ = weights
     N, parts, _, C = sums.shape
     R = u.shape[1]
-    cfg = gate_backward_config()
+    cfg = gate_backward_config(R)
     blocks_n, blocks_c = triton.cdiv(N, cfg.BLOCK_N), triton.cdiv(C, cfg.BLOCK_C)
     check_counters(counters, cfg.counters(N, C))
     dt, dv, du, dpool = (fp32(u.device, *shape) for shape in ((N, C), (blocks_c, N, R), (N, R), (N, C)))
@@ -697,13 +700,11 @@ def gate_backward(
         RVEC=channel_vector_width(R),
         BLOCK_N=cfg.BLOCK_N,
         BLOCK_C=cfg.BLOCK_C,
-        BLOCK_K=cfg.BLOCK_K,
         BLOCK_R=cfg.BLOCK_R,
-        BLOCK_J=cfg.BLOCK_J,
         BLOCK_P=cfg.BLOCK_P,
         ACT=act,
         GATE=gate,
-        num_warps=cfg.num_warps,
+        **cfg.options,
     )
     return dt, du, dpool, (dgamma, dbeta, k0, k1)
 

@@ -125,9 +125,9 @@ def test_any_order_gives_the_same_bits(name, launches, capsys):
 
 
 # Kernel, function, what its source matches, what stands there instead, how it must be seen.
-WAIT = r"while tl\.atomic_add\(readers, 0.*?\) == 0:"
+WAIT = r"while tl\.atomic_add\(ready, 0.*?\) == 0:"
 FAULTS = {
-    "a removed wait": ("gate_backward_kernel", "gate_backward_kernel", WAIT, "while False:", "WrongResult"),
+    "a removed wait": ("gate_backward_kernel", "gate_backward_to_pool", WAIT, "while False:", "WrongResult"),
     "no barrier before the ticket": (
         "gradient_reduce_kernel",
         "last_to_arrive",
@@ -196,7 +196,13 @@ FAULTS = {
         'sem="relaxed"',
         "WrongResult",
     ),
-    "a relaxed wait": ("gate_backward_kernel", "gate_backward_kernel", 'sem="acquire"', 'sem="relaxed"', "WrongResult"),
+    "a relaxed wait": (
+        "gate_backward_kernel",
+        "gate_backward_to_pool",
+        'sem="acquire"',
+        'sem="relaxed"',
+        "WrongResult",
+    ),
 }
 
 

@@ -71,7 +71,7 @@ def large_blocks(monkeypatch):
     )
     enlarge(squeeze_excite, "pool_config", lambda C, *_: {"BLOCK_C": _block(C)})
     enlarge(squeeze_excite, "squeeze_excite_config", lambda *_: {"BLOCK_C": 1024})
-    enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_K": 128, "BLOCK_R": 64})
+    enlarge(squeeze_excite, "gate_backward_config", lambda *_: {"BLOCK_R": 64})
     enlarge(weight_gradients, "partials_config", lambda *_: {"BLOCK_P": 16, "BLOCK_COLS": 16384})
     enlarge(weight_gradients, "image_products_config", lambda *_: {"BLOCK_C": 1024})
     enlarge(weight_gradients, "expand_gradient_config", lambda *_: {"BLOCK_E": 256, "BLOCK_I": 256, "BLOCK_K": 256})

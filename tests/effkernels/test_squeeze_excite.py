@@ -225,7 +225,7 @@ def check_gate_backward(N, C, R, H, W, dtype, act, se_act, gate, device, parts=1
     split = torch.randn(N, parts, 5, C, dtype=torch.float64, device=device)
     split += (sums[:, None] - split.sum(1, keepdim=True)) / parts
     vectors = (gates, u)
-    counters = torch.zeros(gate_backward_config().counters(N, C), dtype=torch.int32, device=device)
+    counters = torch.zeros(gate_backward_config(R).counters(N, C), dtype=torch.int32, device=device)
     results = gate_backward(
         guarded(split.float()),
         *(guarded(v.float()) for v in vectors),
@@ -320,3 +320,23 @@ def test_weights_in_the_compute_dtype(device, scratch):
     for a, b in zip(narrow_grads, wide_grads, strict=True):
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b.bfloat16())
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_six_products_of_bf16_are_as_exact_as_fp32(spread):
+    """What ``exact_dot`` compiles to, which the interpreter does not run: operands as sums of three in bf16, without
+    the three smallest of the nine products."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(16, 64) * torch.exp2(spread * torch.rand(16, 64)) for _ in range(2))
+
+    def pieces(x):
+        for _ in range(3):
+            yield x.bfloat16().float()
+            x = x - x.bfloat16().float()
+
+    found = torch.zeros(16, 16)
+    for i, left in reversed(list(enumerate(pieces(a)))):
+        for j, right in reversed(list(enumerate(pieces(b)))):
+            if i + j <= 2:
+                found += left @ right.T
+    assert_close_to_truth(found, a @ b.T, a.double() @ b.double().T)
