@@ -109,6 +109,7 @@ def platform_problem(device_type: str, device_index: int | None) -> str | None:
 
 @_constant
 def requested_backend() -> str:
+    """What EFFKERNELS_BACKEND asks for: auto, triton or reference. ValueError for another value."""
     return backend()
 
 
@@ -163,6 +164,7 @@ def watched(x: object) -> str | None:
 
 
 def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody listens to a layer's forward or backward."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 

@@ -39,6 +39,7 @@ class BatchNormParams(NamedTuple):
 
     @property
     def updates(self) -> bool:
+        """Whether a forward changes the running statistics."""
         return self.training and self.running_mean is not None
 
 
@@ -64,5 +65,6 @@ class SqueezeExciteParams(NamedTuple):
 
     @classmethod
     def of(cls, se: nn.Module) -> "SqueezeExciteParams":
+        """The live tensors of a module with ``conv_reduce`` and ``conv_expand``, and its functions' names."""
         reduce, expand = se.conv_reduce, se.conv_expand
         return cls(reduce.weight, reduce.bias, expand.weight, expand.bias, se.act, se.gate)

@@ -72,6 +72,7 @@ def check_batch(norm: BatchNormParams, shape: Sequence[int], *conv: int | str) -
 
 
 def check_memory(memory: str) -> None:
+    """ValueError unless it is what a block may be told to keep for its backward."""
     if memory not in ("keep", "recompute"):
         raise ValueError(f"memory must be 'keep' or 'recompute', got {memory!r}")
 

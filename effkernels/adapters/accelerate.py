@@ -279,6 +279,7 @@ class Explanation(dict):
 
     @property
     def waiting(self) -> set[str]:
+        """The blocks that ``accelerate`` would make fused, and has not."""
         return {name for name in self.plain if self[name] is None}
 
     @property

@@ -50,8 +50,10 @@ GATED = {
 
 
 def path_of(cls: type) -> str:
+    """A class by where it is defined, as the tables above name it."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_identity(module: nn.Module) -> bool:
+    """Whether a module returns what it is given."""
     return path_of(type(module)) == "torch.nn.modules.linear.Identity"

@@ -229,6 +229,7 @@ def judge_network(network: Network | str) -> str | None:
 
 
 def judge_separable(network: Network) -> Verdict | str:
+    """As ``judge_layers``, of the block after a network's stem whose layers are no module by themselves."""
     _, block = network.separable
     return judge_layers(block, layers_of_block(block))
 

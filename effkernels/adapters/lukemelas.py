@@ -15,6 +15,7 @@ def draw_drop_connect(x: torch.Tensor, rate: float) -> torch.Tensor:
 
 
 def read_block(block: nn.Module, drop_connect_rate: float | None = None) -> Block | str:
+    """MBConvBlock, whose forward takes the rate of drop-connect."""
     args, act = block._block_args, ("_swish", block._swish)
 
     def stage(conv, bn, act=act):
@@ -46,6 +47,7 @@ def read_block(block: nn.Module, drop_connect_rate: float | None = None) -> Bloc
 
 
 def read_network(model: nn.Module) -> Network | str:
+    """EfficientNet, whose forward gives each block a rate of drop-connect that grows with its depth."""
     act, settings = ("_swish", model._swish), model._global_params
     if not settings.include_top or not is_global_average(model._avg_pooling):
         return "it has no classifier (include_top)"

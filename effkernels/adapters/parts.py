@@ -38,6 +38,7 @@ class Gate(NamedTuple):
 
 
 def draw_drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """A factor for each sample's branch, fp32 [N], drawn as timm draws it."""
     return reference.drop_path_scale(x.shape[0], rate, x.device)
 
 
@@ -120,4 +121,5 @@ def with_drop_path(block: Block, name: str, module: nn.Module | None) -> Block |
 
 
 def is_global_average(pool: nn.Module) -> bool:
+    """Whether a pooling layer averages whole images."""
     return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))

@@ -62,4 +62,5 @@ def runs_itself(cls: type) -> bool:
 
 
 def argument_of(cls: type) -> str:
+    """The name of the input in a class's forward."""
     return cls.forward.__code__.co_varnames[1]

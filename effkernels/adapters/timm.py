@@ -8,6 +8,7 @@ from effkernels.adapters.parts import DENSE, Block, Network, Reader, Stage, sque
 
 
 def block_stage(block: nn.Module, conv: str, bn: str, identities: list[tuple[str, nn.Module]]) -> Stage:
+    """``network_stage``, and among ``identities`` the layer that a BatchNormAct2d drops by."""
     norm = getattr(block, bn)
     if path_of(type(norm)) in NORMS and norm.drop is not None:
         identities.append((f"{bn}.drop", norm.drop))
@@ -40,6 +41,7 @@ def read_block(block: nn.Module) -> Block | str:
 
 
 def network_stage(model: nn.Module, conv: str, bn: str) -> Stage:
+    """The convolution and the BatchNorm of these names, and the activation that timm keeps in the BatchNorm."""
     norm = getattr(model, bn)
     # torch's conversion to nn.SyncBatchNorm keeps BatchNormAct2d's activation as a child that nobody calls.
     acts = path_of(type(norm)) in NORMS and norm.act is not None
@@ -47,6 +49,7 @@ def network_stage(model: nn.Module, conv: str, bn: str) -> Stage:
 
 
 def read_network(model: nn.Module) -> Network | str:
+    """EfficientNet and what else has its stem and head; MobileNetV3's head runs plain."""
     if model.grad_checkpointing:
         return "grad_checkpointing is on"
     stem, bypassed = network_stage(model, "conv_stem", "bn1"), [("conv_stem", model.conv_stem), ("bn1", model.bn1)]

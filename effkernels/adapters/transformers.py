@@ -15,6 +15,7 @@ PARTS = {
 
 
 def read_block(block: nn.Module) -> Block | str:
+    """EfficientNetBlock: expansion, depthwise layer, squeeze-excite and projection, a module each."""
     for owner, cls in PARTS.items():
         part = block._modules.get(owner)
         if part is not None and path_of(type(part)) != f"{_MODULE}.{cls}":

@@ -51,6 +51,7 @@ def key_of(names: Iterable[str], values: Iterable) -> str:
 
 
 def default_path(capability: tuple[int, int]) -> Path:
+    """The file that EFFKERNELS_TABLE names, else that of the architecture beside this one."""
     return Path(os.environ.get("EFFKERNELS_TABLE") or FOLDER / f"sm_{capability[0]}{capability[1]}.json")
 
 

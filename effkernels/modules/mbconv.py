@@ -127,14 +127,17 @@ class MBConvBase(nn.Module):
     # The layers by what they do, since timm's names shift when there is no expand convolution.
     @property
     def depthwise_norm(self) -> nn.Module:
+        """The BatchNorm after the depthwise convolution."""
         return self.bn2 if self.expands else self.bn1
 
     @property
     def project_conv(self) -> nn.Module:
+        """The 1x1 convolution that ends the block."""
         return self.conv_pwl if self.expands else self.conv_pw
 
     @property
     def project_norm(self) -> nn.Module:
+        """The BatchNorm after it."""
         return self.bn3 if self.expands else self.bn2
 
     def extra_repr(self) -> str:

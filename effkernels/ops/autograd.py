@@ -59,10 +59,12 @@ class Leaf(NamedTuple):
 
     @property
     def is_tensor(self) -> bool:
+        """Whether the schema has a tensor here, or an optional one."""
         return self.type.startswith("Tensor")
 
     @property
     def reaches_backward(self) -> bool:
+        """Whether the autograd node keeps it."""
         return self.role in ("input", "constant", "setting")
 
 
