@@ -538,7 +538,8 @@ def depthwise_products_kernel(
     rounded to its dtype, as unfused layers round it. A zero of ``right`` meets a value that no output of its own wants:
     where that is not finite, up to 4 channels and a few columns of the same strip are not either.
 
-    SURE_IN, SURE_OUT: columns of the input (from K // 2 on) and of the output that are inside whatever the strip.
+    SURE_IN, SURE_OUT: columns of the input (from K // 2 on) and of the output that are inside whatever the strip: of a
+    width they take its rest to TW, so that a few variants are all.
     """
     C = CV * CVEC
     B: tl.constexpr = BLOCK_C // 4
@@ -847,8 +848,10 @@ def backward_part(
                     values = values + (v,)
             else:
                 values = zero_blocks(ND, S, BLOCK_C)
+            # Triton loads ahead only in loops whose variables are results of operations, hence the 0; moving a row down
+            # takes ptxas an instruction for each value anyway.
             for i in tl.static_range((D1 - D0 - 1) * ND):
-                values = values + (ring[i],)
+                values = values + (ring[i] + 0.0,)
             ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
@@ -1230,7 +1233,7 @@ def depthwise_backward(
         finished = torch.empty_like(norm1.weight), torch.empty_like(norm1.bias), fp32(x.device, C), fp32(x.device, C)
     dgamma1, dbeta1, k0_1, k1_1 = finished or (None,) * 4
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
-    x_columns = max(cfg.TW * stride, 512 // (cfg.S * cfg.BLOCK_C * x.element_size()))
+    x_columns = max(triton.next_power_of_2(cfg.TW * stride), 512 // (cfg.S * cfg.BLOCK_C * x.element_size()))
     if need_dx or need_dw:
         depthwise_backward_kernel[(P * blocks_c * parts,)](
             dq=dq,

@@ -228,6 +228,15 @@ def test_backward_real_shapes(i, k, stride, padding, N, H, W, C, dtype, device, 
     check_backward(i, k, stride, padding, N, H, W, C, dtype, device)
 
 
+@pytest.mark.parametrize("k, dtype", [(3, torch.bfloat16), (5, torch.float32)])
+def test_backward_in_strips_of_7_columns(k, dtype, device, scratch):
+    """Of a width of 14; with batch statistics, the gate and BN1."""
+    from effkernels.configs.rules import depthwise_backward_config
+
+    assert depthwise_backward_config(k, 1, 1, 3, 14, 24, dtype, torch.device(device)).TW == 7
+    check_backward(0, k, 1, "symmetric", 1, 3, 14, 24, dtype, device)
+
+
 @pytest.mark.parametrize("need_dx, need_dw", [(True, False), (False, True)])
 @pytest.mark.parametrize("k", [3, 9])
 def test_backward_of_one_side(k, need_dx, need_dw, device, scratch):
