@@ -263,14 +263,25 @@ def mbconv(
         stem_stride=stem_stride,
         recompute=memory == "recompute",
     )
+    block = {
+        "x": shortcut,
+        "expand_weight": weight1,
+        "norm1": norm1,
+        "depthwise_weight": weight2,
+        "norm2": norm2,
+        "se": se,
+        "project_weight": weight3,
+        "norm3": norm3,
+        "settings": settings,
+    }
     parameters = [weight1, weight2, weight3, *_parameters(*norms), *_tensors(se)]
     if branch_draws is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
         if stem_stride:
             x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
             return mbconv(x, None, depthwise, squeeze_excite, project, stride=stride, padding=padding, act=act)
-        return _nchw(ops.mbconv_inference(shortcut, weight1, norm1, weight2, norm2, se, weight3, norm3, settings))
+        return _nchw(ops.mbconv_inference(**block))
     _advance(*norms)
-    return _nchw(ops.mbconv(shortcut, weight1, norm1, weight2, norm2, se, weight3, norm3, branch_draws, settings))
+    return _nchw(ops.mbconv(**block, branch_draws=branch_draws))
 
 
 def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: str = "silu") -> torch.Tensor:
