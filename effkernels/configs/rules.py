@@ -193,7 +193,7 @@ def depthwise_backward_config(
         S=1,
         TW=TW,
         TH=even_rows(rows, 28 if tall and stride == 1 else 16),
-        stages=2 if K in (3, 5) else 1,
+        stages=2 if K == 3 or K == 5 and dtype.itemsize == 2 else 1,
         split=K > 7,
         maxnreg=limit,
         warps_per_sm=warps,
@@ -680,15 +680,15 @@ def stem_forward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemCo
 @tuned
 def stem_backward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
     """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels:
-    left alone, ptxas stopped at 168 and spilled 8 bytes of GELU."""
+    left alone, ptxas stopped at 168 and spilled 8 bytes of GELU. 8 in bf16 up to 32 channels: four programs an SM."""
     BLOCK_N = _power_of_two(S, 16, 64)
-    BLOCK_M = _power_of_two(rows, 16, 2048 // max(BLOCK_N, 32))
+    light = dtype == torch.bfloat16 and BLOCK_N <= 32
     return StemConfig(
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=_power_of_two(rows, 16, (1024 if light else 2048) // max(BLOCK_N, 32)),
         BLOCK_N=BLOCK_N,
         BLOCK_K=_power_of_two(K, 16, 32),
-        programs_per_sm=2,
-        maxnreg=255 if BLOCK_N == 64 else None,
+        programs_per_sm=4 if light else 2,
+        maxnreg=255 if BLOCK_N == 64 else 128 if light else None,
     )
 
 
