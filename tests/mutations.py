@@ -28,6 +28,7 @@ PRODUCT = "test_pointwise_forward.py::test_product[cpu-2-9-10-24-40-bfloat16-cop
 STATISTICS = "test_pointwise_forward.py::test_statistics[cpu-3-5-7-12-10-bfloat16-live]"
 SLICES = "test_pointwise_forward.py::test_several_slices_of_columns[cpu-fragments]"
 GATES = "test_pointwise_forward.py::test_inference_epilogue[cpu-17-2-2-70-33-bfloat16-copy]"
+DEPTHWISE_PRODUCTS = "test_depthwise.py::test_forward_by_products"
 BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
 PROJECT = "test_project_backward.py::"
 HARD_SWISH = "test_activations.py::test_derivative"
@@ -74,6 +75,34 @@ FAULTS = [
         DEPTHWISE,
     ),
     Fault("padding activated", "kernels/depthwise.py", "a * (in_x[j].to(tl.float32) * row_in)[:, None]", "a", BLOCK),
+    Fault(
+        "a product's taps not a stride apart",
+        "kernels/depthwise.py",
+        "+ k % 4 - STRIDE * (n % 2)",
+        "+ k % 4 - n % 2",
+        DEPTHWISE_PRODUCTS,
+    ),
+    Fault(
+        "a product's padding activated",
+        "kernels/depthwise.py",
+        "shift = tl.where(in_x[2 * i + j], shift1, 0.0)",
+        "shift = shift1",
+        DEPTHWISE_PRODUCTS,
+    ),
+    Fault(
+        "pooled sums of the first rows alone",
+        "kernels/depthwise.py",
+        "* chunks + g // groups) * strips_w",
+        "* chunks) * strips_w",
+        DEPTHWISE_PRODUCTS,
+    ),
+    Fault(
+        "statistics of columns outside",
+        "kernels/depthwise.py",
+        "if 4 * q + o >= SURE_OUT:",
+        "if 4 * q + o >= 4:",
+        DEPTHWISE_PRODUCTS,
+    ),
     # ---- BatchNorm
     Fault("a row too many", "kernels/batchnorm.py", "ok = (r < rows)[:, None]", "ok = (r <= rows)[:, None]", BATCHNORM),
     Fault("no eps", "kernels/batchnorm.py", "tl.sqrt(m2 / total + eps)", "tl.sqrt(m2 / total)", BATCHNORM),
