@@ -119,8 +119,9 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
 def depthwise_forward_config(
     K: int, stride: int, N: int, OH: int, OW: int, C: int, dtype: torch.dtype, device: torch.device
 ) -> DepthwiseConfig:
-    """Products take a quarter to a half of the instructions, but many registers: k = 3 with stride 2, and k above 5,
-    spill or gain nothing. Few images: fewer rows a program, until the device is full.
+    """Products take a third fewer instructions (sm_90, bf16, an output without / with BN + SiLU on load and statistics:
+    3x3 13.7 / 20.9, 5x5 25.8 / 31.2), but many registers: k = 3 with stride 2, and k above 5, keep the other form. Few
+    images: fewer rows a program, until the device is full.
 
     Without products: up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the
     running sums of 2 or 4 columns: loads and stores need no change of layout. Larger k keep one or two channels a
