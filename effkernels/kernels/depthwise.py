@@ -517,7 +517,6 @@ def depthwise_products_kernel(
     S: tl.constexpr,
     TW: tl.constexpr,
     SURE_IN: tl.constexpr,
-    SURE_OUT: tl.constexpr,
     STAGES: tl.constexpr,
     ACT1: tl.constexpr,
     ACT2: tl.constexpr,
@@ -538,8 +537,8 @@ def depthwise_products_kernel(
     rounded to its dtype, as unfused layers round it. A zero of ``right`` meets a value that no output of its own wants:
     where that is not finite, up to 4 channels and a few columns of the same strip are not either.
 
-    SURE_IN, SURE_OUT: columns of the input (from K // 2 on) and of the output that are inside whatever the strip: of a
-    width they take its rest to TW, so that a few variants are all.
+    SURE_IN: columns of the input, from K // 2 on, that are inside whatever the strip. It follows from what the image's
+    width leaves when divided by TW, so that a few variants are all.
     """
     C = CV * CVEC
     B: tl.constexpr = BLOCK_C // 4
@@ -644,16 +643,14 @@ def depthwise_products_kernel(
                                 if (g == p) & (t == M - 1):
                                     pivot = v
                             d = v - pivot
-                            if 4 * q + o >= SURE_OUT:
-                                d = tl.where(in_y[4 * q + o], d, 0.0)
+                            d = tl.where(in_y[4 * q + o], d, 0.0)
                             s1 += d
                             s2 += d * d
                         if given(norm2):
                             v = normalise_activate(v, scale2, shift2, ACT2, FAST)
                         if pool is not None:
                             pooled += tl.where(in_y[4 * q + o], v, 0.0)
-                        store = mc[None, :] if 4 * q + o < SURE_OUT else in_y[4 * q + o]
-                        tl.store(yn + (4 * q + o) * C, cast(v, dtype), mask=store)
+                        tl.store(yn + (4 * q + o) * C, cast(v, dtype), mask=in_y[4 * q + o])
                 yn += OW * C
             newer = ()
             for i in tl.static_range((M - 1) * Q):
@@ -1120,7 +1117,6 @@ def depthwise_forward(
     form = (
         {
             "SURE_IN": min(W + left - last * stride, (cfg.TW - 1) * stride + K) if left <= K // 2 else 0,
-            "SURE_OUT": OW - last if strips % cfg.S == 0 else 0,
             "STAGES": cfg.stages,
         }
         if cfg.products

@@ -283,7 +283,7 @@ KINDS = [
     pytest.param(
         6, 0.0, 5, 1, {"forward": (2, 2, 4), "backward": (3, 4, 10), "inference": (2, 2, 3)}, id="5x5, stride 1, no SE"
     ),
-    pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 6), "backward": (2, 4, 7), "inference": (1, 2, 4)}, id="no expand"),
+    pytest.param(1, 0.25, 3, 2, {"forward": (1, 3, 6), "backward": (2, 4, 8), "inference": (1, 2, 4)}, id="no expand"),
 ]
 
 

@@ -78,6 +78,7 @@ def workloads(device):
     yield FusedDepthwiseConvBNAct(35, 3, 2), images(2, 35, 5, 3, device=device)
     yield FusedSqueezeExcite(35, 9), images(2, 35, 3, 3, device=device)
     yield Apart(), images(2, 3, 7, 5, device=device)
+    yield FusedMBConv(9, 13, 3, 1, 2).to(torch.bfloat16), images(2, 9, 5, 3, device=device).bfloat16()
     yield FusedMBConv(9, 13, 3, 2, 2).to(torch.bfloat16), images(2, 9, 5, 3, device=device).bfloat16()
     yield FusedMBConv(66, 9, 3, 2, 2, 0).to(torch.bfloat16), images(2, 66, 3, 2, device=device).bfloat16()
 
@@ -101,12 +102,15 @@ def counted():
     from effkernels.kernels import depthwise, weight_copies
     from effkernels.tools.traffic import count_traffic
 
+    def small(config):
+        return replace(config, TH=1) if config.products else replace(config, S=32, TW=1, TH=1)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("EFFKERNELS_BACKEND", "triton")
         for name in ("depthwise_forward_config", "depthwise_backward_config"):
             config = getattr(depthwise, name)
-            patch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), S=32, TW=1, TH=1))
+            patch.setattr(depthwise, name, lambda *args, config=config: small(config(*args)))
         # As of many rows and columns, which would take too long here.
         patch.setattr(weight_copies, "weight_form", lambda *args: "permuted" if args[-1].itemsize == 2 else "live")
         with count_traffic() as launches:
@@ -298,19 +302,19 @@ LARGE = [
         "expanded, stride 1",
         lambda: FusedMBConv(16, 16, 3, 1, 6, 0.25, drop_path=0.2, device="meta"),
         (1800, 16, 112, 112),
-        "depthwise_backward depthwise_forward expand_pass pointwise_forward pool project_both",
+        "depthwise_backward depthwise_products expand_pass pointwise_forward pool project_both",
     ),
     (
         "expanded, more channels",
         lambda: FusedMBConv(48, 48, 3, 1, 6, 0.25, device="meta"),
         (600, 48, 112, 112),
-        "depthwise_backward depthwise_forward expand_data expand_weight pointwise_forward gradient_sums pool",
+        "depthwise_backward depthwise_products expand_data expand_weight pointwise_forward gradient_sums pool",
     ),
     (
         "not expanded",
         lambda: FusedMBConv(48, 48, 3, 1, 1, 0.25, device="meta"),
         (3600, 48, 112, 112),
-        "apply gradient_reduce depthwise_backward depthwise_forward pointwise_forward gradient_sums pool project_dy",
+        "apply gradient_reduce depthwise_backward depthwise_products pointwise_forward gradient_sums pool project_dy",
     ),
     (
         "smaller modules",
@@ -318,7 +322,7 @@ LARGE = [
             FusedDepthwiseConvBNAct(48, device="meta"), FusedSqueezeExcite(48, 2, device="meta")
         ),
         (3600, 48, 112, 112),
-        "apply apply_backward depthwise_backward depthwise_forward gradient_sums pool",
+        "apply apply_backward depthwise_backward depthwise_products gradient_sums pool",
     ),
     (
         "stem and head",
@@ -460,12 +464,19 @@ def test_offsets_are_compiled_to_64_bits():
         assert tensors and all(types and set(types) == {"i64"} for types in tensors.values()), (name, tensors)
 
 
-def test_a_new_batch_or_size_compiles_nothing():
-    """What Triton keys compiled kernels by is the same for every batch and image size, past 2^31 elements too."""
-    first, *others = compiled(LAUNCHES + CACHE_KEYS)
+def test_a_new_batch_compiles_nothing():
+    """What Triton keys compiled kernels by is the same for every batch, past 2^31 elements too. A new image size
+    compiles depthwise convolutions only, whose strips divide the width.
+    """
+    first, *batches, odd, large = compiled(LAUNCHES + CACHE_KEYS)
     assert {name for name, *_ in first} == every_kernel()
-    for other in others:
+    for other in batches:
         assert other == first
+
+    def others(keys):
+        return [key for key in keys if key[0] not in ("depthwise_products_kernel", "depthwise_backward_kernel")]
+
+    assert others(odd) == others(large) == others(first)
 
 
 def test_nothing_leaks_over_a_thousand_steps(monkeypatch):

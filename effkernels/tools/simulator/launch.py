@@ -454,8 +454,13 @@ def _predicted(
         bounds.append(at)
     by_number = [next(j for j, bound in enumerate(bounds) if number < bound or j == len(bounds) - 1) for number in mine]
     together = min(len(mine), resident)
-    ready = {j: prepare(code, machine, found[j], counted.shares, BUDGET / together) for j in set(by_number)}
-    clocks, run = _on_one_sm(machine, [ready[j] for j in by_number], resident, l2_rate, dram_rate, timeline)
+    if total <= rates.processors:  # a program an SM: the launch ends with the longest
+        ready = {j: prepare(code, machine, sample, counted.shares, BUDGET) for j, sample in enumerate(found)}
+        runs = [_on_one_sm(machine, [each], resident, l2_rate, dram_rate, timeline) for each in ready.values()]
+        clocks, run = max(runs, key=lambda found: found[0])
+    else:
+        ready = {j: prepare(code, machine, found[j], counted.shares, BUDGET / together) for j in set(by_number)}
+        clocks, run = _on_one_sm(machine, [ready[j] for j in by_number], resident, l2_rate, dram_rate, timeline)
     tail = 0.0
     for path in last:
         normal = next(sample for sample in found if sample.path.program == path.program)
