@@ -848,7 +848,7 @@ def backward_part(
             # Triton loads ahead only in loops whose variables are results of operations, hence the 0; moving a row down
             # takes ptxas an instruction for each value anyway.
             for i in tl.static_range((D1 - D0 - 1) * ND):
-                values = values + (ring[i] + 0.0,)
+                values = values + (ring[i] + 0.0 if STAGES > 1 else ring[i],)
             ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
             for r in tl.static_range(STRIDE):
                 row_x = (t >= M - 1) & (ih >= 0) & (ih < H)

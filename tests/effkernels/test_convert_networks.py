@@ -55,8 +55,9 @@ def large_blocks(monkeypatch):
     whole = {"one_block": True, "resident": True, "fragments": False}
     sizes = lambda K, N, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_N": _block(N), "BLOCK_K": _block(K), **whole}  # noqa: E731
     enlarge(pointwise_forward, "pointwise_forward_config", sizes)
-    for name in ("project_both_config", "project_data_config", "project_weight_config"):
-        enlarge(project_backward, name, lambda E, O, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)})
+    enlarge(
+        project_backward, "project_both_config", lambda E, O, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_E": _block(E)}
+    )
     enlarge(
         expand_backward,
         "expand_matrix_config",
