@@ -49,7 +49,8 @@ class SqueezeExcite(nn.Module):
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
         """In plain PyTorch, through the submodules (so their hooks run)."""
         pooled = x.mean((2, 3), keepdim=True)
-        return x * GATES[self.gate](self.conv_expand(activate(self.conv_reduce(pooled), self.act)))
+        gate = self.gate if callable(self.gate) else GATES[self.gate]  # a module may have been put in its place
+        return x * gate(self.conv_expand(activate(self.conv_reduce(pooled), self.act)))
 
     def extra_repr(self) -> str:
         return f"act={self.act}, gate={self.gate}"
