@@ -98,9 +98,12 @@ def test_a_row_of_the_table(heading, code, part, runs, reason, twins_serve, monk
     with torch.no_grad():
         fused = model(x)
         served = len(twins_serve)
-        monkeypatch.setenv("EFFKERNELS_BACKEND", "reference")
-        plain = model(x) if heading == "create_model" else restore(model)(x)
+        with monkeypatch.context() as patch:
+            patch.setenv("EFFKERNELS_BACKEND", "reference")
+            plain = model(x) if heading == "create_model" else restore(model)(x)
     assert relative_error(fused, plain) < 1e-10 and len(twins_serve) == served
+    if heading != "create_model":  # restored above
+        assert dict(explain(accelerate(model, strict=False))) == dict(found), "accelerate after the edit is the same"
     # Edits of all.
     assert served or code in ("timm.layers.convert_splitbn_model(model, 2)", "timm.layers.freeze_batch_norm_2d(model)")
 
