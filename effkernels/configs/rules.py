@@ -335,24 +335,25 @@ def _fills_the_device(rows: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and rows > 1024
 
 
-def product_is_apart(K: int, N: int, rows: int, transforms: bool, dtype: torch.dtype) -> bool:
-    """Whether a 1x1 convolution from K to N channels is PyTorch's product, with passes before and after it.
+def product_is_apart(K: int, N: int, rows: int, transforms: bool, dtype: torch.dtype, pool: bool = False) -> bool:
+    """Whether a 1x1 convolution from K to N channels is PyTorch's product, with passes before and after it; never where
+    only the mean over each image is stored (``pool``).
 
     A program holds 128 columns. With more of them, programs of each slice would evaluate BatchNorm, activation and gate
     of the same rows: at 7 x 7 pixels and 320 outputs 74 us, where a pass, a product and passes over its result take 41.
     And where the weights do not stay in shared memory, every tile would load them again: 448 to 2688 channels, 9216
     rows, 82 us for 55 (predicted, bf16, an H200).
     """
-    if dtype.itemsize != 2 or rows <= 512:
+    if pool or dtype.itemsize != 2 or rows <= 512:
         return False
     return N > 128 if transforms else not pointwise_weights_stay(K, False)
 
 
-def weight_form(K: int, N: int, rows: int, transforms: bool, dtype: torch.dtype) -> str:
+def weight_form(K: int, N: int, rows: int, transforms: bool, pool: bool, dtype: torch.dtype) -> str:
     """How the forward of a 1x1 convolution wants its weight: "live", or a copy, "plain" for PyTorch's product or
     "permuted" where tiles that fill the device all load it again.
     """
-    if product_is_apart(K, N, rows, transforms, dtype):
+    if product_is_apart(K, N, rows, transforms, dtype, pool):
         return "plain"
     again = _fills_the_device(rows, dtype) and not pointwise_weights_stay(K, transforms)
     return "permuted" if again else "live"

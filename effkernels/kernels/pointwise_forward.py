@@ -560,7 +560,7 @@ def pointwise_forward(
         "residual": residual,
         "out_dtype": out_dtype or dtype,
     }
-    if product_is_apart(K, weight.shape[0], N * H * W, transforms, dtype) and not pool:
+    if product_is_apart(K, weight.shape[0], N * H * W, transforms, dtype, pool):
         return _product_apart(x.to(dtype), weight, **how)
     return pointwise_forward_fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
 

@@ -81,17 +81,18 @@ def weight_copies(wanted: list[tuple[torch.Tensor, str]], dtype: torch.dtype) ->
 
 
 def forward_weights(
-    wanted: list[tuple[torch.Tensor | None, int, bool]], dtype: torch.dtype
+    wanted: list[tuple[torch.Tensor | None, int, bool]], dtype: torch.dtype, pool: bool = False
 ) -> list[torch.Tensor | None]:
     """What ``pointwise_forward`` is to be given of each (weight or None, rows of its product, whether it transforms x
-    on load): a copy, made in one launch for all of them, where that makes it faster, else the live weight.
+    on load): a copy, made in one launch for all of them, where that makes it faster, else the live weight. ``pool`` and
+    whether x is transformed must be what ``pointwise_forward`` will be told, since a copy's form does not show.
     """
     results = [weight for weight, *_ in wanted]
     chosen = {}
     for i, (weight, rows, transforms) in enumerate(wanted):
         if weight is not None:
             O, K = weight.shape[:2]
-            form = weight_form(K, O, rows, transforms, dtype)
+            form = weight_form(K, O, rows, transforms, pool, dtype)
             if form != "live":
                 chosen[i] = (weight, form)
     for i, copy in zip(chosen, weight_copies(list(chosen.values()), dtype), strict=True):

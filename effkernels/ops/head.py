@@ -95,7 +95,7 @@ def _inference(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: 
     from effkernels.kernels.weight_copies import forward_weights
 
     epilogue = frozen_normalisation(norm)
-    (weight,) = forward_weights([(conv_weight, x[..., 0].numel(), False)], settings.dtype)
+    (weight,) = forward_weights([(conv_weight, x[..., 0].numel(), False)], settings.dtype, pool=True)
     out, _ = pointwise_forward(x, weight, dtype=settings.dtype, epilogue=epilogue, act2=settings.act, pool=True)
     return out
 

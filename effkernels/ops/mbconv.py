@@ -105,9 +105,9 @@ def _first_convolution(x, weight, settings, **how):
     return pointwise_forward(x, weight, dtype=settings.dtype, **how)
 
 
-def _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings):
+def _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings, *, transforms):
     """Both 1x1 weights as the forward's kernels take them: the live ones, or their copies. The stem's stays as it
-    is.
+    is. transforms: whether the project convolution evaluates something on load.
     """
     from effkernels.kernels.weight_copies import forward_weights
 
@@ -117,7 +117,7 @@ def _forward_weights(x, expand_weight, depthwise_weight, project_weight, setting
         height, width = x.shape[1:3]
     out_height, out_width = conv_out_sizes(height, width, depthwise_weight.shape[-1], settings.stride, settings.padding)
     expand = None if settings.stem_stride else expand_weight
-    wanted = [(expand, len(x) * height * width, False), (project_weight, len(x) * out_height * out_width, True)]
+    wanted = [(expand, len(x) * height * width, False), (project_weight, len(x) * out_height * out_width, transforms)]
     expand, project = forward_weights(wanted, settings.dtype)
     return expand_weight if expand is None else expand, project
 
@@ -147,7 +147,9 @@ def _forward(
 
     E, O, act = depthwise_weight.shape[0], project_weight.shape[0], settings.act
     counters = _counters(x, E, O)
-    expand_weight, project_weight = _forward_weights(x, expand_weight, depthwise_weight, project_weight, settings)
+    expand_weight, project_weight = _forward_weights(
+        x, expand_weight, depthwise_weight, project_weight, settings, transforms=True
+    )
 
     y1 = bn1 = None
     if expand_weight is None:
@@ -348,7 +350,7 @@ def _backward(
         if expand_weight is None:
             a = x.to(settings.dtype)
         elif a is None:
-            weight, _ = _forward_weights(x, expand_weight, depthwise_weight, None, settings)
+            weight, _ = _forward_weights(x, expand_weight, depthwise_weight, None, settings, transforms=True)
             a, _ = _first_convolution(x, weight, settings)
         dz1, partials, sums1 = depthwise.depthwise_backward(
             dq,
@@ -443,7 +445,12 @@ def _inference(
     E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
     inside = expand_weight is not None and expand_inside(k, settings.stride, x.shape[-1], E, dtype, act)
     copied, project_weight = _forward_weights(
-        x, None if inside else expand_weight, depthwise_weight, project_weight, settings
+        x,
+        None if inside else expand_weight,
+        depthwise_weight,
+        project_weight,
+        settings,
+        transforms=se is not None,
     )
     if inside:
         a, sums = expand_depthwise.expand_depthwise(

@@ -61,6 +61,24 @@ def test_head(N, H, W, K, O, act, autocast, batch, device, scratch):
     check(N, H, W, K, O, act, autocast, batch, device, momentum=None if N == 3 else 0.1)
 
 
+@pytest.mark.parametrize("K", [400, 416])
+def test_inference_of_many_channels(K, device, scratch):
+    """From B4 on, more channels than stay with a program: a copy of the weight is read in the order it was made in."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, K, 10, 9, device=device), torch.randn(16, K, 1, 1, device=device) * K**-0.5
+    norm = BatchNormParams(*norm_vectors(16, device)[:4], eps=EPS, training=False)
+
+    def run(implementation, x, weight, norm):
+        return implementation(x, weight, norm, act="silu")
+
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        fused, eager = run(functional.head, x, weight, norm), run(reference.head, x, weight, norm)
+    with torch.no_grad():
+        wide = norm._replace(**{name: getattr(norm, name).double() for name in norm._fields[:4]})
+        truth = run(reference.head, x.double(), weight.double(), wide)
+    assert_close_to_truth({"out": fused}, {"out": eager}, {"out": truth})
+
+
 @on_gpu
 @pytest.mark.parametrize("N, H, W, K, O, act, autocast, batch", REAL)
 def test_head_real_shapes(N, H, W, K, O, act, autocast, batch, device, scratch):

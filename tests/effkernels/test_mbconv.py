@@ -69,6 +69,20 @@ def test_expand_inside_the_depthwise_kernel(I, padding, device, monkeypatch):
     assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
 
 
+@pytest.mark.parametrize(("I", "O"), [(416, 16), (16, 140)])
+def test_inference_without_a_gate(I, O, device):
+    """Nothing is evaluated where the project convolution loads its input, which decides the form of its weight's copy:
+    with 416 channels one for a product apart, and with 140 outputs none.
+    """
+    modules = twins(FusedMBConv, I, O, 3, 1, 1, 0.0, device=device)
+    x = images(3, I, 19, 19, device=device)
+    outputs = {}
+    for name, module in modules.items():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=name != "truth"):
+            outputs[name] = module.eval()(x.double() if name == "truth" else x.bfloat16())
+    assert_close_to_truth(outputs["fused"], outputs["eager"], outputs["truth"])
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recompute_gives_the_same_bits(dtype, device, scratch):
     keep = twins(FusedMBConv, 16, 16, 3, 1, 4, 0.25, drop_path=0.3, device=device)["fused"]

@@ -61,7 +61,7 @@ def run(x, weight, form="live", fields=MappingProxyType({}), **how):
         "shared": stays | {"ahead": 0, "fragments": False, "stages": 3},
     }
     with pytest.MonkeyPatch.context() as patch, tables.override("pointwise_forward", **forms.get(form, {}), **fields):
-        patch.setattr(pointwise_forward, "product_is_apart", lambda *args: form == "apart")
+        patch.setattr(pointwise_forward, "product_is_apart", lambda *args: form == "apart" and not how.get("pool"))
         return pointwise_forward.pointwise_forward(nhwc(x), weight, **how)
 
 
@@ -328,4 +328,4 @@ def test_products_that_are_apart(device, monkeypatch):
     ]
     assert not any(rules.product_is_apart(*case) for case in fused)
     assert rules.product_is_apart(385, 10, rows, False, x.dtype)
-    assert rules.weight_form(16, 150, rows, True, torch.float32) == "live"
+    assert rules.weight_form(16, 150, rows, True, False, torch.float32) == "live"
