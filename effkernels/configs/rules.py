@@ -575,12 +575,14 @@ def expand_weight_is_apart(I: int, dtype: torch.dtype) -> bool:
 
 
 def _reads_shared_memory(device: torch.device) -> bool:
-    """Whether tensor cores take both operands from shared memory: NVIDIA's since Hopper, which is assumed where there
-    is no GPU.
+    """Whether tensor cores take both operands from shared memory: those of Hopper, which is assumed where there is no
+    GPU, and of data centres' Blackwell; not those of sm_120.
     """
     if device.type == "meta":
-        return tables.stand_in().capability >= (9, 0)
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
+        return (9, 0) <= tables.stand_in().capability < (11, 0)
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and (9, 0) <= torch.cuda.get_device_capability(device) < (11, 0)
 
 
 @tuned

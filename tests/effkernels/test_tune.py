@@ -111,6 +111,13 @@ def test_meta_stands_for_a_gpu(tmp_path, monkeypatch):
     assert rules.depthwise_forward_config(*ARGS, meta) == rule and rules.processor_count(meta) == 132
 
 
+@pytest.mark.parametrize(("capability", "form"), [((8, 9), "split"), ((10, 0), "pass"), ((12, 0), "split")])
+def test_one_pass_where_tensor_cores_read_shared_memory(capability, form):
+    """A workstation's Blackwell (sm_120) has the products of sm_89."""
+    with tables.meta_is(dataclasses.replace(GPUS["h200"], capability=capability)):
+        assert rules.expand_backward_form(240, 40, torch.bfloat16, torch.device("meta")) == form
+
+
 def test_a_table_is_read_once(use, monkeypatch):
     path = use(table(row({"TW": 7})))
     reads, read = [], tables.read
