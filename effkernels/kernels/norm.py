@@ -59,11 +59,12 @@ def load_vector(p, c, mask):
 
 @triton.jit
 def load_rstd(norm, c, mask):
-    """1 / sqrt(var + eps) of channels c of a ``BatchNorm``."""
+    """1 / sqrt(var + eps) of channels c of a ``BatchNorm``, finite where ``mask`` is False."""
     if norm.rstd is not None:
         return load_vector(norm.rstd, c, mask)
     else:
-        return 1.0 / tl.sqrt(load_vector(norm.var, c, mask) + norm.eps)
+        var = tl.load(norm.var + c, mask=mask, other=1.0).to(tl.float32)
+        return 1.0 / tl.sqrt(var + norm.eps)
 
 
 @triton.jit

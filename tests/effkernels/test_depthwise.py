@@ -458,6 +458,16 @@ def test_nan_by_products_stays_near(k, stride, device, scratch):
     assert not (~y.isfinite() & ~allowed).any()
 
 
+def test_channels_that_are_not_there_make_no_nan_without_eps(device, scratch):
+    """In a product a zero weight of the channels beyond the last meets what BatchNorm makes of nothing."""
+    from effkernels.kernels.depthwise import depthwise_forward
+
+    x, weight, norm = torch.randn(1, 20, 9, 9), torch.randn(20, 1, 3, 3), norm_vectors(20, device)
+    x, weight = x.to(device, torch.bfloat16), weight.to(device)
+    y, *_ = depthwise_forward(nhwc(x), weight, 1, (1, 1, 1, 1), prologue=norm_of(norm), act1="silu")
+    assert y.isfinite().all()
+
+
 def test_a_configuration_that_products_cannot_have_is_refused(device, monkeypatch):
     from effkernels.kernels import depthwise
 
