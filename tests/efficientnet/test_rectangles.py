@@ -156,6 +156,11 @@ def test_commands_take_the_size_of_the_checkpoint(run, wide, image_folder):
     code, out, _ = run("export", "--checkpoint", checkpoint, "--format", "torchscript", "--output", wide / "m.pt")
     assert code == 0 and "3 x 16 x 24 images" in out
     assert torch.jit.load(wide / "m.pt")(torch.zeros(1, 3, 16, 24)).shape == (1, 3)
+    code, _, err = run("export", "--checkpoint", checkpoint, "--format", "torch-export", "--output", wide / "m.pt2")
+    assert code == 0, err
+    with pytest.raises((AssertionError, RuntimeError), match="24"):  # of this shape, where TorchScript takes any
+        torch.export.load(wide / "m.pt2").module()(torch.zeros(1, 3, 16, 16))
+    assert torch.export.load(wide / "m.pt2").module()(torch.zeros(1, 3, 16, 24)).shape == (1, 3)
 
 
 def test_commands_take_another_size(run, wide, image_folder):
