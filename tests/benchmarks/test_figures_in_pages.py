@@ -23,6 +23,26 @@ def test_launches_and_bytes_kept():
     assert f"{large:.2f} at 224 pixels and {small:.2f} at 64; {recomputed:.2f} at 64 with recomputation" in page
 
 
+def test_predicted_times():
+    """The column "now" of docs/performance.md: what was predicted for B0's steps, and for kernels that stand alone."""
+    predicted = json.loads((ROOT / "benchmarks/static.json").read_text(encoding="utf-8"))["predicted"]
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    table = page[page.index("## Where B0 stands") : page.index("## What is behind it")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    now = {row[0]: (row[2], row[3]) for row in rows[2:]}
+    for row, step in (("all", "b0 train 256 h200"), ("inference", "b0 infer 256 h200")):
+        exact = (1e3 * predicted[step]["predicted_ms"], 1e3 * predicted[step]["bytes_ms"])
+        assert all(abs(int(figure) - us) < 1 for figure, us in zip(now[row], exact, strict=True)), (row, exact)
+    kernels = {"depthwise backward": "depthwise_backward_kernel", "BatchNorm 3's sums": "gradient_reduce_kernel"}
+    for row, kernel in kernels.items():
+        assert now[row][0] == f"{predicted[f'b0 train 256 h200: {kernel}']['predicted_us']:.0f}", row
+    parts = [
+        sum(int(figure) for figure in column)
+        for column in zip(*(now[row] for row in now if row not in ("all", "inference")), strict=True)
+    ]
+    assert all(abs(part - int(whole)) <= len(now) for part, whole in zip(parts, now["all"], strict=True))
+
+
 def test_accuracy_on_digits():
     runs = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))["seeds"]
     accuracies, seconds = (sorted(run[key] for run in runs.values()) for key in ("accuracy", "cpu_s"))
