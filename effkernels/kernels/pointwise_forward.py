@@ -571,6 +571,8 @@ def _product_apart(
     """``pointwise_forward`` as a pass over x, PyTorch's product, and passes over y, which is smaller."""
     N, H, W, K = x.shape
     O = weight.shape[0]
+    if weight.dim() == 3:
+        raise ValueError(f"weight must be [O, K, 1, 1] or a plain copy, got a permuted one, {tuple(weight.shape)}")
     a = x if prologue is None and gates is None else apply(x, prologue, act=act1, gates=gates)
     y = x.new_empty(N, H, W, O)
     product(a.view(-1, K), weight.reshape(O, K).to(x.dtype).t(), out=y.view(-1, O))
@@ -605,7 +607,9 @@ def pointwise_forward_fused(
     """``pointwise_forward`` in one launch."""
     N, H, W, K = x.shape
     O = weight.shape[0]
-    copied = weight.dim() == 2
+    if weight.dim() == 2:
+        raise ValueError(f"weight must be [O, K, 1, 1] or a permuted copy, got a plain one, {tuple(weight.shape)}")
+    copied = weight.dim() == 3
     cfg = pointwise_forward_config(K, O, N * H * W, H * W, dtype, prologue is not None, gates is not None, pool, copied)
     slices = triton.cdiv(O, cfg.BLOCK_N)
     per_image = pool or cfg.per_image

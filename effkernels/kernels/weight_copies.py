@@ -6,8 +6,8 @@ rounded again and goes through registers on its way to shared memory; a copy in 
 lies. The forms of a copy:
 
     plain       [O, K]                     w[o, k]
-    permuted    [O, K rounded up to 32]    w[o, k(k')] at [o, k'], 0 for k >= K: the order of ``pointwise_forward``'s
-                                           fragments
+    permuted    [O, ceil(K / 32), 32]      w[o, k(k')] at [o, k'], 0 for k >= K: the order of ``pointwise_forward``'s
+                                           fragments; of three dimensions, so that none takes it for a plain one
 
 In each 32 columns, counted in binary, k = (q1 q0 f h e) lies at k' = (f h q1 q0 e): q is the lane that loads 8
 neighbouring values of k, f the step of 16 in which the tensor cores take them, h the half of that step, e the odd one
@@ -69,7 +69,7 @@ def weight_copies(wanted: list[tuple[torch.Tensor, str]], dtype: torch.dtype) ->
         if form == "plain" and weight.dtype == dtype:
             results.append(weight.view(O, K))
             continue
-        shape = {"plain": (O, K), "permuted": (O, triton.cdiv(K, 32) * 32)}[form]
+        shape = {"plain": (O, K), "permuted": (O, triton.cdiv(K, 32), 32)}[form]
         results.append(weight.new_empty(shape, dtype=dtype))
         todo.append((weight, results[-1], (2 * O + 1, 2 * K + 1), form))
     if todo:

@@ -274,7 +274,7 @@ def permuted(weight):
     """Column 8 q + 4 f + 2 h + e of every 32 at 16 f + 8 h + 2 q + e."""
     O, K = weight.shape
     padded = F.pad(weight, (0, -K % 32)).view(O, -1, 4, 2, 2, 2)
-    return padded.permute(0, 1, 3, 4, 2, 5).reshape(O, -1)
+    return padded.permute(0, 1, 3, 4, 2, 5).reshape(O, -1, 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
@@ -329,3 +329,16 @@ def test_products_that_are_apart(device, monkeypatch):
     assert not any(rules.product_is_apart(*case) for case in fused)
     assert rules.product_is_apart(385, 10, rows, False, x.dtype)
     assert rules.weight_form(16, 150, rows, True, False, torch.float32) == "live"
+
+
+@pytest.mark.parametrize(("form", "apart"), [("plain", False), ("permuted", True)])
+def test_a_copy_for_the_other_product_is_refused(form, apart, device, monkeypatch):
+    """Both have as many elements where 32 divides K; read in the other order they would give wrong numbers."""
+    from effkernels.kernels import pointwise_forward
+    from effkernels.kernels.weight_copies import weight_copies
+
+    monkeypatch.setattr(pointwise_forward, "product_is_apart", lambda *args, **how: apart)
+    x, weight = tensor(1, 64, 3, 3, device=device, dtype=torch.bfloat16), tensor(12, 64, 1, 1, device=device)
+    (copy,) = weight_copies([(weight, form)], x.dtype)
+    with pytest.raises(ValueError, match=f"a {form} one"):
+        pointwise_forward.pointwise_forward(nhwc(x), copy, gates=torch.rand(1, 64, device=device))
