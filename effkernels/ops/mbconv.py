@@ -9,7 +9,7 @@ tensor at the input's size, e2: after the depthwise convolution):
                depthwise     y1 -> y2, BN2's statistics                                   e1 +   e2
                pool          y2 -> pooled                                                        e2
                gate          pooled -> gate, by squeeze-excite (two launches)
-               project       y2, gate -> y3, BN3's statistics                                    e2
+               project       y2, gate -> y3, BN3's statistics                                    e2, or 3 e2
                apply         y3, x -> out
     backward   reduce        dout, y3 -> BN3's sums
                project       dout, y3, y2 -> dq, sums                                          2 e2, or 5 e2
@@ -20,10 +20,11 @@ tensor at the input's size, e2: after the depthwise convolution):
     inference  expand        x -> a1                                                      e1
                depthwise     a1 -> a2, pooled                                             e1 +   e2
                gate          pooled -> gate (two launches)
-               project       a2, gate, x -> out                                                  e2
+               project       a2, gate, x -> out                                                  e2, or 3 e2
 
-With many channels the project backward is two products of PyTorch with a pass between them, and the expand backward
-two launches that read dz1 each. In inference the expand convolution lies inside the depthwise kernel where the model
+With more than 128 outputs and many rows the project forward is a pass and a product of PyTorch; with more than 24 the
+project backward is two such products with a pass between them; with many channels the expand backward is two launches
+that read dz1 each. In inference the expand convolution lies inside the depthwise kernel where the model
 of costs says so, and nothing of e1 is stored. As the first of a network, a block that does not expand takes the stem
 along: a 3x3 convolution of images in place of the expand one.
 """
