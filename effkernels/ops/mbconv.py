@@ -143,7 +143,8 @@ def _forward(
     branch_draws: Constant,
     settings: BlockSettings,
 ) -> BlockResults:
-    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels import batchnorm, squeeze_excite
+    from effkernels.kernels import depthwise_backward as depthwise
     from effkernels.kernels.pointwise_forward import pointwise_forward
 
     E, O, act = depthwise_weight.shape[0], project_weight.shape[0], settings.act
@@ -262,7 +263,8 @@ def _backward(
     """What no wanted gradient depends on is not computed: a step runs where one of ``needs`` lies before it in the
     block.
     """
-    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels import batchnorm, squeeze_excite
+    from effkernels.kernels import depthwise_backward as depthwise
     from effkernels.kernels.expand_backward import expand_backward
     from effkernels.kernels.project_backward import project_backward
     from effkernels.kernels.weight_copies import weight_copies
@@ -436,7 +438,8 @@ def _inference(
 ) -> Tensor:
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
     from effkernels.configs.rules import expand_inside
-    from effkernels.kernels import depthwise, expand_depthwise, squeeze_excite
+    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels import expand_depthwise, squeeze_excite
     from effkernels.kernels.common import matmul_precision
     from effkernels.kernels.pointwise_forward import pointwise_forward
 

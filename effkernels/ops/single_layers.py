@@ -73,7 +73,8 @@ def _depthwise_forward(
     se: SqueezeExciteParams | None,
     settings: DepthwiseSettings,
 ) -> DepthwiseResults:
-    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels import batchnorm, squeeze_excite
+    from effkernels.kernels import depthwise_backward as depthwise
 
     bn1 = None
     if norm1 is not None:
@@ -153,7 +154,8 @@ def _depthwise_backward(
     saved: DepthwiseResults,
     needs: frozenset[str],
 ) -> dict:
-    from effkernels.kernels import batchnorm, depthwise, squeeze_excite
+    from effkernels.kernels import batchnorm, squeeze_excite
+    from effkernels.kernels import depthwise_backward as depthwise
 
     need_dx = bool(needs & {"x", "norm1_weight", "norm1_bias"})  # the gradients of the first BatchNorm come with dx
     need_dw = "weight" in needs
@@ -214,7 +216,8 @@ def _depthwise_inference(
     """Running statistics, no gradient: BN2, the activation and the pooling in the depthwise kernel's epilogue; scale
     and shift from the live buffers.
     """
-    from effkernels.kernels import batchnorm, depthwise
+    from effkernels.kernels import batchnorm
+    from effkernels.kernels import depthwise_backward as depthwise
 
     out, _, sums = depthwise.depthwise_forward(
         x,

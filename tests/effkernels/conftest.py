@@ -75,7 +75,7 @@ def small_tiles(monkeypatch):
     products as they are). For tests of what is around the kernels; test_depthwise.py runs the tiles that ship.
     """
     if INTERPRET and HAS_TRITON:
-        from effkernels.kernels import depthwise
+        from effkernels.kernels import depthwise_backward as depthwise
 
         for name in ("depthwise_forward_config", "depthwise_backward_config"):
             config = getattr(depthwise, name)

@@ -193,7 +193,7 @@ def others(launch, *names):
 def test_depthwise(k, stride, device, small_tiles):
     """One pass over each activation in both directions, whatever the overlap of tiles; the rest are vectors and
     partials."""
-    from effkernels.kernels import depthwise
+    from effkernels.kernels import depthwise_backward as depthwise
 
     x, weight = tensor(N, H, W, C), torch.randn(C, 1, k, k)
     norm1, norm2 = (norm_of(norm_vectors(C, "cpu"), torch.rand(C)) for _ in range(2))

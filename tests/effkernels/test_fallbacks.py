@@ -19,7 +19,7 @@ if not HAS_TRITON:
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from effkernels.kernels import depthwise
+from effkernels.kernels import depthwise_backward as depthwise
 
 SHARED_MEMORY = OutOfResources(131072, 101376, "shared memory")
 FAILURES = [SHARED_MEMORY, PTXASError("ptxas fatal"), RuntimeError("PassManager::run failed")]

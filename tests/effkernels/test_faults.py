@@ -133,7 +133,7 @@ def test_weights_are_read_where_they_are(make, device, monkeypatch):
     """What a captured graph replays are launches with these addresses: changed in place, weights and statistics
     count.
     """
-    from effkernels.kernels import depthwise
+    from effkernels.kernels import depthwise_backward as depthwise
 
     function, addresses = type(depthwise.depthwise_forward_kernel), set()
     run = function.run

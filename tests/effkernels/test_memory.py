@@ -99,7 +99,8 @@ def counted():
         pytest.skip("needs the interpreter")
     from dataclasses import replace
 
-    from effkernels.kernels import depthwise, weight_copies
+    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels import weight_copies
     from effkernels.tools.traffic import count_traffic
 
     def small(config):
