@@ -47,14 +47,14 @@ FAULTS = [
     # ---- convolution
     Fault(
         "taps mirrored",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "* K + j - o * STRIDE]",
         "* K + K - 1 - j + o * STRIDE]",
         DEPTHWISE,
     ),
     Fault(
         "padding on the wrong side",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "top, bottom, left, right = pads",
         "bottom, top, right, left = pads",
         DEPTHWISE,
@@ -82,28 +82,28 @@ FAULTS = [
     ),
     Fault(
         "padding activated",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "a * (in_x[j].to(tl.float32) * row_in)[:, None]",
         "a",
         BLOCK,
     ),
     Fault(
         "a product's taps not a stride apart",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "+ k % 4 - STRIDE * (n % 2)",
         "+ k % 4 - n % 2",
         DEPTHWISE_PRODUCTS,
     ),
     Fault(
         "a product's padding activated",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "shift = tl.where(in_x[2 * i + j], shift1, 0.0)",
         "shift = shift1",
         DEPTHWISE_PRODUCTS,
     ),
     Fault(
         "pooled sums of the first rows alone",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "* chunks + g // groups) * strips_w",
         "* chunks) * strips_w",
         DEPTHWISE_PRODUCTS,
@@ -150,7 +150,7 @@ FAULTS = [
     ),
     Fault(
         "tiles merged without Chan's term",
-        "kernels/depthwise_backward.py",
+        "kernels/depthwise_forward.py",
         "- s1 * shift + delta * delta * count[:, None]",
         "- s1 * shift",
         DEPTHWISE,

@@ -144,7 +144,7 @@ def _forward(
     settings: BlockSettings,
 ) -> BlockResults:
     from effkernels.kernels import batchnorm, squeeze_excite
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.pointwise_forward import pointwise_forward
 
     E, O, act = depthwise_weight.shape[0], project_weight.shape[0], settings.act
@@ -163,7 +163,7 @@ def _forward(
         a = y1
 
     wanted = batch_statistics(norm2, E, x.device)
-    y2, found, _ = depthwise.depthwise_forward(
+    y2, found, _ = depthwise_forward(
         a,
         depthwise_weight,
         settings.stride,
@@ -264,7 +264,7 @@ def _backward(
     block.
     """
     from effkernels.kernels import batchnorm, squeeze_excite
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_backward import depthwise_backward
     from effkernels.kernels.expand_backward import expand_backward
     from effkernels.kernels.project_backward import project_backward
     from effkernels.kernels.weight_copies import weight_copies
@@ -355,7 +355,7 @@ def _backward(
         elif a is None:
             weight, _ = _forward_weights(x, expand_weight, depthwise_weight, None, settings, transforms=True)
             a, _ = _first_convolution(x, weight, settings)
-        dz1, partials, sums1 = depthwise.depthwise_backward(
+        dz1, partials, sums1 = depthwise_backward(
             dq,
             a,
             depthwise_weight,
@@ -438,9 +438,9 @@ def _inference(
 ) -> Tensor:
     """Running statistics, no gradient; scale and shift come from the live buffers, so nothing goes stale."""
     from effkernels.configs.rules import expand_inside
-    from effkernels.kernels import depthwise_backward as depthwise
     from effkernels.kernels import expand_depthwise, squeeze_excite
     from effkernels.kernels.common import matmul_precision
+    from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.pointwise_forward import pointwise_forward
 
     act, dtype = settings.act, settings.dtype
@@ -475,7 +475,7 @@ def _inference(
         else:
             epilogue = frozen_normalisation(norm1)
             a, _ = pointwise_forward(x, copied, dtype=dtype, epilogue=epilogue, act2=act)
-        a, _, sums = depthwise.depthwise_forward(
+        a, _, sums = depthwise_forward(
             a, depthwise_weight, settings.stride, pads, epilogue=bn2, act2=act, pool=se is not None
         )
     gates = None

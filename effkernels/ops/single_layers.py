@@ -74,12 +74,12 @@ def _depthwise_forward(
     settings: DepthwiseSettings,
 ) -> DepthwiseResults:
     from effkernels.kernels import batchnorm, squeeze_excite
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     bn1 = None
     if norm1 is not None:
         bn1 = _merged(norm1, batchnorm.statistics(x) if norm1.training else None)
-    y, tiles, _ = depthwise.depthwise_forward(
+    y, tiles, _ = depthwise_forward(
         x,
         weight,
         settings.stride,
@@ -155,7 +155,7 @@ def _depthwise_backward(
     needs: frozenset[str],
 ) -> dict:
     from effkernels.kernels import batchnorm, squeeze_excite
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_backward import depthwise_backward
 
     need_dx = bool(needs & {"x", "norm1_weight", "norm1_bias"})  # the gradients of the first BatchNorm come with dx
     need_dw = "weight" in needs
@@ -174,7 +174,7 @@ def _depthwise_backward(
         gradients |= dict(zip(names, se_gradients, strict=True))
     else:
         sums2 = batchnorm.gradient_merge(sums.view(-1, 2, C), bn2, y.shape[0] * pixels)
-    dx, partials, _ = depthwise.depthwise_backward(
+    dx, partials, _ = depthwise_backward(
         dout,
         x,
         weight,
@@ -217,9 +217,9 @@ def _depthwise_inference(
     and shift from the live buffers.
     """
     from effkernels.kernels import batchnorm
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
-    out, _, sums = depthwise.depthwise_forward(
+    out, _, sums = depthwise_forward(
         x,
         weight,
         settings.stride,

@@ -277,14 +277,14 @@ def block_workloads(
         return BatchNorm(_random(device, C), _random(device, C), _random(device, C), torch.rand(C, device=device) + 0.5)
 
     def depthwise_forward(device):
-        from effkernels.kernels import depthwise_backward as depthwise
+        from effkernels.kernels.depthwise_forward import depthwise_forward as launch
 
         x, w = _random(device, *e1, dtype=dtype), _random(device, E, 1, k, k)
         how = {"prologue": batch_norm(device, E), "act1": "silu"} if ratio > 1 else {}
-        return lambda: (depthwise.depthwise_forward(x, w, stride, pads, partial_statistics=True, **how)[0],)
+        return lambda: (launch(x, w, stride, pads, partial_statistics=True, **how)[0],)
 
     def depthwise_backward(device):
-        from effkernels.kernels import depthwise_backward as depthwise
+        from effkernels.kernels.depthwise_backward import depthwise_backward as launch
 
         dq, y, x = (_random(device, *shape, dtype=dtype) for shape in (e2, e2, e1))
         w, gates, dpool = _random(device, E, 1, k, k), torch.rand(batch, E, device=device), _random(device, batch, E)
@@ -299,7 +299,7 @@ def block_workloads(
         )
 
         def call():
-            dx, partials, *_ = depthwise.depthwise_backward(dq, x, w, stride, pads, **how)
+            dx, partials, *_ = launch(dq, x, w, stride, pads, **how)
             return dx, partials[:, : k * k].sum(0)
 
         return call

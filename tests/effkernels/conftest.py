@@ -75,16 +75,17 @@ def small_tiles(monkeypatch):
     products as they are). For tests of what is around the kernels; test_depthwise.py runs the tiles that ship.
     """
     if INTERPRET and HAS_TRITON:
-        from effkernels.kernels import depthwise_backward as depthwise
+        from effkernels.kernels import depthwise_backward, depthwise_forward
 
-        for name in ("depthwise_forward_config", "depthwise_backward_config"):
-            config = getattr(depthwise, name)
+        for module in (depthwise_forward, depthwise_backward):
+            name = f"{module.__name__.rpartition('.')[2]}_config"
+            config = getattr(module, name)
 
             def small(*args, config=config):
                 found = config(*args)
                 return found if found.products else replace(found, S=32, TW=1, TH=1)
 
-            monkeypatch.setattr(depthwise, name, small)
+            monkeypatch.setattr(module, name, small)
 
 
 @pytest.fixture

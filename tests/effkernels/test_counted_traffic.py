@@ -193,15 +193,14 @@ def others(launch, *names):
 def test_depthwise(k, stride, device, small_tiles):
     """One pass over each activation in both directions, whatever the overlap of tiles; the rest are vectors and
     partials."""
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_backward import depthwise_backward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight = tensor(N, H, W, C), torch.randn(C, 1, k, k)
     norm1, norm2 = (norm_of(norm_vectors(C, "cpu"), torch.rand(C)) for _ in range(2))
     pads = (k // 2,) * 4
     with count_traffic() as launches:
-        y, *_ = depthwise.depthwise_forward(
-            x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True
-        )
+        y, *_ = depthwise_forward(x, weight, stride, pads, prologue=norm1, act1="silu", partial_statistics=True)
     forward = next(launch for launch in launches if launch.name in DEPTHWISE_FORWARD)
     e1, e2 = x.numel() * 2, y.numel() * 2
     expected = {"x": (e1, 0), "y": (0, e2), "w": (C * k * k * 4, 0)}
@@ -213,7 +212,7 @@ def test_depthwise(k, stride, device, small_tiles):
 
     dq, gate, dpool = tensor(*y.shape), torch.rand(N, C), torch.randn(N, C)
     with count_traffic() as launches:
-        _, partials, *_ = depthwise.depthwise_backward(
+        _, partials, *_ = depthwise_backward(
             dq,
             x,
             weight,

@@ -89,7 +89,7 @@ def mean_and_var(y):
 
 def check_forward(i, k, stride, padding, N, H, W, C, dtype, device):
     """With statistics and pooling; BN1 on load and BN2 at the end by turns."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight = data(k, N, C, H, W, dtype, device)
     bn1 = norm_vectors(C, device) if i % 3 != 2 else None
@@ -245,28 +245,29 @@ def test_backward_of_one_side(k, need_dx, need_dw, device, scratch):
 
 @pytest.mark.parametrize("k", [3, 9])
 def test_backward_is_one_launch(k, device, monkeypatch):
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels import depthwise_backward as module
 
-    kernel, grids = depthwise.depthwise_backward_kernel, []
+    kernel, grids = module.depthwise_backward_kernel, []
 
     class Counted:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(depthwise, "depthwise_backward_kernel", Counted())
+    monkeypatch.setattr(module, "depthwise_backward_kernel", Counted())
     x, weight = data(k, 1, 3, 2, 1, torch.float32, device)
-    depthwise.depthwise_backward(nhwc(x), nhwc(x), weight, 1, (k // 2,) * 4)
+    module.depthwise_backward(nhwc(x), nhwc(x), weight, 1, (k // 2,) * 4)
     assert len(grids) == 1
 
 
 def fewer_programs(monkeypatch, programs):
     """Tiles of two rows, walked by ``programs`` programs a block of channels."""
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels import depthwise_backward, depthwise_forward
 
-    for name in ("depthwise_forward_config", "depthwise_backward_config"):
-        config = getattr(depthwise, name)
-        monkeypatch.setattr(depthwise, name, lambda *args, config=config: replace(config(*args), TH=2))
+    for module in (depthwise_forward, depthwise_backward):
+        name = f"{module.__name__.rpartition('.')[2]}_config"
+        config = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, config=config: replace(config(*args), TH=2))
     monkeypatch.setattr(DepthwiseConfig, "programs", lambda self, tiles, *args: min(tiles, programs))
 
 
@@ -285,7 +286,7 @@ PROGRAMS = [(2, 3, 1), (2, 3, 3), (37, 1, 37)]
 @pytest.mark.parametrize("N, H, programs", PROGRAMS)
 def test_last_program_finishes_the_statistics(N, H, programs, device, scratch, monkeypatch):
     """Mean, rstd and the running statistics, after one call and after another with the same counters."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.norm import BatchStatistics
 
     fewer_programs(monkeypatch, programs)
@@ -349,7 +350,7 @@ def test_last_program_finishes_bn1s_gradients(N, H, programs, device, scratch, m
 
 
 def test_too_few_counters_are_refused(device):
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.norm import BatchStatistics
 
     x, weight = data(1, 1, 40, 2, 2, torch.float32, device)
@@ -360,7 +361,7 @@ def test_too_few_counters_are_refused(device):
 
 def test_forward_writes_its_output_and_nothing_else(device, scratch):
     """``out`` lies between flags, here and in every other test by the fixture ``scratch``."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight = data(3, 2, 5, 6, 5, torch.float32, device)
     buffer = torch.full((2 * 6 * 5 * 5 + 200,), 7.0, device=device)
@@ -374,7 +375,8 @@ def test_forward_writes_its_output_and_nothing_else(device, scratch):
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (5, 1)])
 def test_nan_reaches_its_receptive_field_alone(k, stride, device, scratch):
     """A masked tap must not be computed as 0 * NaN, nor a NaN pixel be lost; with BN and activation on load, too."""
-    from effkernels.kernels.depthwise_backward import depthwise_backward, depthwise_forward
+    from effkernels.kernels.depthwise_backward import depthwise_backward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight = data(k, 2, 4, 6, 5, torch.float32, device)
     x[0, 1, 2, 3], x[1, 0, 5, 4] = float("nan"), float("inf")
@@ -415,7 +417,7 @@ PRODUCTS = [
 def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device, scratch, monkeypatch):
     """Tiles of two rows, walked by two programs."""
     from effkernels.configs.rules import depthwise_forward_config
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     assert depthwise_forward_config(k, stride, N, H, W, C, dtype, torch.device(device)).products
     fewer_programs(monkeypatch, 2)
@@ -444,7 +446,7 @@ def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device
 def test_nan_by_products_stays_near(k, stride, device, scratch):
     """It reaches every output that sees it, and none of another image, of a row that does not, or of channels beyond
     the four that share a product."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight = data(k, 2, 32, 9, 6, torch.bfloat16, device)
     x[0, 17, 4, 3] = float("nan")
@@ -460,7 +462,7 @@ def test_nan_by_products_stays_near(k, stride, device, scratch):
 
 def test_channels_that_are_not_there_make_no_nan_without_eps(device, scratch):
     """In a product a zero weight of the channels beyond the last meets what BatchNorm makes of nothing."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     x, weight, norm = torch.randn(1, 20, 9, 9), torch.randn(20, 1, 3, 3), norm_vectors(20, device)
     x, weight = x.to(device, torch.bfloat16), weight.to(device)
@@ -469,16 +471,16 @@ def test_channels_that_are_not_there_make_no_nan_without_eps(device, scratch):
 
 
 def test_a_configuration_that_products_cannot_have_is_refused(device, monkeypatch):
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels import depthwise_forward as module
 
-    config = depthwise.depthwise_forward_config
+    config = module.depthwise_forward_config
     x, weight = data(3, 1, 4, 3, 3, torch.bfloat16, device)
     for fields in ({"TW": 6}, {"S": 4}):
         monkeypatch.setattr(
-            depthwise, "depthwise_forward_config", lambda *args, fields=fields: replace(config(*args), **fields)
+            module, "depthwise_forward_config", lambda *args, fields=fields: replace(config(*args), **fields)
         )
         with pytest.raises(ValueError, match="S = 8 and TW a multiple of 4"):
-            depthwise.depthwise_forward(nhwc(x), weight, 1, (1,) * 4)
+            module.depthwise_forward(nhwc(x), weight, 1, (1,) * 4)
 
 
 def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
@@ -488,7 +490,7 @@ def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
     k = 1 with weight 1 leaves the values exact. One of the four programs begins with a group of fewer strips than its
     second has.
     """
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     fewer_programs(monkeypatch, 4)
     x, weight = data(1, 4, 8, 6, 9, torch.float32, device)
@@ -500,7 +502,8 @@ def test_statistics_of_a_large_mean(device, scratch, monkeypatch):
 @on_gpu
 def test_more_than_2_to_the_31_elements(device):
     """The last image of 1400 of 224 x 224 x 32, past int32 offsets, comes out as it does alone."""
-    from effkernels.kernels.depthwise_backward import depthwise_backward, depthwise_forward
+    from effkernels.kernels.depthwise_backward import depthwise_backward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
 
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of GPU memory")

@@ -93,7 +93,7 @@ def test_strips_that_end_inside_the_image(rows, columns, device, scratch, monkey
 
 def test_same_as_the_launches_it_replaces(device):
     """Bit for bit in fp32: the expanded values are the same products, rounded where the stored tensor would be."""
-    from effkernels.kernels.depthwise_backward import depthwise_forward
+    from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.expand_depthwise import expand_depthwise
     from effkernels.kernels.pointwise_forward import pointwise_forward
 

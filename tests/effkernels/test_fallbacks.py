@@ -19,7 +19,7 @@ if not HAS_TRITON:
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from effkernels.kernels import depthwise_backward as depthwise
+from effkernels.kernels.depthwise_forward import depthwise_forward, depthwise_forward_kernel
 
 SHARED_MEMORY = OutOfResources(131072, 101376, "shared memory")
 FAILURES = [SHARED_MEMORY, PTXASError("ptxas fatal"), RuntimeError("PassManager::run failed")]
@@ -30,7 +30,7 @@ def refuse(device, monkeypatch):
     """refuse(when, error): a launch whose arguments ``when`` is true of raises ``error``; yields the list of launches
     attempted.
     """
-    cls, attempts = type(depthwise.depthwise_forward_kernel), []
+    cls, attempts = type(depthwise_forward_kernel), []
     run = cls.run
 
     def install(when, error):
@@ -57,7 +57,7 @@ def convolve(device, C=8, size=4, k=3):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, size, size, C, generator=generator).to(device)
     weight = torch.randn(C, 1, k, k, generator=generator).to(device)
-    return depthwise.depthwise_forward(x, weight, 1, (k // 2,) * 4)[0]
+    return depthwise_forward(x, weight, 1, (k // 2,) * 4)[0]
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)

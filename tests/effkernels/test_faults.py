@@ -133,9 +133,9 @@ def test_weights_are_read_where_they_are(make, device, monkeypatch):
     """What a captured graph replays are launches with these addresses: changed in place, weights and statistics
     count.
     """
-    from effkernels.kernels import depthwise_backward as depthwise
+    from effkernels.kernels.depthwise_forward import depthwise_forward_kernel
 
-    function, addresses = type(depthwise.depthwise_forward_kernel), set()
+    function, addresses = type(depthwise_forward_kernel), set()
     run = function.run
 
     def recording(self, *args, **kwargs):

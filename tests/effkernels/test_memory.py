@@ -99,8 +99,7 @@ def counted():
         pytest.skip("needs the interpreter")
     from dataclasses import replace
 
-    from effkernels.kernels import depthwise_backward as depthwise
-    from effkernels.kernels import weight_copies
+    from effkernels.kernels import depthwise_backward, depthwise_forward, weight_copies
     from effkernels.tools.traffic import count_traffic
 
     def small(config):
@@ -109,9 +108,10 @@ def counted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("EFFKERNELS_BACKEND", "triton")
-        for name in ("depthwise_forward_config", "depthwise_backward_config"):
-            config = getattr(depthwise, name)
-            patch.setattr(depthwise, name, lambda *args, config=config: small(config(*args)))
+        for module in (depthwise_forward, depthwise_backward):
+            name = f"{module.__name__.rpartition('.')[2]}_config"
+            config = getattr(module, name)
+            patch.setattr(module, name, lambda *args, config=config: small(config(*args)))
         # As of many rows and columns, which would take too long here.
         patch.setattr(weight_copies, "weight_form", lambda *args: "permuted" if args[-1].itemsize == 2 else "live")
         with count_traffic() as launches:
