@@ -37,15 +37,8 @@ from effkernels.kernels.common import (
     launcher,
     sized_jit,
 )
-from effkernels.kernels.depthwise_forward import (
-    GROUP,
-    any_row,
-    join_columns,
-    last_of_group,
-    load_weights,
-    split_columns,
-    zero_blocks,
-)
+from effkernels.kernels.depthwise_strips import any_row, join_columns, load_weights, split_columns, zero_blocks
+from effkernels.kernels.grouped_statistics import GROUP, last_of_group
 from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector, scale_and_shift
 
 

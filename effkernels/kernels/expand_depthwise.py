@@ -18,7 +18,7 @@ import triton.language as tl
 from effkernels.configs.rules import expand_depthwise_config
 from effkernels.kernels.activation import activate
 from effkernels.kernels.common import cast, channel_vector_width, dot, fast_math, fp32, launcher, sized_jit
-from effkernels.kernels.depthwise_forward import load_weights, zero_blocks
+from effkernels.kernels.depthwise_strips import load_weights, zero_blocks
 from effkernels.kernels.norm import BatchNorm, scale_and_shift
 
 

@@ -66,7 +66,7 @@ from effkernels.kernels.common import (
     product,
     sized_jit,
 )
-from effkernels.kernels.depthwise_forward import GROUP, last_of_group, merge_group_statistics
+from effkernels.kernels.grouped_statistics import GROUP, last_of_group, merge_group_statistics
 from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 
