@@ -97,7 +97,8 @@ def load(args: argparse.Namespace) -> tuple:
     """Read --checkpoint. Returns (Runner, model in eval, class names or None, Preprocess)."""
     from dataclasses import replace
 
-    from efficientnet.data.images import MODES, Preprocess
+    from efficientnet.data.decoding import MODES
+    from efficientnet.data.images import Preprocess
     from efficientnet.devices import pick_device
     from efficientnet.training.runner import Runner
     from efficientnet.weights.checkpoints import load_checkpoint, read_metadata

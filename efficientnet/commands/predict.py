@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from efficientnet.commands.contact_sheet import ContactSheet
-    from efficientnet.data.images import ImageSet, allow_pixels, read_image
+    from efficientnet.data.decoding import allow_pixels, read_image
+    from efficientnet.data.images import ImageSet
     from efficientnet.data.loading import Unreadable
 
     with checking_input():

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _validate(args, processes):
-    from efficientnet.data.images import allow_pixels
+    from efficientnet.data.decoding import allow_pixels
     from efficientnet.data.loading import Unreadable
     from efficientnet.data.sets import load_data
     from efficientnet.model.profile import count_parameters

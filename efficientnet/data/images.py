@@ -1,5 +1,5 @@
-"""How an image file becomes the model's input: decoding, the one path from pixels to that input, and sets of labelled
-images.
+"""How images become the model's input: the one path from an image to that input, sets of labelled images, and which
+files are images.
 """
 
 import functools
@@ -10,25 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from efficientnet.choices import INTERPOLATIONS, MAX_PIXELS, height_width, image_size
+from efficientnet.choices import INTERPOLATIONS, height_width, image_size
+from efficientnet.data.decoding import MODES, Box, Picture, with_channels
 from efficientnet.data.order import Draw
 from efficientnet.errors import InputError
 from efficientnet.model.config import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Of images that Pillow can read where it has their library.
 OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".jp2")
 NO_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # what systems put among one's own
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of images with so many channels
 THIN = 4  # of an image with a side of more than so many times what a crop sees only the middle is resized
 ONLY_MIDDLE = (
     f"there are images of which the model sees less than 1 / {THIN}, the middle; cut them into parts to have all seen"
@@ -95,22 +91,31 @@ class Preprocess:
         return self.normalize(self.pixels(image))
 
     def pixels(
-        self, image: torch.Tensor, img_size: int | tuple[int, int] | None = None, crop_pct: float | None = None
+        self,
+        image: torch.Tensor | Picture,
+        img_size: int | tuple[int, int] | None = None,
+        crop_pct: float | None = None,
+        box: Box | None = None,
     ) -> torch.Tensor:
-        """uint8 [C, H, W] -> uint8 [C, *hw] (or of ``img_size``): everything but the normalisation."""
+        """uint8 [C, H, W], or the ``box`` of it -> uint8 [C, *hw] (or of ``img_size``): everything but the
+        normalisation.
+
+        It is resized in uint8, as Pillow does: rows first, rounded, then columns. That is within 1 of the float32
+        result, rounded; bicubic, whose overshoot is cut off in between, within a few. Of a ``Picture`` no more is
+        decoded than this needs.
+        """
         wanted, crop_pct = height_width(img_size or self.img_size), crop_pct or self.crop_pct
-        image = _middle(image, wanted)
-        sides = tuple(image.shape[1:])
-        if sides == wanted and crop_pct == 1:
-            return image
+        box = _middle(box or Box.whole(image), wanted)
+        sides = box.height, box.width
         scale = max(wants / crop_pct / has for wants, has in zip(wanted, sides, strict=True))
-        size = [max(wants, round(has * scale)) for wants, has in zip(wanted, sides, strict=True)]
-        x = F.interpolate(
-            image.float().unsqueeze(0), size, mode=self.interpolation, align_corners=False, antialias=True
-        )[0]
+        size = tuple(max(wants, round(has * scale)) for wants, has in zip(wanted, sides, strict=True))
+        part = box.of(image) if isinstance(image, torch.Tensor) else image.part(box, size, self.interpolation)
+        if tuple(part.shape[1:]) != size:
+            part = F.interpolate(part[None], size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+        if box.mirrored:
+            part = part.flip(2)
         top, left = ((n - wants) // 2 for n, wants in zip(size, wanted, strict=True))
-        x = x[:, top : top + wanted[0], left : left + wanted[1]]
-        return x.round().clamp(0, 255).to(torch.uint8)  # bicubic overshoots
+        return part[:, top : top + wanted[0], left : left + wanted[1]]
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [..., C, H, W] on any device -> float32, ``(x / 255 - mean) / std``. The memory format is kept."""
@@ -125,18 +130,18 @@ def largest_box(height: int, width: int, shape: tuple[int, int]) -> tuple[int, i
     return min(height, -(-width * shape[0] // shape[1])), min(width, -(-height * shape[1] // shape[0]))
 
 
-def _middle(image, wanted):
-    """The part of a thin image, uint8 [C, H, W], that a centre crop of (height, width) can see: a line of 20,000 pixels
-    would be resized to gigabytes.
+def _middle(box, wanted):
+    """The part of a thin box that a centre crop of (height, width) can see: a line of 20,000 pixels would be resized to
+    gigabytes.
     """
-    height, width = image.shape[1:]
-    seen = largest_box(height, width, wanted)
-    for dim, size, part in ((1, height, seen[0]), (2, width, seen[1])):
+    seen = largest_box(box.height, box.width, wanted)
+    for start, side, part in (("top", "height", seen[0]), ("left", "width", seen[1])):
+        size = getattr(box, side)
         keep = THIN * part + size % 2  # as many left out on either side
         if size > keep:
             _warn_of_the_rest()
-            image = image.narrow(dim, (size - keep) // 2, keep)
-    return image
+            box = box._replace(**{start: getattr(box, start) + (size - keep) // 2, side: keep})
+    return box
 
 
 @functools.cache  # once in a process: Python forgets which warnings it has shown whenever their filters change
@@ -144,12 +149,28 @@ def _warn_of_the_rest():
     warnings.warn(ONLY_MIDDLE, stacklevel=3)
 
 
+class RandomCrop:
+    """An augmentation that takes a part of the image, mirrored or not. It is drawn from the image's size alone, so that
+    of a file only what is needed is decoded.
+    """
+
+    def draw(self, height: int, width: int) -> Box:
+        """The part of an image of that size, from torch's global generator."""
+        raise NotImplementedError
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [C, H, W] -> that part of it."""
+        box = self.draw(*image.shape[1:])
+        part = box.of(image)
+        return part.flip(2) if box.mirrored else part
+
+
 class Prepared:
     """How a data set prepares its images, in evaluation and in training.
 
     Args:
-        augment: a function from a uint8 image to another, before it is resized; None for none.
-        finish: the same, after it is resized. Both draw from torch's global generator.
+        augment: a RandomCrop, or another function from a uint8 image to one, before it is resized; None for none.
+        finish: a function from a uint8 image to another, after it is resized. All draw from torch's global generator.
         seed: of the random draws.
     """
 
@@ -158,11 +179,14 @@ class Prepared:
     ):
         self.preprocess, self.augment, self.finish, self.seed = preprocess, augment, finish, seed
 
-    def augmented(self, image: torch.Tensor, img_size: int | tuple[int, int]) -> torch.Tensor:
+    def augmented(self, image: torch.Tensor | Picture, img_size: int | tuple[int, int]) -> torch.Tensor:
         """A training image: uint8 [C, H, W] -> uint8 [C, img_size, img_size], or of (height, width)."""
-        if self.augment:
-            image = self.augment(image)
-        image = self.preprocess.pixels(image, img_size, crop_pct=1.0)
+        box = None
+        if isinstance(self.augment, RandomCrop):
+            box = self.augment.draw(*image.shape[1:])
+        elif self.augment:
+            image = self.augment(image if isinstance(image, torch.Tensor) else image.part())
+        image = self.preprocess.pixels(image, img_size, 1.0, box)
         return self.finish(image) if self.finish else image
 
 
@@ -186,13 +210,17 @@ class ImageSet(Prepared, Dataset):
 
     def __getitem__(self, item):
         index = item.index if isinstance(item, Draw) else item
-        image = self.images[index]
-        channels = self.preprocess.channels
-        image = with_channels(image, channels) if isinstance(image, torch.Tensor) else read_image(image, channels)
+        image, channels = self.images[index], self.preprocess.channels
+        if isinstance(image, torch.Tensor):
+            return self._prepared(with_channels(image, channels), item), self.labels[index]
+        with Picture(image, image, channels) as picture:
+            return self._prepared(picture, item), self.labels[index]
+
+    def _prepared(self, image, item):
         if not isinstance(item, Draw):
-            return self.preprocess.pixels(image), self.labels[index]
-        with drawing_from(f"{self.seed} {item.epoch} {index}"):
-            return self.augmented(image, item.img_size), self.labels[index]
+            return self.preprocess.pixels(image)
+        with drawing_from(f"{self.seed} {item.epoch} {item.index}"):
+            return self.augmented(image, item.img_size)
 
     @property
     def size(self) -> str:
@@ -263,82 +291,3 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 def hidden(name: str) -> bool:
     """Whether a file or folder of that name is none of the user's images or classes."""
     return name.startswith(".") or name in NO_FOLDERS
-
-
-def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
-    """Decode an image file with Pillow: uint8 [channels, H, W], grey, RGB or RGBA, as a camera held it (EXIF
-    orientation).
-
-    Raises InputError naming a file that is no image, is damaged or has more pixels than are allowed.
-    """
-    return decode(path, path, channels)
-
-
-_limits = {"pixels": MAX_PIXELS}
-
-
-def allow_pixels(limit: int) -> None:
-    """Let this process, and those forked from it, read files of up to ``limit`` pixels."""
-    _limits["pixels"] = limit
-
-
-def decode(file: str | os.PathLike | BinaryIO, name: object, channels: int = 3) -> torch.Tensor:
-    """``read_image`` of a path or an open file. An error calls it ``name``."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours, which the user can raise
-            try:
-                opened = Image.open(file)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-        with opened as image:
-            if image.width * image.height > _limits["pixels"]:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels, more than {_limits['pixels']}; --max-pixels allows more"
-                )
-            return to_channels(_upright(image), channels)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        detail = str(error).replace(repr(file), "")  # of an open file that is an address
-        raise InputError(f"cannot decode image {str(name)!r} ({type(error).__name__}: {detail.strip()})") from error
-
-
-def _upright(image):
-    """As the camera was held, by the orientation in an image's EXIF data; damaged data say nothing."""
-    from PIL import ImageOps
-
-    try:
-        turned = image.getexif().get(0x0112, 1) != 1
-    except Exception:  # of many classes, as decoders'
-        turned = False
-    return ImageOps.exif_transpose(image) if turned else image
-
-
-def to_channels(image: "Image.Image", channels: int = 3) -> torch.Tensor:
-    """An image of Pillow in any mode -> uint8 [channels, H, W]. 16-bit pixels become 8-bit ones; Pillow
-    would clip them at 255.
-    """
-    import numpy as np
-
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return with_channels(torch.from_numpy(grey.astype(np.uint8))[None], channels)
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of an unknown range")
-    pixels = torch.from_numpy(np.array(image.convert(MODES[channels])))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
-
-
-def with_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
-    """uint8 [1 or 3, H, W] -> uint8 [channels, H, W], as Pillow converts: grey by luminance, an opacity of 255."""
-    if len(image) == channels:
-        return image
-    if len(image) == 3 and channels == 1:
-        red, green, blue = image.to(torch.int32)
-        return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
-    colours = image.expand(3, -1, -1)
-    return colours if channels == 3 else torch.cat([colours, torch.full_like(colours[:1], 255)])

@@ -6,13 +6,21 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.images import ImageSet, Preprocess, find_images, hidden, image_suffixes, largest_box
+from efficientnet.data.decoding import Box
+from efficientnet.data.images import (
+    ImageSet,
+    Preprocess,
+    RandomCrop,
+    find_images,
+    hidden,
+    image_suffixes,
+    largest_box,
+)
 from efficientnet.data.shards import ShardSet, count_samples, find_shards, is_local, numbered
 from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
@@ -107,9 +115,7 @@ def load_data(
             )
     if source.kind is not ImageSet and source.train[-1] is None:
         raise InputError(f"samples of {name!r} cannot be counted beforehand: give --train-num-samples")
-    augment = source.augment
-    if augment is random_crop_flip:
-        augment = partial(augment, shape=preprocess.hw)
+    augment = source.augment or CropFlip(shape=preprocess.hw)
     return Data(source.kind(*train, preprocess, augment), kind(*val, preprocess), source.classes, preprocess)
 
 
@@ -118,12 +124,13 @@ class _Source:
     """The parts of a data set before it is split and prepared.
 
     train and val are (images, labels), or what else comes first in ``kind``; val is None where the set is not split.
+    augment None is a CropFlip.
     """
 
     classes: list[str]
     train: tuple
     val: tuple | None
-    augment: Callable
+    augment: Callable | None
     normalization: dict
     kind: type = ImageSet
 
@@ -168,17 +175,20 @@ def random_shift(image: torch.Tensor, pixels: int = 2) -> torch.Tensor:
     return padded[:, top : top + height, left : left + width]
 
 
-def random_crop_flip(image: torch.Tensor, min_side: float = 0.6, shape: tuple[int, int] = (1, 1)) -> torch.Tensor:
+@dataclass(frozen=True)
+class CropFlip(RandomCrop):
     """A random part of the ``shape`` of images (height, width), with ``min_side`` to all of the sides of the largest
     one, mirrored half of the time.
     """
-    height, width = image.shape[1:]
-    share, y, x, flip = torch.rand(4).tolist()
-    share = min_side + (1 - min_side) * share
-    rows, columns = (max(1, round(share * side)) for side in largest_box(height, width, shape))
-    top, left = round(y * (height - rows)), round(x * (width - columns))
-    crop = image[:, top : top + rows, left : left + columns]
-    return crop.flip(2) if flip < 0.5 else crop
+
+    min_side: float = 0.6
+    shape: tuple[int, int] = (1, 1)
+
+    def draw(self, height: int, width: int) -> Box:
+        share, y, x, flip = torch.rand(4).tolist()
+        share = self.min_side + (1 - self.min_side) * share
+        rows, columns = (max(1, round(share * side)) for side in largest_box(height, width, self.shape))
+        return Box(round(y * (height - rows)), round(x * (width - columns)), rows, columns, flip < 0.5)
 
 
 def _digits(selection):
@@ -223,7 +233,7 @@ def _imagefolder(root):
                 f"({', '.join(map(repr, inside[0][:3]))}): parts of a set are called train and val",
                 stacklevel=2,
             )
-        return _Source(classes, (images, labels), None, random_crop_flip, {})
+        return _Source(classes, (images, labels), None, None, {})
     if held_out is None:
         raise InputError(
             f"data folder {str(root)!r} has {train.name!r}, but no held-out images beside it, in "
@@ -241,7 +251,7 @@ def _imagefolder(root):
         raise InputError(f"class {unknown[0]!r} of {str(held_out)!r} is not in {str(train)!r}")
     _check_classes(classes, train)
     val_labels = [classes.index(val_classes[label]) for label in val_labels]
-    return _Source(classes, (images, labels), (val_images, val_labels), random_crop_flip, {})
+    return _Source(classes, (images, labels), (val_images, val_labels), None, {})
 
 
 def _part(root, names):
@@ -293,7 +303,7 @@ def _torchvision(kind, root, download):
         raise InputError(f"{kind} is not there, or not whole, in {str(root)!r}; --download fetches it") from error
     classes = getattr(val, "classes", None) or [str(i) for i in range(1 + max(_labels(val)))]
     images, labels = ([x for part in train for x in of(part)] for of in (_images, _labels))
-    return _Source(list(classes), (images, labels), (_images(val), _labels(val)), random_crop_flip, {})
+    return _Source(list(classes), (images, labels), (_images(val), _labels(val)), None, {})
 
 
 def _images(dataset):
@@ -327,7 +337,7 @@ def _webdataset(pattern, num_classes, num_samples, classes=None):
             f"webdataset:{pattern} must have samples of 2 classes or more, got {num_samples} of {num_classes}"
         )
     names = list(classes or numbered(num_classes))
-    return _Source(names, (shards, names, num_samples), None, random_crop_flip, {}, ShardSet)
+    return _Source(names, (shards, names, num_samples), None, None, {}, ShardSet)
 
 
 def _scan(root):

@@ -15,10 +15,10 @@ from glob import glob, has_magic
 from itertools import chain, count, islice
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from efficientnet.data.images import Prepared, Preprocess, decode, drawing_from, image_suffixes
+from efficientnet.data.decoding import Picture
+from efficientnet.data.images import Prepared, Preprocess, drawing_from, image_suffixes
 from efficientnet.data.order import TrainingOrder
 from efficientnet.errors import InputError
 
@@ -54,9 +54,10 @@ class ShardSet(Prepared):
         """The number of images and of shards, as text."""
         return f"{self.num_samples or 'some'} (in {len(self.shards)} shards)"
 
-    def sample(self, raw: dict) -> tuple[torch.Tensor, int]:
-        """(uint8 [3, H, W], class index) of a sample as read. Raises InputError that names a sample that cannot be
-        used.
+    def sample(self, raw: dict) -> tuple[Picture, int]:
+        """(its image, not yet decoded, class index) of a sample as read.
+
+        Raises InputError that names a sample that cannot be used.
         """
         name = _name(raw)
         suffix = next((field for field in raw if f".{field.lower()}" in image_suffixes()), None)
@@ -75,7 +76,7 @@ class ShardSet(Prepared):
                 else f"one of {_some(self.labels)}, or a number from 0 to {last}"
             )
             raise InputError(f"class of sample {name!r} must be {accepted}, got {text!r}")
-        return decode(io.BytesIO(raw[suffix]), name, self.preprocess.channels), label
+        return Picture(io.BytesIO(raw[suffix]), name, self.preprocess.channels), label
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -251,7 +252,9 @@ class _Reader(IterableDataset):
         def first_readable(candidates):
             for turn, raw in candidates:
                 try:
-                    return f"{turn} {_name(raw)}", *self.dataset.sample(raw)
+                    image, label = self.dataset.sample(raw)
+                    with drawing_from(f"{self.dataset.seed} {plan.epoch} {turn} {_name(raw)}"):
+                        return self.dataset.augmented(image, plan.img_size), label
                 except InputError as error:
                     problems.append(str(error))
 
@@ -259,9 +262,7 @@ class _Reader(IterableDataset):
             drawn, items = [ahead.popleft() if ahead else next(samples) for _ in range(self.batch_size)], []
             for i in range(self.batch_size):
                 # Else the rest of the batch, its beginning, or what comes next, which stays in the stream.
-                key, image, label = first_readable(chain(drawn[i:], drawn[:i], look_ahead()))
-                with drawing_from(f"{self.dataset.seed} {plan.epoch} {key}"):
-                    items.append((self.dataset.augmented(image, plan.img_size), label))
+                items.append(first_readable(chain(drawn[i:], drawn[:i], look_ahead())))
             yield default_collate(items), problems[:]
             problems.clear()
 

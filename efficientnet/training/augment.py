@@ -4,27 +4,34 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
+from efficientnet.data.decoding import Box
+from efficientnet.data.images import RandomCrop
 from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig
 
 
-def training_crop(config: TrainConfig, shape: tuple[int, int] = (1, 1)) -> Callable | None:
-    """A function from a uint8 image to a random crop of it, mirrored or not, of about the ``shape`` of images (height,
-    width); None where the settings leave it to the data set.
+def training_crop(config: TrainConfig, shape: tuple[int, int] = (1, 1)) -> RandomCrop | None:
+    """A random crop of a share of the image's area, mirrored or not, of about the ``shape`` of images (height, width);
+    None where the settings leave it to the data set.
     """
     if config.scale is None:
         return None
-    v2 = torchvision_module("transforms.v2")
-    # Only the box is drawn here: resizing is Preprocess's, at whatever size the epoch has.
+    # Only the box is drawn by torchvision: resizing is Preprocess's, at whatever size the epoch has.
     ratio = tuple(aspect * shape[1] / shape[0] for aspect in (3 / 4, 4 / 3))  # torchvision's for squares
-    return partial(_crop, v2.RandomResizedCrop(1, config.scale, ratio), v2.RandomHorizontalFlip(config.hflip))
+    return _AreaCrop(torchvision_module("transforms.v2").RandomResizedCrop(1, config.scale, ratio), config.hflip)
 
 
-def _crop(draw, flip, image):
-    box = draw.make_params([image])
-    top, left, height, width = (box[key] for key in ("top", "left", "height", "width"))
-    return flip(image[:, top : top + height, left : left + width])
+class _AreaCrop(RandomCrop):
+    def __init__(self, boxes, hflip):
+        self.boxes, self.hflip = boxes, hflip
+
+    def draw(self, height: int, width: int) -> Box:
+        box = self.boxes.make_params([torch.empty(1, height, width, device="meta")])  # it reads the shape alone
+        mirrored = torch.rand(1).item() < self.hflip
+        return Box(box["top"], box["left"], box["height"], box["width"], mirrored)
 
 
 def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | None:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.images import ImageSet, allow_pixels
+from efficientnet.data.decoding import allow_pixels
+from efficientnet.data.images import ImageSet
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
 from efficientnet.data.sets import Data, load_data

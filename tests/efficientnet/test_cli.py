@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
-from efficientnet.data.images import read_image
+from efficientnet.data.decoding import read_image
 from efficientnet.data.sets import load_data
 from support.command_line import assert_one_line
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.data.images import ImageSet, Preprocess, read_image
+from efficientnet.data.decoding import read_image
+from efficientnet.data.images import ImageSet, Preprocess
 from efficientnet.data.order import Draw
-from efficientnet.data.sets import load_data, random_crop_flip, random_shift, stratified_split
+from efficientnet.data.sets import CropFlip, load_data, random_shift, stratified_split
 from efficientnet.errors import InputError
 from efficientnet.training.augment import training_crop, training_finish
 from efficientnet.training.runner import Runner
@@ -108,7 +109,7 @@ def test_random_crop_flip_takes_squares_of_the_image():
     image, sides, flips = image_of(20, 30), set(), 0
     torch.manual_seed(0)
     for _ in range(200):
-        crop = random_crop_flip(image)
+        crop = CropFlip()(image)
         side = crop.shape[1]
         assert crop.shape == (3, side, side) and 12 <= side <= 20
         flipped = bool(crop[1, 0, 0] > crop[1, 0, -1])

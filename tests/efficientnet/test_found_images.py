@@ -19,8 +19,10 @@ from PIL import Image
 
 from efficientnet import create_model
 from efficientnet.cli import main
+from efficientnet.data import decoding
 from efficientnet.data import images as reading
-from efficientnet.data.images import Preprocess, find_images, read_image, with_channels
+from efficientnet.data.decoding import Box, read_image, with_channels
+from efficientnet.data.images import Preprocess, find_images
 from efficientnet.data.sets import load_data
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig
@@ -217,8 +219,9 @@ def test_thin_images(size, crop_pct, monkeypatch):
 
 
 def test_ordinary_images_are_resized_whole():
-    image = torch.randint(0, 255, (3, 60, 240), dtype=torch.uint8)
-    assert reading._middle(image, (9, 9)) is image and reading._middle(image[:, :30], (9, 9)).shape == (3, 30, 120)
+    box = Box(0, 5, 60, 240, True)
+    assert reading._middle(box, (9, 9)) == box
+    assert reading._middle(box._replace(height=30), (9, 9)) == Box(0, 5 + 60, 30, 120, True)
 
 
 def test_predict_says_that_it_sees_the_middle_alone(tmp_path):
@@ -248,7 +251,7 @@ def test_a_thin_image_fits_a_small_memory(tmp_path):
 def test_large_photographs(tmp_path, capsys, monkeypatch):
     picture(tmp_path / "a.png", size=(40, 30))
     save_checkpoint(create_model(TINY, num_classes=2), tmp_path / "m.safetensors")
-    monkeypatch.setitem(reading._limits, "pixels", 1)
+    monkeypatch.setitem(decoding._limits, "pixels", 1)
     argv = [
         "predict",
         "--checkpoint",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.data.images import read_image
+from efficientnet.data.decoding import read_image
 from efficientnet.data.sets import load_data
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig

@@ -8,7 +8,8 @@ from PIL import Image
 
 from efficientnet import create_model, load_checkpoint
 from efficientnet.cli import main
-from efficientnet.data.images import Preprocess, read_image
+from efficientnet.data.decoding import read_image
+from efficientnet.data.images import Preprocess
 from efficientnet.data.sets import load_data
 from efficientnet.weights.checkpoints import save_checkpoint
 from support.command_line import assert_one_line
