@@ -56,7 +56,14 @@ def _check(x, weight, *norms, stride=1, padding="symmetric", acts=()):
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must be [C, 1, k, k], got shape {tuple(weight.shape)}")
     check_conv_args(weight.shape[-1], stride, padding)
-    check_activation(x, weight, x.shape[1] if x.dim() == 4 else 0, weight.shape[-1], stride, padding)
+    check_activation(
+        x=x,
+        weight=weight,
+        channels=x.shape[1] if x.dim() == 4 else 0,
+        kernel_size=weight.shape[-1],
+        stride=stride,
+        padding=padding,
+    )
     _check_norms(*norms, acts=acts)
 
 
@@ -159,7 +166,7 @@ def _check_stem_weight(x, weight, stride, padding):
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight must be [S, I, 3, 3], got shape {tuple(weight.shape)}")
     check_conv_args(3, stride, padding)
-    check_activation(x, weight, weight.shape[1], 3, stride, padding)
+    check_activation(x=x, weight=weight, channels=weight.shape[1], kernel_size=3, stride=stride, padding=padding)
 
 
 def _check_block(x, expand_weight, norm1, depthwise_weight, norm2, squeeze_excite, project_weight, norm3, expand_size):
@@ -234,7 +241,17 @@ def mbconv(
         check_batch(norm1, (N, norm1.weight.numel(), *size))
     for norm in (norm2, norm3):
         check_batch(norm, (N, norm.weight.numel(), *size), k, stride, padding)
-    _check_block(x, weight1, norm1, weight2, norm2, squeeze_excite, weight3, norm3, expand_size=3 if stem_stride else 1)
+    _check_block(
+        x=x,
+        expand_weight=weight1,
+        norm1=norm1,
+        depthwise_weight=weight2,
+        norm2=norm2,
+        squeeze_excite=squeeze_excite,
+        project_weight=weight3,
+        norm3=norm3,
+        expand_size=3 if stem_stride else 1,
+    )
     for name, t in (("branch_scale", branch_scale), ("draws", draws)):
         if t is not None and (not residual or t.shape != x.shape[:1] or t.dtype != torch.float32 or t.requires_grad):
             raise ValueError(
@@ -254,11 +271,11 @@ def mbconv(
     if se is not None:
         se = SqueezeExciteParams(*(t.contiguous() for t in _tensors(se)), act=se.act, gate=se.gate)
     settings = BlockSettings(
-        dtype,
-        stride,
-        padding,
-        act,
-        residual,
+        dtype=dtype,
+        stride=stride,
+        padding=padding,
+        act=act,
+        residual=residual,
         keep=keep,
         stem_stride=stem_stride,
         recompute=memory == "recompute",
@@ -278,7 +295,16 @@ def mbconv(
     if branch_draws is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
         if stem_stride:
             x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
-            return mbconv(x, None, depthwise, squeeze_excite, project, stride=stride, padding=padding, act=act)
+            return mbconv(
+                x=x,
+                expand=None,
+                depthwise=depthwise,
+                squeeze_excite=squeeze_excite,
+                project=project,
+                stride=stride,
+                padding=padding,
+                act=act,
+            )
         return _nchw(ops.mbconv_inference(**block))
     _advance(*norms)
     return _nchw(ops.mbconv(**block, branch_draws=branch_draws))

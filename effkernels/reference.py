@@ -94,7 +94,7 @@ def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
 
 def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: str) -> torch.Tensor:
     """Depthwise convolution of x [N, C, H, W] with weight [C, 1, k, k] under either padding rule."""
-    return _conv(x, weight, stride, padding, weight.shape[0])
+    return _conv(x=x, weight=weight, stride=stride, padding=padding, groups=weight.shape[0])
 
 
 def _conv(x, weight, stride, padding, groups):
@@ -198,4 +198,4 @@ def stem(
     act: str = "silu",
 ) -> torch.Tensor:
     """Twin of ``functional.stem``."""
-    return activate(batch_norm(_conv(x, weight, stride, padding, 1), norm), act)
+    return activate(batch_norm(_conv(x=x, weight=weight, stride=stride, padding=padding, groups=1), norm), act)

@@ -16,16 +16,23 @@ def run_block(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -
     se = None
     if block.gate is not None:
         reduce, expand = block.gate.reduce[1], block.gate.expand[1]
-        se = SqueezeExciteParams(reduce.weight, reduce.bias, expand.weight, expand.bias, verdict.se_act, verdict.gate)
+        se = SqueezeExciteParams(
+            reduce_weight=reduce.weight,
+            reduce_bias=reduce.bias,
+            expand_weight=expand.weight,
+            expand_bias=expand.bias,
+            act=verdict.se_act,
+            gate=verdict.gate,
+        )
     stages = [
         None if s is None else (s.conv[1].weight, norm(s.bn[1])) for s in (block.expand, block.depthwise, block.project)
     ]
     out = functional.mbconv(
-        x,
-        stages[0],
-        stages[1],
-        se,
-        stages[2],
+        x=x,
+        expand=stages[0],
+        depthwise=stages[1],
+        squeeze_excite=se,
+        project=stages[2],
         stride=block.depthwise.conv[1].stride[0],
         padding=verdict.padding,
         act=verdict.act,

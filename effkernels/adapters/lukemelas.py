@@ -35,14 +35,14 @@ def read_block(block: nn.Module, drop_connect_rate: float | None = None) -> Bloc
     residual = block.id_skip and args.stride == 1 and args.input_filters == args.output_filters
     rate = drop_connect_rate if residual and block.training and drop_connect_rate else 0.0
     return Block(
-        stage("_expand_conv", "_bn0") if args.expand_ratio != 1 else None,
-        stage("_depthwise_conv", "_bn1"),
-        gate,
-        stage("_project_conv", "_bn2", None),
-        residual,
-        tuple(identities),
-        rate,
-        draw_drop_connect,
+        expand=stage("_expand_conv", "_bn0") if args.expand_ratio != 1 else None,
+        depthwise=stage("_depthwise_conv", "_bn1"),
+        gate=gate,
+        project=stage("_project_conv", "_bn2", None),
+        residual=residual,
+        identities=tuple(identities),
+        drop_rate=rate,
+        draw_branch_scale=draw_drop_connect,
     )
 
 
@@ -68,11 +68,11 @@ def read_network(model: nn.Module) -> Network | str:
     names = ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_swish", "_avg_pooling")
     bypassed = tuple((name, getattr(model, name)) for name in names)
     return Network(
-        stage("_conv_stem", "_bn0"),
-        middle,
-        stage("_conv_head", "_bn1"),
-        lambda x: model._fc(model._dropout(x)),
-        bypassed,
+        stem=stage("_conv_stem", "_bn0"),
+        middle=middle,
+        head=stage("_conv_head", "_bn1"),
+        tail=lambda x: model._fc(model._dropout(x)),
+        bypassed=bypassed,
     )
 
 

@@ -15,7 +15,7 @@ def read_network(model: nn.Module) -> Network:
     bypassed = tuple((name, getattr(model, name)) for name in ("conv_stem", "bn1", "conv_head", "bn2"))
     if not model.averages:
         head = f"global_pool is {model.global_pool}"
-    return Network(stem, model.blocks, head, model.classifier, bypassed)
+    return Network(stem=stem, middle=model.blocks, head=head, tail=model.classifier, bypassed=bypassed)
 
 
 BLOCKS = {"efficientnet.model.plain_mbconv.MBConv": None}

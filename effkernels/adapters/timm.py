@@ -36,7 +36,16 @@ def read_block(block: nn.Module) -> Block | str:
     if isinstance(gate, str):
         return gate
     return with_drop_path(
-        Block(expand, depthwise, gate, project, block.has_skip, tuple(identities)), "drop_path", block.drop_path
+        Block(
+            expand=expand,
+            depthwise=depthwise,
+            gate=gate,
+            project=project,
+            residual=block.has_skip,
+            identities=tuple(identities),
+        ),
+        "drop_path",
+        block.drop_path,
     )
 
 
@@ -54,7 +63,13 @@ def read_network(model: nn.Module) -> Network | str:
         return "grad_checkpointing is on"
     stem, bypassed = network_stage(model, "conv_stem", "bn1"), [("conv_stem", model.conv_stem), ("bn1", model.bn1)]
     if not hasattr(model, "bn2"):  # MobileNetV3
-        return Network(stem, model.blocks, "its head pools before its convolution", model.forward_head, tuple(bypassed))
+        return Network(
+            stem=stem,
+            middle=model.blocks,
+            head="its head pools before its convolution",
+            tail=model.forward_head,
+            bypassed=tuple(bypassed),
+        )
     pool = model.global_pool
     if (
         path_of(type(pool)) != "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d"
@@ -71,7 +86,7 @@ def read_network(model: nn.Module) -> Network | str:
         def tail(x):
             return model.classifier(F.dropout(x, model.drop_rate, model.training) if model.drop_rate > 0 else x)
 
-    return Network(stem, model.blocks, head, tail, tuple(bypassed))
+    return Network(stem=stem, middle=model.blocks, head=head, tail=tail, bypassed=tuple(bypassed))
 
 
 BLOCKS = {

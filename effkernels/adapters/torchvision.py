@@ -61,7 +61,15 @@ def read_block(block: nn.Module) -> Block | str:
         return gate
     expand, depthwise, project = ([None] if len(stages) == 2 else []) + [Stage(*stage) for stage in stages]
     residual = block.apply_residual if name == "layers" else block.use_res_connect
-    found = Block(expand, depthwise, gate, project, residual, tuple(identities), in_place=name == "block")
+    found = Block(
+        expand=expand,
+        depthwise=depthwise,
+        gate=gate,
+        project=project,
+        residual=residual,
+        identities=tuple(identities),
+        in_place=name == "block",
+    )
     return with_drop_path(found, "stochastic_depth", getattr(block, "stochastic_depth", None))
 
 
@@ -113,7 +121,9 @@ def read_network(model: nn.Module) -> Network | str:
             return f"avgpool is {model.avgpool}"
     if dispatch.has_hooks(container) or "forward" in container.__dict__:
         return f"{name} has hooks"
-    return Network(stem, middle, head, model.classifier, tuple(bypassed), separable)
+    return Network(
+        stem=stem, middle=middle, head=head, tail=model.classifier, bypassed=tuple(bypassed), separable=separable
+    )
 
 
 BLOCKS = {

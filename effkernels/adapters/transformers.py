@@ -36,11 +36,13 @@ def read_block(block: nn.Module) -> Block | str:
     if residual and dropout.training and dropout.p > 0:
         now = f"in training, projection.dropout (p={dropout.p:.3g}) drops single elements, not samples"
     return Block(
-        Stage(*stage("expansion", "expand_conv", "expand_bn", "expand_act")) if block.expand_ratio != 1 else None,
-        Stage(*depthwise),
-        gate,
-        Stage(*stage("projection", "project_conv", "project_bn")),
-        residual,
+        expand=Stage(*stage("expansion", "expand_conv", "expand_bn", "expand_act"))
+        if block.expand_ratio != 1
+        else None,
+        depthwise=Stage(*depthwise),
+        gate=gate,
+        project=Stage(*stage("projection", "project_conv", "project_bn")),
+        residual=residual,
         now=now,
     )
 
@@ -51,11 +53,11 @@ def read_stem(stem: nn.Module) -> Network | str:
     """
     layers = [(name, getattr(stem, name)) for name in ("convolution", "batchnorm", "activation", "padding")]
     return Network(
-        Stage(*layers),
-        nn.Identity(),
-        "the features before its pooling are a result of the model",
-        nn.Identity(),
-        tuple(layers),
+        stem=Stage(*layers),
+        middle=nn.Identity(),
+        head="the features before its pooling are a result of the model",
+        tail=nn.Identity(),
+        bypassed=tuple(layers),
     )
 
 

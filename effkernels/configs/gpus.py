@@ -42,10 +42,20 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 # Bandwidth: that of a copy, measured on an H200; elsewhere 0.9 of the data sheet's, as there. Matrix: dense bf16,
 # measured on an H200; elsewhere 0.8 of the data sheet's, as there. Clock: under load, Hopper's (boost 1.98 GHz).
 GPUS = {
-    "h200": Gpu("H200", 4.3e12, 132, 1.755e9, 790e12),
-    "h100": Gpu("H100 SXM", 0.9 * 3.35e12, 132, 1.755e9, 790e12),
-    "a100": Gpu("A100 80 GB SXM", 0.9 * 2.039e12, 108, 1.41e9, 0.8 * 312e12, (8, 0), fma=64),
-    "rtx4090": Gpu("RTX 4090", 0.9 * 1.008e12, 128, 2.52e9, 0.8 * 165e12, (8, 9)),
+    "h200": Gpu(name="H200", bandwidth=4.3e12, processors=132, clock=1.755e9, matrix=790e12),
+    "h100": Gpu(name="H100 SXM", bandwidth=0.9 * 3.35e12, processors=132, clock=1.755e9, matrix=790e12),
+    "a100": Gpu(
+        name="A100 80 GB SXM",
+        bandwidth=0.9 * 2.039e12,
+        processors=108,
+        clock=1.41e9,
+        matrix=0.8 * 312e12,
+        capability=(8, 0),
+        fma=64,
+    ),
+    "rtx4090": Gpu(
+        name="RTX 4090", bandwidth=0.9 * 1.008e12, processors=128, clock=2.52e9, matrix=0.8 * 165e12, capability=(8, 9)
+    ),
 }
 
 

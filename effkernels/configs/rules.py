@@ -353,7 +353,7 @@ def weight_form(K: int, N: int, rows: int, transforms: bool, pool: bool, dtype: 
     """How the forward of a 1x1 convolution wants its weight: "live", or a copy, "plain" for PyTorch's product or
     "permuted" where tiles that fill the device all load it again.
     """
-    if product_is_apart(K, N, rows, transforms, dtype, pool):
+    if product_is_apart(K=K, N=N, rows=rows, transforms=transforms, dtype=dtype, pool=pool):
         return "plain"
     again = _fills_the_device(rows, dtype) and not pointwise_weights_stay(K, transforms)
     return "permuted" if again else "live"

@@ -170,24 +170,24 @@ def finish_statistics(
     """``finish_channels`` for block ``block_c`` of BLOCK_C channels."""
     c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
     finish_channels(
-        tile_count,
-        tile_mean,
-        tile_m2,
-        mean,
-        rstd,
-        running_mean,
-        running_var,
-        num_batches,
-        tiles,
-        C,
-        eps,
-        momentum,
-        c,
-        c < C,
-        block_c == 0,
-        BLOCK_TILES,
-        BLOCK_C,
-        COUNT,
+        tile_count=tile_count,
+        tile_mean=tile_mean,
+        tile_m2=tile_m2,
+        mean=mean,
+        rstd=rstd,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches=num_batches,
+        tiles=tiles,
+        C=C,
+        eps=eps,
+        momentum=momentum,
+        c=c,
+        mc=c < C,
+        first=block_c == 0,
+        BLOCK_TILES=BLOCK_TILES,
+        BLOCK_C=BLOCK_C,
+        COUNT=COUNT,
     )
 
 
@@ -212,22 +212,22 @@ def merge_kernel(
     """``finish_statistics`` as a launch of its own."""
     block_c = tl.program_id(0)
     finish_statistics(
-        tile_count,
-        tile_mean,
-        tile_m2,
-        mean,
-        rstd,
-        running_mean,
-        running_var,
-        num_batches,
-        tiles,
-        C,
-        eps,
-        momentum,
-        block_c,
-        BLOCK_TILES,
-        BLOCK_C,
-        COUNT,
+        tile_count=tile_count,
+        tile_mean=tile_mean,
+        tile_m2=tile_m2,
+        mean=mean,
+        rstd=rstd,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches=num_batches,
+        tiles=tiles,
+        C=C,
+        eps=eps,
+        momentum=momentum,
+        block_c=block_c,
+        BLOCK_TILES=BLOCK_TILES,
+        BLOCK_C=BLOCK_C,
+        COUNT=COUNT,
     )
 
 
@@ -428,7 +428,21 @@ def gradient_merge_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """``finish_gradients`` as a launch of its own."""
-    finish_gradients(sums, norm, dgamma, dbeta, k0, k1, parts, row_stride, C, count, tl.program_id(0), BLOCK_P, BLOCK_C)
+    finish_gradients(
+        sums=sums,
+        norm=norm,
+        dgamma=dgamma,
+        dbeta=dbeta,
+        k0=k0,
+        k1=k1,
+        parts=parts,
+        row_stride=row_stride,
+        C=C,
+        count=count,
+        block_c=tl.program_id(0),
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=BLOCK_C,
+    )
 
 
 @sized_jit
@@ -490,7 +504,21 @@ def gradient_reduce_kernel(
     tl.store(out, tl.sum(s1, 0), mask=mc)
     tl.store(out + C, tl.sum(s3, 0) * rstd, mask=mc)
     if last_to_arrive(counters + block_c, P):
-        finish_gradients(sums, norm, dgamma, dbeta, k0, k1, P, 2 * C, C, count, block_c, BLOCK_P, BLOCK_C)
+        finish_gradients(
+            sums=sums,
+            norm=norm,
+            dgamma=dgamma,
+            dbeta=dbeta,
+            k0=k0,
+            k1=k1,
+            parts=P,
+            row_stride=2 * C,
+            C=C,
+            count=count,
+            block_c=block_c,
+            BLOCK_P=BLOCK_P,
+            BLOCK_C=BLOCK_C,
+        )
 
 
 @sized_jit

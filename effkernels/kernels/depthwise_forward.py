@@ -166,7 +166,9 @@ def depthwise_forward_kernel(
         for t in tl.range(0, TH + M - 1, num_stages=STAGES):
             for r in tl.static_range(STRIDE):
                 row_ok = (ih >= 0) & (ih < H)
-                columns = load_columns(xn, off_in, mask_in, row_ok, mc, C, NC, CW, WIDE)
+                columns = load_columns(
+                    p=xn, offset=off_in, col_ok=mask_in, row_ok=row_ok, mc=mc, C=C, NUM=NC, POW2=CW, WIDE=WIDE
+                )
                 off_in += W * C
                 pixels = ()
                 for j in tl.static_range(NC):
@@ -245,27 +247,27 @@ def depthwise_forward_kernel(
             tl.store(pool + (n.to(tl.int64) * groups + g % groups) * C + c, tl.sum(pooled, 0), mask=mc)
     if tile_mean is not None:
         store_statistics(
-            pivot,
-            count,
-            s1,
-            s2,
-            tile_count,
-            tile_mean,
-            tile_m2,
-            counters,
-            mean,
-            rstd,
-            running_mean,
-            running_var,
-            num_batches,
-            eps,
-            momentum,
-            P,
-            C,
-            c,
-            mc,
-            BLOCK_C,
-            COUNT,
+            pivot=pivot,
+            count=count,
+            s1=s1,
+            s2=s2,
+            tile_count=tile_count,
+            tile_mean=tile_mean,
+            tile_m2=tile_m2,
+            counters=counters,
+            mean=mean,
+            rstd=rstd,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_batches=num_batches,
+            eps=eps,
+            momentum=momentum,
+            P=P,
+            C=C,
+            c=c,
+            mc=mc,
+            BLOCK_C=BLOCK_C,
+            COUNT=COUNT,
         )
 
 
@@ -306,7 +308,7 @@ def depthwise_forward(
     top, bottom, left, right = pads
     OH, OW = (H + top + bottom - K) // stride + 1, (W + left + right - K) // stride + 1
     y = x.new_empty(N, OH, OW, C) if out is None else out
-    cfg = depthwise_forward_config(K, stride, N, OH, OW, C, x.dtype, x.device)
+    cfg = depthwise_forward_config(K=K, stride=stride, N=N, OH=OH, OW=OW, C=C, dtype=x.dtype, device=x.device)
     strips_w, chunks = triton.cdiv(OW, cfg.TW), triton.cdiv(OH, cfg.TH)
     strips = strips_w * (N if cfg.products else chunks)
     groups = triton.cdiv(strips, cfg.S)

@@ -148,7 +148,7 @@ def depthwise_products_kernel(
     c = c0 + tl.arange(0, BLOCK_C)
     p = tl.program_id(0) // blocks_c
     mc = c < C
-    taps = toeplitz_weights(w, c0, C, dtype, K, STRIDE, B)
+    taps = toeplitz_weights(w=w, c0=c0, C=C, dtype=dtype, K=K, STRIDE=STRIDE, B=B)
     if given(norm1):
         scale1, shift1 = activation_row(norm1, c, mc, ACT1, FAST)
     if given(norm2):
@@ -259,25 +259,25 @@ def depthwise_products_kernel(
             tl.store(pool + row[:, None] * C + c[None, :], pooled, mask=valid[:, None] & mc[None, :])
     if tile_mean is not None:
         store_statistics(
-            pivot,
-            count,
-            s1,
-            s2,
-            tile_count,
-            tile_mean,
-            tile_m2,
-            counters,
-            mean,
-            rstd,
-            running_mean,
-            running_var,
-            num_batches,
-            eps,
-            momentum,
-            P,
-            C,
-            c,
-            mc,
-            BLOCK_C,
-            COUNT,
+            pivot=pivot,
+            count=count,
+            s1=s1,
+            s2=s2,
+            tile_count=tile_count,
+            tile_mean=tile_mean,
+            tile_m2=tile_m2,
+            counters=counters,
+            mean=mean,
+            rstd=rstd,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_batches=num_batches,
+            eps=eps,
+            momentum=momentum,
+            P=P,
+            C=C,
+            c=c,
+            mc=mc,
+            BLOCK_C=BLOCK_C,
+            COUNT=COUNT,
         )

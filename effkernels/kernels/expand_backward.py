@@ -619,14 +619,18 @@ def expand_backward(
     form = expand_backward_form(E, I, dz.dtype, dz.device)
     if form == "pass" and need_dx and need_dw:
         matrix, c = right_operand(weight, norm1, terms1, E_rows=E, I_rows=I)
-        return both_gradients(dz, x, residual, matrix, c, out_dtype)
+        return both_gradients(dz=dz, x=x, dout=residual, matrix=matrix, c=c, out_dtype=out_dtype)
     dx = partials = grams = None
     if need_dx and form == "library":
-        dx = library_data_gradient(dz, x, residual, weight, norm1, terms1, out_dtype)
+        dx = library_data_gradient(
+            dz=dz, x=x, dout=residual, weight=weight, norm=norm1, terms=terms1, out_dtype=out_dtype
+        )
     elif need_dx:
         # As an operand of the product, a residual of another dtype would be rounded.
         late = residual is not None and residual.dtype != dz.dtype
-        dx = data_gradient(dz, x, None if late else residual, weight, norm1, terms1, out_dtype)
+        dx = data_gradient(
+            dz=dz, x=x, dout=None if late else residual, weight=weight, norm=norm1, terms=terms1, out_dtype=out_dtype
+        )
         if late:
             dx += residual
     if need_dw:

@@ -197,7 +197,7 @@ def expand_depthwise(
     top, bottom, left, right = pads
     OH, OW = (H + top + bottom - K) // stride + 1, (W + left + right - K) // stride + 1
     y = x.new_empty(N, OH, OW, C)
-    cfg = expand_depthwise_config(K, stride, N, I, C, OH, OW, x.dtype, x.device)
+    cfg = expand_depthwise_config(K=K, stride=stride, N=N, I=I, E=C, OH=OH, OW=OW, dtype=x.dtype, device=x.device)
     strips_w = triton.cdiv(OW, cfg.TW)
     strips = strips_w * triton.cdiv(OH, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)

@@ -94,25 +94,27 @@ def store_statistics(
         counters += block_c * (1 + parts)
         tl.store(tile_count + p, total)
         if last_of_group(counters, p, P):
-            merge_group_statistics(tile_count, tile_mean, tile_m2, p // GROUP, P, C, c, mc)
+            merge_group_statistics(
+                tile_count=tile_count, tile_mean=tile_mean, tile_m2=tile_m2, group=p // GROUP, P=P, C=C, c=c, mc=mc
+            )
             if last_to_arrive(counters, parts):
                 finish_statistics(
-                    tile_count + P,
-                    tile_mean + P.to(tl.int64) * C,
-                    tile_m2 + P.to(tl.int64) * C,
-                    mean,
-                    rstd,
-                    running_mean,
-                    running_var,
-                    num_batches,
-                    parts,
-                    C,
-                    eps,
-                    momentum,
-                    block_c,
-                    GROUP,
-                    BLOCK_C,
-                    COUNT,
+                    tile_count=tile_count + P,
+                    tile_mean=tile_mean + P.to(tl.int64) * C,
+                    tile_m2=tile_m2 + P.to(tl.int64) * C,
+                    mean=mean,
+                    rstd=rstd,
+                    running_mean=running_mean,
+                    running_var=running_var,
+                    num_batches=num_batches,
+                    tiles=parts,
+                    C=C,
+                    eps=eps,
+                    momentum=momentum,
+                    block_c=block_c,
+                    BLOCK_TILES=GROUP,
+                    BLOCK_C=BLOCK_C,
+                    COUNT=COUNT,
                 )
     else:
         tl.store(tile_count + p, total, mask=block_c == 0)

@@ -313,7 +313,15 @@ def pointwise_forward_kernel(
             scale2, shift2 = scale2 + (scale,), shift2 + (shift,)
         for q in tl.static_range(RESIDENT):
             w = right_operand(
-                weight, n, q * BLOCK_K + k, end, row_length, EXACT_N, EXACT_K or COPIED, dtype, PERMUTED and not COPIED
+                weight=weight,
+                n=n,
+                k=q * BLOCK_K + k,
+                end=end,
+                row_length=row_length,
+                EXACT_N=EXACT_N,
+                EXACT_K=EXACT_K or COPIED,
+                dtype=dtype,
+                PERMUTE=PERMUTED and not COPIED,
             )
             weights = weights + (w,)
     if tile_count is not None:
@@ -338,13 +346,17 @@ def pointwise_forward_kernel(
         count_tiles = tl.cdiv((images * tiles if PER_IMAGE else tiles) - p, P)
     if RESIDENT and AHEAD > 0:
         t = tile_of(0, p, P, tiles, POOL)
-        _, _, _, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
+        _, _, _, xs = tile_rows(
+            x=x, t=t, i=i, images=images, rows=rows, tiles=tiles, K=K, k=k, BLOCK_M=BLOCK_M, PER_IMAGE=PER_IMAGE
+        )
         ahead = ()
         for q in tl.static_range(AHEAD):
-            ahead = ahead + (load_step(xs, q, k, K, BLOCK_K, RESIDENT, EXACT_K),)
+            ahead = ahead + (load_step(xs=xs, q=q, k=k, K=K, BLOCK_K=BLOCK_K, STEPS=RESIDENT, EXACT=EXACT_K),)
     for j in tl.range(0, count_tiles, num_stages=STAGES if RESIDENT and AHEAD == 0 else 1):
         t = tile_of(j, p, P, tiles, POOL)
-        base, left, row, xs = tile_rows(x, t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
+        base, left, row, xs = tile_rows(
+            x=x, t=t, i=i, images=images, rows=rows, tiles=tiles, K=K, k=k, BLOCK_M=BLOCK_M, PER_IMAGE=PER_IMAGE
+        )
         wide = tl.cast(base, tl.int64)
         gates_at = None
         if gates is not None:
@@ -358,29 +370,46 @@ def pointwise_forward_kernel(
         if RESIDENT:
             if AHEAD > 0:
                 next_t = tile_of(tl.minimum(j + 1, count_tiles - 1), p, P, tiles, POOL)
-                _, _, _, next_xs = tile_rows(x, next_t, i, images, rows, tiles, K, k, BLOCK_M, PER_IMAGE)
+                _, _, _, next_xs = tile_rows(
+                    x=x,
+                    t=next_t,
+                    i=i,
+                    images=images,
+                    rows=rows,
+                    tiles=tiles,
+                    K=K,
+                    k=k,
+                    BLOCK_M=BLOCK_M,
+                    PER_IMAGE=PER_IMAGE,
+                )
             else:
                 ahead = ()
                 for q in tl.static_range(RESIDENT):
-                    ahead = ahead + (load_step(xs, q, k, K, BLOCK_K, RESIDENT, EXACT_K),)
+                    ahead = ahead + (load_step(xs=xs, q=q, k=k, K=K, BLOCK_K=BLOCK_K, STEPS=RESIDENT, EXACT=EXACT_K),)
             for q in tl.static_range(RESIDENT):
                 if AHEAD > 0 and q + AHEAD < RESIDENT:
-                    ahead = ahead + (load_step(xs, q + AHEAD, k, K, BLOCK_K, RESIDENT, EXACT_K),)
+                    ahead = ahead + (
+                        load_step(xs=xs, q=q + AHEAD, k=k, K=K, BLOCK_K=BLOCK_K, STEPS=RESIDENT, EXACT=EXACT_K),
+                    )
                 elif AHEAD > 0:
-                    ahead = ahead + (load_step(next_xs, q + AHEAD - RESIDENT, k, K, BLOCK_K, RESIDENT, EXACT_K),)
+                    ahead = ahead + (
+                        load_step(
+                            xs=next_xs, q=q + AHEAD - RESIDENT, k=k, K=K, BLOCK_K=BLOCK_K, STEPS=RESIDENT, EXACT=EXACT_K
+                        ),
+                    )
                 a = left_operand(
-                    ahead[0],
-                    table,
-                    gates_at,
-                    q * BLOCK_K,
-                    k,
-                    K,
-                    EXACT_K or q + 1 < RESIDENT,
-                    dtype,
-                    ACT1,
-                    FAST,
-                    PERMUTED,
-                    WARPS,
+                    a=ahead[0],
+                    table=table,
+                    gates=gates_at,
+                    start=q * BLOCK_K,
+                    k=k,
+                    K=K,
+                    EXACT=EXACT_K or q + 1 < RESIDENT,
+                    dtype=dtype,
+                    ACT=ACT1,
+                    FAST=FAST,
+                    PERMUTED=PERMUTED,
+                    WARPS=WARPS,
                 )
                 ahead = rest(ahead)
                 summed = ()
@@ -390,20 +419,33 @@ def pointwise_forward_kernel(
         else:
             for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
                 a = load(xs + start, (start + k < K)[None, :], EXACT_K)
-                a = left_operand(a, table, gates_at, start, k, K, EXACT_K, dtype, ACT1, FAST, PERMUTED, WARPS)
+                a = left_operand(
+                    a=a,
+                    table=table,
+                    gates=gates_at,
+                    start=start,
+                    k=k,
+                    K=K,
+                    EXACT=EXACT_K,
+                    dtype=dtype,
+                    ACT=ACT1,
+                    FAST=FAST,
+                    PERMUTED=PERMUTED,
+                    WARPS=WARPS,
+                )
                 summed = ()
                 for b in tl.static_range(NB):
                     n = n0 + FIRST[b] + tl.arange(0, BLOCKS[b])
                     w = right_operand(
-                        weight,
-                        n,
-                        start + k,
-                        end,
-                        row_length,
-                        EXACT_N,
-                        EXACT_K or COPIED,
-                        dtype,
-                        PERMUTED and not COPIED,
+                        weight=weight,
+                        n=n,
+                        k=start + k,
+                        end=end,
+                        row_length=row_length,
+                        EXACT_N=EXACT_N,
+                        EXACT_K=EXACT_K or COPIED,
+                        dtype=dtype,
+                        PERMUTE=PERMUTED and not COPIED,
                     )
                     summed = summed + (dot(a, w, blocks[b], PRECISION),)
                 blocks = summed
@@ -476,29 +518,38 @@ def pointwise_forward_kernel(
             if last_of_group(counters, p, P):
                 for start in range(n0, n0 + BLOCK_N, MERGED):
                     c = start + tl.arange(0, MERGED)
-                    merge_group_statistics(tile_count, tile_mean, tile_m2, p // GROUP, P, N, c, c < end)
+                    merge_group_statistics(
+                        tile_count=tile_count,
+                        tile_mean=tile_mean,
+                        tile_m2=tile_m2,
+                        group=p // GROUP,
+                        P=P,
+                        C=N,
+                        c=c,
+                        mc=c < end,
+                    )
                 if last_to_arrive(counters, parts):
                     for start in range(n0, n0 + BLOCK_N, MERGED):
                         c = start + tl.arange(0, MERGED)
                         finish_channels(
-                            tile_count + P,
-                            tile_mean + P.to(tl.int64) * N,
-                            tile_m2 + P.to(tl.int64) * N,
-                            mean,
-                            rstd,
-                            running_mean,
-                            running_var,
-                            num_batches,
-                            parts,
-                            N,
-                            eps,
-                            momentum,
-                            c,
-                            c < end,
-                            start == 0,
-                            GROUP,
-                            MERGED,
-                            COUNT,
+                            tile_count=tile_count + P,
+                            tile_mean=tile_mean + P.to(tl.int64) * N,
+                            tile_m2=tile_m2 + P.to(tl.int64) * N,
+                            mean=mean,
+                            rstd=rstd,
+                            running_mean=running_mean,
+                            running_var=running_var,
+                            num_batches=num_batches,
+                            tiles=parts,
+                            C=N,
+                            eps=eps,
+                            momentum=momentum,
+                            c=c,
+                            mc=c < end,
+                            first=start == 0,
+                            BLOCK_TILES=GROUP,
+                            BLOCK_C=MERGED,
+                            COUNT=COUNT,
                         )
 
 
@@ -560,7 +611,7 @@ def pointwise_forward(
         "residual": residual,
         "out_dtype": out_dtype or dtype,
     }
-    if product_is_apart(K, weight.shape[0], N * H * W, transforms, dtype, pool):
+    if product_is_apart(K=K, N=weight.shape[0], rows=N * H * W, transforms=transforms, dtype=dtype, pool=pool):
         return _product_apart(x.to(dtype), weight, **how)
     return pointwise_forward_fused(x, weight, dtype=dtype, counters=counters, pool=pool, **how)
 
@@ -610,7 +661,17 @@ def pointwise_forward_fused(
     if weight.dim() == 2:
         raise ValueError(f"weight must be [O, K, 1, 1] or a permuted copy, got a plain one, {tuple(weight.shape)}")
     copied = weight.dim() == 3
-    cfg = pointwise_forward_config(K, O, N * H * W, H * W, dtype, prologue is not None, gates is not None, pool, copied)
+    cfg = pointwise_forward_config(
+        K=K,
+        N=O,
+        rows=N * H * W,
+        image_rows=H * W,
+        dtype=dtype,
+        prologue=prologue is not None,
+        gated=gates is not None,
+        pool=pool,
+        copied=copied,
+    )
     slices = triton.cdiv(O, cfg.BLOCK_N)
     per_image = pool or cfg.per_image
     tiles = triton.cdiv(H * W if per_image else N * H * W, cfg.BLOCK_M)

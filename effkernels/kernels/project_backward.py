@@ -211,7 +211,7 @@ def project_both_kernel(
     mo = o < O
     index = tl.arange(0, 16 * PAIRS)
     channel = c0 + index % 8 * V + index // 16 * 2 + index // 8 % 2
-    weight = load_weight(w, channel, o, O, E, channel < E, dtype)
+    weight = load_weight(w=w, e=channel, o=o, O=O, E=E, me=channel < E, dtype=dtype)
 
     lanes = c0 + tl.arange(0, 8)[:, None, None] * V
     e = tl.max_contiguous(tl.multiple_of(lanes + tl.arange(0, V)[None, None, :], [1, 1, V]), [1, 1, V])  # [8, 1, V]
@@ -268,17 +268,17 @@ def project_both_kernel(
             row = sums + (image * parts + part) * (2 if gates is None else 5) * E
             outside = tl.maximum(last + BLOCK_M - rows, 0).to(tl.float32) * tl.reshape(slope_outside, [8, V])
             store_sums(
-                row,
-                tl.reshape(e, [8, V]),
-                E,
-                tl.reshape(me, [8, V]),
-                tl.sum(s1, 1),
-                tl.sum(s3, 1),
-                tl.sum(s5, 1),
-                tl.sum(s2, 1) - outside,
-                tl.sum(s4, 1) - outside * tl.reshape(centre, [8, V]),
-                HALVED,
-                gates is not None,
+                out=row,
+                e=tl.reshape(e, [8, V]),
+                E=E,
+                mask=tl.reshape(me, [8, V]),
+                s1=tl.sum(s1, 1),
+                s3=tl.sum(s3, 1),
+                s5=tl.sum(s5, 1),
+                s2=tl.sum(s2, 1) - outside,
+                s4=tl.sum(s4, 1) - outside * tl.reshape(centre, [8, V]),
+                HALVED=HALVED,
+                GATED=gates is not None,
             )
             s1 = tl.zeros([8, 4, V], tl.float32)
             s3 = tl.zeros([8, 4, V], tl.float32)

@@ -136,7 +136,10 @@ def squeeze_kernel(
     mc = c < C
     mask = mn & mc[None, :]
     w = tl.load(w_reduce + r[:, None] * C + c[None, :], mask=mr[:, None] & mc[None, :], other=0.0).to(tl.float32)
-    p = sum_parts(sums, n, parts, parts * C, C, c, mask, BLOCK_P) * inverse_pixels
+    p = (
+        sum_parts(partials=sums, n=n, parts=parts, n_stride=parts * C, part_stride=C, k=c, mask=mask, BLOCK_P=BLOCK_P)
+        * inverse_pixels
+    )
     tl.store(pooled + n[:, None] * C + c[None, :], p, mask=mask & (block_r == 0))
     u = linear(p, w, tl.zeros([BLOCK_N, BLOCK_R], tl.float32))
     tl.store(partials + (j * N + n)[:, None] * R + r[None, :], u, mask=mn & mr[None, :])
@@ -178,7 +181,12 @@ def excite_kernel(
         mr = r < R
         mask = mn & mr[None, :]
         w = tl.load(w_expand + c[:, None] * R + r[None, :], mask=mc[:, None] & mr[None, :], other=0.0).to(tl.float32)
-        u = sum_parts(partials, n, splits, R, N * R, r, mask, BLOCK_P) + load_vector(b_reduce, r, mr)[None, :]
+        u = (
+            sum_parts(
+                partials=partials, n=n, parts=splits, n_stride=R, part_stride=N * R, k=r, mask=mask, BLOCK_P=BLOCK_P
+            )
+            + load_vector(b_reduce, r, mr)[None, :]
+        )
         tl.store(u_out + n[:, None] * R + r[None, :], u, mask=mask & (j == 0))
         t = linear(tl.where(mask, activate(u, ACT, False), 0.0), w, t)
     tl.store(gate + n[:, None] * C + c[None, :], gate_function(t, GATE), mask=mn & mc[None, :])
@@ -220,7 +228,9 @@ def gate_backward_to_units(
     mc = c < C
     mask = mn & mc[None, :]
     at = n[:, None] * C + c[None, :]
-    dt = sum_tile(sums, n, parts, 2, c, mask, C) * gate_derivative(tl.load(gates + at, mask=mask, other=0.0), GATE)
+    dt = sum_tile(sums=sums, n=n, parts=parts, row=2, c=c, mask=mask, C=C) * gate_derivative(
+        tl.load(gates + at, mask=mask, other=0.0), GATE
+    )
     tl.store(dt_out + at, dt, mask=mask)
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
@@ -285,10 +295,10 @@ def gate_backward_to_pool(
     mask = mn & mc[None, :]
     at = n[:, None] * C + c[None, :]
     g = tl.load(gates + at, mask=mask, other=0.0)
-    db = g * sum_tile(sums, n, parts, 0, c, mask, C)
-    dg = g * sum_tile(sums, n, parts, 1, c, mask, C)
-    db_pool = sum_tile(sums, n, parts, 3, c, mask, C)
-    dg_pool = sum_tile(sums, n, parts, 4, c, mask, C)
+    db = g * sum_tile(sums=sums, n=n, parts=parts, row=0, c=c, mask=mask, C=C)
+    dg = g * sum_tile(sums=sums, n=n, parts=parts, row=1, c=c, mask=mask, C=C)
+    db_pool = sum_tile(sums=sums, n=n, parts=parts, row=3, c=c, mask=mask, C=C)
+    dg_pool = sum_tile(sums=sums, n=n, parts=parts, row=4, c=c, mask=mask, C=C)
     while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") == 0:
         pass
     tl.debug_barrier()
@@ -359,35 +369,67 @@ def gate_backward_kernel(
     j = ticket % stage % blocks_c
     readers = counters + 1 + blocks_n + b
     if ticket < stage:
-        gate_backward_to_units(b, j, sums, gates, w_expand, dt, dv, N, parts, C, R, BLOCK_N, BLOCK_C, BLOCK_R, GATE)
+        gate_backward_to_units(
+            b=b,
+            j=j,
+            sums=sums,
+            gates=gates,
+            w_expand=w_expand,
+            dt_out=dt,
+            dv_out=dv,
+            N=N,
+            parts=parts,
+            C=C,
+            R=R,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            BLOCK_R=BLOCK_R,
+            GATE=GATE,
+        )
         if last_to_arrive(counters + 1 + b, blocks_c):
-            gate_backward_units(b, blocks_c, dv, u, du, N, R, BLOCK_N, BLOCK_R, ACT)
+            gate_backward_units(
+                b=b, blocks_c=blocks_c, dv=dv, u_in=u, du_out=du, N=N, R=R, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, ACT=ACT
+            )
             tl.debug_barrier()
             tl.atomic_add(readers, 1, sem="release", scope="gpu")
     else:
         gate_backward_to_pool(
-            b,
-            j,
-            readers,
-            sums,
-            gates,
-            w_reduce,
-            du,
-            dpool,
-            partials,
-            N,
-            parts,
-            C,
-            R,
-            inverse_pixels,
-            BLOCK_N,
-            BLOCK_C,
-            BLOCK_R,
+            b=b,
+            j=j,
+            ready=readers,
+            sums=sums,
+            gates=gates,
+            w_reduce=w_reduce,
+            du=du,
+            dpool=dpool,
+            partials=partials,
+            N=N,
+            parts=parts,
+            C=C,
+            R=R,
+            inverse_pixels=inverse_pixels,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            BLOCK_R=BLOCK_R,
         )
         if tl.atomic_add(readers, 1) == blocks_c:
             tl.store(readers, 0)
         if last_to_arrive(counters + 1 + 2 * blocks_n + j, blocks_n):
-            finish_gradients(partials, norm2, dgamma, dbeta, k0, k1, blocks_n, 2 * C, C, count, j, BLOCK_P, BLOCK_C)
+            finish_gradients(
+                sums=partials,
+                norm=norm2,
+                dgamma=dgamma,
+                dbeta=dbeta,
+                k0=k0,
+                k1=k1,
+                parts=blocks_n,
+                row_stride=2 * C,
+                C=C,
+                count=count,
+                block_c=j,
+                BLOCK_P=BLOCK_P,
+                BLOCK_C=BLOCK_C,
+            )
 
 
 @sized_jit
@@ -631,7 +673,7 @@ def squeeze_excite_forward(
     """Return fp32 (gates [N, C], pooled [N, C], u [N, R]) from the sums fp32 [N, parts, C] of ``pool`` over ``pixels``
     pixels, in two launches: every channel needs all units, and each unit all channels."""
     pooled, partials = squeeze(sums, pixels, w_reduce)
-    gates, u = excite(partials, b_reduce, w_expand, b_expand, act, gate)
+    gates, u = excite(partials=partials, b_reduce=b_reduce, w_expand=w_expand, b_expand=b_expand, act=act, gate=gate)
     return gates, pooled, u
 
 

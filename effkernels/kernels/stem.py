@@ -138,7 +138,18 @@ def stem_forward_kernel(
     i = tl.arange(0, BLOCK_M)
     if SINGLE:
         taps = tap_positions(k, K, H, stride_c, stride_h, stride_w)
-        weight = load_weight(w, c, k, K, mc, w_stride_s, w_stride_c, w_stride_h, w_stride_w, dtype)
+        weight = load_weight(
+            w=w,
+            c=c,
+            k=k,
+            K=K,
+            mc=mc,
+            w_stride_s=w_stride_s,
+            w_stride_c=w_stride_c,
+            w_stride_h=w_stride_h,
+            w_stride_w=w_stride_w,
+            dtype=dtype,
+        )
     if given(norm):
         scale, shift = scale_and_shift(norm, c, mc)
     if mean is not None:
@@ -155,7 +166,19 @@ def stem_forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if SINGLE:
             patches = load_patches(
-                xn, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+                x=xn,
+                r=row0 + i,
+                rows=rows,
+                taps=taps,
+                H=H,
+                W=W,
+                OW=OW,
+                stride_h=stride_h,
+                stride_w=stride_w,
+                pad_top=pad_top,
+                pad_left=pad_left,
+                dtype=dtype,
+                STRIDE=STRIDE,
             )
             acc = dot(tl.trans(patches), weight, acc, PRECISION)
         else:
@@ -163,9 +186,32 @@ def stem_forward_kernel(
                 kk = start + k
                 taps_here = tap_positions(kk, K, H, stride_c, stride_h, stride_w)
                 patches = load_patches(
-                    xn, row0 + i, rows, taps_here, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+                    x=xn,
+                    r=row0 + i,
+                    rows=rows,
+                    taps=taps_here,
+                    H=H,
+                    W=W,
+                    OW=OW,
+                    stride_h=stride_h,
+                    stride_w=stride_w,
+                    pad_top=pad_top,
+                    pad_left=pad_left,
+                    dtype=dtype,
+                    STRIDE=STRIDE,
                 )
-                part = load_weight(w, c, kk, K, mc, w_stride_s, w_stride_c, w_stride_h, w_stride_w, dtype)
+                part = load_weight(
+                    w=w,
+                    c=c,
+                    k=kk,
+                    K=K,
+                    mc=mc,
+                    w_stride_s=w_stride_s,
+                    w_stride_c=w_stride_c,
+                    w_stride_h=w_stride_h,
+                    w_stride_w=w_stride_w,
+                    dtype=dtype,
+                )
                 acc = dot(tl.trans(patches), part, acc, PRECISION)
         if mean is not None:
             here = tl.minimum(rows - row0, BLOCK_M).to(tl.float32)
@@ -187,22 +233,22 @@ def stem_forward_kernel(
         tl.store(tile_count + block * P + p, count)
         if last_to_arrive(counters + block, P):
             finish_statistics(
-                tile_count + block * P,
-                tile_mean,
-                tile_m2,
-                mean,
-                rstd,
-                running_mean,
-                running_var,
-                num_batches,
-                P,
-                N,
-                eps,
-                momentum,
-                block,
-                BLOCK_TILES,
-                BLOCK_N,
-                COUNT,
+                tile_count=tile_count + block * P,
+                tile_mean=tile_mean,
+                tile_m2=tile_m2,
+                mean=mean,
+                rstd=rstd,
+                running_mean=running_mean,
+                running_var=running_var,
+                num_batches=num_batches,
+                tiles=P,
+                C=N,
+                eps=eps,
+                momentum=momentum,
+                block_c=block,
+                BLOCK_TILES=BLOCK_TILES,
+                BLOCK_C=BLOCK_N,
+                COUNT=COUNT,
             )
 
 
@@ -275,7 +321,19 @@ def stem_backward_kernel(
         if terms is not None:
             dy = tl.where(ok[:, None], dy + (offset + slope * v), 0.0)
         patches = load_patches(
-            x + image * stride_n, row0 + i, rows, taps, H, W, OW, stride_h, stride_w, pad_top, pad_left, dtype, STRIDE
+            x=x + image * stride_n,
+            r=row0 + i,
+            rows=rows,
+            taps=taps,
+            H=H,
+            W=W,
+            OW=OW,
+            stride_h=stride_h,
+            stride_w=stride_w,
+            pad_top=pad_top,
+            pad_left=pad_left,
+            dtype=dtype,
+            STRIDE=STRIDE,
         )
         dw = dot(patches, cast(dy, dtype), dw, PRECISION)
     out = partials + p.to(tl.int64) * N * K
@@ -368,7 +426,7 @@ def stem_forward(
         rstd=rstd,
         **statistics_arguments(statistics),
         counters=counters if statistics is not None else None,
-        **_geometry(x, weight, OW, rows, pads),
+        **_geometry(x=x, weight=weight, OW=OW, rows=rows, pads=pads),
         tiles=tiles,
         per_program=per_program,
         P=P,
@@ -426,7 +484,7 @@ def stem_backward(
         partials=partials,
         norm=norm,
         terms=None if terms is None else tuple(terms),
-        **_geometry(x, torch.empty_like(weight), OW, rows, pads),
+        **_geometry(x=x, weight=torch.empty_like(weight), OW=OW, rows=rows, pads=pads),
         tiles=tiles,
         per_program=per_program,
         STRIDE=stride,

@@ -51,7 +51,13 @@ def weight_copies_kernel(weights, copies, sizes, FORMS: tl.constexpr, BLOCK: tl.
     for c in tl.static_range(len(FORMS)):
         if tl.program_id(1) == c:
             copy_block(
-                weights[c], copies[c], sizes[2 * c] // 2, sizes[2 * c + 1] // 2, tl.program_id(0), FORMS[c], BLOCK
+                weight=weights[c],
+                copy=copies[c],
+                O=sizes[2 * c] // 2,
+                K=sizes[2 * c + 1] // 2,
+                block=tl.program_id(0),
+                FORM=FORMS[c],
+                BLOCK=BLOCK,
             )
 
 
@@ -92,7 +98,7 @@ def forward_weights(
     for i, (weight, rows, transforms) in enumerate(wanted):
         if weight is not None:
             O, K = weight.shape[:2]
-            form = weight_form(K, O, rows, transforms, pool, dtype)
+            form = weight_form(K=K, N=O, rows=rows, transforms=transforms, pool=pool, dtype=dtype)
             if form != "live":
                 chosen[i] = (weight, form)
     for i, copy in zip(chosen, weight_copies(list(chosen.values()), dtype), strict=True):

@@ -151,16 +151,54 @@ def weight_sums_kernel(
     R = RV * RVEC
     pid = tl.program_id(0)
     if dt is not None:
-        pid = multiply_images(pid, dt, u, dw_expand, N, E, R, R, 1, images, image_parts, BLOCK_N, BLOCK_C, BLOCK_R, ACT)
         pid = multiply_images(
-            pid, pooled, du, dw_reduce, N, E, R, 1, E, images, image_parts, BLOCK_N, BLOCK_C, BLOCK_R, "identity"
+            pid=pid,
+            a=dt,
+            b=u,
+            out=dw_expand,
+            N=N,
+            C=E,
+            R=R,
+            c_stride=R,
+            r_stride=1,
+            images=images,
+            parts=image_parts,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            BLOCK_R=BLOCK_R,
+            ACT=ACT,
+        )
+        pid = multiply_images(
+            pid=pid,
+            a=pooled,
+            b=du,
+            out=dw_reduce,
+            N=N,
+            C=E,
+            R=R,
+            c_stride=1,
+            r_stride=E,
+            images=images,
+            parts=image_parts,
+            BLOCK_N=BLOCK_N,
+            BLOCK_C=BLOCK_C,
+            BLOCK_R=BLOCK_R,
+            ACT="identity",
         )
     pid = add_partials(pid, expand_bias, N, E, E, EXPAND_BIAS_BLOCKS)
     pid = add_partials(pid, reduce_bias, N, R, R, REDUCE_BIAS_BLOCKS)
     pid = add_partials(pid, first, first_parts, E * I, E * I, FIRST_BLOCKS)
     pid = add_partials(pid, grams, gram_parts, (I + 1) * I, (I + 1) * I, GRAM_BLOCKS)
     pid = add_partials(pid, project, project_parts, O * E, O * E, PROJECT_BLOCKS)
-    add_partials(pid, depthwise, depthwise_parts, (TAPS + 2) * E, TAPS * E, DEPTHWISE_BLOCKS, TAPS)
+    add_partials(
+        pid=pid,
+        sum_of=depthwise,
+        parts=depthwise_parts,
+        row_stride=(TAPS + 2) * E,
+        COLS=TAPS * E,
+        BLOCKS=DEPTHWISE_BLOCKS,
+        TAPS=TAPS,
+    )
 
 
 @triton.jit
@@ -235,7 +273,19 @@ def weight_gradients_kernel(
     pid = tl.program_id(0)
     if D is not None:
         pid = expand_gradient(
-            pid, D, gram, expand_weight, norm1, terms1, expand_out, E, I, BLOCK_E, BLOCK_I, BLOCK_K, DTYPE
+            pid=pid,
+            D=D,
+            gram=gram,
+            w=expand_weight,
+            norm=norm1,
+            terms=terms1,
+            out=expand_out,
+            E=E,
+            I=I,
+            BLOCK_E=BLOCK_E,
+            BLOCK_I=BLOCK_I,
+            BLOCK_K=BLOCK_K,
+            DTYPE=DTYPE,
         )
     pid = add_partials(pid, dw_expand, image_parts, weights, weights, SE_BLOCKS)
     add_partials(pid, dw_reduce, image_parts, weights, weights, SE_BLOCKS)

@@ -50,7 +50,14 @@ class FusedDepthwiseConvBNAct(nn.Module):
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with x."""
         weight, channels = (getattr(self.conv, name, None) for name in ("weight", "in_channels"))
-        check_activation(x, weight, channels, self.kernel_size, self.stride, self.padding)
+        check_activation(
+            x=x,
+            weight=weight,
+            channels=channels,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+        )
 
     def why_not_fused(self, x: torch.Tensor | None = None) -> str | None:
         """None if the kernels will serve x (or, without x, this module at all), else the reason why not."""
@@ -59,7 +66,12 @@ class FusedDepthwiseConvBNAct(nn.Module):
         # Whole blocks have it fused.
         judge = (lambda: "bn is a SyncBatchNorm") if isinstance(self.bn, nn.SyncBatchNorm) else None
         return dispatch.why_not_fused(
-            x, self.named_children(), C, (self.kernel_size, self.stride, pad), {"bn": (C,)}, judge
+            x=x,
+            layers=self.named_children(),
+            largest=C,
+            depthwise=(self.kernel_size, self.stride, pad),
+            shapes={"bn": (C,)},
+            judge=judge,
         )
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,12 @@ class MBConvBase(nn.Module):
     def check_input(self, x: torch.Tensor) -> None:
         """ValueError/TypeError naming what is wrong with the block's input, before any work."""
         check_activation(
-            x, getattr(self.conv_dw, "weight", None), self.in_channels, self.extent, self.stride, self.padding
+            x=x,
+            weight=getattr(self.conv_dw, "weight", None),
+            channels=self.in_channels,
+            kernel_size=self.extent,
+            stride=self.stride,
+            padding=self.padding,
         )
         if self.training and x.shape[0] == 0:
             raise ValueError(
@@ -189,7 +194,9 @@ class FusedMBConv(MBConvBase):
         if isinstance(self.se, SqueezeExcite) and isinstance(self.se.conv_reduce, nn.Conv2d):
             R = self.se.conv_reduce.out_channels
             shapes |= {"se.conv_reduce": (R, E), "se.conv_expand": (E, R)}
-        return dispatch.why_not_fused(x, self._layers(), max(E, O), (self.kernel_size, self.stride, pad), shapes)
+        return dispatch.why_not_fused(
+            x=x, layers=self._layers(), largest=max(E, O), depthwise=(self.kernel_size, self.stride, pad), shapes=shapes
+        )
 
     def _layers(self):
         """(name, layer) of everything whose own forward the kernels replace; a generator, so the CPU path does not pay
@@ -227,11 +234,11 @@ class FusedMBConv(MBConvBase):
 
         norm = BatchNormParams.of
         return functional.mbconv(
-            x,
-            (self.conv_pw.weight, norm(self.bn1)) if self.expands else stem,
-            (self.conv_dw.weight, norm(self.depthwise_norm)),
-            SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
-            (self.project_conv.weight, norm(self.project_norm)),
+            x=x,
+            expand=(self.conv_pw.weight, norm(self.bn1)) if self.expands else stem,
+            depthwise=(self.conv_dw.weight, norm(self.depthwise_norm)),
+            squeeze_excite=SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
+            project=(self.project_conv.weight, norm(self.project_norm)),
             stride=self.stride,
             padding=self.padding,
             act=self.act,

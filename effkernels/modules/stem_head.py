@@ -35,7 +35,11 @@ def stem(
     """
     k, stride = (conv.kernel_size[0], conv.stride[0]) if isinstance(conv, nn.Conv2d) else (3, 2)
     expected = (3, stride if stride in (1, 2) else 2, 1 if padding == "symmetric" else 0)
-    if fused and not dispatch.recording(x) and _why_not_fused(x, "conv_stem", conv, bn, expected) is None:
+    if (
+        fused
+        and not dispatch.recording(x)
+        and _why_not_fused(x=x, name="conv_stem", conv=conv, bn=bn, expected=expected) is None
+    ):
         from effkernels import functional
 
         return functional.stem(x, conv.weight, BatchNormParams.of(bn), stride=stride, padding=padding, act=act)
@@ -59,7 +63,10 @@ def stem_and_block(
     stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 0
     if (
         stride not in (1, 2)
-        or _why_not_fused(x, "conv_stem", conv, bn, (3, stride, 1 if padding == "symmetric" else 0)) is not None
+        or _why_not_fused(
+            x=x, name="conv_stem", conv=conv, bn=bn, expected=(3, stride, 1 if padding == "symmetric" else 0)
+        )
+        is not None
     ):
         return None
     size = (conv_out_size(n, 3, stride, padding) for n in x.shape[2:])

@@ -83,10 +83,16 @@ def _leaf(name: str, parameter: str, field: str | None, hint, optional: bool) ->
     inner, may_be_none = _optional(hint)
     if inner is Tensor:
         role = "updated" if field in UPDATED else marks[0] if marks else "input"
-        return Leaf(name, parameter, field, "Tensor?" if optional or may_be_none else "Tensor", role)
+        return Leaf(
+            name=name,
+            parameter=parameter,
+            field=field,
+            type="Tensor?" if optional or may_be_none else "Tensor",
+            role=role,
+        )
     if hint not in _PLAIN:
         raise TypeError(f"{name}: an operator's schema has no type for {hint}")
-    return Leaf(name, parameter, field, _PLAIN[hint], "setting")
+    return Leaf(name=name, parameter=parameter, field=field, type=_PLAIN[hint], role="setting")
 
 
 def _leaves(function: Callable) -> tuple[list[Leaf], dict[str, type | None]]:
@@ -97,12 +103,12 @@ def _leaves(function: Callable) -> tuple[list[Leaf], dict[str, type | None]]:
         cls, optional = _optional(hints[parameter])
         if not (isinstance(cls, type) and issubclass(cls, tuple)):
             structures[parameter] = None
-            leaves.append(_leaf(parameter, parameter, None, hints[parameter], False))
+            leaves.append(_leaf(name=parameter, parameter=parameter, field=None, hint=hints[parameter], optional=False))
             continue
         structures[parameter] = cls
         for field, hint in typing.get_type_hints(cls, include_extras=True).items():
             name = field if parameter == "settings" else f"{parameter}_{field}"
-            leaves.append(_leaf(name, parameter, field, hint, optional))
+            leaves.append(_leaf(name=name, parameter=parameter, field=field, hint=hint, optional=optional))
     return leaves, structures
 
 

@@ -48,7 +48,7 @@ def _forward(x: Tensor, conv_weight: Tensor, norm: BatchNormParams, settings: He
     y, found = pointwise_forward(x, weight, dtype=settings.dtype, statistics=wanted, counters=counters)
     bn = normalisation(norm, wanted, found, y)
     out, sum_dphi, sum_dphi_yhat = pooled_norm(y, bn, act=settings.act)
-    return HeadResults(out, y, bn.mean, bn.rstd, sum_dphi, sum_dphi_yhat)
+    return HeadResults(out=out, y=y, mean=bn.mean, rstd=bn.rstd, sum_dphi=sum_dphi, sum_dphi_yhat=sum_dphi_yhat)
 
 
 def _fake(x, conv_weight, norm, settings) -> HeadResults:
@@ -56,7 +56,14 @@ def _fake(x, conv_weight, norm, settings) -> HeadResults:
     O = conv_weight.shape[0]
     out = x.new_empty(N, O, dtype=settings.dtype)
     y = x.new_empty(N, H, W, O, dtype=settings.dtype)
-    return HeadResults(out, y, fp32_like(x, O), fp32_like(x, O), fp32_like(x, N, O), fp32_like(x, N, O))
+    return HeadResults(
+        out=out,
+        y=y,
+        mean=fp32_like(x, O),
+        rstd=fp32_like(x, O),
+        sum_dphi=fp32_like(x, N, O),
+        sum_dphi_yhat=fp32_like(x, N, O),
+    )
 
 
 def _backward(
@@ -75,7 +82,7 @@ def _backward(
     bn = backward_norm(norm, saved.mean, saved.rstd)
     gradients, terms = {}, None
     if norm.training or "norm_weight" in needs or "norm_bias" in needs:
-        sums = pooled_norm_gradients(dout, saved.sum_dphi, saved.sum_dphi_yhat, bn, H * W)
+        sums = pooled_norm_gradients(dout=dout, s2=saved.sum_dphi, s4=saved.sum_dphi_yhat, norm=bn, pixels=H * W)
         terms = batch_terms(norm, bn, sums, N * H * W)
         dgamma, dbeta, *_ = sums
         gradients |= {"norm_weight": dgamma.to(norm.weight.dtype), "norm_bias": dbeta.to(norm.bias.dtype)}

@@ -100,7 +100,9 @@ def _first_convolution(x, weight, settings, **how):
     weight: of the stem, or what ``_forward_weights`` gives.
     """
     if settings.stem_stride:
-        return stem_convolution(x, weight, settings.stem_stride, settings.padding, settings.dtype, **how)
+        return stem_convolution(
+            x=x, weight=weight, stride=settings.stem_stride, padding=settings.padding, dtype=settings.dtype, **how
+        )
     from effkernels.kernels.pointwise_forward import pointwise_forward
 
     return pointwise_forward(x, weight, dtype=settings.dtype, **how)
@@ -116,7 +118,13 @@ def _forward_weights(x, expand_weight, depthwise_weight, project_weight, setting
         height, width = conv_out_sizes(*x.shape[2:], 3, settings.stem_stride, settings.padding)
     else:
         height, width = x.shape[1:3]
-    out_height, out_width = conv_out_sizes(height, width, depthwise_weight.shape[-1], settings.stride, settings.padding)
+    out_height, out_width = conv_out_sizes(
+        height=height,
+        width=width,
+        kernel_size=depthwise_weight.shape[-1],
+        stride=settings.stride,
+        padding=settings.padding,
+    )
     expand = None if settings.stem_stride else expand_weight
     wanted = [(expand, len(x) * height * width, False), (project_weight, len(x) * out_height * out_width, transforms)]
     expand, project = forward_weights(wanted, settings.dtype)
@@ -150,7 +158,12 @@ def _forward(
     E, O, act = depthwise_weight.shape[0], project_weight.shape[0], settings.act
     counters = _counters(x, E, O)
     expand_weight, project_weight = _forward_weights(
-        x, expand_weight, depthwise_weight, project_weight, settings, transforms=True
+        x=x,
+        expand_weight=expand_weight,
+        depthwise_weight=depthwise_weight,
+        project_weight=project_weight,
+        settings=settings,
+        transforms=True,
     )
 
     y1 = bn1 = None
@@ -178,12 +191,12 @@ def _forward(
     gates = pooled = bottleneck = None
     if se is not None:
         gates, pooled, bottleneck = squeeze_excite.squeeze_excite_forward(
-            squeeze_excite.pool(y2, bn2, act=act),
-            y2.shape[1] * y2.shape[2],
-            se.reduce_weight,
-            se.reduce_bias,
-            se.expand_weight,
-            se.expand_bias,
+            sums=squeeze_excite.pool(y2, bn2, act=act),
+            pixels=y2.shape[1] * y2.shape[2],
+            w_reduce=se.reduce_weight,
+            b_reduce=se.reduce_bias,
+            w_expand=se.expand_weight,
+            b_expand=se.expand_bias,
             act=se.act,
             gate=se.gate,
         )
@@ -224,7 +237,7 @@ def _fake(x, expand_weight, norm1, depthwise_weight, norm2, se, project_weight, 
     if settings.stem_stride:
         H, W = conv_out_sizes(*x.shape[2:], 3, settings.stem_stride, settings.padding)
     E, O, k = depthwise_weight.shape[0], project_weight.shape[0], depthwise_weight.shape[-1]
-    size = conv_out_sizes(H, W, k, settings.stride, settings.padding)
+    size = conv_out_sizes(height=H, width=W, kernel_size=k, stride=settings.stride, padding=settings.padding)
     expands = expand_weight is not None
     y1 = x.new_empty(N, H, W, E, dtype=settings.dtype) if expands and not settings.recompute else None
     return BlockResults(
@@ -329,18 +342,20 @@ def _backward(
         if se is not None:
             weights = se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias
             dt, du, dpool, sums2 = squeeze_excite.gate_backward(
-                sums,
-                saved.gates,
-                saved.bottleneck,
-                weights,
-                bn2,
-                height * width,
+                sums=sums,
+                gates=saved.gates,
+                u=saved.bottleneck,
+                weights=weights,
+                norm2=bn2,
+                pixels=height * width,
                 act=se.act,
                 gate=se.gate,
                 counters=counters,
             )
             if need_se:
-                se_partials = SqueezeExcitePartials(dt, du, saved.bottleneck, saved.pooled, weights, se.act)
+                se_partials = SqueezeExcitePartials(
+                    dt=dt, du=du, u=saved.bottleneck, pooled=saved.pooled, weights=weights, act=se.act
+                )
         elif norm2.training or needs & {"norm2_weight", "norm2_bias"}:
             sums2 = batchnorm.gradient_merge(sums.view(-1, 2, E), bn2, rows2)
         if sums2 is not None:
@@ -353,14 +368,21 @@ def _backward(
         if expand_weight is None:
             a = x.to(settings.dtype)
         elif a is None:
-            weight, _ = _forward_weights(x, expand_weight, depthwise_weight, None, settings, transforms=True)
+            weight, _ = _forward_weights(
+                x=x,
+                expand_weight=expand_weight,
+                depthwise_weight=depthwise_weight,
+                project_weight=None,
+                settings=settings,
+                transforms=True,
+            )
             a, _ = _first_convolution(x, weight, settings)
         dz1, partials, sums1 = depthwise_backward(
-            dq,
-            a,
-            depthwise_weight,
-            settings.stride,
-            _depthwise_pads(a, depthwise_weight, settings),
+            dq=dq,
+            x=a,
+            weight=depthwise_weight,
+            stride=settings.stride,
+            pads=_depthwise_pads(a, depthwise_weight, settings),
             norm2=bn2,
             y2=saved.y2,
             terms2=terms2,
@@ -409,7 +431,9 @@ def _backward(
                 out_dtype=x.dtype,
             )
             if partials is not None:
-                expand = ExpandPartials(partials, grams, expand_weight, bn1, terms1, settings.dtype)
+                expand = ExpandPartials(
+                    partials=partials, grams=grams, weight=expand_weight, norm=bn1, terms=terms1, dtype=settings.dtype
+                )
 
     d_depthwise, d_project, d_expand, d_se = reduce_weight_gradients(
         depthwise=first, project=project, expand=expand, squeeze_excite=se_partials, stem=stem
@@ -447,24 +471,26 @@ def _inference(
     pads = _depthwise_pads(x, depthwise_weight, settings)
     bn2 = frozen_normalisation(norm2)
     E, k = depthwise_weight.shape[0], depthwise_weight.shape[-1]
-    inside = expand_weight is not None and expand_inside(k, settings.stride, x.shape[-1], E, dtype, act)
+    inside = expand_weight is not None and expand_inside(
+        kernel_size=k, stride=settings.stride, in_channels=x.shape[-1], expanded=E, dtype=dtype, act=act
+    )
     copied, project_weight = _forward_weights(
-        x,
-        None if inside else expand_weight,
-        depthwise_weight,
-        project_weight,
-        settings,
+        x=x,
+        expand_weight=None if inside else expand_weight,
+        depthwise_weight=depthwise_weight,
+        project_weight=project_weight,
+        settings=settings,
         transforms=se is not None,
     )
     if inside:
         a, sums = expand_depthwise.expand_depthwise(
-            x.to(dtype),
-            expand_weight,
-            frozen_normalisation(norm1),
-            depthwise_weight,
-            bn2,
-            settings.stride,
-            pads,
+            x=x.to(dtype),
+            w1=expand_weight,
+            norm1=frozen_normalisation(norm1),
+            weight=depthwise_weight,
+            norm2=bn2,
+            stride=settings.stride,
+            pads=pads,
             act=act,
             pool=se is not None,
             precision=matmul_precision(),
@@ -481,12 +507,12 @@ def _inference(
     gates = None
     if se is not None:
         gates, _, _ = squeeze_excite.squeeze_excite_forward(
-            sums,
-            a.shape[1] * a.shape[2],
-            se.reduce_weight,
-            se.reduce_bias,
-            se.expand_weight,
-            se.expand_bias,
+            sums=sums,
+            pixels=a.shape[1] * a.shape[2],
+            w_reduce=se.reduce_weight,
+            b_reduce=se.reduce_bias,
+            w_expand=se.expand_weight,
+            b_expand=se.expand_bias,
             act=se.act,
             gate=se.gate,
         )

@@ -31,7 +31,13 @@ def batch_statistics(norm: BatchNormParams, channels: int, device: torch.device)
         return None
     if norm.group:
         return sync_batchnorm.own_statistics(norm, channels, device)
-    return BatchStatistics(norm.eps, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    return BatchStatistics(
+        eps=norm.eps,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        num_batches_tracked=norm.num_batches_tracked,
+        momentum=norm.momentum,
+    )
 
 
 def normalisation(
@@ -91,4 +97,8 @@ def batch_terms(
     if not norm.training:
         return None
     dgamma, dbeta, k0, k1 = sums
-    return sync_batchnorm.batch_terms(dgamma, dbeta, bn, rows, norm.group) if norm.group else (k0, k1)
+    return (
+        sync_batchnorm.batch_terms(dgamma=dgamma, dbeta=dbeta, bn=bn, rows=rows, group=norm.group)
+        if norm.group
+        else (k0, k1)
+    )

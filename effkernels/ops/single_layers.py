@@ -111,12 +111,12 @@ def _gates(sums, y, se: SqueezeExciteParams):
     from effkernels.kernels import squeeze_excite
 
     return squeeze_excite.squeeze_excite_forward(
-        sums,
-        y.shape[1] * y.shape[2],
-        se.reduce_weight,
-        se.reduce_bias,
-        se.expand_weight,
-        se.expand_bias,
+        sums=sums,
+        pixels=y.shape[1] * y.shape[2],
+        w_reduce=se.reduce_weight,
+        b_reduce=se.reduce_bias,
+        w_expand=se.expand_weight,
+        b_expand=se.expand_bias,
         act=se.act,
         gate=se.gate,
     )
@@ -168,18 +168,26 @@ def _depthwise_backward(
     if se is not None:
         weights = se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias
         dpool, se_gradients, sums2 = squeeze_excite.squeeze_excite_backward(
-            sums, pixels, saved.gates, saved.pooled, saved.bottleneck, weights, norm=bn2, act=se.act, gate=se.gate
+            sums=sums,
+            pixels=pixels,
+            gates=saved.gates,
+            pooled=saved.pooled,
+            u=saved.bottleneck,
+            weights=weights,
+            norm=bn2,
+            act=se.act,
+            gate=se.gate,
         )
         names = ("se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias")
         gradients |= dict(zip(names, se_gradients, strict=True))
     else:
         sums2 = batchnorm.gradient_merge(sums.view(-1, 2, C), bn2, y.shape[0] * pixels)
     dx, partials, _ = depthwise_backward(
-        dout,
-        x,
-        weight,
-        settings.stride,
-        _pads(x, weight, settings),
+        dq=dout,
+        x=x,
+        weight=weight,
+        stride=settings.stride,
+        pads=_pads(x, weight, settings),
         norm2=bn2,
         y2=y,
         terms2=batch_terms(norm2, bn2, sums2, y.shape[0] * pixels),
@@ -355,12 +363,12 @@ def _gate_backward(
     sums, _ = batchnorm.gradient_sums(dout, x, None, for_gate=True)
     weights = se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias
     dpool, (d_reduce, d_reduce_bias, d_expand, d_expand_bias), _ = squeeze_excite.squeeze_excite_backward(
-        sums,
-        x.shape[1] * x.shape[2],
-        saved.gates,
-        saved.pooled,
-        saved.bottleneck,
-        weights,
+        sums=sums,
+        pixels=x.shape[1] * x.shape[2],
+        gates=saved.gates,
+        pooled=saved.pooled,
+        u=saved.bottleneck,
+        weights=weights,
         act=se.act,
         gate=se.gate,
     )

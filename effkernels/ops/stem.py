@@ -76,9 +76,13 @@ def stem_gradients(
 
     pads, dx, partials = conv_pads(*x.shape[2:], 3, stride, padding), None, None
     if need_dw:
-        partials = stem_backward(dz, y, x, weight, stride, pads, bn, terms=terms, act=act)
+        partials = stem_backward(
+            dout=dz, y=y, x=x, weight=weight, stride=stride, pads=pads, norm=bn, terms=terms, act=act
+        )
     if need_dx:
-        dx = _image_gradient(batchnorm.apply_backward(dz, y, bn, terms=terms, act=act), x, weight, stride, pads)
+        dx = _image_gradient(
+            dy=batchnorm.apply_backward(dz, y, bn, terms=terms, act=act), x=x, weight=weight, stride=stride, pads=pads
+        )
     return dx, partials
 
 
@@ -109,7 +113,13 @@ def _forward(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemSet
     wanted = batch_statistics(norm, weight.shape[0], x.device)
     counters = zeroed_counters(x, weight.shape[0])
     y, found = stem_convolution(
-        x, weight, settings.stride, settings.padding, settings.dtype, statistics=wanted, counters=counters
+        x=x,
+        weight=weight,
+        stride=settings.stride,
+        padding=settings.padding,
+        dtype=settings.dtype,
+        statistics=wanted,
+        counters=counters,
     )
     bn = normalisation(norm, wanted, found, y)
     return StemResults(batchnorm.apply(y, bn, act=settings.act), y, bn.mean, bn.rstd)
@@ -172,7 +182,13 @@ def _inference(x: Tensor, weight: Tensor, norm: BatchNormParams, settings: StemS
     """Running statistics, no gradient; scale and shift come from the live buffers."""
     epilogue = frozen_normalisation(norm)
     y, _ = stem_convolution(
-        x, weight, settings.stride, settings.padding, settings.dtype, epilogue=epilogue, act=settings.act
+        x=x,
+        weight=weight,
+        stride=settings.stride,
+        padding=settings.padding,
+        dtype=settings.dtype,
+        epilogue=epilogue,
+        act=settings.act,
     )
     return y
 

@@ -50,7 +50,13 @@ def merge_processes(norm: BatchNormParams, own: "BatchStatistics", rows: int) ->
     everyone = sent.new_empty(torch.distributed.get_world_size(group) * sent.numel())
     torch.distributed.all_gather_into_tensor(everyone, sent, group=group)
     means, m2s, counts = (t.contiguous() for t in everyone.view(-1, sent.numel()).split([C, C, 1], dim=1))
-    statistics = BatchStatistics(norm.eps, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    statistics = BatchStatistics(
+        eps=norm.eps,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        num_batches_tracked=norm.num_batches_tracked,
+        momentum=norm.momentum,
+    )
     return merge((counts.view(-1), means, m2s), statistics)
 
 

@@ -335,7 +335,9 @@ def main(argv: list[str] | None = None, predict: Callable | None = None) -> None
     print(
         json.dumps(rows)
         if args.json
-        else "\n".join(table_lines(launches, rows, GPUS[args.gpu], args.arch, predictions))
+        else "\n".join(
+            table_lines(launches=launches, rows=rows, gpu=GPUS[args.gpu], arch=args.arch, predictions=predictions)
+        )
     )
 
 

@@ -95,16 +95,16 @@ def cost_of(launch: Launch, arch: int = 90) -> Cost:
     wide = [(a, b) for a, b in inner if any(re.match(r"LDG.*\.128|HG?MMA", op) for op in opcodes[a : b + 1])]
     a, b = max(wide or inner, key=lambda ab: ab[1] - ab[0], default=(0, -1))
     return Cost(
-        launch.name,
-        launch.constants,
-        launch.dtype,
-        arch,
-        registers,
-        stack,
-        kernel.metadata.shared,
-        len(code),
-        dict(collections.Counter(opcodes[a : b + 1])),
-        dict(collections.Counter(opcodes)),
+        name=launch.name,
+        constants=launch.constants,
+        dtype=launch.dtype,
+        arch=arch,
+        registers=registers,
+        spill_bytes=stack,
+        shared=kernel.metadata.shared,
+        instructions=len(code),
+        loop=dict(collections.Counter(opcodes[a : b + 1])),
+        opcodes=dict(collections.Counter(opcodes)),
     )
 
 

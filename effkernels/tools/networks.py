@@ -45,4 +45,11 @@ def predict_step(
         raise ValueError(f"batch must be at least 1, got {batch}")
     module, x = network(model, mode == "train", batch)
     launches, operators = step_launches(module, x, mode == "train", gpu)
-    return Step(model, mode, batch, gpu, predict_launches(launches, gpu, processes, report), operators)
+    return Step(
+        model=model,
+        mode=mode,
+        batch=batch,
+        gpu=gpu,
+        predictions=predict_launches(launches, gpu, processes, report),
+        operators=operators,
+    )

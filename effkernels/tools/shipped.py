@@ -179,12 +179,16 @@ def shipped_launches(full: bool = False) -> list[Launch]:
                 )
             launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=False)
     for dtype, training in itertools.product((bf16, fp16, fp32) if full else (bf16,), (True, False)):
-        launches += mbconv_launches(dtype, 24, 40, 3, 2, 6, 56, training=training, se_ratio=0.0)
+        launches += mbconv_launches(
+            dtype=dtype, inputs=24, outputs=40, k=3, stride=2, ratio=6, size=56, training=training, se_ratio=0.0
+        )
         for channels, inputs, features in ((32, 320, 1280), (64, 640, 2560)):
             launches += stem_and_head_launches(dtype, channels, inputs, features, training=training)
         if training:
             for how in ({"memory": "recompute"}, {"frozen": True}, {"frozen": True, "memory": "recompute"}):
-                launches += mbconv_launches(dtype, 40, 40, 5, 1, 6, 28, training=True, **how)
+                launches += mbconv_launches(
+                    dtype=dtype, inputs=40, outputs=40, k=5, stride=1, ratio=6, size=28, training=True, **how
+                )
     for dtype, k, stride in itertools.product((bf16, fp16, fp32), range(3, LARGEST_KERNEL_SIZE + 1, 2), (1, 2)):
         if full or k <= 5 or dtype != fp16:
             launches += block_launches(dtype, k, stride)

@@ -168,7 +168,14 @@ def main(argv: list[str] | None = None) -> int:
             draw(args.timeline, args.kernel, args)
             print(f"{args.timeline}: drawn")
             return 0
-        step = predict_step(args.model, args.mode, args.batch_size, args.gpu, args.processes, report)
+        step = predict_step(
+            model=args.model,
+            mode=args.mode,
+            batch=args.batch_size,
+            gpu=args.gpu,
+            processes=args.processes,
+            report=report,
+        )
     except (ValueError, RuntimeError) as error:
         print(f"python -m effkernels.tools.simulate: {error}", file=sys.stderr)
         return 2

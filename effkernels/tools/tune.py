@@ -299,7 +299,7 @@ def block_workloads(
         )
 
         def call():
-            dx, partials, *_ = launch(dq, x, w, stride, pads, **how)
+            dx, partials, *_ = launch(dq=dq, x=x, weight=w, stride=stride, pads=pads, **how)
             return dx, partials[:, : k * k].sum(0)
 
         return call
@@ -391,13 +391,13 @@ def block_workloads(
         return call
 
     made = [("depthwise_forward", depthwise_forward), ("elementwise", elementwise)]
-    if not product_is_apart(E, outputs, batch * out_size**2, True, dtype):
+    if not product_is_apart(K=E, N=outputs, rows=batch * out_size**2, transforms=True, dtype=dtype):
         made.append(("pointwise_forward", project))
     made += [("reduction", reduction), ("depthwise_backward", depthwise_backward)]
     fused = project_backward_is_fused(outputs, dtype, "silu")
     made.append(("project_both", project_backward) if fused else ("gradient_sums", gradient_sums))
     if ratio > 1:
-        if not product_is_apart(inputs, E, batch * size**2, False, dtype):
+        if not product_is_apart(K=inputs, N=E, rows=batch * size**2, transforms=False, dtype=dtype):
             made.append(("pointwise_forward", expand))
         split = [expand_data] if expand_weight_is_apart(inputs, dtype) else [expand_data, expand_weight]
         forms = {"pass": [expand_pass], "split": split, "library": []}
@@ -496,7 +496,7 @@ def main(argv: list[str] | None = None, predict: Callable | None = None) -> int:
     else:
         progress = tqdm(todo, unit="shape", disable=None)
         say = progress.write
-    added = tune(progress, table, path, start, source, say)
+    added = tune(workloads=progress, table=table, path=path, start=start, source=source, report=say)
     faster = [row["rule_us"] / row["us"] for row in table["rows"] if row["config"]]
     best = f", up to {max(faster):.2f} times as fast" if faster else ""
     how = ", predicted, not measured" if simulates else ""

@@ -81,8 +81,8 @@ def small_tiles(monkeypatch):
             name = f"{module.__name__.rpartition('.')[2]}_config"
             config = getattr(module, name)
 
-            def small(*args, config=config):
-                found = config(*args)
+            def small(config=config, **problem):
+                found = config(**problem)
                 return found if found.products else replace(found, S=32, TW=1, TH=1)
 
             monkeypatch.setattr(module, name, small)

@@ -36,8 +36,8 @@ SMALLER = {
 def smaller(rule, **fields):
     """The rule of a configuration, with those of the fields that it has."""
 
-    def changed(*args):
-        config = rule(*args)
+    def changed(*args, **problem):
+        config = rule(*args, **problem)
         names = {field.name for field in dataclasses.fields(config)}
         return dataclasses.replace(config, **{name: value for name, value in fields.items() if name in names})
 

@@ -7,6 +7,7 @@ others are slow (minutes each).
 """
 
 import copy
+import inspect
 import itertools
 import statistics
 from dataclasses import replace
@@ -35,7 +36,8 @@ def large_blocks(monkeypatch):
     if not (HAS_TRITON and INTERPRET):
         return
     from effkernels.kernels import (
-        depthwise,
+        depthwise_backward,
+        depthwise_forward,
         expand_backward,
         pointwise_forward,
         project_backward,
@@ -45,13 +47,18 @@ def large_blocks(monkeypatch):
 
     def enlarge(module, name, sizes):
         config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: replace(config(*args), **sizes(*args)))
+
+        def enlarged(*args, **kwargs):
+            problem = inspect.signature(config).bind(*args, **kwargs).arguments.values()
+            return replace(config(*args, **kwargs), **sizes(*problem))
+
+        monkeypatch.setattr(module, name, enlarged)
 
     def strips(K, stride, N, height, width, C, *_):
         return {"S": _block(height * width, 512), "TW": 1, "TH": 1, "BLOCK_C": _block(C)}
 
-    enlarge(depthwise, "depthwise_forward_config", strips)
-    enlarge(depthwise, "depthwise_backward_config", strips)
+    enlarge(depthwise_forward, "depthwise_forward_config", strips)
+    enlarge(depthwise_backward, "depthwise_backward_config", strips)
     whole = {"one_block": True, "resident": True, "fragments": False}
     sizes = lambda K, N, rows, *_: {"BLOCK_M": _block(rows), "BLOCK_N": _block(N), "BLOCK_K": _block(K), **whole}  # noqa: E731
     enlarge(pointwise_forward, "pointwise_forward_config", sizes)

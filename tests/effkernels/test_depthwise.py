@@ -267,7 +267,7 @@ def fewer_programs(monkeypatch, programs):
     for module in (depthwise_forward, depthwise_backward):
         name = f"{module.__name__.rpartition('.')[2]}_config"
         config = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, config=config: replace(config(*args), TH=2))
+        monkeypatch.setattr(module, name, lambda config=config, **problem: replace(config(**problem), TH=2))
     monkeypatch.setattr(DepthwiseConfig, "programs", lambda self, tiles, *args: min(tiles, programs))
 
 
@@ -477,7 +477,7 @@ def test_a_configuration_that_products_cannot_have_is_refused(device, monkeypatc
     x, weight = data(3, 1, 4, 3, 3, torch.bfloat16, device)
     for fields in ({"TW": 6}, {"S": 4}):
         monkeypatch.setattr(
-            module, "depthwise_forward_config", lambda *args, fields=fields: replace(config(*args), **fields)
+            module, "depthwise_forward_config", lambda fields=fields, **problem: replace(config(**problem), **fields)
         )
         with pytest.raises(ValueError, match="S = 8 and TW a multiple of 4"):
             module.depthwise_forward(nhwc(x), weight, 1, (1,) * 4)

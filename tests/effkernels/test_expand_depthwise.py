@@ -86,7 +86,9 @@ def test_strips_that_end_inside_the_image(rows, columns, device, scratch, monkey
     from effkernels.kernels import expand_depthwise as module
 
     config = module.expand_depthwise_config
-    monkeypatch.setattr(module, "expand_depthwise_config", lambda *args: replace(config(*args), TH=rows, TW=columns))
+    monkeypatch.setattr(
+        module, "expand_depthwise_config", lambda **problem: replace(config(**problem), TH=rows, TW=columns)
+    )
     check(0, 3, 2, "same", 2, 11, 13, 6, 20, torch.float32, device)
     check(0, 3, 1, "symmetric", 1, 7, 6, 6, 5, torch.float32, device)
 

@@ -111,9 +111,11 @@ def counted():
         for module in (depthwise_forward, depthwise_backward):
             name = f"{module.__name__.rpartition('.')[2]}_config"
             config = getattr(module, name)
-            patch.setattr(module, name, lambda *args, config=config: small(config(*args)))
+            patch.setattr(module, name, lambda config=config, **problem: small(config(**problem)))
         # As of many rows and columns, which would take too long here.
-        patch.setattr(weight_copies, "weight_form", lambda *args: "permuted" if args[-1].itemsize == 2 else "live")
+        patch.setattr(
+            weight_copies, "weight_form", lambda *, dtype, **how: "permuted" if dtype.itemsize == 2 else "live"
+        )
         with count_traffic() as launches:
             results = run_all("cpu")
         yield results, launches, patch

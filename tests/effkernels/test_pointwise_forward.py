@@ -61,7 +61,7 @@ def run(x, weight, form="live", fields=MappingProxyType({}), **how):
         "shared": stays | {"ahead": 0, "fragments": False, "stages": 3},
     }
     with pytest.MonkeyPatch.context() as patch, tables.override("pointwise_forward", **forms.get(form, {}), **fields):
-        patch.setattr(pointwise_forward, "product_is_apart", lambda *args: form == "apart" and not how.get("pool"))
+        patch.setattr(pointwise_forward, "product_is_apart", lambda **problem: form == "apart" and not how.get("pool"))
         return pointwise_forward.pointwise_forward(nhwc(x), weight, **how)
 
 
@@ -337,7 +337,7 @@ def test_a_copy_for_the_other_product_is_refused(form, apart, device, monkeypatc
     from effkernels.kernels import pointwise_forward
     from effkernels.kernels.weight_copies import weight_copies
 
-    monkeypatch.setattr(pointwise_forward, "product_is_apart", lambda *args, **how: apart)
+    monkeypatch.setattr(pointwise_forward, "product_is_apart", lambda **problem: apart)
     x, weight = tensor(1, 64, 3, 3, device=device, dtype=torch.bfloat16), tensor(12, 64, 1, 1, device=device)
     (copy,) = weight_copies([(weight, form)], x.dtype)
     with pytest.raises(ValueError, match=f"a {form} one"):
