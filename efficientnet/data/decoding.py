@@ -1,9 +1,9 @@
 """How an image file becomes pixels: opening it, which part of it is decoded and at which scale, and its channels."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
@@ -63,9 +63,9 @@ class Picture:
     """
 
     def __init__(self, file: str | os.PathLike | BinaryIO, name: object, channels: int = 3):
-        self._file, self._name, self._channels = file, name, channels
-        with self._errors():
-            self._image = _open(file)
+        self._file, self._name, self._channels, self._image = file, name, channels, None
+        with self._decoding() as Image:
+            self._image = Image.open(file)
             height, width = self._image.height, self._image.width
             if width * height > _limits["pixels"]:
                 raise ValueError(f"{width} x {height} pixels, more than {_limits['pixels']}; --max-pixels allows more")
@@ -79,7 +79,12 @@ class Picture:
         return self
 
     def __exit__(self, *error):
-        self._image.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._image is not None:
+            self._image.close()
 
     @property
     def _scales(self):
@@ -95,9 +100,7 @@ class Picture:
                 decoded at a smaller scale and resized here, to this size, by ``interpolation``.
         """
         box = box or Box.whole(self)
-        with self._errors():
-            from PIL import Image
-
+        with self._decoding() as Image:
             image, scale = self._image, self._scale(box, size)
             if scale > 1 and image.draft(None, (image.width // scale, image.height // scale)) is None:
                 scale = 1  # a file of a kind that its decoder cannot scale
@@ -127,17 +130,25 @@ class Picture:
         return scale
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Within, whatever a decoder raises becomes an InputError that names the file."""
+    def _decoding(self) -> Iterator[ModuleType]:
+        """Pillow's module Image. Within, its limit of pixels gives way to ours, and what a decoder raises becomes an
+        InputError that names the file, which is closed.
+        """
+        from PIL import Image
+
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            yield
+            yield Image
         except (FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            self.close()
             detail = str(error).replace(repr(self._file), "")  # of an open file that is an address
             raise InputError(
                 f"cannot decode image {str(self._name)!r} ({type(error).__name__}: {detail.strip()})"
             ) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
@@ -148,18 +159,6 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
     """
     with Picture(path, path, channels) as picture:
         return picture.part()
-
-
-def _open(file):
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours, which the user can raise
-        try:
-            return Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _orientation(image):

@@ -1,7 +1,9 @@
-"""Augmentation of training images, made of torchvision.transforms.v2 as the settings say."""
+"""Augmentation of training images as the settings say: crops, and what torchvision.transforms.v2 does to pixels."""
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,6 +14,8 @@ from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
 from efficientnet.training.settings import TrainConfig
 
+TRIES = 10  # to draw a part that fits in, as torchvision has it
+
 
 def training_crop(config: TrainConfig, shape: tuple[int, int] = (1, 1)) -> RandomCrop | None:
     """A random crop of a share of the image's area, mirrored or not, of about the ``shape`` of images (height, width);
@@ -19,19 +23,37 @@ def training_crop(config: TrainConfig, shape: tuple[int, int] = (1, 1)) -> Rando
     """
     if config.scale is None:
         return None
-    # Only the box is drawn by torchvision: resizing is Preprocess's, at whatever size the epoch has.
-    ratio = tuple(aspect * shape[1] / shape[0] for aspect in (3 / 4, 4 / 3))  # torchvision's for squares
-    return _AreaCrop(torchvision_module("transforms.v2").RandomResizedCrop(1, config.scale, ratio), config.hflip)
+    aspects = tuple(aspect * shape[1] / shape[0] for aspect in (3 / 4, 4 / 3))  # torchvision's for squares
+    return AreaCrop(tuple(config.scale), aspects, config.hflip)
 
 
-class _AreaCrop(RandomCrop):
-    def __init__(self, boxes, hflip):
-        self.boxes, self.hflip = boxes, hflip
+@dataclass(frozen=True)
+class AreaCrop(RandomCrop):
+    """A part with a share of the image's area in ``scale`` and a width over height in ``aspects``, mirrored in a share
+    ``hflip`` of the draws.
+
+    Area and logarithm of the aspect are uniform, and are drawn again where the part would not fit in: the distribution
+    of torchvision's RandomResizedCrop, whose many small calls take ten times as long. Where none of TRIES fits it is
+    the middle, as large as these aspects can be.
+    """
+
+    scale: tuple[float, float]
+    aspects: tuple[float, float]
+    hflip: float
 
     def draw(self, height: int, width: int) -> Box:
-        box = self.boxes.make_params([torch.empty(1, height, width, device="meta")])  # it reads the shape alone
-        mirrored = torch.rand(1).item() < self.hflip
-        return Box(box["top"], box["left"], box["height"], box["width"], mirrored)
+        flip, y, x, *drawn = torch.rand(3 + 2 * TRIES, dtype=torch.float64).tolist()
+        mirrored, (smallest, largest) = flip < self.hflip, self.scale
+        lowest, highest = map(math.log, self.aspects)
+        for i in range(TRIES):
+            area = height * width * (smallest + (largest - smallest) * drawn[2 * i])
+            aspect = math.exp(lowest + (highest - lowest) * drawn[2 * i + 1])
+            rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < rows <= height and 0 < columns <= width:
+                return Box(int(y * (height - rows + 1)), int(x * (width - columns + 1)), rows, columns, mirrored)
+        aspect = min(max(width / height, self.aspects[0]), self.aspects[1])
+        rows, columns = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
+        return Box((height - rows) // 2, (width - columns) // 2, rows, columns, mirrored)
 
 
 def training_finish(config: TrainConfig, mean: tuple[float, ...]) -> Callable | None:

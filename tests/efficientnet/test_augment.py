@@ -30,6 +30,28 @@ def test_crops_are_boxes_of_the_area_asked_for():
     assert training_crop(TrainConfig()) is None
 
 
+def test_crops_are_distributed_as_torchvisions():
+    """Height, width, and where the part begins, by their quantiles; in the image of a shape that often does not fit."""
+    from efficientnet.data.torchvision_modules import torchvision_module
+
+    for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 300, (0.5, 1.0))):
+        torch.manual_seed(0)
+        crop = training_crop(TrainConfig(scale=scale))
+        theirs = torchvision_module("transforms.v2").RandomResizedCrop(1, scale)
+        drawn = [theirs.make_params([torch.empty(1, height, width)]) for _ in range(2000)]
+        for key in ("height", "width", "top", "left"):
+            ours = sorted(getattr(crop.draw(height, width), key) for _ in range(2000))
+            other = sorted(box[key] for box in drawn)
+            assert all(abs(ours[i] - other[i]) <= 0.03 * max(height, width) for i in range(100, 2000, 200)), key
+
+
+@pytest.mark.parametrize("size, found", [((10, 500), (10, 13)), ((500, 10), (13, 10)), ((1, 3), (1, 1))])
+def test_a_part_that_never_fits_in_is_the_middle(size, found):
+    box = training_crop(TrainConfig(scale=(1.0, 1.0))).draw(*size)
+    assert (box.height, box.width) == found
+    assert (box.top, box.left) == tuple((side - part) // 2 for side, part in zip(size, found, strict=True))
+
+
 def test_random_erasing_leaves_the_mean():
     torch.manual_seed(0)
     finish, image = training_finish(TrainConfig(reprob=0.5), MEAN), torch.full((3, 32, 32), 255, dtype=torch.uint8)

@@ -175,6 +175,15 @@ def test_other_formats_are_decoded_whole(tmp_path, photograph, scales):
     assert scales == [1] and torch.equal(found, Preprocess(64).pixels(read_image(path)))
 
 
+def test_pillows_own_limit_of_pixels_gives_way(tmp_path, photograph, monkeypatch):
+    """Also where a part is cut out, which Pillow refuses beyond twice its limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = saved(photograph, tmp_path / "x.jpg")
+    with Picture(path, path) as picture:
+        assert picture.part(Box(1, 1, 800, 1200)).shape == (3, 800, 1200)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
 def test_a_truncated_jpeg_is_named_at_every_scale(photograph, scales):
     whole = io.BytesIO()
     photograph.save(whole, "JPEG")
