@@ -152,7 +152,7 @@ def bn_act_add(
     settings = ActivationSettings(act)
     if not norm.training and branch_scale is None and not _differentiable([x, *_parameters(norm), residual]):
         return _nchw(ops.bn_act_add_inference(_nhwc(x), norm, shortcut, settings))
-    return _nchw(ops.bn_act_add(_nhwc(x), norm, branch_scale, shortcut, settings))
+    return _nchw(ops.bn_act_add(x=_nhwc(x), norm=norm, branch_scale=branch_scale, residual=shortcut, settings=settings))
 
 
 def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor:

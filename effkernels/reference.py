@@ -89,7 +89,9 @@ def batch_norm(x: torch.Tensor, norm: BatchNormParams) -> torch.Tensor:
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
     running = (norm.running_mean, norm.running_var) if norm.updates or not norm.training else (None, None)
-    return F.batch_norm(x, *running, norm.weight, norm.bias, norm.training, momentum or 0.0, norm.eps)
+    return F.batch_norm(
+        x, *running, norm.weight, norm.bias, training=norm.training, momentum=momentum or 0.0, eps=norm.eps
+    )
 
 
 def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: str) -> torch.Tensor:

@@ -192,6 +192,54 @@ def test_no_operator_argument_is_picked_by_a_number():
     assert {name: lines for name, lines in wrong.items() if lines} == {}
 
 
+def variadic(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.args.vararg is not None
+
+
+def jitted(node: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def crowded(text: str, callees: set[str], most: int = 4, most_in_kernels: int = 6) -> list[str]:
+    """Calls of one of ``callees`` with more arguments by position than a reader tells apart: "line: name"."""
+    found = []
+
+    def walk(node, limit):
+        for child in ast.iter_child_nodes(node):
+            within = limit
+            if isinstance(child, ast.FunctionDef):
+                within = most_in_kernels if jitted(child) else most
+            elif isinstance(child, ast.Call) and len(child.args) > limit:
+                name = ast.unparse(child.func).rpartition(".")[2]
+                if name in callees:
+                    found.append(f"{child.lineno}: {name}")
+            walk(child, within)
+
+    walk(ast.parse(text), most)
+    return found
+
+
+def test_calls_of_many_arguments_name_them():
+    """Launchers, operators, configurations and what kernels call, so that a call reads without the signature beside it.
+
+    A kernel may leave six to their places, elsewhere four are the most. What takes any number of sizes counts nowhere.
+    The simulator's own functions take what an instruction has.
+    """
+    call = "(1, 2, 3, 4, 5"
+    example = (
+        f"@triton.jit\ndef k():\n f{call})\n f{call}, 6, 7)\ndef h():\n a.f{call})\n g{call})\n f{call[:-3]}, e=5)"
+    )
+    assert crowded(example, {"f"}) == ["4: f", "6: f"]
+    files = [path for path in sorted((ROOT / "effkernels").rglob("*.py")) if "simulator" not in path.parts]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    defined = [node for text in texts.values() for node in ast.parse(text).body]
+    defined = [node for node in defined if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    names = {node.name for node in defined} - {node.name for node in defined if variadic(node)}
+    assert {"depthwise_forward", "store_statistics", "mbconv", "BatchNorm", "depthwise_forward_config"} <= names
+    wrong = {name: crowded(text, names) for name, text in texts.items()}
+    assert {name: calls for name, calls in wrong.items() if calls} == {}
+
+
 def untyped(text: str) -> list[str]:
     """Functions and methods, those whose names begin with _ and jitted ones aside, with an argument or a result that
     has no type.

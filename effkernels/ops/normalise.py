@@ -97,8 +97,6 @@ def batch_terms(
     if not norm.training:
         return None
     dgamma, dbeta, k0, k1 = sums
-    return (
-        sync_batchnorm.batch_terms(dgamma=dgamma, dbeta=dbeta, bn=bn, rows=rows, group=norm.group)
-        if norm.group
-        else (k0, k1)
-    )
+    if not norm.group:
+        return k0, k1
+    return sync_batchnorm.batch_terms(dgamma=dgamma, dbeta=dbeta, bn=bn, rows=rows, group=norm.group)

@@ -129,7 +129,9 @@ def mbconv_launches(
     """Launches of one whole MBConv block; frozen: training with running statistics."""
     from effkernels import FusedMBConv
 
-    block = FusedMBConv(inputs, outputs, k, stride, ratio, device="meta", **how).train(training and not frozen)
+    block = FusedMBConv(inputs, outputs, kernel_size=k, stride=stride, expand_ratio=ratio, device="meta", **how).train(
+        training and not frozen
+    )
     block.why_not_fused = lambda x=None: None  # meta tensors are no reason here
     return call_launches(block, _meta(images, inputs, size, size, dtype=dtype), training)
 
@@ -148,7 +150,7 @@ def stem_and_head_launches(
     pixels = _meta(images, 3, 224, 224, dtype=dtype)
     launches = call_launches(lambda x: functional.stem(x, weight, first), pixels, training)
     if training:
-        block = FusedMBConv(channels, channels // 2, 3, 1, 1, device="meta")
+        block = FusedMBConv(channels, channels // 2, kernel_size=3, stride=1, expand_ratio=1, device="meta")
         launches += call_launches(lambda x: block.fused(x, stem=(weight, first), stem_stride=2), pixels, True)
     last, conv = norm(features), torch.nn.Parameter(_meta(features, inputs, 1, 1))
     return launches + call_launches(
@@ -171,13 +173,12 @@ def shipped_launches(full: bool = False) -> list[Launch]:
     if full:
         networks += [(1.4, bf16), (2.0, bf16), (1.0, fp16), (1.0, fp32)]
     for width, dtype in networks:
-        for inputs, outputs, k, stride, *rest in family_blocks(width):
+        for inputs, outputs, k, stride, ratio, size in family_blocks(width):
+            shape = {"inputs": inputs, "outputs": outputs, "k": k, "stride": stride, "ratio": ratio, "size": size}
             drop_paths = (0.0, 0.2) if stride == 1 and inputs == outputs else (0.0,)
             for drop_path in drop_paths:
-                launches += mbconv_launches(
-                    dtype, inputs, outputs, k, stride, *rest, training=True, drop_path=drop_path
-                )
-            launches += mbconv_launches(dtype, inputs, outputs, k, stride, *rest, training=False)
+                launches += mbconv_launches(dtype, **shape, training=True, drop_path=drop_path)
+            launches += mbconv_launches(dtype, **shape, training=False)
     for dtype, training in itertools.product((bf16, fp16, fp32) if full else (bf16,), (True, False)):
         launches += mbconv_launches(
             dtype=dtype, inputs=24, outputs=40, k=3, stride=2, ratio=6, size=56, training=training, se_ratio=0.0
