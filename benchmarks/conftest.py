@@ -116,7 +116,11 @@ def gpu_benchmark(request, benchmark, machine, row):
             on_gpu["kernels_ms"] = {name: milliseconds for name, (_, milliseconds) in kernels.items()}
         times = benchmark.stats.stats.data
         moved = step_bytes(
-            shape, row.training, batch, machine.dtype.itemsize, sum(p.numel() for p in runner.parameters)
+            shape=shape,
+            training=row.training,
+            batch=batch,
+            itemsize=machine.dtype.itemsize,
+            parameters=sum(p.numel() for p in runner.parameters),
         )
         benchmark.extra_info.update(
             model=row.model,

@@ -128,7 +128,14 @@ def plan(
     step = "training" if training else "inference"
     for work in works(shape, training):
         line = lines.setdefault(work.kernel, Line(work.kernel))
-        times = floors(work, gpu, batch, torch_dtype, _weights(work), counts.of(work, training))
+        times = floors(
+            work=work,
+            gpu=gpu,
+            batch=batch,
+            dtype=torch_dtype,
+            weights=_weights(work),
+            instructions=counts.of(work, training),
+        )
         line.count += work.elements > 0
         line.elements += work.elements
         line.flops += 2 * (work.products + work.taps)
@@ -287,16 +294,16 @@ def main(argv: list[str] | None = None) -> int:
     itemsize = getattr(torch, args.dtype).itemsize
     for i, (model, mode) in enumerate((model, mode) for model in args.model for mode in args.mode):
         batch = args.batch_size or BATCH[model]
-        lines = plan(model, mode == "train", gpu, batch, args.dtype, rows)
+        lines = plan(model=model, training=mode == "train", gpu=gpu, batch=batch, dtype=args.dtype, rows=rows)
         title = (
             f"{shapes.model(model)} {'training' if mode == 'train' else 'inference'}, batch {batch}, {args.dtype}, "
             f"{gpu.name}"
         )
         print(f"\n### {title}\n\n{table(lines, batch, itemsize)}\n\nat most {batch / lines[-1].floor:,.0f} images/s")
         if args.predict:
-            print("\n" + prediction(model, mode, batch, args.gpu, lines[-1].floor))
+            print("\n" + prediction(model=model, mode=mode, batch=batch, gpu=args.gpu, floor=lines[-1].floor))
         if i == 0 and args.plot:
-            plot(args.plot, lines, gpu, batch, itemsize, title)
+            plot(path=args.plot, lines=lines, gpu=gpu, batch=batch, itemsize=itemsize, title=title)
     return 0
 
 

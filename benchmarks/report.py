@@ -334,7 +334,13 @@ def speed_plot(path: Path, rows: list[dict]) -> Path | None:
             "ours": [ours / eager for ours, eager, _ in speeds],
             "torch.compile, best": [_ratio(compiled, eager) for _, eager, compiled in speeds],
         }
-        _bars(panel, [line[0] for line in found], groups, "speed over eager NHWC [ratio]", step)
+        _bars(
+            axes=panel,
+            names=[line[0] for line in found],
+            groups=groups,
+            ylabel="speed over eager NHWC [ratio]",
+            title=step,
+        )
         panel.axhline(1, color="black", lw=0.8)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return _save(figure, path)
@@ -353,7 +359,7 @@ def memory_plot(path: Path, rows: list[dict]) -> Path | None:
         ]
         groups = dict(zip(("ours", "eager NHWC", "torch.compile, best"), columns, strict=True))
         groups = {label: [value and value / 1e3 for value in values] for label, values in groups.items()}
-        _bars(panel, [line[0] for line in found], groups, "peak memory [GB]", step)
+        _bars(axes=panel, names=[line[0] for line in found], groups=groups, ylabel="peak memory [GB]", title=step)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _save(figure, path)
 
@@ -419,10 +425,10 @@ def roofline_plot(path: Path, rows: list[dict]) -> Path:
     gpu = replace(gpu, bandwidth=1e9 * rows[-1]["copy_gb_per_s"]) if gpu else GPUS["h200"]
     row = find(rows, kind="model", model="b0", step="inference", variant="ours")
     batch, dtype = (row["batch_size"], row["dtype"]) if row else (plan.BATCH["b0"], "bfloat16")
-    lines = plan.plan("b0", False, gpu, batch, dtype, rows)
+    lines = plan.plan(model="b0", training=False, gpu=gpu, batch=batch, dtype=dtype, rows=rows)
     note = "" if any(line.measured for line in lines) else f" ({NOT_YET})"
     title = f"{shapes.model('b0')} inference, batch {batch}, {dtype}, {gpu.name}{note}"
-    plan.plot(path, lines, gpu, batch, 4 if dtype == "float32" else 2, title)
+    plan.plot(path=path, lines=lines, gpu=gpu, batch=batch, itemsize=4 if dtype == "float32" else 2, title=title)
     return path
 
 

@@ -32,7 +32,14 @@ def works(shape: shapes.Block | shapes.Model, training: bool) -> list[Work]:
     blocks = shapes.blocks(shape.name, shape.size)
     head_channels = EfficientNetConfig.from_name(shape.name).head_channels
     found = [work for block in blocks for work in block_works(block, training)]
-    return found + end_works(blocks[0], blocks[-1], shape.in_channels, shape.size, head_channels, training)
+    return found + end_works(
+        first=blocks[0],
+        last=blocks[-1],
+        in_chans=shape.in_channels,
+        size=shape.size,
+        head_channels=head_channels,
+        training=training,
+    )
 
 
 def activation_elements(shape: shapes.Shape, training: bool) -> int:

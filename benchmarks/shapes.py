@@ -179,7 +179,11 @@ class Pointwise(Shape):
     def build(self, fused: bool) -> nn.Module:
         expands = self.kind == "expand"
         return FusedPointwise(
-            self.in_channels, self.out_channels, "silu" if expands else "identity", not expands, fused
+            inputs=self.in_channels,
+            outputs=self.out_channels,
+            act="silu" if expands else "identity",
+            gated=not expands,
+            fused=fused,
         )
 
 
@@ -211,15 +215,15 @@ def blocks(name: str, image_size: int | None = None) -> tuple[Block, ...]:
     found = []
     for mbconv in (block for stage in network.blocks for block in stage):
         block = Block(
-            mbconv.in_channels,
-            mbconv.out_channels,
-            mbconv.kernel_size,
-            mbconv.stride,
-            mbconv.expand_ratio,
-            mbconv.se_ratio,
-            mbconv.conv_dw.out_channels,
-            mbconv.se.conv_reduce.out_channels,
-            size,
+            in_channels=mbconv.in_channels,
+            out_channels=mbconv.out_channels,
+            kernel_size=mbconv.kernel_size,
+            stride=mbconv.stride,
+            expand_ratio=mbconv.expand_ratio,
+            se_ratio=mbconv.se_ratio,
+            expanded=mbconv.conv_dw.out_channels,
+            reduced=mbconv.se.conv_reduce.out_channels,
+            size=size,
         )
         found.append(block)
         size = block.out_size

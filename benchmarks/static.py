@@ -190,7 +190,14 @@ def predicted(accepted: dict, which: str, say: Callable[[str], None] = lambda li
             found |= kept
             continue
         started = time.monotonic()
-        step = steps.Step(model, mode, batch, gpu, steps.predict_launches(launches, gpu), operators)
+        step = steps.Step(
+            model=model,
+            mode=mode,
+            batch=batch,
+            gpu=gpu,
+            predictions=steps.predict_launches(launches, gpu),
+            operators=operators,
+        )
         times = {"predicted_ms": round(1e3 * step.time, 4), "bytes_ms": round(1e3 * step.bytes_time, 4)}
         found[key] = times | {"digest": digest}
         found |= {f"{key}: {row['kernel']}": {"predicted_us": round(row["us"], 2)} for row in rows(step.predictions)}

@@ -219,7 +219,15 @@ class Truth:
             plain.to(dtype)  # the truth is that of the rounded weights
         state, x, dout = plain.state_dict(), x.to(dtype), dout.to(dtype)
         results = VariantRun(
-            shape, training, EAGER, state, x, dout, min(IMAGES, batch), device, torch.float64
+            shape=shape,
+            training=training,
+            variant=EAGER,
+            state=state,
+            x=x,
+            dout=dout,
+            batch=min(IMAGES, batch),
+            device=device,
+            dtype=torch.float64,
         ).results()
         # Gradients that are zero in exact arithmetic (a bias before another BatchNorm) have no relative error.
         largest = max(t.norm() for t in results.values())
@@ -233,7 +241,15 @@ class Truth:
     def runner(self, variant: Variant) -> VariantRun:
         """The shape under a variant, with these weights and images."""
         return VariantRun(
-            self.shape, self.training, variant, self.state, self.x, self.dout, self.batch, self.device, self.dtype
+            shape=self.shape,
+            training=self.training,
+            variant=variant,
+            state=self.state,
+            x=self.x,
+            dout=self.dout,
+            batch=self.batch,
+            device=self.device,
+            dtype=self.dtype,
         )
 
     def errors(self, runner: VariantRun) -> dict[str, float]:

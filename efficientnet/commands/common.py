@@ -112,7 +112,11 @@ def load(args: argparse.Namespace) -> tuple:
     else:
         cfg = model.pretrained_cfg
         preprocess = Preprocess(
-            tuple(cfg["input_size"][-2:]), cfg["mean"], cfg["std"], cfg["interpolation"], cfg["crop_pct"]
+            img_size=tuple(cfg["input_size"][-2:]),
+            mean=cfg["mean"],
+            std=cfg["std"],
+            interpolation=cfg["interpolation"],
+            crop_pct=cfg["crop_pct"],
         )
     check_channels(args, model.in_chans)
     preprocess = preprocess.of_channels(model.in_chans)

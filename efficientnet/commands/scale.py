@@ -147,7 +147,9 @@ def print_scaled(args: argparse.Namespace) -> None:
     img_size = 224 if args.img_size is None else args.img_size
 
     def scaling_at(phi):
-        depth, width, resolution = compound_scale(phi, args.alpha, args.beta, args.gamma, img_size)
+        depth, width, resolution = compound_scale(
+            phi=phi, alpha=args.alpha, beta=args.beta, gamma=args.gamma, base_resolution=img_size
+        )
         return Scaling(round(depth, 4), round(width, 4), resolution)  # as the name says it
 
     def build(phi, fused=False, device="meta"):

@@ -260,7 +260,13 @@ class Benchmark:
         if is_gpu:  # last: a profiler may leave launches slower
             extra[f"{mode}_launches"] = sum(count for count, _ in kernel_times(step).values())
         median, p20, p80 = quantiles(times)
-        moved = model_bytes(model, config.training, batch, self.dtype(config).itemsize, config.img_size)
+        moved = model_bytes(
+            model=model,
+            training=config.training,
+            batch=batch,
+            itemsize=self.dtype(config).itemsize,
+            size=config.img_size,
+        )
         record = {
             "model": EfficientNetConfig.from_name(config.model).name,
             "implementation": baseline or "ours",

@@ -190,13 +190,13 @@ def block_geometries(model: nn.Module, size: int | tuple[int, int]) -> list[Bloc
     found, size = [], _after(size, 3, 2)
     for block in (block for stage in model.blocks for block in stage):
         block = BlockGeometry(
-            block.in_channels,
-            block.out_channels,
-            block.kernel_size,
-            block.stride,
-            block.conv_dw.out_channels,
-            size,
-            block.stride == 1 and block.in_channels == block.out_channels,
+            in_channels=block.in_channels,
+            out_channels=block.out_channels,
+            kernel_size=block.kernel_size,
+            stride=block.stride,
+            expanded=block.conv_dw.out_channels,
+            size=size,
+            residual=block.stride == 1 and block.in_channels == block.out_channels,
         )
         found.append(block)
         size = block.out_size
@@ -208,7 +208,14 @@ def model_works(model: nn.Module, training: bool, size: int | tuple[int, int] | 
     size = size or model.config.resolution
     blocks = block_geometries(model, size)
     works = [work for block in blocks for work in block_works(block, training)]
-    return works + end_works(blocks[0], blocks[-1], model.in_chans, size, model.num_features, training)
+    return works + end_works(
+        first=blocks[0],
+        last=blocks[-1],
+        in_chans=model.in_chans,
+        size=size,
+        head_channels=model.num_features,
+        training=training,
+    )
 
 
 def elements(works: Iterable[Work]) -> int:

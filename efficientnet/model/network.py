@@ -205,7 +205,17 @@ class EfficientNet(nn.Module):
         wanted = {info[i]["stage"] for i in chosen}
         if not recording(x):
             self._check_input(x)
-        x, maps = stem(x, self.conv_stem, self.bn1, self.config.act, self.config.padding, fused=self.fused), []
+        x, maps = (
+            stem(
+                x=x,
+                conv=self.conv_stem,
+                bn=self.bn1,
+                act=self.config.act,
+                padding=self.config.padding,
+                fused=self.fused,
+            ),
+            [],
+        )
         for number, stage in enumerate(self.blocks, start=1):
             x = self._run(stage, x)
             if number in wanted:

@@ -159,7 +159,9 @@ class EfficientNetFeatures(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         if not recording(x):
             EfficientNet._check_input(self, x)
-        x = stem(x, self.conv_stem, self.bn1, self.config.act, self.config.padding, fused=self.fused)
+        x = stem(
+            x=x, conv=self.conv_stem, bn=self.bn1, act=self.config.act, padding=self.config.padding, fused=self.fused
+        )
         outputs = {}
         for number, stage in enumerate(self.blocks, start=1):
             x = outputs[number] = self._run(stage, x)

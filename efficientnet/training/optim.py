@@ -71,7 +71,13 @@ def create_optimizer(config: TrainConfig, groups: list[dict]) -> torch.optim.Opt
         return kind(groups, lr=lr, eps=1e-8 if config.opt_eps is None else config.opt_eps, fused=True)
     if config.opt == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
-    return RMSpropTF(groups, lr, config.alpha, config.momentum, 1e-3 if config.opt_eps is None else config.opt_eps)
+    return RMSpropTF(
+        params=groups,
+        lr=lr,
+        alpha=config.alpha,
+        momentum=config.momentum,
+        eps=1e-3 if config.opt_eps is None else config.opt_eps,
+    )
 
 
 def epochs_without_gain(accuracies: list[float]) -> int:

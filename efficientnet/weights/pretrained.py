@@ -81,14 +81,20 @@ def _tensorflow_sets():
     tags["b8"] = ["ap_in1k", "ra_in1k"]
     for variant, (size, crop) in sizes.items():
         for tag in tags[variant]:
-            yield WeightSet(f"tf_efficientnet_{variant}", tag, size, crop, INCEPTION if tag == "ap_in1k" else IMAGENET)
+            yield WeightSet(
+                model=f"tf_efficientnet_{variant}",
+                tag=tag,
+                img_size=size,
+                crop_pct=crop,
+                norm=INCEPTION if tag == "ap_in1k" else IMAGENET,
+            )
 
 
 # The first of a model is its default.
 WEIGHTS = (
     WeightSet("efficientnet_b0", "ra_in1k", 224, 0.875),
-    WeightSet("efficientnet_b0", "ra4_e3600_r224_in1k", 224, 0.9, INCEPTION),
-    WeightSet("efficientnet_b1", "ra4_e3600_r240_in1k", 240, 0.9, INCEPTION),
+    WeightSet(model="efficientnet_b0", tag="ra4_e3600_r224_in1k", img_size=224, crop_pct=0.9, norm=INCEPTION),
+    WeightSet(model="efficientnet_b1", tag="ra4_e3600_r240_in1k", img_size=240, crop_pct=0.9, norm=INCEPTION),
     WeightSet("efficientnet_b1", "ft_in1k", 224, 0.875),
     WeightSet("efficientnet_b2", "ra_in1k", 256, 0.875),
     WeightSet("efficientnet_b3", "ra2_in1k", 288, 0.875),
