@@ -60,6 +60,7 @@ def _switched_on(value: str) -> bool:
 
 
 def interpreting() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter, in which kernels run on CPU tensors."""
     return _switched_on(os.environ.get("TRITON_INTERPRET", ""))
 
 

@@ -272,3 +272,33 @@ def test_public_functions_have_types():
     files = [path for path in files if "simulator" not in path.parts]
     wrong = {str(path.relative_to(ROOT)): untyped(path.read_text(encoding="utf-8")) for path in files}
     assert {name: functions for name, functions in wrong.items() if functions} == {}
+
+
+# What a caller outside fixes, with its meaning: PyTorch's for print, and efficientnet/cli.py's for a command's file.
+SAID_ELSEWHERE = {"extra_repr", "add_arguments", "run"}
+
+
+def unexplained(text: str) -> list[str]:
+    """Public functions and classes, and public members of those, that have no docstring."""
+
+    def within(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and not child.name.startswith("_"):
+                yield child
+                if isinstance(child, ast.ClassDef):
+                    yield from within(child)
+
+    return [node.name for node in within(ast.parse(text)) if not ast.get_docstring(node)]
+
+
+def test_public_names_are_explained():
+    """Kernels and what they call, launchers, operators, layers, commands. (The simulator's values and instructions are
+    named after what an instruction does.)
+    """
+    example = "def f():\n 'x'\n def inner(): pass\ndef g(): pass\nclass A:\n 'x'\n def m(self): pass\ndef _h(): pass"
+    assert unexplained(example) == ["g", "m"]
+    files = [path for package in ("effkernels", "efficientnet") for path in sorted((ROOT / package).rglob("*.py"))]
+    files = [path for path in files if "simulator" not in path.parts]
+    bare = {str(path.relative_to(ROOT)): unexplained(path.read_text(encoding="utf-8")) for path in files}
+    bare = {name: [function for function in found if function not in SAID_ELSEWHERE] for name, found in bare.items()}
+    assert {name: functions for name, functions in bare.items() if functions} == {}

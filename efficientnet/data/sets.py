@@ -185,6 +185,7 @@ class CropFlip(RandomCrop):
     shape: tuple[int, int] = (1, 1)
 
     def draw(self, height: int, width: int) -> Box:
+        """A random box of an image of this height and width, mirrored half the time."""
         share, y, x, flip = torch.rand(4).tolist()
         share = self.min_side + (1 - self.min_side) * share
         rows, columns = (max(1, round(share * side)) for side in largest_box(height, width, self.shape))

@@ -82,6 +82,7 @@ class BenchmarkConfig:
 
     @property
     def training(self) -> bool:
+        """Whether training steps are timed, not inference."""
         return self.mode == "train"
 
 

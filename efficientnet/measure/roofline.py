@@ -85,10 +85,12 @@ class BlockGeometry:
 
     @property
     def out_size(self) -> int | tuple[int, int]:
+        """Pixels of a side, or of both, after the block's stride."""
         return _after(self.size, self.kernel_size, self.stride)
 
     @property
     def expands(self) -> bool:
+        """Whether the block begins with a 1x1 convolution to more channels."""
         return self.expanded != self.in_channels
 
     def __str__(self):

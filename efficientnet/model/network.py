@@ -34,6 +34,7 @@ class GlobalPool(nn.Module):
         self.pool_type = pool_type
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [N, C, H, W] -> [N, C], or twice as many for "catavgmax"; as they are without pooling."""
         if not self.pool_type:
             return x
         pools = [x.mean((2, 3))] if "avg" in self.pool_type else []

@@ -157,6 +157,7 @@ class EfficientNetFeatures(nn.Module):
     __prepare_scriptable__ = EfficientNet.__prepare_scriptable__
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Images [N, in_chans, H, W] -> the features of the stages that were asked for, finest first."""
         if not recording(x):
             EfficientNet._check_input(self, x)
         x = stem(

@@ -99,6 +99,7 @@ class DepthwiseSeparable(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C', H', W']."""
         return F.relu6(self.bn(self.conv_pw(self.depthwise(x))))
 
 
@@ -125,6 +126,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(project, nn.BatchNorm2d(out_channels, **factory))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C', H', W']."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -219,6 +221,7 @@ class ResNet(_Baseline):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
 
     def out_channels(self, stage: BaselineStage) -> int:
+        """Channels that a stage's blocks give."""
         return Bottleneck.expansion * stage.channels
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:

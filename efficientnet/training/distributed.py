@@ -32,6 +32,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -239,6 +240,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] normalised by the statistics of all processes' batches, of x alone in a single process."""
         if not self.training or not dist.is_initialized():
             return super().forward(x)  # one process's BatchNorm
         y, mean, var, count = _SyncedNorm.apply(x, self.weight, self.bias, self.eps)

@@ -35,10 +35,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
+        """The share of images whose label is the first guess."""
         return self.correct / self.total
 
     @property
     def accuracy5(self) -> float:
+        """The share of images whose label is among the first five guesses."""
         return self.correct5 / self.total
 
     def __str__(self):

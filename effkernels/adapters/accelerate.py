@@ -51,6 +51,7 @@ class AcceleratedBlock(Swapped):
         return _judge(self, registry.read(self._reader, self), x)[0]
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
+        """The block's own forward, or the kernels where nothing about the block or its input speaks against them."""
         x, rest = (args[0], args[1:]) if args else (kwargs.get(self._input), ())
         if _only_plain(x):
             return super().forward(*args, **kwargs)

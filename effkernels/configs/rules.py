@@ -62,6 +62,7 @@ class DepthwiseConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
@@ -307,6 +308,7 @@ class PointwiseForwardConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, work: int, slices: int, device: torch.device) -> int:
@@ -405,6 +407,11 @@ def pointwise_forward_config(
     pool: bool,
     copied: bool,
 ) -> PointwiseForwardConfig:
+    """The forward of a 1x1 convolution of ``rows`` pixels, K inputs and N outputs.
+
+    image_rows: pixels of an image, which a tile does not cross where a gate or a pooled sum belongs to each. prologue:
+    BatchNorm and activation are evaluated on load. copied: the weight comes as a permuted copy in the compute dtype.
+    """
     narrow, transforms = dtype.itemsize == 2, prologue or gated
     if copied:
         BLOCK_N = _even_slice(N, 128)
@@ -462,6 +469,7 @@ class ProjectBackwardConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, work: int, blocks: int, device: torch.device) -> int:
@@ -530,6 +538,7 @@ class ExpandBackwardConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks: int, device: torch.device) -> int:
@@ -657,6 +666,7 @@ class StemConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def spread(self, tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
@@ -716,6 +726,7 @@ class ExpandDepthwiseConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}
 
     def programs(self, tiles: int, blocks_c: int, device: torch.device) -> int:
@@ -834,6 +845,7 @@ class ImageProductsConfig:
 
 @tuned
 def image_products_config() -> ImageProductsConfig:
+    """The products of [N, E] with [N, R] over images that are squeeze-excite's weight gradients."""
     return ImageProductsConfig()
 
 
@@ -849,6 +861,7 @@ class ExpandGradientConfig:
 
 @tuned
 def expand_gradient_config() -> ExpandGradientConfig:
+    """The expand layer's weight gradient from its sums, of which one is a product with the Gram matrix."""
     return ExpandGradientConfig()
 
 
@@ -866,6 +879,7 @@ class SqueezeExciteConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, **register_limit(self.maxnreg)}
 
 
@@ -896,9 +910,11 @@ class GateBackwardConfig:
 
     @property
     def options(self) -> dict:
+        """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, **register_limit(self.maxnreg)}
 
     def counters(self, N: int, C: int) -> int:
+        """How many int32 counters a launch needs for N images and C channels."""
         return 1 + 2 * -(-N // self.BLOCK_N) + -(-C // self.BLOCK_C)
 
 

@@ -107,6 +107,13 @@ def depthwise_forward_kernel(
     FAST: tl.constexpr,
     COUNT: tl.constexpr,
 ):
+    """The forward by multiply-adds of each thread's own; the module's docstring says which program does what.
+
+    x [N, H, W, C], w [C, K, K], y [N, OH, OW, C]; C = CV * CVEC. P programs share the groups of S strips of all images
+    for each block of channels; a strip is TW columns wide and TH rows high. tile_count [P], tile_mean and tile_m2
+    [P, C], fp32, take the programs' statistics, pool [N, groups, C], fp32, the sums of what is stored; each may be
+    None. CW and TWP: the columns loaded and stored at once where a row is one block (not WIDE), powers of two.
+    """
     C = CV * CVEC
     M: tl.constexpr = (K + STRIDE - 1) // STRIDE
     NC: tl.constexpr = (TW - 1) * STRIDE + K

@@ -37,6 +37,7 @@ def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
 
 @triton.jit
 def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Tuple of NUM fp32 blocks [S, BLOCK_C], all 0."""
     blocks = ()
     for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
         blocks = blocks + (tl.zeros([S, BLOCK_C], tl.float32),)
@@ -45,6 +46,7 @@ def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def any_row(row_ok):
+    """Whether a condition [S] holds for any of the strips: one branch for the whole program."""
     return tl.max(row_ok.to(tl.int32), 0) > 0
 
 

@@ -69,6 +69,7 @@ from effkernels.kernels.norm import BatchNorm, load_rstd, load_vector
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """An fp32 accumulator [ROWS, COLS], all 0."""
     return tl.zeros([ROWS, COLS], tl.float32)
 
 

@@ -85,6 +85,11 @@ def expand_depthwise_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """The module's docstring says which program does what.
+
+    x [N, H, W, I], w1 [C, I], w [C, K, K], y [N, OH, OW, C], pool [N, groups, C] fp32 or None; I = IV * IVEC, C = CV *
+    CVEC. norm1 and norm2 hold running statistics.
+    """
     I = IV * IVEC
     C = CV * CVEC
     dtype: tl.constexpr = x.dtype.element_ty

@@ -115,6 +115,7 @@ def thread_means(blocks, ok, count, WARPS: tl.constexpr):
 
 @triton.jit
 def zero_block(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An fp32 accumulator [BLOCK_M, BLOCK_N], all 0."""
     return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 

@@ -295,6 +295,7 @@ def project_both_kernel(
 
 
 def halved(act: str, fast: bool) -> bool:
+    """HALVED, whether z and slopes are kept as z / 2 and 2 phi'(z): for SiLU by tanh.approx, which needs z / 2."""
     return fast and act == "silu"
 
 

@@ -292,6 +292,7 @@ def weight_gradients_kernel(
 
 
 def contiguous_like(t: torch.Tensor) -> torch.Tensor:
+    """New memory of t's shape, dtype and device, in row-major order."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
@@ -351,14 +352,17 @@ class Sum(NamedTuple):
 
     @property
     def programs(self) -> int:
+        """Programs that the first launch gives to this sum, one for each block of its columns."""
         return triton.cdiv(self.out.numel(), self.blocks[1])
 
 
 def parts_of(total: Sum | None) -> int:
+    """How many partial results a sum has, 0 where there is none."""
     return 0 if total is None else len(total.partials)
 
 
 def blocks_of(total: Sum | None) -> tuple[int, int] | None:
+    """The blocks in which a sum is taken, None where there is none."""
     return None if total is None else total.blocks
 
 

@@ -83,6 +83,7 @@ class FusedDepthwiseConvBNAct(nn.Module):
         return activate(self.bn(self.conv(x)), self.act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C, H', W']: kernels where ``why_not_fused`` is None, the plain layers elsewhere."""
         if dispatch.recording(x):
             return self.forward_reference(x)
         self.check_input(x)

@@ -44,6 +44,7 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(reduced_channels, channels, 1, bias=True, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W], each channel of an image times its gate, in x's dtype."""
         return self.forward_reference(x)
 
     def forward_reference(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W], each channel of an image times its gate, in x's dtype."""
         if dispatch.recording(x):
             return self.forward_reference(x)
         check_activation(x, getattr(self.conv_reduce, "weight", None), getattr(self.conv_reduce, "in_channels", None))

@@ -252,6 +252,8 @@ def _depthwise_inference_fake(x, weight, norm1, norm2, se, settings) -> Tensor:
 
 
 class ActivationSettings(NamedTuple):
+    """The name of the activation that follows the BatchNorm."""
+
     act: str
 
 

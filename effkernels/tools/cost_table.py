@@ -163,6 +163,7 @@ def _progress(iterable, total: int):
 
 
 def table_path(arch: int) -> Path:
+    """Where the table of a compute capability (90: sm_90) stands."""
     return TABLES / f"static_sm{arch}.json"
 
 

@@ -56,6 +56,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.fn.__name__
 
     @property
@@ -73,10 +74,12 @@ class Launch:
 
     @property
     def threads(self) -> int:
+        """Threads of a program."""
         return 32 * self.options.get("num_warps", 4)
 
     @property
     def dtype(self) -> str:
+        """The dtype of the first tensor, which is that of the computation: "bfloat16", say."""
         return next(str(v.dtype).removeprefix("torch.") for v in self.tensors.values())
 
     def key(self) -> tuple:

@@ -39,6 +39,7 @@ class Cost:
 
     @property
     def loop_instructions(self) -> int:
+        """Instructions of the hottest loop, 0 without one."""
         return sum(self.loop.values())
 
     def widths(self, op: str, opcodes: Iterable[str] | None = None) -> set[int]:

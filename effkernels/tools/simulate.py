@@ -58,6 +58,7 @@ def launch_row(prediction: Prediction) -> dict:
 
 
 def table(found: list[dict]) -> str:
+    """The kernels of a step as text, a line each: launches, time, bytes and what they wait for."""
     lines = [
         f"{'kernel':34} {'launches':>8} {'us':>9} {'bytes':>9} {'share':>6} {'L2':>8} {'instr/elem':>10} "
         f"{'instr/clk':>9} {'regs':>5} "
@@ -99,6 +100,7 @@ def document(step: Step, baseline: float) -> dict:
 
 
 def summary(step: Step, baseline: float) -> str:
+    """A step in words: predicted time, the time that its bytes take, images a second, PyTorch's own operators."""
     images = step.batch / step.time
     return (
         f"{step.model} {step.mode}, {step.batch} images, {project.GPUS[step.gpu].name}, bf16: {1e3 * step.time:.2f} "
@@ -131,6 +133,7 @@ def draw(path: Path, kernel: str, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command's exit code, after it printed what it predicts."""
     parser = argparse.ArgumentParser(
         prog="python -m effkernels.tools.simulate", description="Kernel times, predicted without a GPU."
     )

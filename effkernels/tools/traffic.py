@@ -47,6 +47,7 @@ class LaunchTraffic:
 
     @property
     def total(self) -> int:
+        """Bytes read and written."""
         return self.read + self.written
 
 
@@ -156,6 +157,7 @@ class Operator(NamedTuple):
 
     @property
     def moved(self) -> int:
+        """Bytes read and written."""
         return self.read + self.written
 
 
