@@ -42,6 +42,7 @@ class AreaCrop(RandomCrop):
     hflip: float
 
     def draw(self, height: int, width: int) -> Box:
+        """The part of an image of this height and width, in pixels."""
         flip, y, x, *drawn = torch.rand(3 + 2 * TRIES, dtype=torch.float64).tolist()
         mirrored, (smallest, largest) = flip < self.hflip, self.scale
         lowest, highest = map(math.log, self.aspects)
