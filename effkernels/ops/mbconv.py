@@ -151,6 +151,11 @@ def _forward(
     branch_draws: Constant,
     settings: BlockSettings,
 ) -> BlockResults:
+    """The launches of a forward that has a backward, from the top down: each takes what the one before it returned.
+
+    x [N, H, W, I] in any dtype, or with ``settings.stem_stride`` images; weights as the modules hold them; branch_draws
+    fp32 [N] or None. The running statistics of ``norm1`` to ``norm3`` are updated in place where they train.
+    """
     from effkernels.kernels import batchnorm, squeeze_excite
     from effkernels.kernels.depthwise_forward import depthwise_forward
     from effkernels.kernels.pointwise_forward import pointwise_forward

@@ -1,6 +1,8 @@
 """How kernels are called, read from the source: every argument by its name, and an absent one as None."""
 
 import ast
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,29 @@ def test_every_activation_maps_zero_to_zero(device, scratch):
         x = torch.zeros(1, 2, 2, 16, device=device, dtype=dtype)
         for act in ACTIVATIONS:
             assert not apply(x, norm, act=act).any(), (act, dtype)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_goes_through_five_files_to_its_first_launch(training, device, monkeypatch):
+    """In the order of docs/architecture.md, none of them twice. (``launcher`` in common.py only wraps.)"""
+    from effkernels import FusedMBConv
+    from effkernels.kernels import pointwise_forward
+
+    class Reached(Exception):
+        pass
+
+    class Stop:
+        def __getitem__(self, grid):
+            raise Reached
+
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")
+    monkeypatch.setattr(pointwise_forward, "pointwise_forward_kernel", Stop())
+    block = FusedMBConv(8, 8).to(device).train(training)
+    with torch.set_grad_enabled(training), pytest.raises(Reached) as caught:
+        block(torch.zeros(1, 8, 4, 4, device=device))
+    frames = [Path(str(entry.path)) for entry in caught.traceback]
+    names = [str(path.relative_to(PACKAGE)) for path in frames if path.is_relative_to(PACKAGE)]
+    walk = [name for name, _ in itertools.groupby(name for name in names if name != "kernels/common.py")]
+    page = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    assert walk == re.findall(r"^\d\. `effkernels/(.*?)`", page, re.MULTILINE) and len(walk) == 5
