@@ -3,9 +3,11 @@ interpreter's."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from support.interpreter import HAS_TRITON, INTERPRET
@@ -32,7 +34,17 @@ from effkernels.tools.simulator import (
 )
 from effkernels.tools.simulator import launch as launches
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
-from effkernels.tools.simulator.machine import FMA, FMA_HEAVY, LOAD, MEMORY, Machine, machine_of, with_constants
+from effkernels.tools.simulator.machine import (
+    FMA,
+    FMA_HEAVY,
+    LOAD,
+    MATRIX,
+    MEMORY,
+    PIPE,
+    Machine,
+    machine_of,
+    with_constants,
+)
 from effkernels.tools.simulator.steps import held_by_l2
 from effkernels.tools.traffic import count_traffic
 from support import simulated
@@ -293,9 +305,9 @@ def test_a_shortened_path_stands_for_the_whole():
 # ---- the SM ----------------------------------------------------------------------------------------------------------
 
 
-def operation(kind, stall=1, sets=NO_SCOREBOARD, waits=(), **amounts):
-    pipe = FMA_HEAVY if kind == FMA else MEMORY
-    return sm.Operation(kind, pipe, 2, 0, stall, sets, NO_SCOREBOARD, waits, **amounts).packed()
+def operation(kind, stall=1, sets=NO_SCOREBOARD, waits=(), clocks=2, pipe=None, **amounts):
+    pipe = pipe or (FMA_HEAVY if kind == FMA else MEMORY)
+    return sm.Operation(kind, pipe, clocks, 0, stall, sets, NO_SCOREBOARD, waits, **amounts).packed()
 
 
 def clocks(programs, resident=1, rate=32.0):
@@ -636,14 +648,65 @@ def test_passes_of_torch_compile(training):
 
 def test_a_picture_of_an_sm(tmp_path):
     pytest.importorskip("matplotlib")
-    programs = [
-        [[operation(LOAD, sets=0, l2=512.0, dram=512.0), operation(FMA, waits=(0,)), operation(FMA, stall=4)] * 20] * 4
-    ] * 2
+    product = operation(PIPE, pipe=MATRIX, clocks=6.0)
+    load = operation(LOAD, sets=0, passes=4.0, l2=512.0, dram=512.0)
+    programs = [[[load, operation(FMA, waits=(0,)), product, operation(FMA, stall=4)] * 20] * 4] * 2
     run = sm.simulate(H100, programs, 2, 32.0, 32.0, timeline=True)
-    assert sum(what == "issue" for *_, what, _, _ in run.timeline) == run.instructions == 2 * 4 * 60
-    assert {what for *_, what, _, _ in run.timeline} >= {"issue", "memory"}
+    assert sum(event.what == "issue" for event in run.timeline) == run.instructions == 2 * 4 * 80
+    assert {event.what for event in run.timeline} >= {"issue", "memory", "matrix", "FMA light", "L2", "DRAM"}
+    edges = np.linspace(0, run.clocks + 100, 11)
+    shares = timeline.taken(run.timeline, edges)
+    clocks = {name: share.sum() * (edges[1] - edges[0]) for name, share in shares.items()}
+    assert clocks["matrix"] == pytest.approx(2 * 4 * 20 * 6.0 / 4), "a quarter for each of four schedulers' pipes"
+    assert clocks["DRAM"] == pytest.approx(run.dram / 32.0)
+    assert clocks["shared memory, L1"] == pytest.approx(run.passes)
+    assert all((share <= 1 + 1e-9).all() for share in shares.values())
     timeline.draw(tmp_path / "sm.png", SimpleNamespace(run=run), "two programs")
     assert (tmp_path / "sm.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="without a timeline"):
+        timeline.draw(tmp_path / "none.png", SimpleNamespace(run=None), "nothing")
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", "matrix products"),
+        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", "matrix products"),
+        ("FFMA R4, R5, R6, R4", "fp32, integer products"),
+        ("LOP3.LUT R4, R5, R6, RZ, 0xc0, !PT", "integer and logic"),
+        ("MUFU.EX2 R4, R5", "special functions"),
+        ("LDS R4, [R5]", "shared memory"),
+        ("LDG.E.128 R4, desc[UR6][R2.64]", "global memory"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", "branches, barriers, waits"),
+    ],
+)
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+def test_classes_of_instructions_in_the_picture(text, named, gpu):
+    kind, pipe, *_ = machine_of(gpu).operation(code(text).instructions[0])
+    assert timeline.class_of(kind, pipe) == named
+
+
+# ---- what predictions depend on --------------------------------------------------------------------------------------
+
+
+def test_words_and_types_make_no_prediction_stale():
+    plain = "def f(a, b=2):\n    return a + b\n"
+    said = (
+        '"""A module."""\nfrom collections.abc import Callable\n\n\n'
+        'def f(a: int, b: int = 2) -> int:\n    """Adds."""  # both\n    return a + b\n'
+    )
+    assert project.deciding(said) == project.deciding(plain)
+    assert project.deciding(plain.replace("2", "3")) != project.deciding(plain)
+    assert project.deciding("class A:\n    x: int = 1") != project.deciding("class A:\n    x: int = 2")
+    assert project.deciding("from a import b as f") != project.deciding("from a import c as f")
+
+
+def test_a_generation_without_a_machine_is_named(monkeypatch):
+    monkeypatch.setitem(GPUS, "b200", replace(GPUS["h200"], capability=(10, 0)))
+    with pytest.raises(ValueError, match="gpu 'b200' is of sm_100, .*there are sm_80, sm_89, sm_90"):
+        machine_of("b200")
+    with pytest.raises(ValueError, match="gpu must be one of h200, .*got 'mi300'"):
+        machine_of("mi300")
 
 
 # ---- measured beside predicted ---------------------------------------------------------------------------------------

@@ -35,10 +35,6 @@ from effkernels.tools.simulator.translate import expects
     WAIT_TENSORS,
     MARK,
 ) = range(15)
-KINDS = (
-    "PIPE FMA SHARED LOAD STORE COPY BARRIER WAIT_COPIES COMMIT_COPIES "
-    "PRODUCT WAIT_PRODUCTS FREE TENSOR_COPY WAIT_TENSORS MARK"
-).split()
 # Pipes of a scheduler. FMA operations take either of the first two where the architecture has both, integer products
 # the second.
 FMA_LIGHT, FMA_HEAVY, ALU, SPECIAL, MATRIX, UNIFORM, DOUBLE, MEMORY = range(8)
@@ -231,10 +227,14 @@ MACHINES = {
 
 
 def machine_of(gpu: str) -> Machine:
-    """The machine of a named GPU. ValueError, naming what is known, if it is none."""
+    """The machine of a named GPU. ValueError, naming what is known, if it is none, or of a generation that has no
+    figures here."""
     if gpu not in GPUS:
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
     major, minor = GPUS[gpu].capability
+    if 10 * major + minor not in MACHINES:
+        known = ", ".join(f"sm_{arch}" for arch in sorted(MACHINES))
+        raise ValueError(f"gpu {gpu!r} is of sm_{major}{minor}, for which there is no machine; there are {known}")
     return MACHINES[10 * major + minor]
 
 

@@ -1,6 +1,7 @@
 """All that the simulator takes from the rest of the project, and how a launch's arguments become a kernel's
 parameters."""
 
+import ast
 import functools
 import hashlib
 import struct
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from effkernels.configs.gpus import GPUS, Gpu
-from effkernels.tools.launches import Launch, members, normal_form, record_launches
+from effkernels.tools.launches import Launch, members, record_launches
 from effkernels.tools.machine_code import _binary as binary
 from effkernels.tools.machine_code import compile_launch
 
@@ -29,15 +30,42 @@ __all__ = [
 ]
 
 
-# What decides the time of a launch. Whoever records launches, compares or draws is not here.
+# What decides the time of a launch. Whoever records launches, compares, prints or draws is not here.
 _PARTS = ("emulate", "encoding", "flow", "launch", "machine", "project", "sm", "trace", "translate", "values")
+
+
+def deciding(source: str) -> str:
+    """What of Python source decides what it computes: no comments, docstrings, layout, types of arguments and results,
+    and no imports that only types need.
+
+    So a page of documentation makes no prediction stale, and a changed figure makes all of them so.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+            arguments = node.args
+            for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+                each.annotation = None
+            for each in filter(None, (arguments.vararg, arguments.kwarg)):
+                each.annotation = None
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [child for child in body if not _says_nothing(child)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _says_nothing(node: ast.stmt) -> bool:
+    """Whether a statement is a docstring, or an import of types."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    return isinstance(node, ast.ImportFrom) and node.module in ("typing", "collections.abc")
 
 
 @functools.cache
 def version() -> str:
-    """A digest of the simulator itself: of the sources that decide a prediction, comments and layout aside."""
+    """A digest of the simulator itself: of what decides a prediction in its sources (``deciding``)."""
     sources = [Path(__file__).with_name(f"{part}.py").read_text(encoding="utf-8") for part in _PARTS]
-    return hashlib.sha256("\n".join(map(normal_form, sources)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(deciding, sources)).encode()).hexdigest()[:16]
 
 
 # Bits of an address within a storage: 16 TB, of which the storage starts in the middle, as masked threads may point

@@ -10,6 +10,7 @@ tensor copies in order."""
 from collections import defaultdict
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from effkernels.tools.simulator.encoding import NO_SCOREBOARD
 from effkernels.tools.simulator.machine import (
@@ -24,6 +25,7 @@ from effkernels.tools.simulator.machine import (
     MATRIX,
     MEMORY,
     PIPE,
+    PIPES,
     PRODUCT,
     SHARED,
     STORE,
@@ -39,6 +41,11 @@ from effkernels.tools.simulator.machine import (
 # latency.
 REASONS = ("memory", "shared memory", "copies", "products", "barrier", "results", "slots", "stall")
 _MEMORY, _SHARED, _COPIES, _PRODUCTS, _BARRIER, _RESULTS, _SLOTS, _STALL = range(len(REASONS))
+
+
+# What operations take for some clocks: pipes of a scheduler, and what all four share.
+RESOURCES = (*PIPES, "shared memory, L1", "L2", "DRAM")
+_L1, _L2, _DRAM = RESOURCES[len(PIPES) :]
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,22 @@ class Run:
     dram: float
     passes: float
     barriers: int
-    # (clock, clocks, row of the warp, "issue" or a reason, kind, instruction).
-    timeline: list = field(default_factory=list)
+    timeline: list["Event"] = field(default_factory=list)
+
+
+class Event(NamedTuple):
+    """Something that takes ``clocks`` from ``clock`` on.
+
+    what: "issue", or one of ``REASONS`` for a warp that waits, with its row; or one of ``RESOURCES`` that an operation
+    takes, with its scheduler in the place of a row, as each scheduler has pipes of its own. kind and pipe: the
+    operation's."""
+
+    clock: float
+    clocks: float
+    row: int
+    what: str
+    kind: int
+    pipe: int
 
 
 def simulate(
@@ -214,7 +235,7 @@ def simulate(
                 when, reason = until, _COPIES
         waits[reason] += when - now
         if timeline and when - now > 4:
-            events.append((now, when - now, warp.row, REASONS[reason], kind, op[13]))
+            events.append(Event(now, when - now, warp.row, REASONS[reason], kind, op[1]))
         s = warp.scheduler
         order += 1
         heappush(futures[s], (when, order, warp))
@@ -276,7 +297,7 @@ def simulate(
             nexts[s] = max(clock + 1, min(later, soonest)) if later < infinite or soonest < infinite else infinite
             continue
         _, warp, since = mine.pop(best)
-        kind, pipe, clocks, latency, stall, sets, releases, _, passes, l2_amount, dram_amount, group, board, index = (
+        kind, pipe, clocks, latency, stall, sets, releases, _, passes, l2_amount, dram_amount, group, board, _ = (
             warp.ops[warp.at]
         )
         waits[_SLOTS] += clock - since
@@ -359,7 +380,17 @@ def simulate(
                 warp.boards[releases] = until
                 warp.why[releases] = _SHARED if kind != PRODUCT else _PRODUCTS
         if timeline:
-            events.append((clock, 1.0, warp.row, "issue", kind, index))
+            events.append(Event(clock, 1.0, warp.row, "issue", kind, pipe))
+            if kind in (PIPE, FMA, SHARED, LOAD, STORE, COPY):
+                events.append(Event(clock, clocks, s, PIPES[pipe], kind, pipe))
+            if kind in (SHARED, LOAD, STORE, COPY) and passes:
+                events.append(Event(lsu - passes, passes, s, _L1, kind, pipe))
+            if kind == PRODUCT:
+                events.append(Event(taken[MATRIX] - clocks, clocks, s, PIPES[MATRIX], kind, pipe))
+            if kind in (LOAD, STORE, COPY) or kind == TENSOR_COPY and warp is warp.program.warps[group]:
+                for name, end_of, amount in ((_L2, l2, l2_amount / l2_rate), (_DRAM, dram, dram_amount / dram_rate)):
+                    if amount:
+                        events.append(Event(end_of - amount, amount, s, name, kind, pipe))
         warp.at += 1
         now = clock + stall
         if kind == BARRIER:
@@ -375,7 +406,7 @@ def simulate(
                     go = max(clock + barrier_latency, arrived)
                     waits[_BARRIER] += go - arrived
                     if timeline:
-                        events.append((arrived, go - arrived, other.row, "barrier", kind, index))
+                        events.append(Event(arrived, go - arrived, other.row, "barrier", kind, pipe))
                     if other.at == len(other.ops):
                         end(other, go)
                     else:
@@ -389,13 +420,12 @@ def simulate(
         else:
             nexts[s] = max(clock + 1, future[0][0]) if future else infinite
     clocks = max((program.end for program in finished), default=0.0)
-    names = ("FMA light", "FMA", "ALU", "MUFU", "matrix", "uniform", "fp64", "memory issue")
     return Run(
         clocks,
         issued,
         finished,
         dict(zip(REASONS, waits, strict=True)),
-        dict(zip(names, busy, strict=True)),
+        dict(zip(PIPES, busy, strict=True)),
         l2_bytes,
         dram_bytes,
         passes_all,
