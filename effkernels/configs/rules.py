@@ -30,22 +30,25 @@ def _properties(device: torch.device):
 
 
 def register_limit(maxnreg: int | None) -> dict:
-    """The compiler option; left out where it is ptxas's choice."""
+    """The compiler option that limits a thread's registers. It is left out where ptxas chooses by itself."""
     return {} if maxnreg is None else {"maxnreg": maxnreg}
 
 
 @dataclass(frozen=True)
 class DepthwiseConfig:
-    """S strips of TW columns (of dy in the backward) and TH rows, BLOCK_C channels, one warp: S * BLOCK_C / 32 channels
-    a thread.
+    """The tile of a depthwise program: S strips, each TW columns wide (of dy in the backward) and TH rows high, times
+    BLOCK_C channels. A program is one warp, so a thread has S * BLOCK_C / 32 channels.
 
-    wide: 8 or 4 channels a thread, columns loaded and stored one by one as they lie in memory (else in blocks that are
-    taken apart). stages: rows of the input in flight or in use, copied to shared memory asynchronously (2 and more) or
-    loaded when met (1). products: the forward's multiplications by the tensor cores; S is 8 then, and TW a multiple of
-    4. split: dgrad and the halves of wgrad in programs of their own (of one launch), where all together would spill.
-    warps_per_sm: programs resident on an SM, by their registers (65536 / 32 / registers, sm_90).
-    maxnreg: register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy (None: its
-    choice).
+    wide: a thread has 8 or 4 neighbouring channels, and columns are loaded and stored one by one as they lie in memory.
+        Without it a row of columns is loaded as one block and taken apart.
+    stages: how many rows of the input are in flight or in use. Two and more are copied to shared memory asynchronously;
+        with 1 a row is loaded when it is met.
+    products: the forward leaves its multiplications to the tensor cores. S must be 8 then, and TW a multiple of 4.
+    split: dgrad and the two halves of wgrad are programs of their own in one launch, where one program that did
+        everything would spill.
+    warps_per_sm: how many programs an SM holds at once, by their registers (65536 / 32 / registers on sm_90).
+    maxnreg: the register limit given to ptxas, which otherwise spills a few bytes to reach a rounder occupancy. With
+        None it chooses.
     """
 
     BLOCK_C: int
@@ -75,7 +78,8 @@ class DepthwiseConfig:
         return -(-tiles // -(-tiles // resident))
 
 
-# Channels of a depthwise program, its block of the counters and of the partial results: of most, and the fewest.
+# How many channels a depthwise program has, which is also its block of the counters and of the partial results: first
+# most of them, then those that have the fewest.
 DEPTHWISE_CHANNELS = 32
 FEWEST_CHANNELS = 16
 MOST_WARPS = 16  # per SM, of one-warp programs
@@ -85,8 +89,8 @@ HEAVY_ACTIVATIONS = ("gelu",)
 
 
 def depthwise_counters(C: int, device: torch.device) -> int:
-    """Counters that suffice to finish statistics in a depthwise launch: one for each 32 programs and one for each block
-    of channels."""
+    """How many int32 counters suffice for a depthwise launch that finishes statistics of C channels: one for each 32
+    programs and one for each block of channels."""
     blocks_c = -(-C // FEWEST_CHANNELS)
     programs = -(-MOST_WARPS * processor_count(device) // blocks_c)
     return blocks_c * (1 + -(-programs // 32))
@@ -112,7 +116,8 @@ def strip_rows(rows: int, strips_w: int, S: int, halo: int, most: int = 16) -> i
 
 
 def _register_limit(K: int, dtype: torch.dtype) -> int | None:
-    """All 255 where ptxas, left alone, stopped at 128 or 168 and spilled 8 to 40 bytes (Triton 3.7.1, sm_90)."""
+    """All 255 registers for those kernels for which ptxas, left alone, stopped at 128 or 168 and spilled 8 to 40 bytes
+    (Triton 3.7.1, sm_90); else None, ptxas's own choice."""
     return 255 if K >= 5 or K == 1 or dtype.itemsize == 4 else None
 
 
@@ -120,16 +125,17 @@ def _register_limit(K: int, dtype: torch.dtype) -> int | None:
 def depthwise_forward_config(
     K: int, stride: int, N: int, OH: int, OW: int, C: int, dtype: torch.dtype, device: torch.device
 ) -> DepthwiseConfig:
-    """Products take a third fewer instructions (sm_90, bf16, an output without / with BN + SiLU on load and statistics:
-    3x3 13.7 / 20.9, 5x5 25.8 / 31.2), but many registers: k = 3 with stride 2, and k above 5, keep the other form. Few
-    images: fewer rows a program, until the device is full.
+    """The tile of the depthwise forward of a K x K kernel with an output of N x OH x OW pixels and C channels.
 
-    Without products: up to k = 3 the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the
-    running sums of 2 or 4 columns: loads and stores need no change of layout. Larger k keep one or two channels a
-    thread, and TW is what a power of two of input columns feeds.
+    Where they fit the registers, products for tensor cores are taken, because they need a third fewer instructions an
+    output: on sm_90 in bf16 13.7 for 3x3 and 25.8 for 5x5, and 20.9 and 31.2 with BatchNorm and SiLU on load and with
+    statistics. They do not fit for k = 3 with stride 2, nor for k above 5. With few images a program gets fewer rows,
+    until there are enough programs to fill the device.
 
-    sm_90, bf16, instructions an output without / with BN + SiLU on load and statistics: 3x3 17.6 / 31.7, where 3
-    columns would take 29.7 and spill, and one channel a thread took 24.8 / 43.9; 5x5 34.8 / 45.8.
+    The other kernel takes, by the same count, 17.6 and 31.7 instructions for 3x3 and 34.8 and 45.8 for 5x5. Up to k = 3
+    the weights of the 4 or 8 channels of a 16-byte load fit the registers beside the running sums of 2 or 4 columns, so
+    that loads and stores need no change of layout (one channel a thread took 24.8 and 43.9; 3 columns would spill).
+    Larger k keep one or two channels a thread, and TW is what a power of two of input columns feeds.
     """
     if (K, stride) in ((3, 1), (5, 1)) and dtype.itemsize == 2 or (K, stride, dtype) == (5, 2, torch.bfloat16):
         # fp16 has no tanh in one operation: its activations take more registers.
@@ -241,37 +247,37 @@ def _channel_block(C: int, most: int) -> int:
 
 @tuned
 def elementwise_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread in flight."""
+    """A program has 4096 elements and 4 warps, so that a thread has four 16-byte vectors of bf16 in flight."""
     BLOCK_C = _channel_block(C, 128)
     return RowsConfig(BLOCK_ROWS=4096 // BLOCK_C, BLOCK_C=BLOCK_C)
 
 
 @tuned
 def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """2048 elements a step, 4 warps: 16 fp32 accumulators a thread for each of up to five sums."""
+    """A step takes 2048 elements with 4 warps: a thread has 16 fp32 accumulators for each of up to five sums."""
     BLOCK_C = _channel_block(C, 64)
     return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C)
 
 
 @tuned
 def gradient_sums_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """One warp, each lane with a 16-byte vector of channels, so that up to five sums take 40 registers."""
+    """A program is one warp whose lanes have a 16-byte vector of channels each, so that five sums take 40 registers."""
     BLOCK_C = _channel_block(C, 128)
     return RowsConfig(BLOCK_ROWS=512 // dtype.itemsize // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=1, steps=4)
 
 
 @tuned
 def pool_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """One warp, which needs no barrier for its last sums, with 64 values of a step a thread. H200, predicted, all of
-    B0's at 256 images: 379 us, with four warps 464."""
+    """A program is one warp, which needs no barrier for its last sums; a thread has 64 values of a step. All of B0's
+    launches at 256 images were predicted to take 379 us on an H200, and 464 us with four warps."""
     BLOCK_C = _channel_block(C, 64)
     return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=1)
 
 
 @tuned
 def pooled_norm_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """One warp, with 16 values of a step a thread beside its three sums. H200, predicted, B0's head at 256 images: 18
-    us, with four warps 56."""
+    """A program is one warp; a thread has 16 values of a step beside its three sums. B0's head at 256 images was
+    predicted to take 18 us on an H200, and 56 us with four warps."""
     BLOCK_C = _channel_block(C, 64)
     return RowsConfig(BLOCK_ROWS=512 // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=1)
 
@@ -282,15 +288,17 @@ def _power_of_two(n: int, least: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class PointwiseForwardConfig:
-    """Row tiles of BLOCK_M; a program's BLOCK_N columns, BLOCK_K values of k a step.
+    """A program of the 1x1 forward goes over tiles of BLOCK_M rows for its BLOCK_N columns of outputs, BLOCK_K inputs a
+    step.
 
-    resident: all steps are unrolled and their weights stay in shared memory; else they come with every tile, ``stages``
-        steps ahead.
-    ahead: steps of x that are on their way to registers while one is multiplied; 0: ``stages`` tiles in shared memory.
-    one_block: columns in one power of two, not in several that sum to them.
-    per_image: no tile holds rows of two images, so that it has one gate a channel.
-    fragments: x goes from registers into the products, in half precision in steps of 32.
-    programs_per_sm: resident at once, by their registers and shared memory.
+    resident: all steps are unrolled and their weights stay in shared memory. Without it the weights come again with
+        every tile, ``stages`` steps ahead.
+    ahead: how many steps of x are on their way to registers while one is multiplied. With 0 x is copied to shared
+        memory instead, ``stages`` tiles of it.
+    one_block: the columns are padded to one power of two. Without it they are several blocks that add up to BLOCK_N.
+    per_image: no tile holds rows of two images, so that a tile has one gate for each channel.
+    fragments: x goes from registers into the products, in half precision, in steps of 32.
+    programs_per_sm: how many programs an SM holds at once, by their registers and shared memory.
     """
 
     BLOCK_M: int
@@ -373,9 +381,10 @@ def _even_slice(columns: int, most: int) -> int:
 
 
 def _plain_rows_config(K, N, pool, dtype) -> PointwiseForwardConfig:
-    """x as it is: the copies that fill shared memory for the next tiles need no registers. Beyond 128 channels three
-    tiles and the weights would leave room for one program, or none on GPUs with 99 KB for each; nor are copies issued
-    ahead where a condition ends every image (``pool``).
+    """The configuration where x is multiplied as it is: copies that fill shared memory for the next tiles then need no
+    registers. Beyond 128 channels registers are taken all the same, since three tiles and the weights would leave room
+    for one program, or for none on GPUs with 99 KB for each; so they are for ``pool``, where a condition ends every
+    image and no copy is issued across it.
     """
     if K > 128 or pool:
         BLOCK_N = _even_slice(N, 96 if K <= 128 else 128)
@@ -454,9 +463,11 @@ def pointwise_forward_config(
 
 @dataclass(frozen=True)
 class ProjectBackwardConfig:
-    """Tiles of BLOCK_M rows, BLOCK_E channels of E, BLOCK_O output channels.
+    """A program of the project backward goes over tiles of BLOCK_M rows for BLOCK_E of the E channels. BLOCK_O covers
+    the outputs.
 
-    stages: tiles in flight or in use. programs_per_sm: resident at once, by their registers (sm_90).
+    stages: how many tiles are in flight or in use. programs_per_sm: how many programs an SM holds at once, by their
+    registers on sm_90.
     """
 
     BLOCK_M: int
@@ -499,17 +510,18 @@ def project_backward_is_fused(O: int, dtype: torch.dtype, act: str) -> bool:
 
 @tuned
 def project_dy_config(O: int, dtype: torch.dtype) -> RowsConfig:
-    """4096 elements a program, 4 warps: four 16-byte vectors of bf16 a thread of each operand in flight."""
+    """A program has 4096 elements and 4 warps: a thread has four 16-byte vectors of bf16 of each operand in flight."""
     block = _channel_block(O, 128)
     return RowsConfig(BLOCK_ROWS=4096 // block, BLOCK_C=block)
 
 
 @tuned
 def project_both_config(E: int, O: int, rows: int, dtype: torch.dtype) -> ProjectBackwardConfig:
-    """One warp: 4 channels a lane, 32 values of dq and up to as many of dw a thread; 246 to 255 registers. Eight
-    programs are resident, and twelve faster all the same (predicted for O = 16, E = 32: 135 us for 177). With 32
-    columns of dw, 2 channels a lane leave room for half as many programs again (predicted for O = 24, E = 144: 242 us
-    for 289).
+    """A program is one warp. A lane has 4 channels, 32 values of dq and up to as many of dw, in 246 to 255 registers.
+
+    An SM holds eight such programs, but twelve were predicted to be faster all the same: 135 us for 177 at O = 16,
+    E = 32. With 32 columns of dw, 2 channels a lane leave room for half as many programs again: 242 us for 289 at
+    O = 24, E = 144.
     """
     cfg = ProjectBackwardConfig(
         BLOCK_M=32, BLOCK_E=32, BLOCK_O=_power_of_two(O, 16, 32), num_warps=1, stages=2, programs_per_sm=12
@@ -521,10 +533,10 @@ def project_both_config(E: int, O: int, rows: int, dtype: torch.dtype) -> Projec
 
 @dataclass(frozen=True)
 class ExpandBackwardConfig:
-    """Row tiles of BLOCK_M; pieces or blocks of BLOCK_E expanded channels, BLOCK_I input channels; BLOCK_K of a
-    product's inner dimension a step.
+    """A program of the expand backward goes over tiles of BLOCK_M rows, in pieces or blocks of BLOCK_E expanded and
+    BLOCK_I input channels; a product takes BLOCK_K of its inner dimension a step.
 
-    stages: tiles or steps in flight or in use. programs_per_sm: programs that an SM holds at once.
+    stages: how many tiles or steps are in flight or in use. programs_per_sm: how many programs an SM holds at once.
     """
 
     BLOCK_M: int
@@ -596,9 +608,9 @@ def _reads_shared_memory(device: torch.device) -> bool:
 
 @tuned
 def expand_pass_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
-    """Few inputs: pieces of 64 channels, as many rows as one instruction has. More: x's channels are the rows, and a
-    tile is only 32 high, so that two programs of three stages fit the shared memory, and the 120 registers of D^T the
-    255.
+    """With up to 32 inputs a piece has 64 channels, as many as one instruction has rows. With more, x's channels are
+    the rows of the products, and a tile is only 32 rows high: then two programs of three stages fit the shared memory,
+    and the 120 registers that D^T takes fit into the 255.
     """
     BLOCK_I = _power_of_two(I, 16, 64)
     if BLOCK_I == 16:
@@ -611,9 +623,9 @@ def expand_pass_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandB
 
 @tuned
 def expand_data_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
-    """Two programs of 8 warps an SM, for which 128 registers are left; one alone waits at its barriers (predicted: 42
-    us for 33 at I = 112). At I = 80, where columns are masked, steps of 64 would spill 16 bytes. More than 128 inputs:
-    one program that holds all up to 256, so that dz is loaded once.
+    """An SM holds two programs of 8 warps, for which 128 registers are left; one alone would wait at its barriers
+    (predicted at I = 112: 42 us for 33). At I = 80, where columns are masked, steps of 64 would spill 16 bytes. With
+    more than 128 inputs one program holds all of them, up to 256, so that dz is loaded once.
     """
     if 128 < I <= 256:
         return ExpandBackwardConfig(BLOCK_M=128, BLOCK_I=256, num_warps=8, stages=3, programs_per_sm=1, maxnreg=255)
@@ -631,8 +643,8 @@ def expand_data_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandB
 
 @tuned
 def expand_weight_config(E: int, I: int, rows: int, dtype: torch.dtype) -> ExpandBackwardConfig:
-    """128 rows of D: with 256, x would be read by half as many programs, but without wgmma the sums spill (248 bytes on
-    sm_80).
+    """A program has 128 rows of D. With 256, half as many programs would read x, but on GPUs without wgmma the sums
+    would spill (248 bytes on sm_80).
     """
     BLOCK_I = _power_of_two(I, 16, 128)
     return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=BLOCK_I, BLOCK_E=128, num_warps=8, programs_per_sm=2, maxnreg=255)
@@ -640,9 +652,9 @@ def expand_weight_config(E: int, I: int, rows: int, dtype: torch.dtype) -> Expan
 
 @tuned
 def expand_matrix_config(E: int, I: int, dtype: torch.dtype) -> ExpandBackwardConfig:
-    """Blocks of G: small ones are many programs, of a few long steps over E; with many channels larger ones, as each
-    reads two stripes of the weight. H200, predicted, I = 192 and 640: 7.9 and 51 us, with 32 x 32 and steps of 64 16.6
-    and 115.
+    """The blocks of G. Small blocks make many programs, of a few long steps over E. With many channels they are larger,
+    as each block reads two stripes of the weight. On an H200 7.9 us were predicted for I = 192 and 51 for 640; blocks
+    of 32 x 32 in steps of 64 would take 16.6 and 115.
     """
     if dtype.itemsize == 4:
         return ExpandBackwardConfig(BLOCK_M=64, BLOCK_I=_power_of_two(I, 16, 32), BLOCK_K=32)
@@ -655,7 +667,8 @@ def expand_matrix_config(E: int, I: int, dtype: torch.dtype) -> ExpandBackwardCo
 
 @dataclass(frozen=True)
 class StemConfig:
-    """Tiles of BLOCK_M output pixels, BLOCK_N channels, BLOCK_K taps a step. programs_per_sm: resident at once."""
+    """A program of the stem goes over tiles of BLOCK_M output pixels for BLOCK_N channels, BLOCK_K taps a step.
+    programs_per_sm: how many programs an SM holds at once."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -679,8 +692,8 @@ class StemConfig:
 
 @tuned
 def stem_forward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
-    """All taps of up to 7 channels in one block, so that the weights stay. 32 sums and 32 gathered taps a thread (16 in
-    fp32, whose products run without tensor cores): with 64 of either ptxas spilled."""
+    """All taps of up to 7 input channels are one block, so that a program loads the weights once. A thread has 32 sums
+    and 32 gathered taps, in fp32, whose products run without tensor cores, 16; with 64 of either ptxas spilled."""
     narrow = dtype.itemsize == 2
     BLOCK_N = _power_of_two(S, 16, 64)
     BLOCK_K = _power_of_two(K, 16, 64 if narrow else 32)
@@ -693,8 +706,9 @@ def stem_forward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemCo
 
 @tuned
 def stem_backward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
-    """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels:
-    left alone, ptxas stopped at 168 and spilled 8 bytes of GELU. 8 in bf16 up to 32 channels: four programs an SM."""
+    """A thread has 16 values of each operand, since dy is formed from two more blocks in flight; in bf16 with up to 32
+    channels it has 8, which lets an SM hold four programs. 64 channels are given 255 registers: left alone, ptxas
+    stopped at 168 and spilled 8 bytes of GELU."""
     BLOCK_N = _power_of_two(S, 16, 64)
     light = dtype == torch.bfloat16 and BLOCK_N <= 32
     return StemConfig(
@@ -708,10 +722,10 @@ def stem_backward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemC
 
 @dataclass(frozen=True)
 class ExpandDepthwiseConfig:
-    """S column strips of TW outputs, TH rows, BLOCK_E expanded channels of BLOCK_I inputs a step; S is the height of
-    one tensor-core product.
+    """A program of the expand inside the depthwise convolution has S strips of TW outputs and TH rows times BLOCK_E
+    expanded channels, and takes BLOCK_I inputs a step. S is the height of one tensor-core product.
 
-    stages: rows of x in flight or in use. warps_per_sm: what the registers leave room for.
+    stages: how many rows of x are in flight or in use. warps_per_sm: how many warps an SM's registers have room for.
     """
 
     BLOCK_I: int
@@ -738,13 +752,14 @@ class ExpandDepthwiseConfig:
 def expand_depthwise_config(
     K: int, stride: int, N: int, I: int, E: int, OH: int, OW: int, dtype: torch.dtype, device: torch.device
 ) -> ExpandDepthwiseConfig:
-    """Two warps side by side on 32 channels: what a load of x serves in one warp twice over, and 36 registers of
-    weights at k = 3. Four warps (18 registers of weights, 8 to 30 % more instructions) where two spill: k = 5, fp32,
-    more than 32 inputs.
+    """Two warps share 32 channels: a load of x then serves both, and the weights take 36 registers at k = 3. Where two
+    warps spill (k = 5, fp32, more than 32 inputs) four share them, whose weights take 18 registers, for 8 to 30 % more
+    instructions.
 
     Wider strips evaluate fewer columns twice, but ptxas keeps every column of a step at once: 4 outputs spill at stride
-    2, or with the longer activations of fp16, and 2 in fp32 at stride 2. fp32 takes 16 inputs a step: unrolled over
-    more, its products spill. Few images: fewer rows a program, until the device is full.
+    2 and with the longer activations of fp16, and 2 outputs spill in fp32 at stride 2. fp32 takes 16 inputs a step,
+    since its products spill when they are unrolled over more. With few images a program gets fewer rows, until there
+    are enough programs to fill the device.
     """
     narrow = dtype.itemsize == 2
     TW = 4 if K == 3 and stride == 1 and dtype == torch.bfloat16 else 1 if stride == 2 and not narrow else 2
@@ -783,14 +798,14 @@ _ISSUE_SHARE = 0.7  # of the issue slots filled with the 8 warps an SM holds at 
 def expand_inside(
     kernel_size: int, stride: int, in_channels: int, expanded: int, dtype: torch.dtype, act: str = "silu"
 ) -> bool:
-    """Whether inference expands inside the depthwise kernel: its instructions against the bytes of writing and reading
-    e1.
+    """Whether inference expands inside the depthwise kernel, which saves writing and reading e1 for more instructions.
 
-    Seconds an expanded element. Two launches at copy speed, each at least its bytes: (I/E + 1) and (1 + 1/s^2)
-    elements. One launch: its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or its bytes (I/E +
-    1/s^2). At k = 3, s = 2 in bf16 that is 0.85 ps against 1.12 ps (B0's second stage); every other case loses. More
-    than 32 inputs: 22 instructions, and x, read again by each 32 channels, takes L2 as long as e1 took DRAM. A heavy
-    activation makes it 60 instructions (GELU); the others are near SiLU.
+    Both are compared in seconds an expanded element. Two launches take at least their bytes at copy speed, I/E + 1
+    and 1 + 1/s^2 elements. One launch takes its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or
+    its bytes, I/E + 1/s^2 elements, whichever is longer. At k = 3, s = 2 in bf16 (B0's second stage) that is 0.85 ps
+    against 1.12 ps; every other case loses. With more than 32 inputs an element takes 22 instructions, and x, which
+    each 32 channels read again, takes L2 as long as e1 took DRAM. A heavy activation makes it 60 instructions (GELU);
+    the others are near SiLU.
     """
     instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
     if instructions is None or in_channels > 32 or act in HEAVY_ACTIVATIONS:
@@ -804,7 +819,7 @@ def expand_inside(
 
 @dataclass(frozen=True)
 class PartialsConfig:
-    """BLOCK_P partials at a time of BLOCK_COLS elements of a weight."""
+    """A program sums BLOCK_P partials at a time, of BLOCK_COLS elements of a weight."""
 
     BLOCK_P: int
     BLOCK_COLS: int
@@ -812,12 +827,12 @@ class PartialsConfig:
 
 @tuned
 def partials_config(elements: int) -> PartialsConfig:
-    """Many elements come with few partials: threads of their own for all of them, whose sums need no exchange. Few (a
-    layer of few channels) come with many, which few programs must not sum one by one. The partials themselves, whose
-    number depends on the batch, do not decide: kernels would be compiled again.
+    """Many elements come with few partials: each gets a thread of its own, whose sum needs no exchange. Few elements,
+    those of a layer of few channels, come with many partials, which few programs must not sum one by one. The number
+    of partials itself does not decide, because it depends on the batch, and kernels would be compiled again.
 
-    H200, predicted, B0's block of 1152 channels (7 to 29 partials) and its second (352 to 652): 7.1 and 4.9 us, and
-    15.5 and 13.2 with 64 x 64 for both.
+    On an H200 7.1 us were predicted for B0's block of 1152 channels (7 to 29 partials) and 4.9 for its second (352 to
+    652); with 64 x 64 for both 15.5 and 13.2.
     """
     if elements >= 100_000:
         return PartialsConfig(BLOCK_P=8, BLOCK_COLS=512)
@@ -851,7 +866,8 @@ def image_products_config() -> ImageProductsConfig:
 
 @dataclass(frozen=True)
 class ExpandGradientConfig:
-    """BLOCK_E x BLOCK_I of the expand layer's gradient, BLOCK_K rows of the Gram matrix a step."""
+    """A program has BLOCK_E x BLOCK_I of the expand layer's gradient, and takes BLOCK_K rows of the Gram matrix a
+    step."""
 
     BLOCK_E: int = 32
     BLOCK_I: int = 32
@@ -867,8 +883,8 @@ def expand_gradient_config() -> ExpandGradientConfig:
 
 @dataclass(frozen=True)
 class SqueezeExciteConfig:
-    """BLOCK_N images, one or at least 16, times BLOCK_C channels and BLOCK_R units of the bottleneck; BLOCK_P partial
-    sums of one image at a time."""
+    """A program has BLOCK_N images, one or at least 16, times BLOCK_C channels and BLOCK_R units of the bottleneck. It
+    adds BLOCK_P partial sums of an image at a time."""
 
     BLOCK_N: int
     BLOCK_C: int
@@ -885,10 +901,11 @@ class SqueezeExciteConfig:
 
 @tuned
 def squeeze_excite_config(N: int, R: int) -> SqueezeExciteConfig:
-    """Of a few images each by itself, 4096 weights a program: 32 a thread in registers, so that many programs share
-    them. Of more, products of tensor cores; up to 32 units, ptxas, left alone, spilled 8 bytes to stay at 96 registers.
+    """Up to 15 images are taken one by one, by programs of 4096 weights each: a thread has 32 of them in registers, and
+    many programs share the work. More images are products of tensor cores; with up to 32 units ptxas, left alone,
+    spilled 8 bytes to stay at 96 registers.
 
-    H200, predicted, both launches of B0's 1152 channels: 3.0 us for one image, 8.2 us for 256.
+    On an H200 both launches of B0's 1152 channels were predicted to take 3.0 us for one image and 8.2 us for 256.
     """
     BLOCK_R = _power_of_two(R, 16, 64)
     if N < 16:
@@ -920,7 +937,8 @@ class GateBackwardConfig:
 
 @tuned
 def gate_backward_config(R: int) -> GateBackwardConfig:
-    """200 registers: ptxas, left alone, spilled 16 bytes to stay at 128, and on sm_100 as many at 168. H200, predicted,
-    B0's 1152 channels at 256 images: 20 us, with plain multiply-adds over 128 channels 25.
+    """The limit is 200 registers: ptxas, left alone, spilled 16 bytes to stay at 128, and on sm_100 as many at 168.
+    B0's 1152 channels at 256 images were predicted to take 20 us on an H200, with plain multiply-adds over 128 channels
+    25.
     """
     return GateBackwardConfig(BLOCK_R=_power_of_two(R, 16, 32))

@@ -47,8 +47,11 @@ from effkernels.kernels.norm import BatchNorm, BatchStatistics
 
 @triton.jit
 def load_columns(p, offset, col_ok, row_ok, mc, C, NUM: tl.constexpr, POW2: tl.constexpr, WIDE: tl.constexpr):
-    """NUM neighbouring columns [S, BLOCK_C] of a row; ``offset`` is that of the first (WIDE) or of all POW2 of them in
-    one block."""
+    """Load NUM neighbouring columns of a row of S strips, a tuple of blocks [S, BLOCK_C]; 0 outside the image.
+
+    With WIDE ``offset`` [S, BLOCK_C] is that of the first column and ``col_ok`` a tuple of conditions [S]. Without it
+    both are [POW2, S, BLOCK_C], for all columns at once, padded to a power of two. row_ok [S]: whether the row exists.
+    """
     if WIDE:
         columns = ()
         for j in tl.static_range(NUM):

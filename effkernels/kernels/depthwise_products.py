@@ -20,7 +20,7 @@ from effkernels.kernels.grouped_statistics import store_statistics
 
 @triton.jit
 def zero_products(NUM: tl.constexpr, B: tl.constexpr, S: tl.constexpr):
-    """Tuple of NUM fp32 accumulators [B, 2 S, 8], all 0."""
+    """A tuple of NUM fp32 accumulators [B, 2 S, 8], all 0."""
     blocks = ()
     for i in tl.static_range(NUM):  # noqa: B007
         blocks = blocks + (tl.zeros([B, 2 * S, 8], tl.float32),)
@@ -29,10 +29,11 @@ def zero_products(NUM: tl.constexpr, B: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def toeplitz_weights(w, c0, C, dtype: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr):
-    """Tuple of K * E right operands [B, 16, 8] in ``dtype``, for E steps of 4 columns in each row of the kernel.
+    """The weights of 4 B channels from c0 on as right operands of products: a tuple of K * E blocks [B, 16, 8] in
+    ``dtype``, for E steps of 4 columns in each of the K rows of the kernel.
 
-    Operand [b, (lane, column), (lane', output)] is w[c0 + B * lane + b, kh, column - STRIDE * output] where the lanes
-    are the same and the tap exists, else 0.
+    Element [b, (lane, column), (lane', output)] of the operand of row kh and its first step is
+    w[c0 + B * lane + b, kh, column - STRIDE * output] where the lanes are the same and the tap exists, else 0.
     """
     E: tl.constexpr = (STRIDE + K + 3) // 4
     b = tl.arange(0, B)[:, None, None]
@@ -50,16 +51,16 @@ def toeplitz_weights(w, c0, C, dtype: tl.constexpr, K: tl.constexpr, STRIDE: tl.
 
 @triton.jit
 def pair_columns(left, right, B: tl.constexpr):
-    """Two columns [S, 4 B] -> [S, 4, B, 2]."""
+    """Put two neighbouring columns [S, 4 B] side by side for each lane and channel: [S, 4, B, 2]."""
     return tl.reshape(tl.join(left, right), [left.shape[0], 4, B, 2])
 
 
 @triton.jit
 def left_operand(p00, p01, p10, p11, B: tl.constexpr):
-    """Two pairs of columns for each of two blocks of outputs -> [B, (block, strip), (lane, column)].
+    """The left operand [B, (block, strip), (lane, column)] from two pairs of columns for each of two blocks of outputs.
 
-    The order of the inner dimension, with the four columns of a lane side by side, is the one in which Triton gives a
-    lane's operand registers to it, since k is 4 wide there.
+    The four columns of a lane lie side by side in the inner dimension, because Triton gives a lane its operand
+    registers in that order: it takes the operand to be 4 wide in k.
     """
     a = tl.join(tl.join(p00, p01), tl.join(p10, p11))  # strip, lane, b, column's low bit, its high bit, block
     return tl.reshape(tl.permute(a, (2, 5, 0, 1, 4, 3)), [B, 2 * p00.shape[0], 16])
@@ -67,7 +68,7 @@ def left_operand(p00, p01, p10, p11, B: tl.constexpr):
 
 @triton.jit
 def output_columns(acc, S: tl.constexpr, B: tl.constexpr):
-    """[B, (block, strip), (lane, output)] -> four columns [S, 4 B]."""
+    """The four columns of outputs [S, 4 B] that an accumulator [B, (block, strip), (lane, output)] holds."""
     d = tl.permute(tl.reshape(acc, [B, 2, S, 4, 2]), (2, 3, 0, 4, 1))  # strip, lane, b, output, block
     first, second = tl.split(tl.reshape(d, [S, 4 * B, 2, 2]))
     v0, v1 = tl.split(first)
@@ -120,7 +121,7 @@ def depthwise_products_kernel(
     FAST: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """The forward as products: 8 strips of TW columns, of any images, times 16 channels; one warp.
+    """The forward as products. A program is one warp with 8 strips of TW columns, of any images, times 16 channels.
 
     A thread loads 4 neighbouring channels of a column, and four neighbouring threads the 16. Product b of a step takes
     channel b of each of the four:

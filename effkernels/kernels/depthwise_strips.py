@@ -14,7 +14,7 @@ from effkernels.kernels.common import cast
 
 @triton.jit
 def split_columns(block, NUM: tl.constexpr):
-    """[NUM, S, BLOCK_C] -> NUM blocks [S, BLOCK_C]; NUM a power of two."""
+    """Take a block [NUM, S, BLOCK_C] apart into a tuple of NUM blocks [S, BLOCK_C]; NUM is a power of two."""
     if NUM == 1:
         return (tl.reshape(block, [block.shape[1], block.shape[2]]),)
     else:
@@ -25,7 +25,7 @@ def split_columns(block, NUM: tl.constexpr):
 
 @triton.jit
 def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
-    """columns[FIRST], columns[FIRST + 1], ... (NUM blocks [S, BLOCK_C]) -> [NUM, S, BLOCK_C]; NUM a power of two."""
+    """Put the NUM blocks [S, BLOCK_C] from columns[FIRST] on together as [NUM, S, BLOCK_C]; NUM is a power of two."""
     if NUM == 1:
         return columns[FIRST][None, :, :]
     else:
@@ -37,7 +37,7 @@ def join_columns(columns, FIRST: tl.constexpr, NUM: tl.constexpr):
 
 @triton.jit
 def zero_blocks(NUM: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Tuple of NUM fp32 blocks [S, BLOCK_C], all 0."""
+    """A tuple of NUM fp32 blocks [S, BLOCK_C], all 0."""
     blocks = ()
     for i in tl.static_range(NUM):  # noqa: B007 (Triton has no anonymous loop variable)
         blocks = blocks + (tl.zeros([S, BLOCK_C], tl.float32),)
@@ -52,8 +52,10 @@ def any_row(row_ok):
 
 @triton.jit
 def load_weights(w, c, mask, dtype: tl.constexpr, TAPS: tl.constexpr):
-    """Tuple of TAPS [1, BLOCK_C] fp32 vectors of w [C, TAPS], rounded to the compute dtype as a cast of the weight
-    would."""
+    """The weights of channels c as a tuple of TAPS fp32 vectors [1, BLOCK_C], from w [C, TAPS].
+
+    They are rounded to the compute dtype first, as the cast of the weight rounds them in the plain layer.
+    """
     taps = ()
     for t in tl.static_range(TAPS):
         taps = taps + (

@@ -23,8 +23,11 @@ GROUP = tl.constexpr(32)
 
 @triton.jit
 def merge_group_statistics(tile_count, tile_mean, tile_m2, group, P, C, c, mc):
-    """(count, mean, M2) of programs group * GROUP ... by Chan's formula, stored in row P + group behind the programs'
-    own."""
+    """Merge (count, mean, M2) of the programs from group * GROUP on by Chan's formula, and store them in row P + group,
+    behind the rows of the programs themselves.
+
+    tile_count [rows], tile_mean and tile_m2 [rows, C], fp32; c [BLOCK_C] are the channels, and mc which of them exist.
+    """
     row = group * GROUP + tl.arange(0, GROUP)
     mask = (row < P)[:, None] & mc[None, :]
     offset = row.to(tl.int64)[:, None] * C + c[None, :]
@@ -44,8 +47,10 @@ def merge_group_statistics(tile_count, tile_mean, tile_m2, group, P, C, c, mc):
 
 @triton.jit
 def last_of_group(counters, p, P):
-    """Whether this program is the last of its GROUP of the P programs; ``counters`` [1 + ceil(P / GROUP)], the first
-    for the groups."""
+    """Whether this program p is the last to arrive of its GROUP of the P programs.
+
+    counters: int32 [1 + ceil(P / GROUP)], one for each group behind the first, in which the groups are counted.
+    """
     group = p // GROUP
     return last_to_arrive(counters + 1 + group, tl.minimum(P - group * GROUP, GROUP))
 
@@ -74,8 +79,13 @@ def store_statistics(
     BLOCK_C: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Merge a forward program's sums of y - pivot, one for each strip: counts [S], the others [S, BLOCK_C]; the last
-    program finishes ``mean`` and ``rstd``, if asked."""
+    """Store the statistics of a depthwise forward's program, and in the last program finish those of the batch.
+
+    A program comes with sums for each of its strips: the count of outputs [S], and [S, BLOCK_C] of a pivot, of
+    s1 = sum(y - pivot) and of s2 = sum((y - pivot)^2). It merges the strips into one (count, mean, M2), row p of
+    tile_count, tile_mean and tile_m2. Where ``mean`` is given the last programs merge those rows too, write mean and
+    rstd [C] and update the running statistics; ``counters`` must be 0 then, and are 0 again afterwards.
+    """
     blocks_c = tl.cdiv(C, BLOCK_C)
     block_c = tl.program_id(0) % blocks_c
     p = tl.program_id(0) // blocks_c
