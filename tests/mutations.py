@@ -244,8 +244,8 @@ FAULTS = [
     Fault(
         "the next tile's rows for this one's",
         FORWARD,
-        "load_step(next_xs,",
-        "load_step(xs,",
+        "xs=next_xs,",
+        "xs=xs,",
         SLICES,
     ),
     Fault(
@@ -300,15 +300,15 @@ FAULTS = [
     Fault(
         "pooled by parts, not pixels",
         "kernels/squeeze_excite.py",
-        "c, mask, BLOCK_P) * inverse_pixels",
-        "c, mask, BLOCK_P) / parts",
+        "* inverse_pixels\n",
+        "/ parts\n",
         BLOCK,
     ),
     Fault(
         "a unit of the first channels only",
         "kernels/squeeze_excite.py",
-        "sum_parts(partials, n, splits, R, N * R, r, mask, BLOCK_P)",
-        "sum_parts(partials, n, 1, R, N * R, r, mask, BLOCK_P)",
+        "parts=splits, n_stride=R",
+        "parts=1, n_stride=R",
         "test_squeeze_excite.py::test_pool_and_gate",
     ),
     Fault(
