@@ -11,7 +11,8 @@ from datetime import datetime, timezone
 import torch
 
 from benchmarks import libraries
-from efficientnet.measure.timing import CudaInstant, Stopwatch, keep_freed_memory, versions
+from efficientnet.measure.timing import CudaInstant, Stopwatch, versions
+from efficientnet.memory import keep_freed_memory
 from effkernels.dispatch import interpreting
 
 

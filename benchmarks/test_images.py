@@ -26,7 +26,8 @@ from efficientnet.data.decoding import read_image
 from efficientnet.data.images import ImageSet, Preprocess
 from efficientnet.data.order import Draw
 from efficientnet.data.torchvision_modules import torchvision_module
-from efficientnet.measure.timing import keep_freed_memory, quantiles, versions
+from efficientnet.measure.timing import quantiles, versions
+from efficientnet.memory import keep_freed_memory
 from efficientnet.training.augment import training_crop
 from efficientnet.training.settings import TrainConfig
 

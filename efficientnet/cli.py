@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from efficientnet.errors import InputError, Interrupted, TrainingStopped
+from efficientnet.memory import keep_freed_memory
 
 # The modules of efficientnet.commands, in the order of --help.
 COMMANDS = ("train", "validate", "predict", "info", "scale", "export", "convert", "benchmark")
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         _fail(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {near[0]}?' if near else ''}")
     with _leaving_at_once(getattr(args, "output", None)), _warnings_in_one_line():
         try:
+            if args.keep_memory:
+                keep_freed_memory()
             args.run(args)
             sys.stdout.flush()
         except BrokenPipeError:  # `| head` has read enough: the end of this program too, in silence
@@ -159,6 +162,12 @@ def _parser():
         sub = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY, allow_abbrev=False)
         sub.set_defaults(run=command.run)
         command.add_arguments(sub)
+        sub.add_argument(
+            "--keep-memory",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="keep freed memory of the CPU for the next tensors, which saves time (default: yes; glibc only)",
+        )
         sub.set_defaults(options=list(sub._option_string_actions))
     return parser
 

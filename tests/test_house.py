@@ -30,6 +30,7 @@ ROOMS = {
     "efficientnet/errors.py": "what ends a command in one line; everything may raise it",
     "efficientnet/choices.py": "values that settings and commands accept, without torch",
     "efficientnet/files.py": "files that are whole at every moment",
+    "efficientnet/memory.py": "what the C library does with freed memory; without torch",
     "efficientnet/devices.py": "where a model runs, whichever it is",
     "efficientnet/model": "the network, fresh; it knows neither files nor images",
     "efficientnet/weights": "fills a network from files, and writes it to them",

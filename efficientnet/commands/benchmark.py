@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, help="images a step, fewer if memory is short (default: 256, on a CPU 16)"
     )
     add_size_arguments(parser, "the model's own")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="also measure how fast one core prepares images of this folder or data set (as for train), and how many "
+        "cores would feed the network",
+    )
     parser.add_argument("--num-classes", type=int, default=1000)
     parser.add_argument("--device", default="auto", choices=DEVICES)
     dtypes = ("auto", "bfloat16", "float16", "float32")
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from efficientnet.devices import pick_device
     from efficientnet.errors import InputError
     from efficientnet.files import replacing
+    from efficientnet.measure.loader import Loader, cores
     from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, WrongOutputs, formatted
 
     device = pick_device(args.device)
@@ -79,6 +86,10 @@ def run(args: argparse.Namespace) -> None:
         check_channels(args, 3)
         fields |= {name: value for name, value in given.items() if value is not None}
         configs = [BenchmarkConfig(model=name, **fields) for name in _names(args.model)]
+        loaders = {}  # made before anything is measured, so that a name which is wrong costs no time
+        if args.data is not None:
+            data = f"imagefolder:{args.data}" if Path(args.data).is_dir() else args.data
+            loaders = {config: Loader(data, config.img_size, config.training) for config in configs}
 
     def progress(total, name):
         return tqdm(total=total, desc=name, unit="step", file=sys.stderr, leave=False, dynamic_ncols=True)
@@ -87,7 +98,13 @@ def run(args: argparse.Namespace) -> None:
     records = []
     for config in configs:
         try:
-            records += benchmark.run(config, args.baseline)
+            measured = benchmark.run(config, args.baseline)
+            if config in loaders:
+                loading = loaders[config].measure()
+                for record in measured:
+                    speed = record[f"{config.mode}_samples_per_sec"]
+                    record |= loading | {"loader_cores": cores(loading, speed)}
+            records += measured
         except (InputError, WrongOutputs) as error:  # too large for the memory, or wrong: the others go on
             records.append({"model": config.model, "error": str(error)})
         if args.results_file:

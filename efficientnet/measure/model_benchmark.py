@@ -17,7 +17,7 @@ from efficientnet.choices import height_width
 from efficientnet.devices import describe_backend, out_of_memory
 from efficientnet.errors import InputError
 from efficientnet.measure.roofline import model_bytes
-from efficientnet.measure.timing import Stopwatch, keep_freed_memory, kernel_times, peak_memory, quantiles, versions
+from efficientnet.measure.timing import Stopwatch, kernel_times, peak_memory, quantiles, versions
 from efficientnet.model.config import EfficientNetConfig
 from efficientnet.model.profile import count_activations, count_macs, count_parameters
 from efficientnet.weights.factory import create_model
@@ -135,8 +135,6 @@ class Benchmark:
         self.stopwatch = Stopwatch(device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        else:
-            keep_freed_memory()
         self.copy_bandwidth = self.stopwatch.copy_bandwidth()
         self.machine = versions(device)
 

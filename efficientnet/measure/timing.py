@@ -2,7 +2,6 @@
 at import.
 """
 
-import ctypes
 import platform
 import statistics
 import subprocess
@@ -194,15 +193,3 @@ def _driver() -> str | None:
         return subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse memory that is freed.
-
-    Otherwise it may hand memory back after a step and fetch it page by page in the next one, which makes some rows take
-    three times as long as others that do the same.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from efficientnet import cli, create_model
+from efficientnet.data.images import ImageSet
+from efficientnet.data.order import Draw
 from efficientnet.devices import out_of_memory
 from efficientnet.errors import InputError
-from efficientnet.measure import model_benchmark
+from efficientnet.measure import loader, model_benchmark
+from efficientnet.measure.loader import Loader
 from efficientnet.measure.model_benchmark import Benchmark, BenchmarkConfig, formatted, smaller_batch, with_decay
 from efficientnet.model.profile import count_activations
 
@@ -168,6 +171,39 @@ def test_the_command(tmp_path, capsys):
     assert "b0 infer ours x2" in out.err, "a progress bar"
 
 
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_images_for_the_network(image_folder, capsys, monkeypatch, mode):
+    """One core's images a second, and how many cores the network's speed takes; ours and the baseline alike."""
+    monkeypatch.setattr(loader, "MOST_IMAGES", 40)
+    options = f"--model b0 --mode {mode} --img-size 32 --batch-size 2 --num-warm-iter 1 --num-bench-iter 2 --device cpu"
+    options += f" --baseline eager --results-format json --data {image_folder}"
+    assert cli.main(["benchmark", *options.split()]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["implementation"] for record in records] == ["ours", "eager"]
+    for record in records:
+        assert record["loader_samples_per_sec"] > 0 and record["loader_cpu_ms"] > 0
+        needed = record[f"{mode}_samples_per_sec"] * record["loader_cpu_ms"] / 1e3
+        assert record["loader_cores"] == pytest.approx(needed, abs=0.006)
+
+
+def test_the_loader_reads_training_crops_or_held_out_images(image_folder, monkeypatch):
+    asked, read = [], ImageSet.__getitem__
+    monkeypatch.setattr(ImageSet, "__getitem__", lambda self, item: asked.append(item) or read(self, item))
+    for training, kind in ((True, Draw), (False, int)):
+        asked.clear()
+        assert Loader(f"imagefolder:{image_folder}", 32, training)._read(30, epoch=0) >= 30
+        assert len(asked) >= 30 and all(type(item) is kind for item in asked)
+
+
+def test_a_loader_without_images(tmp_path):
+    for name in ("a", "b"):
+        for i in range(12):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.png").write_text("no image")
+    with pytest.raises(InputError, match="no image can be read: cannot decode image '.*png'"):
+        Loader(f"imagefolder:{tmp_path}", 32, False).measure()
+
+
 def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkeypatch, capsys):
     def run(self, config, baseline):
         if config.model == "b0":
@@ -193,6 +229,7 @@ def test_one_network_that_does_not_fit_or_is_wrong_does_not_stop_the_rest(monkey
     "arguments, message",
     [
         ("--model b9", "b9"),
+        ("--data no/such/folder", "food101:ROOT, webdataset:SHARDS, got 'no/such/folder'"),
         ("--model b7..b0", "b7..b0"),
         ("--batch-size 0", "batch_size must be an integer >= 1, got 0"),
         ("--mode train --batch-size 1", "batch_size must be an integer >= 2, got 1"),
