@@ -1,14 +1,12 @@
 """BatchNorm on NHWC: statistics, their merge with the running-stat update, and the elementwise forward and backward.
 
     forward    z = (y - mean) * rstd * gamma + beta;   out = phi(z) [* gates[n,c]] [* branch scale[n]] [+ residual]
-    backward   dz = dout * branch scale * phi'(z);   dbeta = sum dz;   dgamma = sum dz * yhat;   yhat = (y - mean) *
-    rstd
-               dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y     (M values a
-               channel)
+    backward   dz = dout * branch scale * phi'(z);   dbeta = sum dz;   dgamma = sum dz * yhat
+               dy = gamma * rstd * (dz - (dbeta + yhat * dgamma) / M) = scale * dz + k0 + k1 * y
 
-With frozen or running statistics the batch terms k0, k1 vanish. Statistics are fp32 (count, mean, M2) triples merged by
-Chan's formula (Chan, Golub & LeVeque, 1979); every reduction is partials plus a second stage, in a fixed order: no
-float atomics.
+where yhat = (y - mean) * rstd, and a channel has M values. With frozen or running statistics the batch terms k0 and k1
+vanish. Statistics are fp32 triples (count, mean, M2) merged by Chan's formula (Chan, Golub & LeVeque, 1979); every
+reduction is partials plus a second stage, in a fixed order, without float atomics.
 
 The branch scale is drop-path's: it multiplies an image's branch by 0 or by 1 / keep. A launch takes it as such
 (``branch_scale``), or makes it from draws in [0, 1) (``branch_draws``), which saves the launch that would turn one into

@@ -1,13 +1,13 @@
 """Expand 1x1 inside the depthwise convolution, for inference: the expanded tensor never reaches memory.
 
-    a1[n,h,w,e] = phi(BN1(sum_i w1[e,i] x[n,h,w,i]))                                         rounded to the compute
-    dtype a2[n,oh,ow,e] = phi(BN2(sum_{kh,kw} w[e,kh,kw] a1[n, oh*s + kh - pad_top, ow*s + kw - pad_left, e]))    a1 = 0
-    outside the image
+    a1[n,h,w,e]   = phi(BN1(sum_i w1[e,i] x[n,h,w,i]))
+    a2[n,oh,ow,e] = phi(BN2(sum_{kh,kw} w[e,kh,kw] a1[n, oh*s + kh - pad_top, ow*s + kw - pad_left, e]))
 
-The sliding strips of ``depthwise``: S column strips of an image times BLOCK_E expanded channels, a program goes down TH
-output rows with M = ceil(k/s) running rows of sums. Where that kernel loads column j of its strips, [S, BLOCK_E], this
-one computes it, as the product of x's column [S, I] with w1^T [I, BLOCK_E]: the strips are the rows of a tensor-core
-product, so a tap is still another tuple entry. A strip of TW outputs evaluates (TW - 1) * s + k columns: an element of
+a1 is rounded to the compute dtype, and 0 outside the image. A program slides strips as ``depthwise_forward`` does: it
+has S column strips of an image times BLOCK_E expanded channels, and goes down TH output rows with M = ceil(k/s) running
+rows of sums. Where that kernel loads column j of its strips, [S, BLOCK_E], this one computes it, as the product of x's
+column [S, I] with w1^T [I, BLOCK_E]: the strips are the rows of a tensor-core product, so a tap is still another tuple
+entry. A strip of TW outputs evaluates (TW - 1) * s + k columns: an element of
 a1 is computed (1 + (k - s) / (TW * s)) (1 + (k - s) / (TH * s)) times, 1.29 times at k = 3, s = 2, TW = 2, TH = 16.
 """
 

@@ -2,10 +2,9 @@
 and backward.
 
     forward    out[n,c] = mean_hw phi(z),   z = BN(y);   s2[n,c] = sum_hw phi'(z),   s4[n,c] = sum_hw phi'(z) * yhat
-    backward   g = dout / HW is the same for all pixels of an image, so that dbeta = sum_n g * s2 and dgamma = sum_n g *
-    s4
-               need no pass over y;
-               dy = scale * g[n,c] * phi'(z) + k0 + k1 * y
+    backward   dbeta = sum_n g * s2,   dgamma = sum_n g * s4,   dy = scale * g[n,c] * phi'(z) + k0 + k1 * y
+
+g = dout / HW is the same for all pixels of an image, so that dbeta and dgamma need no pass over y.
 
 In inference all of it is in the epilogue of ``pointwise_forward``.
 """

@@ -1,9 +1,10 @@
 """Squeeze-excite: global pooling with BatchNorm and activation on load, both fully connected layers, their backward.
 
     pooled[n,c] = mean_hw a[n,h,w,c],  u = pooled W_r^T + b_r,  v = phi(u),  gate = sigma(v W_e^T + b_e)
-    backward, from dgate = sum_hw dq * a:
-    dt = dgate * sigma'(t),  dW_e = dt^T v,  db_e = sum dt,  du = (dt W_e) * phi'(u),  dW_r = du^T pooled,  db_r = sum
-    du, dpool = du W_r / HW    (added to every pixel's gradient)
+    dt = dgate * sigma'(t),  dW_e = dt^T v,  db_e = sum_n dt                           dgate = sum_hw dq * a
+    du = (dt W_e) * phi'(u),  dW_r = du^T pooled,  db_r = sum_n du,  dpool = du W_r / HW
+
+t is the gate before its sigma, and dpool is added to the gradient of every pixel of a.
 
 The backward also finishes BatchNorm 2. Since da = dq * gate + dpool is linear in gate and dpool, its two sums follow
 from the five sums per image and channel of ``gradient_sums``, with no further pass: dbeta = sum_n gate*S1 + dpool*S2,

@@ -1,8 +1,8 @@
 """The stem: a dense 3 x 3 convolution of images of few channels, as a product of gathered patches with the weights.
 
     forward   y[n,oh,ow,s] = sum_{c,kh,kw} w[s,c,kh,kw] * x[n, c, oh*stride + kh - pad_top, ow*stride + kw - pad_left]
-    wgrad     dw[s,c,kh,kw] = sum_{n,oh,ow} dy[n,oh,ow,s] * x[n, c, ...],     dy = scale * dout * phi'(BN(y)) + k0 + k1
-    * y
+    wgrad     dw[s,c,kh,kw] = sum_{n,oh,ow} dy[n,oh,ow,s] * x[n, c, the same pixel]
+              dy = scale * dout * phi'(BN(y)) + k0 + k1 * y
 
 The image may have any strides and any dtype: elements are rounded to the compute dtype on load; the weights may be
 channels_last too. The taps (c, kh, kw), padded to a power of two, are the inner dimension. A block of patches is
