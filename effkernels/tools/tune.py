@@ -4,8 +4,9 @@ overrides the rules of configs/rules.py there.
 ``python -m effkernels.tune`` takes each kernel family at the shapes of an EfficientNet's blocks, starts from the rule's
 configuration and moves to the fastest neighbour until none is faster. A configuration whose results differ from the
 rule's, or that does not compile, is passed over. The table is saved after each shape, and what it already holds is not
-measured again, so a run that was interrupted goes on. Nothing else in the package measures; see effkernels/configs for
-how a table is found.
+measured again, so a run that was interrupted goes on. Each row has a digest of the kernels that it was found for
+("code"): where they are other kernels now, the row is named and searched again. Nothing else in the package measures;
+see effkernels/configs for how a table is found.
 
 ``--simulate`` needs no GPU: times are the simulator's (docs/performance.md), rows are marked ``"source": "simulated"``,
 and nothing is run, so results are not compared. A measured row takes the place of a simulated one, never the reverse.
@@ -14,6 +15,7 @@ and nothing is run, so results are not compared. A measured row takes the place 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -144,10 +146,28 @@ def changed(config: object, start: object) -> dict:
     }
 
 
+def code_of(launches: list) -> str:
+    """A digest of the sources of the kernels that were launched, each once: what a row's times are of."""
+    from effkernels.tools.launches import source_digest
+
+    sources = sorted({source_digest(launch.fn) for launch in launches})
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def recorded_code(workload: Workload) -> str:
+    """``code_of`` the launches of a workload, which are recorded on ``meta``."""
+    from effkernels.tools.launches import record_launches
+
+    with record_launches() as launches:
+        workload.build(torch.device("meta"))()
+    return code_of(launches)
+
+
 def measured(device: torch.device, timer: Callable) -> Callable:
     """How ``tune`` times a workload on this GPU. timer(call) returns microseconds."""
 
     def start(workload: Workload, report):
+        code = recorded_code(workload)
         with tables.rules_only():
             call = workload.build(device)
             with tables.watch() as asked:
@@ -165,7 +185,7 @@ def measured(device: torch.device, timer: Callable) -> Callable:
                     report(f"{workload.family} {fields}: {type(error).__name__}")
                     return None
 
-        return asked, lambda configs, rule: [time(config, rule) for config in configs]
+        return asked, code, lambda configs, rule: [time(config, rule) for config in configs]
 
     return start
 
@@ -176,9 +196,10 @@ def simulated(gpu: str, predict: Callable) -> Callable:
     from effkernels.tools.launches import record_launches
 
     def start(workload: Workload, report):
-        with record_launches(GPUS[gpu]), tables.watch() as asked:
+        with record_launches(GPUS[gpu]) as recorded, tables.watch() as asked:
             call = workload.build(torch.device("meta"))
             call()
+        code = code_of(recorded)
 
         def times(configs, rule):
             calls = []
@@ -195,7 +216,7 @@ def simulated(gpu: str, predict: Callable) -> Callable:
                 found.append(None if isinstance(result, Exception) else 1e6 * sum(each.time for each in result))
             return found
 
-        return asked, times
+        return asked, code, times
 
     return start
 
@@ -210,24 +231,34 @@ def tune(
 ) -> int:
     """Add a row to ``table``, and save it in ``path``, for each workload whose bucket it lacks; how many were added.
 
-    start(workload, report) returns what ``measured`` and ``simulated`` do: (what ``tables.watch`` saw, a function of
-    configurations and the rule's one that returns their microseconds). Rows: {"family", "key", "config" (fields that
-    differ from the rule's), "us", "rule_us", "workload", "source"}. Measured rows take the place of simulated ones.
+    start(workload, report) returns what ``measured`` and ``simulated`` do: (what ``tables.watch`` saw, ``code_of`` the
+    kernels, a function of configurations and the rule's one that returns their microseconds). Rows: {"family", "key",
+    "config" (fields that differ from the rule's), "us", "rule_us", "workload", "source", "code"}. Measured rows take
+    the place of simulated ones, never the reverse; a row of other kernels than today's is named and, unless only a
+    measurement could replace it, searched again.
     """
-    known = {
-        (row["family"], row["key"])
-        for row in table["rows"]
-        if source == "simulated" or tables.source_of(row) == "measured"
-    }
-    added = 0
+    known = {}
+    for row in table["rows"]:
+        if tables.source_of(row) == "measured" or (row["family"], row["key"]) not in known:
+            known[row["family"], row["key"]] = row
+    done, added = set(), 0
     for workload in workloads:
-        asked, times = start(workload, report)
+        asked, code, times = start(workload, report)
         asked = [(key, config) for family, key, config in asked if family == workload.family]
         if not asked:
             raise RuntimeError(f"{workload.name} does not ask for a configuration of {workload.family}")
         key, rule = asked[0]
-        if (workload.family, key) in known:
+        if (workload.family, key) in done:
             continue
+        done.add((workload.family, key))
+        if (row := known.get((workload.family, key))) is not None:
+            stale = row.get("code") not in (None, code)
+            if stale:
+                report(f"{workload.family} {key}: {tables.source_of(row)} with other kernels than today's")
+            if tables.source_of(row) == "measured" and source == "simulated":
+                continue
+            if tables.source_of(row) == source and not stale:
+                continue
         best, time, rule_time = climb(
             workload.family, rule, lambda configs, times=times, rule=rule: times(configs, rule), GAIN[source]
         )
@@ -239,11 +270,11 @@ def tune(
             "rule_us": round(rule_time, 2),
             "workload": workload.name,
             "source": source,
+            "code": code,
         }
         table["rows"] = [other for other in table["rows"] if (other["family"], other["key"]) != (workload.family, key)]
         table["rows"].append(row)
         tables.write(path, table)
-        known.add((workload.family, key))
         added += 1
         report(f"{workload.name}: {rule_time:.1f} -> {time:.1f} us {row['config']}")
     return added

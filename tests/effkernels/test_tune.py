@@ -211,7 +211,9 @@ def toy(monkeypatch):
             return self.time(self.config)
 
     launcher = Launcher()
-    launcher.measured = []
+    launcher.measured, launcher.code = [], "today's"
+    monkeypatch.setattr(tune, "code_of", lambda launches: launcher.code)
+    monkeypatch.setattr(tune, "recorded_code", lambda workload: launcher.code)
     return launcher
 
 
@@ -388,6 +390,24 @@ def test_measured_rows_take_the_place_of_simulated_ones(recorded_toy, tmp_path):
     assert simulate(recorded_toy, path, 40, content=tables.read(path)) == 0, "never the reverse"
 
 
+def test_rows_of_other_kernels_are_named_and_searched_again(recorded_toy, tmp_path):
+    path, said = tmp_path / "t.json", []
+    simulate(recorded_toy, path, 40, 100)
+    run(recorded_toy, path, 100, content=tables.read(path))
+    recorded_toy.code = "another"
+    assert simulate(recorded_toy, path, 40, 100, content=tables.read(path), report=said.append) == 1
+    rows = {row["key"]: (row["source"], row["code"]) for row in tables.read(path)["rows"]}
+    assert rows == {
+        "C=64 dtype=bfloat16": ("simulated", "another"),
+        "C=128 dtype=bfloat16": ("measured", "today's"),
+    }
+    stale = [line for line in said if line.endswith("with other kernels than today's")]
+    assert len(stale) == 2 and "C=64 dtype=bfloat16: simulated" in stale[0] and "C=128" in stale[1]
+    said.clear()
+    assert run(recorded_toy, path, 100, content=tables.read(path), report=said.append) == 1
+    assert "toy C=128 dtype=bfloat16: measured with other kernels than today's" in said
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_measured_row_wins(use, order):
     rows = [row({"TW": 7}) | {"source": "simulated"}, row({"TW": 5})]
@@ -439,21 +459,25 @@ def test_a_kernel_is_tuned_by_simulation(tmp_path):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_every_workload_starts_kernels_of_its_family():
-    """Launchers run on the meta device, in a process without the interpreter."""
+    """Launchers run on the meta device, in a process without the interpreter. The same kernels have the same code,
+    others another."""
     code = """
     import torch
     from effkernels.configs import tables
     from effkernels.tools import tune
     from effkernels.tools.launches import record_launches
 
-    families = set()
+    families, codes = set(), {}
     for workload in tune.workloads([1.0, 2.0], [torch.bfloat16, torch.float32], [32]):
         with record_launches() as launches, tables.watch() as asked:
             results = workload.build(torch.device("meta"))()
         assert launches and workload.family in {family for family, *_ in asked}, workload.name
         assert all(isinstance(t, torch.Tensor) for t in results)
         families.add(workload.family)
+        codes.setdefault(frozenset(launch.name for launch in launches), set()).add(tune.code_of(launches))
     assert families == set(tune.FIELDS), families ^ set(tune.FIELDS)
+    assert len(codes) > 5 and all(len(of) == 1 for of in codes.values()), codes
+    assert len(set.union(*codes.values())) == len(codes)
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env)
