@@ -41,6 +41,7 @@ CORRECTNESS = 90.0  # seconds, at most, for the tests that need a GPU
 # the seconds that one takes at most.
 FITTED = ("train", "infer")
 FITTING = 150.0
+FITTING_END = 10.0  # of these, kept for the processes' end
 
 
 class Job(NamedTuple):
@@ -285,25 +286,35 @@ class Campaign:
         self.say(f"tests on the GPU: {result['summary']}")
 
     def predictions(self) -> None:
-        """Measure each launch of B0's steps beside its prediction, once (benchmarks/fitted.py).
+        """Measure each launch of B0's steps beside its prediction, and fit the simulator's constants to it
+        (benchmarks/fitted.py), within ``FITTING`` seconds each.
 
-        What was fitted is in DIR/fitted-train.json and DIR/fitted-infer.json.
+        What was measured is in DIR/fitted-train.json and DIR/fitted-infer.json at once, what was fitted as soon as it
+        is; where the time ends before, the same campaign goes on with it when it is started again.
         """
         for mode in FITTED:
             path = self.folder / f"fitted-{mode}.json"
-            if path.exists() or self.remaining < FITTING / 2:
+            limit = min(FITTING, self.remaining)
+            if fit_is_whole(path) or limit < FITTING / 2:
                 continue
             command = [sys.executable, "-m", "benchmarks.fitted", "--mode", mode, "--out", str(path.resolve())]
+            command += ["--seconds", f"{limit - FITTING_END:.0f}"]
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
             )
             try:
-                said, _ = process.communicate(timeout=min(FITTING, self.remaining))
+                said, _ = process.communicate(timeout=limit)
                 self.say(f"b0 {mode}, measured beside predicted:\n{said.rstrip()}")
             except subprocess.TimeoutExpired:
-                self.say(f"b0 {mode}, measured beside predicted: stopped, took too long")
+                kept = f"what it had is in {path.name}" if path.exists() else "it had nothing yet"
+                self.say(f"b0 {mode}, measured beside predicted: stopped, took too long; {kept}")
             finally:
                 _stop(process)
+
+
+def fit_is_whole(path: Path) -> bool:
+    """Whether a file of benchmarks.fitted has all that it was to have: no trial is left."""
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("left") == 0
 
 
 def _stop(process) -> None:

@@ -199,6 +199,8 @@ def fitted_tables(folder: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         times: dict[str, list[float]] = {}
         for launch in found["launches"]:
+            if "predicted_us" not in launch:  # it was stopped before it had predicted anything
+                break
             both = times.setdefault(launch["kernel"], [0.0, 0.0])
             both[0] += launch["measured_us"]
             both[1] += launch["predicted_us"]
@@ -208,10 +210,12 @@ def fitted_tables(folder: Path) -> str:
         ]
         parts.append(f"{found['model'].upper()} {found['mode']}, {found['batch']} images, {found['device']}:")
         parts.append(_markdown(("kernel", "measured us", "predicted us", "ratio"), lines))
-        parts.append(
-            f"Predictions are {100 * found['before']:.0f} % off, {100 * found['after']:.0f} % with what was fitted: "
-            f"{found['constants'] or 'nothing'}."
-        )
+        if "before" in found:
+            left = f" The time was up with {found['left']} trials left." if found.get("left") else ""
+            parts.append(
+                f"Predictions are {100 * found['before']:.0f} % off, {100 * found['after']:.0f} % with what was "
+                f"fitted: {found['constants'] or 'nothing'}.{left}"
+            )
     return "\n\n".join(parts) or NOT_YET
 
 

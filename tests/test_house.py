@@ -264,13 +264,12 @@ def untyped(text: str) -> list[str]:
 
 
 def test_public_functions_have_types():
-    """Launchers, operators, modules and commands; the simulator's registers and addresses may be any arrays."""
+    """Launchers, operators, modules, commands and tools."""
     assert untyped("def f(x): pass\ndef g(x: int) -> int: pass\ndef _h(x): pass\nclass A:\n def m(self): pass") == [
         "f",
         "m",
     ]
     files = [path for package in ("effkernels", "efficientnet") for path in sorted((ROOT / package).rglob("*.py"))]
-    files = [path for path in files if "simulator" not in path.parts]
     wrong = {str(path.relative_to(ROOT)): untyped(path.read_text(encoding="utf-8")) for path in files}
     assert {name: functions for name, functions in wrong.items() if functions} == {}
 
@@ -293,13 +292,10 @@ def unexplained(text: str) -> list[str]:
 
 
 def test_public_names_are_explained():
-    """Kernels and what they call, launchers, operators, layers, commands. (The simulator's values and instructions are
-    named after what an instruction does.)
-    """
+    """Kernels and what they call, launchers, operators, layers, commands, tools."""
     example = "def f():\n 'x'\n def inner(): pass\ndef g(): pass\nclass A:\n 'x'\n def m(self): pass\ndef _h(): pass"
     assert unexplained(example) == ["g", "m"]
     files = [path for package in ("effkernels", "efficientnet") for path in sorted((ROOT / package).rglob("*.py"))]
-    files = [path for path in files if "simulator" not in path.parts]
     bare = {str(path.relative_to(ROOT)): unexplained(path.read_text(encoding="utf-8")) for path in files}
     bare = {name: [function for function in found if function not in SAID_ELSEWHERE] for name, found in bare.items()}
     assert {name: functions for name, functions in bare.items() if functions} == {}

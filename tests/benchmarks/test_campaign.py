@@ -121,10 +121,13 @@ def test_a_process_that_cannot_start_is_not_tried_for_ever(start):
 
 
 def test_launches_beside_their_predictions(start, tmp_path, monkeypatch):
-    """Each step once, in a process of its own that writes into the campaign's folder; what it prints is passed on."""
+    """Each step in a process of its own that writes into the campaign's folder, until no trial is left; what it prints
+    is passed on.
+    """
     worker = tmp_path / "worker.py"
     worker.write_text(
-        "import sys; where = sys.argv[sys.argv.index('--out') + 1]; open(where, 'x').close()\n"
+        "import json, os, sys; where = sys.argv[sys.argv.index('--out') + 1]; again = os.path.exists(where)\n"
+        "json.dump({'left': 0 if again or 'infer' in where else 3}, open(where, 'w'))\n"
         "print('a_kernel measured 2.0 us, predicted 1.0 us', *sys.argv[1:])\n"
     )
     popen, said = campaign.subprocess.Popen, []
@@ -137,9 +140,25 @@ def test_launches_beside_their_predictions(start, tmp_path, monkeypatch):
     start(200, said).predictions()
     assert [line.split(",")[0] for line in said] == ["b0 train", "b0 infer"]
     assert all("a_kernel measured 2.0 us, predicted 1.0 us --mode" in line for line in said)
+    assert all(line.endswith("--seconds 140") for line in said)
     assert {path.name for path in tmp_path.glob("fitted-*")} == {"fitted-train.json", "fitted-infer.json"}
     start(200, said).predictions()
-    assert len(said) == 2, "what is there is not measured again"
+    assert [line.split(",")[0] for line in said[2:]] == ["b0 train"], "what is whole is not done again"
+    start(200, said).predictions()
+    assert len(said) == 3
+
+
+def test_a_fit_that_takes_too_long_keeps_what_it_had(start, tmp_path, monkeypatch):
+    popen, said = campaign.subprocess.Popen, []
+    worker = "import sys, time; open(sys.argv[sys.argv.index('--out') + 1], 'w').write('{}'); time.sleep(60)"
+    monkeypatch.setattr(campaign, "FITTING", 1.0)
+    monkeypatch.setattr(
+        campaign.subprocess, "Popen", lambda command, **how: popen([sys.executable, "-c", worker, *command[3:]], **how)
+    )
+    start(100, said).predictions()
+    assert [line.split(": ")[1] for line in said] == [
+        f"stopped, took too long; what it had is in fitted-{mode}.json" for mode in ("train", "infer")
+    ]
 
 
 def test_a_damaged_state_is_named(tmp_path):

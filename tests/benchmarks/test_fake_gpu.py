@@ -195,8 +195,15 @@ from support import fake_gpu
 fake_gpu.install()
 torch.profiler.profile = fake_gpu.Launches
 from effkernels.tools.simulator import fit
-fit.FITTED, fit.FACTORS = ("barrier",), (1.0, 2.0)
+fit.FITTED, fit.FACTORS = ("barrier", "program_start"), (2.0,)
 from benchmarks import fitted
+kept, write = [], fitted.write
+def keep(path, result):
+    write(path, result)
+    kept.append(("predicted_us" in result["launches"][0], result.get("left")))
+fitted.write = keep
+import atexit
+atexit.register(lambda: print(kept, file=sys.stderr))
 sys.exit(fitted.main(sys.argv[1:]))
 """
 
@@ -214,6 +221,9 @@ def test_measured_beside_predicted(tmp_path):
     )
     assert {launch["kernel"] for launch in result["launches"]} >= {"stem_forward_kernel", "depthwise_forward_kernel"}
     assert all(0.1 < launch["predicted_us"] < 1000 for launch in result["launches"])
-    assert set(result["constants"]) <= {"barrier"} and result["after"] <= result["before"]
+    assert set(result["constants"]) <= {"barrier", "program_start"} and result["after"] <= result["before"]
+    assert (result["trials"], result["left"], result["compared"]) == (3, 0, 24)
     assert result["device"] == "NVIDIA H100 80GB HBM3" and result["machine"]["arch"] == 90
     assert done.stdout.count("measured ") == len(result["launches"]) and "% off" in done.stdout
+    written = done.stderr.splitlines()[-1]  # after each part: what was measured, predictions, none and each constant
+    assert written == str([(False, None), (True, None), (True, 2), (True, 1), (True, 0), (True, 0)])

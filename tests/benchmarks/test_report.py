@@ -135,6 +135,14 @@ def test_launches_beside_their_predictions(folder, tmp_path):
     assert "B0 train, 256 images, NVIDIA H200:" in text
     assert "| b_kernel | 40 | 44 | 1.10 |\n| a_kernel | 30 | 21 | 0.70 |" in text
     assert "Predictions are 25 % off, 12 % with what was fitted: {'barrier': 36}." in text
+    assert "trials left" not in text
+    (folder / "fitted-train.json").write_text(json.dumps(found | {"left": 7}))
+    unfitted = {name: value for name, value in found.items() if name not in ("before", "after", "constants")}
+    bare = [{name: value for name, value in launch.items() if name != "predicted_us"} for launch in launches]
+    (folder / "fitted-infer.json").write_text(json.dumps(unfitted | {"mode": "infer", "launches": bare}))
+    assert report.main([str(folder), "--no-readme"]) == 0
+    text = (folder / "report.md").read_text()
+    assert "{'barrier': 36}. The time was up with 7 trials left." in text and "B0 infer, 256 images" in text
 
 
 def test_devices_dtypes_and_batches_are_not_mixed(folder):

@@ -1,6 +1,7 @@
 """The simulator of kernel times: its parts on code written by hand, kernels of known speed, and its counts against the
 interpreter's."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -727,22 +728,47 @@ def test_measured_times_find_their_launches():
         fit.paired([a, b, a], {"a": [1.0], "b": [2.0]})
 
 
-def test_a_fit_finds_the_constant_that_was_off(monkeypatch):
-    """Launches whose time is their barriers' and their latency's, measured on a machine with slower barriers."""
+@pytest.fixture
+def fitted(monkeypatch):
+    """fitted(**how) fits launches whose time is their barriers' and their latency's, measured on a machine with slower
+    barriers; ``pools`` counts the pools of processes."""
     counts = {"a": (100, 1), "b": (10, 20), "c": (1, 1)}
+    launches, pools = [_Launch("c"), _Launch("a"), _Launch("b"), _Launch("a")], []
 
-    def predict_launches(launches, gpu, machine, held):
+    def seconds(launch, machine):
+        barriers, loads = counts[launch.name]
+        return 1e-9 * (barriers * machine.barrier + loads * machine.memory_latency)
+
+    @contextlib.contextmanager
+    def predictor(launches, gpu, held):
         assert list(held) == [{launch.name: 1} for launch in launches], "what L2 held in the step, not among the chosen"
-        return [
-            SimpleNamespace(time=1e-9 * (barriers * machine.barrier + loads * machine.memory_latency))
-            for barriers, loads in (counts[launch.name] for launch in launches)
-        ]
+        pools.append(len(launches))
+        yield lambda machine: [SimpleNamespace(time=seconds(launch, machine)) for launch in launches]
 
-    monkeypatch.setattr(steps, "predict_launches", predict_launches)
+    monkeypatch.setattr(steps, "predictor", predictor)
     monkeypatch.setattr(steps, "held_by_l2", lambda launches, capacity: [{launch.name: 1} for launch in launches])
     monkeypatch.setattr(steps, "identity", lambda launch, machine, cached: launch.name)
     truth = with_constants(H100, barrier=2 * H100.barrier)
-    launches = [_Launch("c"), _Launch("a"), _Launch("b"), _Launch("a")]
-    measured = predict_launches(launches, "h100", truth, [{launch.name: 1} for launch in launches])
-    found = fit.fit([(launch, each.time) for launch, each in zip(launches, measured, strict=True)], "h100")
+    pairs = [(launch, seconds(launch, truth)) for launch in launches]
+    return SimpleNamespace(fit=lambda **how: fit.fit(pairs, "h100", **how), pools=pools)
+
+
+def test_a_fit_finds_the_constant_that_was_off(fitted):
+    kept = []
+    found = fitted.fit(keep=kept.append)
     assert found["constants"] == {"barrier": 2 * H100.barrier} and found["after"] < 0.1 * found["before"]
+    assert (found["compared"], found["left"], found["trials"]) == (3, 0, 1 + len(fit.FITTED) * len(fit.FACTORS))
+    assert fitted.pools == [3], "one pool of processes for all trials"
+    assert len(kept) == 1 + len(fit.FITTED) and kept[-1] == found
+    assert kept[0]["constants"] == {} and kept[0]["after"] == kept[0]["before"] == found["before"]
+
+
+def test_a_fit_ends_in_time(fitted, monkeypatch):
+    """Each trial takes two seconds here: one for the predictions as they are, nine more within twenty seconds, of which
+    six are of the first constant."""
+    now = iter(range(1000))
+    monkeypatch.setattr(fit.time, "monotonic", lambda: float(next(now)))
+    kept = []
+    found = fitted.fit(keep=kept.append, deadline=20.0)
+    assert found["trials"] == 10 and found["trials"] - 1 + found["left"] == len(fit.FITTED) * len(fit.FACTORS)
+    assert len(kept) == 2 and found["constants"] == {}

@@ -7,7 +7,9 @@ of the copy bandwidth, a product at 70 % of the matrix rate or its bytes, a dept
 kernels on vectors cost nothing here."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from effkernels.configs.gpus import Gpu
 from effkernels.geometry import conv_out_size
 
 FUSED_SHARE = 0.9  # of the copy bandwidth, of Triton kernels over whole tensors
@@ -106,8 +108,10 @@ def _geometries(model, size: int) -> list[_Geometry]:
     return found
 
 
-def kernels(model, training: bool) -> list[Kernel]:
-    """Of a step of a network of this package's efficientnet, of one image."""
+def kernels(model: Any, training: bool) -> list[Kernel]:
+    """The kernels of one step of ``model``, an EfficientNet of the package efficientnet, for one image.
+
+    This room does not know that package, so any module with its layers' names will do."""
     size = model.config.resolution
     image, half = 3 * size**2, conv_out_size(size, 3, 2, "symmetric")
     stem = model.conv_stem.out_channels * half**2
@@ -132,8 +136,10 @@ def kernels(model, training: bool) -> list[Kernel]:
     return found
 
 
-def seconds(model, training: bool, batch: int, gpu, itemsize: int = 2) -> float:
-    """Of a step on a ``Gpu``: what torch.compile could reach, an optimist's estimate."""
+def seconds(model: Any, training: bool, batch: int, gpu: Gpu, itemsize: int = 2) -> float:
+    """The seconds of a step of ``batch`` images on ``gpu`` that torch.compile could reach: an optimist's estimate.
+
+    itemsize: bytes of an element, 2 for bf16."""
     total = 0.0
     for kernel in kernels(model, training):
         moved = batch * itemsize * kernel.elements / gpu.bandwidth

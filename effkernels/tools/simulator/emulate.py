@@ -79,6 +79,7 @@ class Path:
     unknown: dict[str, int]
 
     def of_warp(self, warp: int) -> list[int]:
+        """The basic blocks that a warp runs, in order."""
         return [block for block, who in self.events if who is None or warp in who]
 
     def classes(self) -> list[list[int]]:
@@ -100,9 +101,9 @@ class Emulator:
         constants: dict[int, int],
         block: tuple[int, int, int],
         linear: int,
-        record=False,
-        arrivals=None,
-        counters=None,
+        record: bool = False,
+        arrivals: dict[int, int] | None = None,
+        counters: dict[int, int] | None = None,
     ):
         code = program.code
         self.program, self.code, self.record = program, code, record
@@ -144,7 +145,8 @@ class Emulator:
             guard = guard & self.mask
         return truth(guard)
 
-    def touch(self, k: int, address, guard):
+    def touch(self, k: int, address: int | np.ndarray, guard: bool | np.ndarray) -> None:
+        """Instruction ``k`` accesses global memory: count it, and look at the addresses of its first executions."""
         active = self._active(guard)
         self.accesses += 1
         of = self.requests[k]
@@ -188,7 +190,7 @@ class Emulator:
         of.group_warps += self.warps if self.mask is None else int(self.mask.reshape(self.warps, 32).any(1).sum())
         of.sampled += 1
 
-    def copy_out(self, k: int, guard):
+    def copy_out(self, k: int, guard: bool | np.ndarray) -> None:
         """A thread starts a tensor copy of what was stored to shared memory since the one before."""
         if self._active(guard) is not False:
             of = self.copies[k]
@@ -196,7 +198,9 @@ class Emulator:
             of.bytes += self.stored
             self.stored = 0
 
-    def touch_shared(self, k: int, address, guard):
+    def touch_shared(self, k: int, address: int | np.ndarray, guard: bool | np.ndarray) -> None:
+        """Instruction ``k`` accesses shared memory: count it, and what it stores; bank conflicts are those of its first
+        execution."""
         active = self._active(guard)
         i = self.code.instructions[k]
         of = self.shared[k]
@@ -233,7 +237,7 @@ class Emulator:
                     total += int(np.bincount(word & 31).max())
         return total / self.warps
 
-    def expect(self, k: int, amount, guard):
+    def expect(self, k: int, amount: int | np.ndarray, guard: bool | np.ndarray) -> None:
         """A thread announces the bytes of the tensor copies that a barrier in shared memory waits for."""
         active = self._active(guard)
         if active is False:
@@ -246,8 +250,10 @@ class Emulator:
             of.bytes += amount
             of.warp = thread // 32
 
-    def atomic(self, k: int, address, value, guard):
-        """What an atomic addition finds."""
+    def atomic(
+        self, k: int, address: int | np.ndarray, value: int | np.ndarray, guard: bool | np.ndarray
+    ) -> int | np.ndarray:
+        """What an atomic addition finds: a ticket, a count of arrivals, or, with counters, the true value."""
         active = self._active(guard)
         if active is False:
             return 0
@@ -265,7 +271,7 @@ class Emulator:
             return self.compared[k]
         return AWAITED
 
-    def observe(self, address):
+    def observe(self, address: int | np.ndarray) -> int | np.ndarray:
         """What a load finds that may be of a count that other programs raise: one for which nobody waits any longer."""
         if self.counters is None:
             return AWAITED
@@ -273,7 +279,7 @@ class Emulator:
             return self.counters.get(address, 0)
         return np.array([self.counters.get(int(place), 0) for place in address], np.int64)
 
-    def reduce(self, address, value, guard):
+    def reduce(self, address: int | np.ndarray, value: int | np.ndarray, guard: bool | np.ndarray) -> None:
         """An atomic addition whose result nobody asks for."""
         active = self._active(guard)
         if self.counters is not None and active is not False:
@@ -298,15 +304,18 @@ class Emulator:
                 count = other if type(other) is int else int(other.flat[0])
                 self.compared[self.last_atomic] = (count - (values - AWAITED)) & M
 
-    def equal(self, a, b):
+    def equal(self, a: int | np.ndarray, b: int | np.ndarray) -> bool | np.ndarray:
+        """Whether two values are equal; what a count of arrivals is compared with is kept."""
         self._compares(a, b)
         return a == b
 
-    def differ(self, a, b):
+    def differ(self, a: int | np.ndarray, b: int | np.ndarray) -> bool | np.ndarray:
+        """The opposite of ``equal``, which keeps the same."""
         self._compares(a, b)
         return a != b
 
-    def uniform(self, x):
+    def uniform(self, x: int | np.ndarray) -> int | np.ndarray:
+        """The value of each warp's first running thread, for a uniform register (R2UR)."""
         if type(x) is int:
             return x
         rows = x.reshape(self.warps, 32)
@@ -321,7 +330,11 @@ class Emulator:
             return int(kept[0])
         return np.repeat(values, 32)
 
-    def shuffle(self, how: str, x, lane, mask):
+    def shuffle(
+        self, how: str, x: int | np.ndarray, lane: int | np.ndarray, mask: int | np.ndarray
+    ) -> int | np.ndarray:
+        """Each thread's ``x`` of another lane of its warp (SHFL). how: IDX, BFLY, UP or DOWN; mask: the clamp, and the
+        segments' bits above it."""
         if type(x) is int:
             return x
         clamp = mask & 31 if type(mask) is int else 31
@@ -335,14 +348,16 @@ class Emulator:
             source = np.where(source > np.maximum(clamp, me & segment), me, source) if how != "IDX" else source & 31
         return x[(self.lanes & ~31) + (source & 31)]
 
-    def ballot(self, p):
+    def ballot(self, p: bool | np.ndarray) -> int | np.ndarray:
+        """Bits of a warp's running threads whose predicate holds."""
         bits = np.broadcast_to(p, self.threads)
         if self.mask is not None:
             bits = bits & self.mask
         rows = (bits.reshape(self.warps, 32).astype(np.int64) << np.arange(32)).sum(1)
         return int(rows[0]) if (rows == rows[0]).all() else np.repeat(rows, 32)
 
-    def vote(self, how: str, p):
+    def vote(self, how: str, p: bool | np.ndarray) -> bool | np.ndarray:
+        """Whether the predicate holds for ANY, or else for all, of a warp's running threads."""
         if type(p) is bool:
             return p
         bits = p if self.mask is None else (p & self.mask if how == "ANY" else p | ~self.mask)
@@ -350,7 +365,8 @@ class Emulator:
         result = rows.any(1) if how == "ANY" else rows.all(1)
         return truth(np.repeat(result, 32))
 
-    def elected(self):
+    def elected(self) -> np.ndarray:
+        """One running thread of each warp, its first (ELECT)."""
         if self.mask is None:
             return (self.lanes & 31) == 0
         first = self.mask.reshape(self.warps, 32).argmax(1)
@@ -361,7 +377,8 @@ class Emulator:
         at = np.broadcast_to(np.asarray(address, np.int64), self.threads) & (len(self.memory) - 1)
         return at, active
 
-    def store_shared(self, address, width: int, values, guard):
+    def store_shared(self, address: int | np.ndarray, width: int, values: list, guard: bool | np.ndarray) -> None:
+        """Write words to shared memory, of ``width`` bytes a thread in all; addresses wrap at its size."""
         at, active = self._lanes_of(address, guard)
         if active is False:
             return
@@ -375,7 +392,8 @@ class Emulator:
             else:
                 view[where[active]] = value[active]
 
-    def load_shared(self, address, width: int, negative: bool):
+    def load_shared(self, address: int | np.ndarray, width: int, negative: bool) -> list:
+        """The words of ``width`` bytes in shared memory; ``negative``: the sign of a narrow one is repeated."""
         size = min(width, 4)
         view = self.memory.view({1: np.uint8, 2: np.uint16}.get(width, np.uint32))
         if type(address) is int:
@@ -388,14 +406,17 @@ class Emulator:
             found = [((value ^ top) - top) & M for value in found]
         return found
 
-    def store_local(self, address, width: int, values, guard):
+    def store_local(self, address: int | np.ndarray, width: int, values: list, guard: bool | np.ndarray) -> None:
+        """Write words to each thread's own memory. EmulationError where threads differ in the address."""
         if type(address) is not int:
             raise EmulationError("a store to local memory at an address of its own in every thread")
         active = self._active(guard)
         for w, value in enumerate(values):
             self.local[address + 4 * w] = select(active, value, self.local.get(address + 4 * w, 0))
 
-    def load_local(self, address, width: int, negative: bool):
+    def load_local(self, address: int | np.ndarray, width: int, negative: bool) -> list:
+        """The words of ``width`` bytes of each thread's own memory; 0 where nothing was stored. EmulationError where
+        threads differ in the address."""
         if type(address) is not int:
             raise EmulationError("a load from local memory at an address of its own in every thread")
         return [self.local.get(address + 4 * w, 0) for w in range(max(1, width // 4))]
@@ -403,6 +424,7 @@ class Emulator:
     # -- the run
 
     def run(self) -> Path:
+        """Carry the program out. EmulationError where it cannot go on, or not end."""
         code, program = self.code, self.program
         state = [0] * 256, [0] * 64, [False] * 8, [False] * 8
         events: list = []
@@ -492,16 +514,17 @@ def run(
     grid: tuple,
     linear: int,
     *,
-    full=True,
-    record=False,
-    arrivals=None,
-    counters=None,
+    full: bool = True,
+    record: bool = False,
+    arrivals: dict[int, int] | None = None,
+    counters: dict[int, int] | None = None,
 ) -> Path:
     """Emulate the program of number ``linear`` of a grid.
 
-    record: keep every address. arrivals: {atomic: the count that it finds}, as the program that comes last would
-    (``Path.awaited`` of another program). counters: {address: value} of the atomics, shared by programs that run one
-    after the other."""
+    full: with addresses and counts, not the path alone. record: keep every address. arrivals: {atomic: the count that
+    it finds}, as the program that comes last would (``Path.awaited`` of another program). counters: {address: value} of
+    the atomics, shared by programs that run one after the other. EmulationError where a program cannot be carried
+    out."""
     x, y = grid[0], grid[1] if len(grid) > 1 else 1
     block = linear % x, linear // x % y, linear // (x * y)
     return Emulator(prepared(code, full), constants, block, linear, record, arrivals, counters).run()

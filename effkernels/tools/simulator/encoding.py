@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,10 +45,12 @@ class Instruction:
 
     @cached_property
     def base(self) -> str:
+        """The opcode without modifiers, e.g. "LDG"."""
         return self.opcode.split(".")[0]
 
     @cached_property
     def modifiers(self) -> tuple[str, ...]:
+        """What follows the opcode's points, e.g. ("E", "128")."""
         return tuple(self.opcode.split(".")[1:])
 
     @cached_property
@@ -93,6 +96,7 @@ class Code:
 
     @cached_property
     def block_of_address(self) -> dict[int, int]:
+        """{address of its first instruction: basic block}."""
         return {self.instructions[first].address: i for i, (first, _) in enumerate(self.blocks)}
 
     @cached_property
@@ -139,6 +143,7 @@ class Code:
 
 
 def cache_folder() -> Path:
+    """Where listings, compiled kernels and predictions are kept."""
     return Path(os.environ.get("EFFKERNELS_SIMULATOR_CACHE") or Path.home() / ".cache" / "effkernels" / "simulator")
 
 
@@ -164,7 +169,7 @@ def _disassembled(cubin: bytes) -> dict:
     }
 
 
-def cached(name: str, make) -> dict:
+def cached(name: str, make: Callable[[], dict]) -> dict:
     """The JSON of a cached file, made by ``make()`` where it is not there. Two processes may make it at once: the last
     one's stays."""
     path = cache_folder() / f"{name}.json.gz"
@@ -185,7 +190,7 @@ def read(cubin: bytes, name: str, arch: int, shared: int, warps: int) -> Code:
     return _code(cached(f"listing-{FORMAT}-{digest}", lambda: _disassembled(cubin)), name, arch, shared, warps, digest)
 
 
-def compiled(key: str, compile_kernel) -> tuple[bytes, dict]:
+def compiled(key: str, compile_kernel: Callable[[], tuple[bytes, dict]]) -> tuple[bytes, dict]:
     """(binary, metadata) of a kernel, cached under ``key``, a digest of all that it depends on. compile_kernel() ->
     (binary, metadata)."""
 

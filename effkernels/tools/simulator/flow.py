@@ -74,6 +74,7 @@ FLOATING = re.compile(
 
 
 def number(kind: str, index: int) -> int:
+    """The place in the row of registers of one of a kind: "R", "UR", "P" or "UP"."""
     return {"R": 0, "UR": UNIFORM, "P": PREDICATE, "UP": UNIFORM_PREDICATE}[kind] + index
 
 
@@ -85,6 +86,7 @@ def names(text: str) -> tuple[tuple[str, int, str], ...]:
 
 @functools.cache
 def is_predicate(operand: str) -> bool:
+    """Whether an operand is a predicate, negated or not, or PT."""
     return bool(re.fullmatch(r"!?U?P(\d|T)", operand))
 
 
@@ -142,6 +144,7 @@ def registers_written(i: Instruction) -> int:
 
 
 def written(i: Instruction) -> list[int]:
+    """The registers that an instruction writes."""
     found = []
     for operand in i.operands[: destinations(i)]:
         if i.base == "R2P":
@@ -153,7 +156,7 @@ def written(i: Instruction) -> list[int]:
 
 
 def read(i: Instruction) -> list[int]:
-    """Those it needs to be carried out by ``emulate``; pairs where it takes 64 bits. (More than is read does no
+    """The registers that ``emulate`` needs for an instruction; pairs where it takes 64 bits. (More than is read does no
     harm.)"""
     found = []
     if i.guard and not i.guard[0].endswith("T"):
@@ -244,6 +247,7 @@ def is_constant(i: Instruction) -> bool:
 
 
 def is_floating(i: Instruction) -> bool:
+    """Whether a result comes from numbers with a fraction or from memory, so that ``emulate`` takes it for 0."""
     if i.base == "MUFU":
         return "RCP" not in i.modifiers
     if i.base == "LDG" and "STRONG" in i.modifiers and i.width == 4:  # it may be a count that a program waits for

@@ -8,6 +8,7 @@ left takes as much longer as it alone needs."""
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from effkernels.tools.simulator import emulate, encoding, project, sm, trace
@@ -77,10 +78,12 @@ class Prediction:
 
     @property
     def bytes_time(self) -> float:
+        """Seconds that its distinct bytes take at the bandwidth."""
         return self.floors["bytes"]
 
     @property
     def waits_most_for(self) -> str:
+        """The reason, of ``sm.REASONS``, for which its warps spend most of their time."""
         return max(self.waits, key=self.waits.get)
 
     @property
@@ -249,8 +252,10 @@ def count_bytes(
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-def operations(code: Code, machine: Machine, path: emulate.Path, shares) -> list[tuple]:
-    """Each instruction as the SM takes it, with the average amounts of this program."""
+def operations(
+    code: Code, machine: Machine, path: emulate.Path, shares: Mapping[tuple[int, bool], tuple[float, float]]
+) -> list[tuple]:
+    """Each instruction as the SM takes it, with the average amounts of this program; shares: those of ``Bytes``."""
     amounts = requested(code, path)
     out = []
     for k, i in enumerate(code.instructions):
@@ -325,8 +330,15 @@ class _Ready:
     tiles: int
 
 
-def prepare(code: Code, machine: Machine, sample: Sample, shares, budget: float) -> _Ready:
-    """budget: instructions of the program's warps together."""
+def prepare(
+    code: Code,
+    machine: Machine,
+    sample: Sample,
+    shares: Mapping[tuple[int, bool], tuple[float, float]],
+    budget: float,
+) -> _Ready:
+    """The traces of a sample's warps, as short as ``budget``, the instructions of the program's warps together, asks
+    for; shares: those of ``Bytes``."""
     packed = operations(code, machine, sample.path, shares)
     blocks = [packed[first : last + 1] for first, last in code.blocks]
     lengths = trace.lengths_of(code)
@@ -398,7 +410,12 @@ def _on_one_sm(
 
 
 def predict(
-    launch: project.Launch, gpu: str = "h200", *, cached=None, machine: Machine | None = None, timeline=False
+    launch: project.Launch,
+    gpu: str = "h200",
+    *,
+    cached: dict[int, float] | None = None,
+    machine: Machine | None = None,
+    timeline: bool = False,
 ) -> Prediction:
     """How long a launch takes on a GPU: "h200", "h100", "a100" or "rtx4090".
 

@@ -8,6 +8,7 @@ import struct
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,8 +112,11 @@ def tensors(launch: Launch, apart: bool = False) -> list[Tensor]:
     return found
 
 
-def constants(launch: Launch, code, apart: bool = False) -> dict[int, int]:
-    """Constant bank 0 of a launch: {offset: 32-bit word}; ``apart`` as for ``tensors``."""
+def constants(launch: Launch, code: Any, apart: bool = False) -> dict[int, int]:
+    """Constant bank 0 of a launch: {offset: 32-bit word}; ``apart`` as for ``tensors``.
+
+    code: the launch's ``encoding.Code``, whose file imports this one. TypeError, naming the argument, for one that is
+    neither a tensor nor a number."""
     words: dict[int, int] = defaultdict(int)
     words[0], words[4], words[8] = 32 * code.warps, 1, 1
     grid = (*launch.grid, 1, 1)[:3]

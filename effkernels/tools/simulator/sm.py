@@ -8,6 +8,7 @@ one queue to L2 and one to DRAM, six scoreboards a warp, groups of asynchronous 
 tensor copies in order."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -71,6 +72,7 @@ class Operation:
     index: int = -1  # of the instruction
 
     def packed(self) -> tuple:
+        """Its fields as a tuple, which the event loop reads faster; it stalls for at least one clock."""
         return (
             self.kind,
             self.pipe,
@@ -158,7 +160,12 @@ class Event(NamedTuple):
 
 
 def simulate(
-    machine: Machine, programs, resident: int, l2_rate: float, dram_rate: float, timeline: bool = False
+    machine: Machine,
+    programs: Iterable[list[list[tuple]]],
+    resident: int,
+    l2_rate: float,
+    dram_rate: float,
+    timeline: bool = False,
 ) -> Run:
     """Run ``programs``, each a list of a trace (tuples of ``Operation.packed``) a warp, at most ``resident`` at once.
 

@@ -7,10 +7,12 @@ import hashlib
 import multiprocessing
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from effkernels.tools.simulator import project
 from effkernels.tools.simulator.baselines import PRODUCT_SHARE
@@ -23,7 +25,7 @@ FREE = ("empty", "detach", "copy_")
 
 
 @contextlib.contextmanager
-def recorded(gpu: str | None = None):
+def recorded(gpu: str | None = None) -> Iterator[tuple[list[project.Launch], list[Operator]]]:
     """Within: (kernel launches, operators) of fused modules on ``meta`` tensors, as on a GPU that runs every kernel:
     with the configurations of ``gpu``, or those of the rules.
     """
@@ -41,7 +43,7 @@ def recorded(gpu: str | None = None):
         dispatch.why_not_fused = original
 
 
-def step_of(module, x, training: bool):
+def step_of(module: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
     """A function that runs one step: a forward, and in training a cross entropy or a given gradient, and the
     backward.
     """
@@ -59,7 +61,9 @@ def step_of(module, x, training: bool):
     return step
 
 
-def step_launches(module, x, training: bool, gpu: str | None = None):
+def step_launches(
+    module: nn.Module, x: torch.Tensor, training: bool, gpu: str | None = None
+) -> tuple[list[project.Launch], list[Operator]]:
     """(kernel launches, operators) of a step, as ``recorded`` has them."""
     step = step_of(module, x, training)
     with recorded(gpu) as (launches, operators):
@@ -86,15 +90,17 @@ class Step:
 
     @property
     def time(self) -> float:
+        """Predicted seconds of all launches and operators, one after the other."""
         return sum(prediction.time for prediction in self.predictions) + self.operators_time
 
     @property
     def bytes_time(self) -> float:
+        """Seconds that their distinct bytes take at the bandwidth."""
         moved = sum(operator.moved for operator in self.operators)
         return sum(prediction.bytes_time for prediction in self.predictions) + moved / project.GPUS[self.gpu].bandwidth
 
 
-def held_by_l2(launches, capacity: float) -> list[dict[int, float]]:
+def held_by_l2(launches: Sequence[project.Launch], capacity: float) -> list[dict[int, float]]:
     """Before each launch: {storage: bytes} that L2 still holds, if it keeps the ``capacity`` bytes that launches
     touched last."""
     kept: OrderedDict[int, float] = OrderedDict()
@@ -123,7 +129,7 @@ def identity(launch: project.Launch, machine: Machine, cached: dict[int, float])
     return launch.digest(machine.arch), launch.grid, tuple(tensors), tuple(numbers)
 
 
-def digest(launches, operators, gpu: str) -> str:
+def digest(launches: Sequence[project.Launch], operators: Sequence[Operator], gpu: str) -> str:
     """Of all that the predictions of a step depend on: two steps with the same digest take the same time."""
     machine = machine_of(gpu)
     held = held_by_l2(launches, machine.l2_kept)
@@ -132,22 +138,74 @@ def digest(launches, operators, gpu: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-_JOBS: list[list] = []  # of the forked processes
+_JOBS: list[list[tuple[project.Launch, dict[int, float]]]] = []  # of the forked processes
 
 
-def _job(j: int) -> list[Prediction | RuntimeError]:
+def _job(j: int, gpu: str, machine: Machine | None) -> list[Prediction | RuntimeError]:
     """Predictions of the launches of a job, or what the compiler has against them."""
     try:
-        return [predict(launch, gpu, cached=cached, machine=machine) for launch, gpu, cached, machine in _JOBS[j]]
+        return [predict(launch, gpu, cached=cached, machine=machine) for launch, cached in _JOBS[j]]
     except RuntimeError as error:
         return [error] * len(_JOBS[j])
 
 
+@contextlib.contextmanager
+def predictor(
+    launches: Sequence[project.Launch], gpu: str, held: Sequence[dict[int, float]], processes: int | None = None
+) -> Iterator[Callable[..., list[Prediction]]]:
+    """Within: predict(machine=None, report=..., raises=True) predicts the launches, as ``predict_launches`` does; each
+    call with other figures of the GPU, all in the same ``processes`` processes (default: one a core).
+
+    held: what L2 holds before each launch.
+    """
+    figures = machine_of(gpu)
+    jobs: dict[str, dict[tuple, tuple]] = {}
+    keys = []
+    for launch, cached in zip(launches, held, strict=True):
+        keys.append(identity(launch, figures, cached))
+        jobs.setdefault(keys[-1][0], {}).setdefault(keys[-1], (launch, cached))
+    ordered = sorted(jobs.values(), key=len, reverse=True)
+    _JOBS[:] = [list(job.values()) for job in ordered]
+    total = sum(map(len, ordered))
+    processes = min(processes or os.cpu_count() or 1, len(ordered))
+    fork = multiprocessing.get_context("fork")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=fork) if processes > 1 else None
+
+    def predict_all(
+        machine: Machine | None = None,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        raises: bool = True,
+    ) -> list[Prediction]:
+        made: dict[tuple, Prediction] = {}
+
+        def keep(j, predictions):
+            if raises and isinstance(predictions[0], RuntimeError):
+                raise predictions[0]
+            made.update(zip(ordered[j], predictions, strict=True))
+            report(len(made), total)
+
+        if pool is None:
+            for j in range(len(ordered)):
+                keep(j, _job(j, gpu, machine))
+        else:
+            running = {pool.submit(_job, j, gpu, machine): j for j in range(len(ordered))}
+            for job in concurrent.futures.as_completed(running):
+                keep(running[job], job.result())
+        return [made[key] for key in keys]
+
+    try:
+        yield predict_all
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+        _JOBS.clear()
+
+
 def predict_launches(
-    launches,
+    launches: Sequence[project.Launch],
     gpu: str,
     processes: int | None = None,
-    report=lambda done, total: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
     machine: Machine | None = None,
     held: list[dict] | None = None,
     raises: bool = True,
@@ -158,39 +216,9 @@ def predict_launches(
     in the same one, which compiles and reads it once. report(done, total) is told how many are. machine: other figures
     than the GPU's. held: what L2 holds before each launch; by default as if they followed one another.
     """
-    figures = machine or machine_of(gpu)
-    held = held_by_l2(launches, figures.l2_kept) if held is None else held
-    jobs: dict[str, dict[tuple, list]] = {}
-    keys = []
-    for launch, cached in zip(launches, held, strict=True):
-        keys.append(identity(launch, figures, cached))
-        jobs.setdefault(keys[-1][0], {}).setdefault(keys[-1], [launch, gpu, cached, machine])
-    ordered = sorted(jobs.values(), key=len, reverse=True)
-    _JOBS[:] = [list(job.values()) for job in ordered]
-    total = sum(map(len, ordered))
-    made: dict[tuple, Prediction] = {}
-
-    def keep(j, predictions):
-        if raises and isinstance(predictions[0], RuntimeError):
-            raise predictions[0]
-        made.update(zip(ordered[j], predictions, strict=True))
-        report(len(made), total)
-
-    processes = min(processes or os.cpu_count() or 1, len(ordered))
-    if processes <= 1:
-        for j in range(len(ordered)):
-            keep(j, _job(j))
-    else:
-        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-            running = {pool.submit(_job, j): j for j in range(len(ordered))}
-            try:
-                for job in concurrent.futures.as_completed(running):
-                    keep(running[job], job.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    _JOBS.clear()
-    return [made[key] for key in keys]
+    held = held_by_l2(launches, (machine or machine_of(gpu)).l2_kept) if held is None else held
+    with predictor(launches, gpu, held, processes) as predict_all:
+        return predict_all(machine, report, raises)
 
 
 def predict_calls(calls: list[list[project.Launch]], gpu: str) -> list[list[Prediction] | RuntimeError]:

@@ -4,6 +4,7 @@ for.
 A launch of thousands of tiles a program need not be simulated to the end: a loop of n iterations is run for k of them,
 spread evenly, and the time of an iteration, measured past the first, stands for the rest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from effkernels.tools.simulator.encoding import Code
@@ -78,7 +79,7 @@ def shorten(items: list, lengths: list[int], budget: float, deepest: int = 3) ->
                 loop.kept = sorted({round(j * (n - 1) / (keep - 1)) for j in range(keep)})
 
 
-def flatten(items: list, blocks: list[list], mark, out: list) -> list:
+def flatten(items: list, blocks: list[list], mark: tuple, out: list) -> list:
     """The operations of the kept iterations, with a mark where a shortened loop begins and after each of its
     iterations."""
     for item in items:
@@ -94,7 +95,7 @@ def flatten(items: list, blocks: list[list], mark, out: list) -> list:
     return out
 
 
-def skipped_time(items: list, times, at: int = 0) -> tuple[float, int]:
+def skipped_time(items: list, times: Sequence[float], at: int = 0) -> tuple[float, int]:
     """(clocks that the iterations left out would have taken, marks used), for a warp that passed the marks at
     ``times``."""
     extra = 0.0
@@ -120,4 +121,5 @@ def skipped_time(items: list, times, at: int = 0) -> tuple[float, int]:
 
 
 def lengths_of(code: Code) -> list[int]:
+    """How many instructions each basic block has."""
     return [last - first + 1 for first, last in code.blocks]

@@ -5,6 +5,7 @@ uniform predicates as lists, constant bank 0, the ``emulate.Emulator`` that keep
 that run, where not all do (``masked``)."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -436,7 +437,8 @@ class Program:
             )
         }
 
-    def function(self, block: int, masked: bool):
+    def function(self, block: int, masked: bool) -> Callable[..., None]:
+        """The function of a basic block, made once; the module says what it takes."""
         key = block, masked
         if key not in self._functions:
             self._functions[key] = self._compiled(block, masked)
