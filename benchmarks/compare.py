@@ -136,7 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.static:
             old = static.read(args.baseline) if args.baseline.exists() or not args.update else {"kind": "static"}
-            new = static.measure(old, args.predict or "changed")
+
+            def keep(predicted: dict) -> None:
+                if args.update:  # an interrupted run has accepted the steps that it predicted
+                    static.write(old | {"predicted": predicted}, args.baseline)
+
+            new = static.measure(old, args.predict or "changed", keep)
         else:
             old, new = (_read(path) for path in args.files)
         changes, alone = compare(old, new, args.threshold)

@@ -161,14 +161,20 @@ def _counted_in_the_interpreter() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predicted(accepted: dict, which: str, say: Callable[[str], None] = lambda line: None) -> dict:
+def predicted(
+    accepted: dict,
+    which: str,
+    say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict], None] = lambda so_far: None,
+) -> dict:
     """The predicted time of steps, and of each of their kernels: {"b0 train 256 h200": {"predicted_ms", "bytes_ms",
-    "digest"}, "b0 train 256 h200: kernel": {"predicted_us"}}.
+    "operators_ms", "digest"}, "b0 train 256 h200: kernel": {"predicted_us"}}. A step takes what its kernels and
+    PyTorch's own operators do.
 
     which: "none" keeps ``accepted`` as it is; "changed" predicts those of its steps again whose digest, of launches and
     simulator, is another now; "all" also the steps that it lacks; "b0", "b4" or "b7" the same for one model, and keeps
-    the others. What is predicted is kept in the simulator's cache at once, so an interrupted run goes on. ``say`` is
-    told each step.
+    the others. Each launch that is predicted is kept in the simulator's cache at once, and ``keep`` is given the whole
+    table after each step, so an interrupted run goes on. ``say`` is told each step.
     """
     if which == "none":
         return accepted
@@ -199,18 +205,23 @@ def predicted(accepted: dict, which: str, say: Callable[[str], None] = lambda li
             operators=operators,
         )
         times = {"predicted_ms": round(1e3 * step.time, 4), "bytes_ms": round(1e3 * step.bytes_time, 4)}
+        times |= {"operators_ms": round(1e3 * step.operators_time, 4)}
         found[key] = times | {"digest": digest}
         found |= {f"{key}: {row['kernel']}": {"predicted_us": round(row["us"], 2)} for row in rows(step.predictions)}
         took = time.monotonic() - started
         say(f"{number} of {len(PREDICTED)}: {key}: {1e3 * step.time:.2f} ms predicted, in {took:.0f} s")
+        later = [f"{model} {mode} {batch} {gpu}" for model, mode, batch, gpu in PREDICTED[number:]]
+        keep(found | {name: entry for name, entry in accepted.items() if name.partition(": ")[0] in later})
     return found
 
 
-def measure(accepted: dict | None = None, predict: str = "changed") -> dict:
+def measure(
+    accepted: dict | None = None, predict: str = "changed", keep: Callable[[dict], None] = lambda so_far: None
+) -> dict:
     """All sections, for the present tree.
 
-    accepted is the table that was accepted last, and predict says which of its steps to predict again, see
-    ``predicted``.
+    accepted is the table that was accepted last, predict says which of its steps to predict again, and keep is given
+    the predictions so far, see ``predicted``.
 
     Raises RuntimeError under TRITON_INTERPRET, where launchers start nothing to record.
     """
@@ -239,7 +250,10 @@ def measure(accepted: dict | None = None, predict: str = "changed") -> dict:
         "counted": _counted_in_the_interpreter(),
         "machine code": machine_code(),
         "predicted": predicted(
-            (accepted or {}).get("predicted", {}), predict, lambda line: print(line, file=sys.stderr, flush=True)
+            (accepted or {}).get("predicted", {}),
+            predict,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+            keep=keep,
         ),
     }
 

@@ -193,7 +193,7 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
     from effkernels.tools import networks
     from effkernels.tools.simulator import steps
 
-    asked, said = [], []
+    asked, said, kept = [], [], []
     monkeypatch.setattr(networks, "network", lambda model, training, batch: ((model, batch), None))
     monkeypatch.setattr(steps, "step_launches", lambda module, x, training, gpu: ((*module, training, gpu), []))
     monkeypatch.setattr(steps, "digest", lambda launches, operators, gpu: f"new {gpu}")
@@ -203,10 +203,12 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
         "b4 infer 1 a100": {"predicted_ms": 5.0, "digest": "new a100"},
         "b4 infer 1 a100: a_kernel": {"predicted_us": 5000.0},
     }
-    found = static.predicted(accepted, "changed", said.append)
+    found = static.predicted(accepted, "changed", said.append, kept.append)
+    assert kept == [found], "the whole table, with the steps that come later as they were accepted"
     assert asked == [("b0", 256, True, "h200")] and len(said) == 1 and "b0 train 256 h200: 0.00 ms" in said[0]
     assert set(found) == set(accepted) and found["b4 infer 1 a100: a_kernel"] == {"predicted_us": 5000.0}
-    assert found["b0 train 256 h200"] == {"predicted_ms": 0.0, "bytes_ms": 0.0, "digest": "new h200"}
+    times = {"predicted_ms": 0.0, "bytes_ms": 0.0, "operators_ms": 0.0}
+    assert found["b0 train 256 h200"] == times | {"digest": "new h200"}
     assert static.predicted(accepted, "none") == accepted and len(asked) == 1
     asked.clear()
     only_b0 = static.predicted(accepted, "b0")
@@ -216,6 +218,24 @@ def test_steps_are_predicted_where_their_launches_changed(monkeypatch):
     static.predicted(only_b0, "all")
     assert len(asked) == 36 - 12 - 1  # all but what is there and did not change
     assert [model for model, *_ in asked] == ["b4"] * 11 + ["b7"] * 12
+
+
+def test_an_interrupted_update_keeps_each_step(monkeypatch, tmp_path, capsys):
+    """The second step fails here: the first is in the file, beside what was there."""
+    path = tmp_path / "t.json"
+    static.write(TABLE, path)
+
+    def measure(old, predict, keep):
+        keep({"b0 infer 1 h200": {"predicted_ms": 1.0}})
+        raise RuntimeError("a kernel does not compile")
+
+    monkeypatch.setattr(static, "measure", measure)
+    for update in (False, True):
+        how = ["--static", "--baseline", str(path), *(["--update"] if update else [])]
+        assert compare.main(how) == 2
+        assert "a kernel does not compile" in capsys.readouterr().err
+        wanted = {"b0 infer 1 h200": {"predicted_ms": 1.0}} if update else TABLE["predicted"]
+        assert static.read(path) == TABLE | {"predicted": wanted}
 
 
 STALE = """
