@@ -135,18 +135,29 @@ def draw(path: Path, kernel: str, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command's exit code, after it printed what it predicts."""
     parser = argparse.ArgumentParser(
-        prog="python -m effkernels.tools.simulate", description="Kernel times, predicted without a GPU."
+        prog="python -m effkernels.tools.simulate",
+        description="The time of one step of a network on a GPU, kernel by kernel, predicted from the machine code "
+        "without a GPU. Nothing that is printed was measured.",
+        epilog="docs/performance.md says how to read the table, what is behind it and what it leaves out. Only GPUs "
+        "whose pipes and latencies are in effkernels/tools/simulator/machine.py are predicted: of NVIDIA, sm_80, sm_89 "
+        "and sm_90; AMD's machine code is not read. The exit code is 2 where an argument or a kernel cannot be "
+        "predicted.",
     )
-    parser.add_argument("--model", default="b0", choices=MODELS, help="default: b0")
-    parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
+    parser.add_argument("--model", default="b0", choices=MODELS, help="network, at its own resolution (default: b0)")
+    parser.add_argument(
+        "--mode", default="train", choices=MODES, help="a training step or inference, bf16 (default: train)"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--gpu", default="h200", choices=tuple(project.GPUS), help="default: h200")
+    parser.add_argument("--gpu", default="h200", choices=tuple(project.GPUS), help="GPU to predict (default: h200)")
     parser.add_argument(
         "--each", action="store_true", help="a line for every launch, in order, instead of one for every kernel"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the prediction here as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the prediction here as well, each launch too")
     parser.add_argument(
-        "--timeline", type=Path, metavar="PNG", help="draw what one SM does in the longest launch of --kernel"
+        "--timeline",
+        type=Path,
+        metavar="PNG",
+        help="instead of the table, draw one SM in the longest launch of --kernel: issue slots, pipes, waiting",
     )
     parser.add_argument("--kernel", help="with --timeline: the kernel's name")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
@@ -159,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--timeline and --kernel go together")
     if args.timeline is not None and (args.json is not None or args.each):
         parser.error("--timeline draws one launch; --json and --each are for the table of all")
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json must be a file in a folder that exists, got {args.json}")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
 

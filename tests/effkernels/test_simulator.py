@@ -565,6 +565,7 @@ def test_launches_that_cannot_be_predicted_are_named():
         ["--mode", "x"],
         ["--processes", "0"],
         ["--kernel", "k"],
+        ["--json", "no such folder/x.json"],
         ["--timeline", "x.png", "--kernel", "k", "--json", "x.json"],
     ],
 )
