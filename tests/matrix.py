@@ -113,11 +113,10 @@ def compile_one(job) -> str | None:
     index, target = job
     launch = launches()[index]
     options = launch.options
-    # No PTX, which is what FAST stands for, and no register limit given to its assembler.
+    # No PTX, which is what FAST stands for, and HALVED with it, and no register limit given to its assembler.
     if TARGETS[target][0] == "hip":
-        launch = dataclasses.replace(
-            launch, arguments={k: False if k == "FAST" else v for k, v in launch.arguments.items()}
-        )
+        plain = {k: False for k in ("FAST", "HALVED") if k in launch.arguments}
+        launch = dataclasses.replace(launch, arguments=launch.arguments | plain)
         options = {k: v for k, v in options.items() if k != "maxnreg"}
     try:
         triton.compile(

@@ -56,7 +56,7 @@ def weight_copies_kernel(weights, copies, sizes, FORMS: tl.constexpr, BLOCK: tl.
                 O=sizes[2 * c] // 2,
                 K=sizes[2 * c + 1] // 2,
                 block=tl.program_id(0),
-                FORM=FORMS[c],
+                FORM=tl.constexpr(FORMS[c]),  # Triton 3.6 takes a string out of a tuple as it is
                 BLOCK=BLOCK,
             )
 
