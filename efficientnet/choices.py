@@ -4,6 +4,7 @@ them.
 
 AMP = ("none", "bf16", "fp16")  # autocast, and its dtype
 DEVICES = ("auto", "cpu", "cuda")
+DECODERS = ("cpu", "cuda")  # of JPEG files: Pillow, or nvJPEG on the GPU
 MAX_PIXELS = 178_956_970  # of an image file: more is an error, as Pillow has it
 INTERPOLATIONS = ("bilinear", "bicubic")  # of images that are resized
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from efficientnet.choices import AMP, DEVICES, MAX_PIXELS, image_size
+from efficientnet.choices import AMP, DECODERS, DEVICES, MAX_PIXELS, image_size
 from efficientnet.errors import InputError
 
 
@@ -90,6 +90,13 @@ def add_reading_arguments(sub: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_PIXELS,
         help="of an image file; larger ones are unreadable (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--decode",
+        default="cpu",
+        choices=DECODERS,
+        help="where JPEG files are decoded: by Pillow, or by nvJPEG on the GPU, which needs --num-workers 0 "
+        "(default: %(default)s)",
     )
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from efficientnet.commands.contact_sheet import ContactSheet
-    from efficientnet.data.decoding import allow_pixels, read_image
+    from efficientnet.data.decoding import allow_pixels, decode_with, read_image
     from efficientnet.data.images import ImageSet
     from efficientnet.data.loading import Unreadable
 
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         if model.num_classes == 0:
             raise ValueError(f"checkpoint {args.checkpoint!r} has no classifier")
         paths = _paths(args.images)
+        decode_with(args.decode, runner.device, args.num_workers)
     allow_pixels(args.max_pixels)
     limit, hint = args.max_corrupt, {}
     if limit >= len(paths):  # where no image can be read, that is the error

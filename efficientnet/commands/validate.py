@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _validate(args, processes):
-    from efficientnet.data.decoding import allow_pixels
+    from efficientnet.data.decoding import allow_pixels, decode_with
     from efficientnet.data.loading import Unreadable
     from efficientnet.data.sets import load_data
     from efficientnet.model.profile import count_parameters
@@ -73,6 +73,7 @@ def _validate(args, processes):
         given = {name: getattr(args, name) for name in ("crop_pct", "interpolation") if getattr(args, name) is not None}
         preprocess = replace(preprocess, **given)
         allow_pixels(args.max_pixels)
+        decode_with(args.decode, runner.device, args.num_workers)
         shards = {}
         if args.data.startswith("webdataset:"):
             shards = {"val_data": args.data, "num_classes": model.num_classes, "classes": classes}

@@ -1,14 +1,17 @@
 """How an image file becomes pixels: opening it, which part of it is decoded and at which scale, and its channels."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
 
-from efficientnet.choices import MAX_PIXELS
+from efficientnet.choices import DECODERS, MAX_PIXELS
+from efficientnet.data.torchvision_modules import torchvision_module
 from efficientnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +31,65 @@ _limits = {"pixels": MAX_PIXELS}
 def allow_pixels(limit: int) -> None:
     """Let this process, and those forked from it, read files of up to ``limit`` pixels."""
     _limits["pixels"] = limit
+
+
+_decoder = {"device": torch.device("cpu")}
+
+
+def decoding_device() -> torch.device:
+    """Where the pixels of files are, after they are decoded."""
+    return _decoder["device"]
+
+
+def decode_with(decoder: str, device: torch.device, num_workers: int) -> None:
+    """Let this process decode JPEG files by Pillow ("cpu"), or by nvJPEG on the GPU ``device`` ("cuda").
+
+    Raises InputError where that cannot be: for another decoder, a device that is no GPU, data workers, which cannot use
+    their parent's GPU, and a torchvision without its compiled decoders.
+    """
+    if decoder not in DECODERS:
+        raise InputError(f"decode must be one of {', '.join(DECODERS)}, got {decoder!r}")
+    _decoder["device"] = torch.device("cpu")
+    if decoder == "cpu":
+        return
+    if device.type != "cuda":
+        raise InputError("decode 'cuda' needs a CUDA device, and the device is a CPU; accepted here: cpu")
+    if num_workers:
+        raise InputError(
+            f"decode 'cuda' runs in the process that has the GPU: num_workers must be 0, got {num_workers}"
+        )
+    if (problem := _nvjpeg_problem(device)) is not None:
+        raise InputError(f"decode 'cuda' is not available: {problem}; accepted here: cpu")
+    _decoder["device"] = device
+
+
+def _nvjpeg_problem(device):
+    """Why torchvision cannot decode JPEG files on the GPU, or None; by decoding one."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    torchvision_module("io")
+    if not hasattr(torch.ops.image, "decode_jpegs_cuda"):
+        return f"torchvision has no compiled decoders that fit torch {torch.__version__}"
+    try:
+        _nvjpeg(file.getvalue(), device)
+    except RuntimeError as error:  # built without nvJPEG, or a driver that does not fit
+        return str(error).splitlines()[0]
+    return None
+
+
+def _nvjpeg(content, device):
+    """The bytes of a JPEG file -> uint8 [3, H, W] on the GPU."""
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return torchvision_module("io").decode_jpeg(encoded, mode="RGB", device=device)
+
+
+def turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """[C, H, W] as a camera was held that wrote this EXIF orientation, from 1 to 8."""
+    pixels = pixels.transpose(1, 2) if orientation >= 5 else pixels
+    dims = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
+    return pixels.flip(dims) if dims else pixels
 
 
 class Box(NamedTuple):
@@ -101,6 +163,8 @@ class Picture:
         """
         box = box or Box.whole(self)
         with self._decoding() as Image:
+            if (device := decoding_device()).type != "cpu":
+                return box.of(self._on(device))
             image, scale = self._image, self._scale(box, size)
             if scale > 1 and image.draft(None, (image.width // scale, image.height // scale)) is None:
                 scale = 1  # a file of a kind that its decoder cannot scale
@@ -116,6 +180,17 @@ class Picture:
                 resample = getattr(Image.Resampling, interpolation.upper())
                 image = _converted(image, self._channels).resize(size[::-1], resample, inside)
             return to_channels(image, self._channels)
+
+    def _on(self, device):
+        """All pixels, on the GPU: of a grey or RGB JPEG file decoded there, of others by Pillow."""
+        if not (self._scales and self._channels == 3 and self._image.mode in ("L", "RGB")):
+            pixels = to_channels(self._image, self._channels).to(device)
+        elif isinstance(self._file, (str, os.PathLike)):
+            pixels = _nvjpeg(Path(self._file).read_bytes(), device)
+        else:
+            self._file.seek(0)
+            pixels = _nvjpeg(self._file.read(), device)
+        return turned(pixels, self._orientation)
 
     def _scale(self, box, size):
         """How many times smaller the image is decoded. A size that this does not divide would end in a pixel that is
@@ -158,7 +233,7 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> torch.Tensor:
     Raises InputError naming a file that is no image, is damaged or has more pixels than are allowed.
     """
     with Picture(path, path, channels) as picture:
-        return picture.part()
+        return picture.part().cpu()
 
 
 def _orientation(image):

@@ -111,7 +111,9 @@ class Preprocess:
         size = tuple(max(wants, round(has * scale)) for wants, has in zip(wanted, sides, strict=True))
         part = box.of(image) if isinstance(image, torch.Tensor) else image.part(box, size, self.interpolation)
         if tuple(part.shape[1:]) != size:
-            part = F.interpolate(part[None], size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+            x = part[None] if part.device.type == "cpu" else part[None].float()  # GPUs have no such kernel for bytes
+            x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+            part = x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)  # bicubic overshoots
         if box.mirrored:
             part = part.flip(2)
         top, left = ((n - wants) // 2 for n, wants in zip(size, wanted, strict=True))

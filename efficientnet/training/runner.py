@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from efficientnet.data.decoding import decoding_device
 from efficientnet.data.images import ImageSet, Preprocess
 from efficientnet.data.loading import Batches, Readable, Unreadable, collate
 from efficientnet.data.order import TrainingOrder
@@ -75,7 +76,8 @@ class Runner:
                 them.
             unreadable: what counts the images that cannot be read. None: the first one is an error.
         """
-        where = {"num_workers": num_workers, "pin_memory": self.device.type == "cuda"}
+        pin = self.device.type == "cuda" and decoding_device().type == "cpu"
+        where = {"num_workers": num_workers, "pin_memory": pin}
         # The loader gets a generator of its own: starting one would otherwise change the model's random numbers.
         where["generator"] = torch.Generator().manual_seed(0)
         if isinstance(dataset, ShardSet):

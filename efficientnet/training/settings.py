@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 
-from efficientnet.choices import AMP, DEVICES, INTERPOLATIONS, MAX_PIXELS, image_size
+from efficientnet.choices import AMP, DECODERS, DEVICES, INTERPOLATIONS, MAX_PIXELS, image_size
 from efficientnet.errors import InputError
 
 OPTIMIZERS = ("adamw", "adam", "rmsproptf", "sgd")
@@ -43,6 +43,11 @@ class TrainConfig:
     download: bool = option(False, "let torchvision fetch a data set of its own", "--dataset-download")
     max_corrupt: int = option(10, "unreadable images to skip before giving up")
     max_pixels: int = option(MAX_PIXELS, "of an image file; larger ones are unreadable")
+    decode: str = option(
+        "cpu",
+        "where JPEG files are decoded: by Pillow, or by nvJPEG on the GPU (cuda), which needs --num-workers 0",
+        choices=DECODERS,
+    )
     train_num_samples: int | None = option(None, "images of an epoch of webdataset (default: counted, if local)")
     num_classes: int | None = option(None, "classes of webdataset (default: counted, if local)")
     num_workers: int = option(0, "processes that load images", "--workers", "-j")
@@ -220,6 +225,7 @@ class TrainConfig:
             ("freeze_bn", FREEZE_BN),
             ("interpolation", INTERPOLATIONS),
             ("sampler", SAMPLERS),
+            ("decode", DECODERS),
         ):
             check(name, f"one of {', '.join(choices)}", lambda v, choices=choices: v in choices)
         until = ("stem", *map(str, range(7)), "head")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from efficientnet.data.decoding import allow_pixels
+from efficientnet.data.decoding import allow_pixels, decode_with
 from efficientnet.data.images import ImageSet
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
@@ -153,6 +153,7 @@ class Trainer:
         sizes = {"num_classes": config.num_classes, "num_samples": config.train_num_samples}
         part = {"val_data": config.val_data, "download": config.download}
         allow_pixels(config.max_pixels)
+        decode_with(config.decode, self.runner.device, config.num_workers)
         prepare["in_chans"] = config.in_chans
         self.data: Data = load_data(config.data, img_size, config.val_fraction, **part, **sizes, **prepare)
         train = self.data.train

@@ -3,6 +3,7 @@ of its pixels.
 """
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from efficientnet.data import decoding
-from efficientnet.data.decoding import Box, Picture, read_image
+from efficientnet.data.decoding import Box, Picture, decode_with, decoding_device, read_image
 from efficientnet.data.images import Prepared, Preprocess, drawing_from
 from efficientnet.data.sets import CropFlip
 from efficientnet.errors import InputError
@@ -182,6 +183,91 @@ def test_pillows_own_limit_of_pixels_gives_way(tmp_path, photograph, monkeypatch
     with Picture(path, path) as picture:
         assert picture.part(Box(1, 1, 800, 1200)).shape == (3, 800, 1200)
     assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.fixture
+def nvjpeg(monkeypatch):
+    """The files that a GPU would decode; Pillow takes its place, and the CPU's memory."""
+    files = []
+
+    def decode(content, device):
+        files.append(content)
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    monkeypatch.setattr(decoding, "_nvjpeg", decode)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self)
+    monkeypatch.setitem(decoding._decoder, "device", torch.device("cuda"))
+    return files
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_that_a_gpu_decodes_are_turned_and_cut(tmp_path, photograph, nvjpeg, orientation):
+    small = photograph.resize((96, 64))
+    path, box = saved(small, tmp_path / "x.jpg", orientation), Box(3, 5, 40, 30)
+    other = saved(small, tmp_path / "x.png", orientation)
+    for file, same, found in ((path, path, 1), (io.BytesIO(path.read_bytes()), path, 2), (other, other, 2)):
+        with Picture(file, "x") as picture:
+            part = picture.part(box)
+        assert len(nvjpeg) == found, "PNG files are Pillow's"
+        decoding._decoder["device"] = torch.device("cpu")
+        assert torch.equal(part, box.of(read_image(same)))
+        decoding._decoder["device"] = torch.device("cuda")
+
+
+def test_kinds_of_jpeg_that_a_gpu_leaves_to_pillow(tmp_path, photograph, nvjpeg):
+    small = photograph.resize((40, 30))
+    for mode, channels in (("CMYK", 3), ("RGB", 1), ("RGB", 4)):
+        path = saved(small.convert(mode), tmp_path / f"{mode}.jpg")
+        with Picture(path, path, channels) as picture:
+            assert picture.part().shape == (channels, 30, 40)
+    assert nvjpeg == []
+
+
+@pytest.mark.parametrize(
+    "decoder, device, workers, message",
+    [
+        ("cuda", "cpu", 0, "decode 'cuda' needs a CUDA device, and the device is a CPU; accepted here: cpu"),
+        ("cuda", "cuda", 2, "the process that has the GPU: num_workers must be 0, got 2"),
+        ("nvjpeg", "cuda", 0, "decode must be one of cpu, cuda, got 'nvjpeg'"),
+    ],
+)
+def test_a_decoder_that_cannot_be(decoder, device, workers, message):
+    with pytest.raises(InputError, match=message):
+        decode_with(decoder, torch.device(device), workers)
+    assert decoding_device() == torch.device("cpu")
+
+
+def test_a_torchvision_that_cannot_decode_on_a_gpu(monkeypatch):
+    """Without its compiled decoders, and with some that were built without nvJPEG, or do not fit the driver."""
+    operators = SimpleNamespace(image=SimpleNamespace())
+    monkeypatch.setattr(torch, "ops", operators)
+    monkeypatch.setattr(decoding, "torchvision_module", lambda name: None)
+    with pytest.raises(InputError, match="decode 'cuda' is not available: torchvision has no compiled decoders that"):
+        decode_with("cuda", torch.device("cuda"), 0)
+    operators.image.decode_jpegs_cuda = None
+    monkeypatch.setattr(decoding, "_nvjpeg", lambda *args: (_ for _ in ()).throw(RuntimeError("no nvJPEG\nat 0x1")))
+    with pytest.raises(InputError, match="is not available: no nvJPEG; accepted here: cpu"):
+        decode_with("cuda", torch.device("cuda"), 0)
+    assert decoding_device() == torch.device("cpu")
+    monkeypatch.setattr(decoding, "_nvjpeg", lambda *args: None)
+    decode_with("cuda", torch.device("cuda", 1), 0)
+    assert decoding_device() == torch.device("cuda", 1)
+    decode_with("cpu", torch.device("cuda"), 4)
+    assert decoding_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "command", ["train --data {0}", "validate --data {0} --checkpoint {1}", "predict {0} --checkpoint {1}"]
+)
+def test_commands_without_a_gpu_say_so(run, trained, image_folder, tmp_path, command):
+    folder = image_folder if command.startswith("predict") else f"imagefolder:{image_folder}"
+    argv = command.format(folder, trained[1] / "best.safetensors").split()
+    if argv[0] == "train":
+        argv += ["--output", str(tmp_path / "out")]
+    code, _, err = run(*argv, "--decode", "cuda", "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1) and "decode 'cuda' needs a CUDA device" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_truncated_jpeg_is_named_at_every_scale(photograph, scales):
