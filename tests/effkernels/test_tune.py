@@ -457,6 +457,38 @@ def test_a_kernel_is_tuned_by_simulation(tmp_path):
     assert {row["family"] for row in rows} == {"elementwise"} and len(rows) > 3
 
 
+STALE = """
+import sys
+import torch
+from effkernels.configs import tables
+from effkernels.configs.gpus import GPUS
+from effkernels.tools import tune
+
+table = tables.read(tables.FOLDER / "sm_90.json")
+left = {(row["family"], row["key"]): row for row in table["rows"]}
+meta, start = torch.device("meta"), tune.simulated("h200", None)
+with tables.meta_is(GPUS["h200"]):
+    todo = tune.workloads([1.0], [torch.bfloat16], [256], meta)
+for workload in todo:
+    asked, code, _ = start(workload, print)
+    row = left.pop((workload.family, next(key for family, key, _ in asked if family == workload.family)), None)
+    if row is not None and row["code"] != code:
+        print(f"{row['family']} {row['key']}: other kernels")
+print(*left, sep="\\n", end="")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_the_table_in_git_is_of_these_kernels():
+    """Otherwise ``python -m effkernels.tune --simulate --batches 256`` searches its stale rows again. Every row is of a
+    shape that a launch asks for.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", STALE], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_every_workload_starts_kernels_of_its_family():
     """Launchers run on the meta device, in a process without the interpreter. The same kernels have the same code,

@@ -117,6 +117,7 @@ def draw(path: Path, prediction: Prediction, title: str) -> None:
         for j, (row, spans) in enumerate(sorted(bars.items())):
             warps.broken_barh(spans, (row - 0.4, 0.8), facecolors=COLOURS[reason], label=reason if j == 0 else None)
     warps.set(xlabel="clocks", ylabel="warp, in the order in which programs start")
+    warps.yaxis.get_major_locator().set_params(integer=True)
     warps.invert_yaxis()
     warps.legend(loc="upper right", fontsize=8, ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
