@@ -29,6 +29,7 @@ STATISTICS = "test_pointwise_forward.py::test_statistics[cpu-3-5-7-12-10-bfloat1
 SLICES = "test_pointwise_forward.py::test_several_slices_of_columns[cpu-fragments]"
 GATES = "test_pointwise_forward.py::test_inference_epilogue[cpu-17-2-2-70-33-bfloat16-copy]"
 DEPTHWISE_PRODUCTS = "test_depthwise.py::test_forward_by_products"
+TWO_ROWS = "test_depthwise.py::test_backward_with_two_rows_an_iteration"
 BLOCK = "test_modules.py::test_mbconv_in_training[cpu-8-8-3-1-6-0.5-symmetric-silu-0.3-5-4-None]"
 PROJECT = "test_project_backward.py::"
 HARD_SWISH = "test_activations.py::test_derivative"
@@ -79,6 +80,34 @@ FAULTS = [
         "if (W0 + i // K) % STRIDE == r:",
         "if (W0 + i // K + 1) % STRIDE == r:",
         DEPTHWISE,
+    ),
+    Fault(
+        "a row of the next program counted as well",
+        "kernels/depthwise_backward.py",
+        "row_x = row_x & (t0 + u < TH + M - 1)",
+        "row_x = row_x & (t0 + u < TH + M)",
+        f"{TWO_ROWS}[cpu-3-1-1-9]",
+    ),
+    Fault(
+        "two rows an iteration, but one further",
+        "kernels/depthwise_backward.py",
+        "off_dy += UNROLL * OW * C",
+        "off_dy += OW * C",
+        f"{TWO_ROWS}[cpu-5-1-2-8]",
+    ),
+    Fault(
+        "a column beyond dy taken to be inside",
+        "kernels/depthwise_backward.py",
+        "min(OW - last + M - 1, cfg.TW",
+        "min(OW - last + M, cfg.TW",
+        f"{TWO_ROWS}[cpu-3-1-1-9]",
+    ),
+    Fault(
+        "a column beyond x taken to be inside",
+        "kernels/depthwise_backward.py",
+        "min(W + left - last * stride,",
+        "min(W + left + 1 - last * stride,",
+        f"{TWO_ROWS}[cpu-3-2-2-11]",
     ),
     Fault(
         "padding activated",

@@ -43,6 +43,7 @@ class DepthwiseConfig:
         Without it a row of columns is loaded as one block and taken apart.
     stages: how many rows of the input are in flight or in use. Two and more are copied to shared memory asynchronously;
         with 1 a row is loaded when it is met.
+    unroll: how many rows of dy the backward does in one iteration of its loop.
     products: the forward leaves its multiplications to the tensor cores. S must be 8 then, and TW a multiple of 4.
     split: dgrad and the two halves of wgrad are programs of their own in one launch, where one program that did
         everything would spill.
@@ -57,6 +58,7 @@ class DepthwiseConfig:
     TH: int
     num_warps: int = 1
     stages: int = 3
+    unroll: int = 1
     split: bool = False
     wide: bool = False
     products: bool = False
@@ -180,10 +182,12 @@ def depthwise_backward_config(
     """The ring of dy rows, the weights and their gradients leave room for one channel a thread; wide strips pay for the
     halo.
 
-    sm_90, bf16, instructions an input element with both BNs, SiLU and the gate: 3x3 64.5 at 168 registers, 5x5 106.5 at
-    249; 34 and 65 of them multiply and add, and 4 and 12 move the ring down a row, which only a loop body k times as
-    long would save. Rows are loaded one ahead, which predicts 13 to 22 % less time at k = 3 and 5. Tiles of 28 rows
-    evaluate fewer of dy twice than those of 16, where there are enough of them.
+    sm_90, bf16, instructions an input element with both BNs, SiLU and the gate, of whole strips: 3x3 61 to 64 at up to
+    168 registers, 5x5 98 at 255, more than half of them multiply-adds. Left alone, ptxas holds 3x3 to 128 and loads too
+    late (predicted, H200, 3x3 of stride 2 at 112 pixels: 503 us, with up to 168 registers 449). Moving the ring down a
+    row took 10 of a hundred at k = 5: two rows an iteration move it once (14 x 14 pixels, 672 channels: 158 us for
+    169), and would spill 16 bytes in strips of 8. Rows are loaded one iteration ahead, which predicts 13 to 22 % less
+    time at k = 3 and 5. Tiles of 28 rows evaluate fewer of dy twice than those of 16, where there are enough of them.
     """
     if K == 1:
         TW = 8  # 8 columns of dy make a 16-byte load
@@ -193,7 +197,6 @@ def depthwise_backward_config(
         TW = 4
     else:
         TW = 1 if K == 9 and stride == 1 and dtype.itemsize == 4 else 2
-    limit = _register_limit(K, dtype)
     warps = 12 if K <= 3 else 8
     tall = N * -(-cols // TW) * -(-rows // 28) * -(-C // DEPTHWISE_CHANNELS) >= 2 * warps * processor_count(device)
     return DepthwiseConfig(
@@ -202,8 +205,9 @@ def depthwise_backward_config(
         TW=TW,
         TH=even_rows(rows, 28 if tall and stride == 1 else 16),
         stages=2 if K == 3 or K == 5 and dtype.itemsize == 2 else 1,
+        unroll=2 if (K, TW) == (5, 7) and dtype == torch.bfloat16 else 1,
         split=K > 7,
-        maxnreg=limit,
+        maxnreg=168 if K == 3 and dtype == torch.bfloat16 else _register_limit(K, dtype),
         warps_per_sm=warps,
     )
 
@@ -232,9 +236,9 @@ class RowsConfig:
         return rows_per_program, -(-rows // rows_per_program)
 
     def persistent(self, rows: int, blocks_c: int, device: torch.device) -> tuple[int, int]:
-        """(rows per program, programs per block of channels), 4 programs an SM in all: they are resident at once, and
-        leave few enough partial results that the last of them sums them in up to ten steps."""
-        wanted = max(1, 4 * processor_count(device) // blocks_c)
+        """(rows per program, programs per block of channels), 3 programs an SM in all: they are resident at once, and
+        leave few enough partial results that the last of them sums them in a few steps."""
+        wanted = max(1, 3 * processor_count(device) // blocks_c)
         rows_per_program = max(self.BLOCK_ROWS, -(-rows // wanted))
         return rows_per_program, -(-rows // rows_per_program)
 
@@ -254,9 +258,11 @@ def elementwise_config(C: int, dtype: torch.dtype) -> RowsConfig:
 
 @tuned
 def reduction_config(C: int, dtype: torch.dtype) -> RowsConfig:
-    """A step takes 2048 elements with 4 warps: a thread has 16 fp32 accumulators for each of up to five sums."""
+    """A step takes 2048 elements with 2 warps: a thread has 32 fp32 accumulators for each of two sums, and fewer
+    threads have less to add up at the end. Predicted on an H200, BatchNorm 3's sums of B0 at 256 images: 224 us, and
+    230 with four warps."""
     BLOCK_C = _channel_block(C, 64)
-    return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C)
+    return RowsConfig(BLOCK_ROWS=2048 // BLOCK_C, BLOCK_C=BLOCK_C, num_warps=2)
 
 
 @tuned
@@ -706,17 +712,17 @@ def stem_forward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemCo
 
 @tuned
 def stem_backward_config(K: int, S: int, rows: int, dtype: torch.dtype) -> StemConfig:
-    """A thread has 16 values of each operand, since dy is formed from two more blocks in flight; in bf16 with up to 32
-    channels it has 8, which lets an SM hold four programs. 64 channels are given 255 registers: left alone, ptxas
-    stopped at 168 and spilled 8 bytes of GELU."""
+    """16 values a thread of each operand: dy is formed from two more blocks in flight. 255 registers on 64 channels:
+    left alone, ptxas stopped at 168 and spilled 8 bytes of GELU. In bf16 up to 32 channels three programs an SM
+    (H200, predicted, B0's at 256 images: 159 us; four with half the pixels 198)."""
     BLOCK_N = _power_of_two(S, 16, 64)
     light = dtype == torch.bfloat16 and BLOCK_N <= 32
     return StemConfig(
-        BLOCK_M=_power_of_two(rows, 16, (1024 if light else 2048) // max(BLOCK_N, 32)),
+        BLOCK_M=_power_of_two(rows, 16, 2048 // max(BLOCK_N, 32)),
         BLOCK_N=BLOCK_N,
         BLOCK_K=_power_of_two(K, 16, 32),
-        programs_per_sm=4 if light else 2,
-        maxnreg=255 if BLOCK_N == 64 else 128 if light else None,
+        programs_per_sm=3 if light else 2,
+        maxnreg=255 if BLOCK_N == 64 else 168 if light else None,
     )
 
 
@@ -869,10 +875,10 @@ class ExpandGradientConfig:
     """A program has BLOCK_E x BLOCK_I of the expand layer's gradient, and takes BLOCK_K rows of the Gram matrix a
     step."""
 
-    BLOCK_E: int = 32
-    BLOCK_I: int = 32
+    BLOCK_E: int = 16
+    BLOCK_I: int = 16
     BLOCK_K: int = 16  # with 32, ptxas spilled 8 bytes to stay at 56 registers
-    num_warps: int = 4
+    num_warps: int = 1
 
 
 @tuned
@@ -922,7 +928,7 @@ class GateBackwardConfig:
     BLOCK_N: int = 16
     BLOCK_C: int = 64
     BLOCK_P: int = 16
-    num_warps: int = 4
+    num_warps: int = 2
     maxnreg: int | None = 200
 
     @property
@@ -937,8 +943,7 @@ class GateBackwardConfig:
 
 @tuned
 def gate_backward_config(R: int) -> GateBackwardConfig:
-    """The limit is 200 registers: ptxas, left alone, spilled 16 bytes to stay at 128, and on sm_100 as many at 168.
-    B0's 1152 channels at 256 images were predicted to take 20 us on an H200, with plain multiply-adds over 128 channels
-    25.
+    """200 registers: ptxas, left alone, spilled 16 bytes to stay at 128, and on sm_100 as many at 168. H200, predicted,
+    B0's 1152 channels at 256 images: 13 us, with four warps 17.
     """
     return GateBackwardConfig(BLOCK_R=_power_of_two(R, 16, 32))

@@ -483,7 +483,7 @@ def gradient_reduce_kernel(
     mean, scale, shift = mean[None, :], scale[None, :], shift[None, :]
     s1 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     s3 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
-    for start in range(first, last, BLOCK_ROWS):
+    for start in tl.range(first, last, BLOCK_ROWS, num_stages=3):
         row_ok = start + r < last
         ok = row_ok[:, None] & mc[None, :]
         offset = start * C + r[:, None] * C + c[None, :]

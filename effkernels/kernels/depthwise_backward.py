@@ -16,7 +16,14 @@ gradients number as many as programs, not tiles; ``weight_gradients`` adds them 
 not suffice for everything (SPLIT), three programs share a tile: dgrad, and the upper and lower half of wgrad.
 
 Where all lanes of a warp are at the same pixel (S = 1), a condition on the row is a branch and one on the column a
-factor 0 or 1: what is masked was loaded as 0, so the product is 0.
+factor 0 or 1: what is masked was loaded as 0, so the product is 0. Most columns are inside whatever the strip, and have
+none: dy's from M - 1 up to SURE_DY, x's from s - 1 up to SURE_X, which follow from what the width leaves when divided
+by TW. An iteration of the loop does UNROLL rows of dy, which then move down the registers together:
+
+    iteration     row of dy   its M - 1 halo columns and TW columns       x, dx: the centre of the last M rows of dy
+    t, u = 0      newest      v v v v | v v v v v v v                     rows t - M + 1 ... t      loaded one
+    t, u = 1      newest      v v v v | v v v v v v v                     rows t - M + 2 ... t + 1  iteration ahead
+    t + UNROLL    M - 1 rows are copied to where the next iteration expects them, once
 """
 
 import torch
@@ -86,7 +93,10 @@ def backward_part(
     TW: tl.constexpr,
     CW: tl.constexpr,
     XWP: tl.constexpr,
+    SURE_DY: tl.constexpr,
+    SURE_X: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     ACT2: tl.constexpr,
     ACT1: tl.constexpr,
     NEED_DX: tl.constexpr,
@@ -110,6 +120,11 @@ def backward_part(
     XW: tl.constexpr = TW * STRIDE  # columns of x it owns
     if NEED_DX:
         taps = load_weights(w, c, mc, x.dtype.element_ty, K * K)
+        if given(norm1):  # phi1' comes over UNIT1, which the taps make up for
+            scaled = ()
+            for i in tl.static_range(K * K):
+                scaled = scaled + (taps[i] * UNIT1,)
+            taps = scaled
     if given(norm2):
         scale2, shift2 = activation_row(norm2, c, mc, ACT2, FAST)
         scale_dq = scale_and_shift(norm2, c, mc)[0] * UNIT2
@@ -165,106 +180,114 @@ def backward_part(
                 for j in tl.static_range(XW):
                     x_in = x_in + (((iw0 + j >= 0) & (iw0 + j < W)).to(tl.float32)[:, None],)
         ring = zero_blocks((D1 - D0) * ND, S, BLOCK_C)
-        for t in tl.range(0, TH + M - 1, num_stages=STAGES):
+        for t0 in tl.range(0, TH + M - 1, UNROLL, num_stages=STAGES):
             # All loads of the iteration come first, so that a warp waits for memory once.
-            row_dy = (oh >= D0) & (oh < OH + D0)
-            mask = mask_dy & row_dy[None, :, None]
-            dq_block = tl.load(dqn + off_dy, mask=mask, other=0.0)
-            if given(norm2):
-                y_block = tl.load(yn + off_dy, mask=mask, other=0.0)
-            off_dy += OW * C
-            x_blocks = ()
-            for r in tl.static_range(STRIDE if NEED_DW or given(norm1) else 0):
-                mask = mask_x & ((t >= M - 1) & (ih + r >= 0) & (ih + r < H))[None, :, None]
-                x_blocks = x_blocks + (tl.load(xn + (off_x + r * W * C), mask=mask, other=0.0),)
-            if any_row(row_dy):
-                newest = split_columns(dq_block, CW)
+            dq_blocks, y_blocks, x_blocks = (), (), ()
+            for u in tl.static_range(UNROLL):
+                mask = mask_dy & ((oh + u >= D0) & (oh + u < OH + D0))[None, :, None]
+                dq_blocks = dq_blocks + (tl.load(dqn + (off_dy + u * OW * C), mask=mask, other=0.0),)
                 if given(norm2):
-                    y_columns = split_columns(y_block, CW)
-                values = ()
-                for d in tl.static_range(ND):
-                    v = newest[d].to(tl.float32)
+                    y_blocks = y_blocks + (tl.load(yn + (off_dy + u * OW * C), mask=mask, other=0.0),)
+                for r in tl.static_range(STRIDE if NEED_DW or given(norm1) else 0):
+                    i = u * STRIDE + r
+                    wanted = (t0 + u >= M - 1) & (ih + i >= 0) & (ih + i < H)
+                    if u > 0:
+                        wanted = wanted & (t0 + u < TH + M - 1)
+                    mask = mask_x & wanted[None, :, None]
+                    x_blocks = x_blocks + (tl.load(xn + (off_x + i * W * C), mask=mask, other=0.0),)
+            off_dy += UNROLL * OW * C
+            for u in tl.static_range(UNROLL):
+                row_dy = (oh >= D0) & (oh < OH + D0)
+                if any_row(row_dy):
+                    newest = split_columns(dq_blocks[u], CW)
                     if given(norm2):
-                        y2 = y_columns[d].to(tl.float32)
-                        phi, dphi = normalise_activate_and_grad(y2, scale2, shift2, ACT2, FAST)
-                        v = v * slope_dq
-                        if dpool is not None:
-                            v += offset_dq
-                        v = v * dphi
-                        if terms2 is not None:
-                            v += offset2 + slope2 * y2
-                        if S == 1:
-                            v = v * dy_in[d]
-                        else:
-                            v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
-                    values = values + (v,)
-            else:
-                values = zero_blocks(ND, S, BLOCK_C)
-            # Triton loads ahead only in loops whose variables are results of operations, hence the 0; moving a row down
-            # takes ptxas an instruction for each value anyway.
-            for i in tl.static_range((D1 - D0 - 1) * ND):
-                values = values + (ring[i] + 0.0 if STAGES > 1 else ring[i],)
-            ring = values  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
-            for r in tl.static_range(STRIDE):
-                row_x = (t >= M - 1) & (ih >= 0) & (ih < H)
-                if any_row(row_x):
-                    if NEED_DW or given(norm1):
-                        x_columns = split_columns(x_blocks[r], XWP)
-                    outputs = ()
-                    for j in tl.static_range(XWP):
-                        if j >= XW:
-                            outputs = outputs + (tl.zeros([S, BLOCK_C], x.dtype.element_ty),)
-                        else:
-                            if NEED_DW or given(norm1):
-                                x1 = x_columns[j].to(tl.float32)
-                            if given(norm1):
-                                a, slope = normalise_activate_and_grad(x1, scale1, shift1, ACT1, FAST)
-                                if S == 1:
-                                    inside = x_in[j]
-                                    a = a * inside
-                                    slope = slope * (inside * UNIT1)
-                                else:
-                                    inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
-                                    a = tl.where(inside, a, 0.0)
-                                    slope = tl.where(inside, slope * UNIT1, 0.0)
-                            elif NEED_DW:
-                                a = x1
-                            da = tl.zeros([S, BLOCK_C], tl.float32)
-                            if NEED_DX:
-                                for i in tl.static_range(K * K):
-                                    if i // K % STRIDE == r:
+                        y_columns = split_columns(y_blocks[u], CW)
+                    row = ()
+                    for d in tl.static_range(ND):
+                        v = newest[d].to(tl.float32)
+                        if given(norm2):
+                            y2 = y_columns[d].to(tl.float32)
+                            phi, dphi = normalise_activate_and_grad(y2, scale2, shift2, ACT2, FAST)
+                            v = v * slope_dq
+                            if dpool is not None:
+                                v += offset_dq
+                            v = v * dphi
+                            if terms2 is not None:
+                                v += offset2 + slope2 * y2
+                            if S > 1:
+                                v = tl.where((row_dy & (ow0 + d >= 0) & (ow0 + d < OW))[:, None], v, 0.0)
+                            elif d < M - 1 or d >= SURE_DY:
+                                v = v * dy_in[d]
+                        row = row + (v,)
+                else:
+                    row = zero_blocks(ND, S, BLOCK_C)
+                # Triton loads ahead only in loops whose variables are results of operations, hence the 0 where the loop
+                # begins.
+                moved = row
+                for i in tl.static_range((D1 - D0 - 1) * ND):
+                    moved = moved + (ring[i] + 0.0 if STAGES > 1 and u == 0 else ring[i],)
+                ring = moved  # ring[m * ND + d] is dy at row oh - D0 - m, column ow0 + d
+                for r in tl.static_range(STRIDE):
+                    row_x = (t0 + u >= M - 1) & (ih >= 0) & (ih < H)
+                    if u > 0:  # TH + M - 1 need not divide by UNROLL
+                        row_x = row_x & (t0 + u < TH + M - 1)
+                    if any_row(row_x):
+                        if NEED_DW or given(norm1):
+                            x_columns = split_columns(x_blocks[u * STRIDE + r], XWP)
+                        outputs = ()
+                        for j in tl.static_range(XWP):
+                            if j >= XW:
+                                outputs = outputs + (tl.zeros([S, BLOCK_C], x.dtype.element_ty),)
+                            else:
+                                if NEED_DW or given(norm1):
+                                    x1 = x_columns[j].to(tl.float32)
+                                if given(norm1):
+                                    a, slope = normalise_activate_and_grad(x1, scale1, shift1, ACT1, FAST)
+                                    if S > 1:
+                                        inside = (row_x & (iw0 + j >= 0) & (iw0 + j < W))[:, None]
+                                        a = tl.where(inside, a, 0.0)
+                                        slope = tl.where(inside, slope, 0.0)
+                                    elif j < STRIDE - 1 or j >= SURE_X:
+                                        a = a * x_in[j]
+                                        slope = slope * x_in[j]
+                                elif NEED_DW:
+                                    a = x1
+                                da = tl.zeros([S, BLOCK_C], tl.float32)
+                                if NEED_DX:
+                                    for i in tl.static_range(K * K):
+                                        if i // K % STRIDE == r:
+                                            if i % K % STRIDE == j % STRIDE:
+                                                da += (
+                                                    ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1]
+                                                    * taps[i]
+                                                )
+                                grads = ()
+                                for i in tl.static_range((W1 - W0) * K):
+                                    tap = dw[i]
+                                    if (W0 + i // K) % STRIDE == r:
                                         if i % K % STRIDE == j % STRIDE:
-                                            da += (
-                                                ring[i // K // STRIDE * ND + j // STRIDE - i % K // STRIDE + M - 1]
-                                                * taps[i]
+                                            tap += (
+                                                ring[
+                                                    ((W0 + i // K) // STRIDE - D0) * ND
+                                                    + j // STRIDE
+                                                    - i % K // STRIDE
+                                                    + M
+                                                    - 1
+                                                ]
+                                                * a
                                             )
-                            grads = ()
-                            for i in tl.static_range((W1 - W0) * K):
-                                tap = dw[i]
-                                if (W0 + i // K) % STRIDE == r:
-                                    if i % K % STRIDE == j % STRIDE:
-                                        tap += (
-                                            ring[
-                                                ((W0 + i // K) // STRIDE - D0) * ND
-                                                + j // STRIDE
-                                                - i % K // STRIDE
-                                                + M
-                                                - 1
-                                            ]
-                                            * a
-                                        )
-                                grads = grads + (tap,)
-                            dw = grads
-                            if given(norm1) and NEED_DX:
-                                da = da * slope
-                                sum_dz += da
-                                sum_dzy += da * (x1 - mean1)
-                            outputs = outputs + (cast(da, x.dtype.element_ty),)
-                    if NEED_DX:
-                        tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask_x & row_x[None, :, None])
-                off_x += W * C
-                ih += 1
-            oh += 1
+                                    grads = grads + (tap,)
+                                dw = grads
+                                if given(norm1) and NEED_DX:
+                                    da = da * slope
+                                    sum_dz += da
+                                    sum_dzy += da * (x1 - mean1)
+                                outputs = outputs + (cast(da, x.dtype.element_ty),)
+                        if NEED_DX:
+                            tl.store(dxn + off_x, join_columns(outputs, 0, XWP), mask=mask_x & row_x[None, :, None])
+                    off_x += W * C
+                    ih += 1
+                oh += 1
     # One row of partials per program: k*k weight gradients, then BN1's two sums.
     out = partials + p.to(tl.int64) * (K * K + 2) * C + c
     if NEED_DW:
@@ -346,7 +369,10 @@ def depthwise_backward_kernel(
     TW: tl.constexpr,
     CW: tl.constexpr,
     XWP: tl.constexpr,
+    SURE_DY: tl.constexpr,
+    SURE_X: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     ACT2: tl.constexpr,
     ACT1: tl.constexpr,
     NEED_DX: tl.constexpr,
@@ -405,7 +431,10 @@ def depthwise_backward_kernel(
                 TW=TW,
                 CW=CW,
                 XWP=XWP,
+                SURE_DY=SURE_DY,
+                SURE_X=SURE_X,
                 STAGES=STAGES,
+                UNROLL=UNROLL,
                 ACT2=ACT2,
                 ACT1=ACT1,
                 NEED_DX=NEED_DX and i == 0,
@@ -465,6 +494,7 @@ def depthwise_backward(
     first_col, cols = _strided(W, stride, left)
     cfg = depthwise_backward_config(K=K, stride=stride, N=N, rows=rows, cols=cols, C=C, dtype=x.dtype, device=x.device)
     strips_w = triton.cdiv(cols, cfg.TW)
+    M, last = triton.cdiv(K, stride), first_col + (strips_w - 1) * cfg.TW  # last: column of dy that begins a strip
     strips = strips_w * triton.cdiv(rows, cfg.TH)
     groups = triton.cdiv(strips, cfg.S)
     blocks_c = triton.cdiv(C, cfg.BLOCK_C)
@@ -478,6 +508,8 @@ def depthwise_backward(
         group_sums = fp32(x.device, triton.cdiv(P, GROUP.value), 2, C)
         finished = torch.empty_like(norm1.weight), torch.empty_like(norm1.bias), fp32(x.device, C), fp32(x.device, C)
     dgamma1, dbeta1, k0_1, k1_1 = finished or (None,) * 4
+    # Columns that are inside whatever the strip; beyond k = 5, ptxas spills for the fewer factors.
+    sure_dy, sure_x = min(OW - last + M - 1, cfg.TW + M - 1), min(W + left - last * stride, cfg.TW * stride)
     # Where a warp's share of x is under 16 bytes a thread, wider loads with idle lanes beat narrow ones.
     x_columns = max(triton.next_power_of_2(cfg.TW * stride), 512 // (cfg.S * cfg.BLOCK_C * x.element_size()))
     if need_dx or need_dw:
@@ -521,9 +553,12 @@ def depthwise_backward(
             BLOCK_C=cfg.BLOCK_C,
             S=cfg.S,
             TW=cfg.TW,
-            CW=triton.next_power_of_2(cfg.TW + -(-K // stride) - 1),
+            CW=triton.next_power_of_2(cfg.TW + M - 1),
             XWP=x_columns,
+            SURE_DY=sure_dy if K <= 5 else 0,
+            SURE_X=sure_x if K <= 5 else 0,
             STAGES=cfg.stages,
+            UNROLL=cfg.unroll,
             ACT2=act2,
             ACT1=act1,
             NEED_DX=need_dx,

@@ -37,7 +37,7 @@ def per_pass(launch: Launch) -> tuple[float, str] | None:
     if launch.name in DEPTHWISE_FORWARD:
         return k["S"] * k["BLOCK_C"] * k["TW"] / launch.threads, "y"
     if launch.name == "depthwise_backward_kernel":
-        return k["S"] * k["BLOCK_C"] * k["TW"] * k["STRIDE"] ** 2 / launch.threads, "x"
+        return k["S"] * k["BLOCK_C"] * k["TW"] * k["STRIDE"] ** 2 * k["UNROLL"] / launch.threads, "x"
     if launch.name in ("statistics_kernel", "apply_kernel", "gradient_sums_kernel", "pool_kernel"):
         return k["BLOCK_ROWS"] * k["BLOCK_C"] / launch.threads, "y"
     if launch.name == "apply_backward_kernel":

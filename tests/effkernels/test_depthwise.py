@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from effkernels.configs import tables
 from effkernels.configs.rules import DepthwiseConfig
 from effkernels.geometry import conv_out_size, pad_amounts
 from effkernels.reference import ACTIVATIONS, depthwise_conv
@@ -228,13 +229,21 @@ def test_backward_real_shapes(i, k, stride, padding, N, H, W, C, dtype, device, 
     check_backward(i, k, stride, padding, N, H, W, C, dtype, device)
 
 
-@pytest.mark.parametrize("k, dtype", [(3, torch.bfloat16), (5, torch.float32)])
-def test_backward_in_strips_of_7_columns(k, dtype, device, scratch):
-    """Of a width of 14; with batch statistics, the gate and BN1."""
+@pytest.mark.parametrize("k, stride, rows, W", [(3, 1, 1, 9), (3, 2, 2, 11), (5, 1, 2, 8), (5, 2, 1, 7), (9, 1, 3, 3)])
+def test_backward_with_two_rows_an_iteration(k, stride, rows, W, device, scratch):
+    """Programs of few rows, and of an odd number of them with their halo; strips that end inside and outside of the
+    image."""
+    with tables.override("depthwise_backward", TH=rows, unroll=2):
+        check_backward(0, k, stride, "symmetric", 1, 5, W, 4, torch.float32, device)
+
+
+@pytest.mark.parametrize("i, k, dtype", [(0, 3, torch.bfloat16), (0, 5, torch.float32), (5, 5, torch.bfloat16)])
+def test_backward_in_strips_of_7_columns(i, k, dtype, device, scratch):
+    """Of a width of 14; with batch statistics, the gate and BN1. (bf16 rounds y2 across the kink of ReLU.)"""
     from effkernels.configs.rules import depthwise_backward_config
 
     assert depthwise_backward_config(k, 1, 1, 3, 14, 24, dtype, torch.device(device)).TW == 7
-    check_backward(0, k, 1, "symmetric", 1, 3, 14, 24, dtype, device)
+    check_backward(i, k, 1, "symmetric", 1, 3, 14, 24, dtype, device)
 
 
 @pytest.mark.parametrize("need_dx, need_dw", [(True, False), (False, True)])
