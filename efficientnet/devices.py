@@ -1,12 +1,13 @@
 """Where a model runs: the device by its name, and which kernels its blocks run there."""
 
+import sys
 from collections import Counter
 
 import torch
 
 from efficientnet.choices import DEVICES
 from efficientnet.errors import InputError
-from effkernels import explain
+from effkernels import explain, warm_up
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,6 +39,22 @@ def describe_backend(model: torch.nn.Module, images: torch.Tensor) -> str:
     parts = [f"triton for {reasons.fused} of {len(reasons)} MBConv blocks"]
     parts += [f"PyTorch reference for {count}: {reason}" for reason, count in counts.most_common()]
     return "; ".join(parts)
+
+
+def compile_kernels(model: torch.nn.Module, images: torch.Tensor, training: bool) -> int:
+    """Compile the kernels of a step on such images in parallel, with a line of progress; how many there were.
+
+    Call it under the autocast to come. Where no block runs fused there is nothing to compile.
+    """
+    if not explain(model, images).fused:
+        return 0
+
+    def report(done, total):
+        if done == total or sys.stderr.isatty():
+            end = "\n" if done == total else "\r"
+            print(f"compiling kernels {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return warm_up(model, images, training, report=report)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,8 @@ _HOME = {
     "restore": "effkernels.adapters.accelerate",
     "explain": "effkernels.adapters.accelerate",
     "why_not_fused": "effkernels.dispatch",
+    "warm_up": "effkernels.compilation",
+    "graphed": "effkernels.graphs",
 }
 _MODULES = ("functional", "reference")
 

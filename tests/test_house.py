@@ -22,6 +22,8 @@ ROOMS = {
     "effkernels/functional.py": "operators for NCHW tensors, checked",
     "effkernels/modules": "layers with parameters, over the functional forms",
     "effkernels/adapters": "other libraries' layers, run by the functional forms",
+    "effkernels/compilation.py": "has the kernels of a step compiled before it runs",
+    "effkernels/graphs.py": "a model's forward as one CUDA graph",
     "effkernels/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "effkernels/tools": "looks at launches, tunes and predicts them; nothing that runs a model needs it",
     "effkernels/tools/simulator": "predicts the launches of any module of fused blocks",
@@ -44,6 +46,8 @@ ROOMS = {
     "efficientnet/__init__.py": "the public names: points to rooms above, and none of those points to it",
     "effkernels/tools/networks.py": "the networks that are predicted by name, so it stands on both packages",
     "effkernels/tools/simulate.py": "a command that predicts those networks",
+    "effkernels/tools/compile_time.py": "a command that compiles their kernels",
+    "effkernels/tools/host_time.py": "a command that times their launches",
     "benchmarks": "times all of it against other libraries; nothing that is installed needs it",
 }
 

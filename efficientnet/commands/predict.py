@@ -100,13 +100,23 @@ def _paths(names):
     return list(dict.fromkeys(paths))
 
 
+def _graphed(model, images):
+    """The model behind a CUDA graph, where its blocks run fused."""
+    from effkernels import explain, graphed
+
+    return graphed(model, images) if images.is_cuda and explain(model, images).fused else model
+
+
 def _in_order(paths, runner, model, batches):
     """(path, probabilities [classes], or None where the image cannot be read) of every path, in order."""
     import torch
 
-    done = 0
+    done, begun = 0, False
     for images, indices in batches:
         with torch.no_grad(), runner.autocast():
+            if not begun and len(paths) > 4 * len(images):  # a capture takes as long as a few batches
+                model = _graphed(model, images)
+            begun = True
             probabilities = model(images).float().softmax(1).cpu()
         for index, row in zip(indices.tolist(), probabilities, strict=True):
             if row.isnan().any():

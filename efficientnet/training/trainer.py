@@ -22,7 +22,7 @@ from efficientnet.data.images import ImageSet
 from efficientnet.data.loading import Unreadable
 from efficientnet.data.order import TrainingOrder
 from efficientnet.data.sets import Data, load_data
-from efficientnet.devices import describe_backend, out_of_memory, pick_device, use_tf32
+from efficientnet.devices import compile_kernels, describe_backend, out_of_memory, pick_device, use_tf32
 from efficientnet.errors import InputError, Interrupted, TrainingStopped
 from efficientnet.files import replacing
 from efficientnet.model.config import EfficientNetConfig
@@ -248,6 +248,7 @@ class Trainer:
         if self.log and self.history:
             self.log.rewrite(self.history)
         self._announce()
+        self._compile_kernels()
         self._write_samples()
         bar = tqdm(
             total=total,
@@ -805,6 +806,19 @@ class Trainer:
         print(f"device      {where}, amp {config.amp}")
         print(f"backend     {backend}")
         print(f"output      {self.output}", flush=True)
+
+    def _compile_kernels(self):
+        """In parallel, before the first update; of several processes on a machine the first one compiles for all."""
+        together = self.processes.world > 1 and self.config.sync_bn  # no process can run a step alone
+        if self.runner.device.type != "cuda" or self.config.compile or together:
+            return
+        if self.processes.local_rank == 0:
+            size = self.data.preprocess.hw
+            images = torch.zeros(self.config.batch_size, self.config.in_chans, *size, device=self.runner.device)
+            with self.runner.autocast():
+                compile_kernels(self.model, images.to(memory_format=self.runner.memory_format), training=True)
+        if self.processes.world > 1:
+            torch.distributed.barrier()
 
     def _write_samples(self):
         """Write one held-out digit of each class as a PNG, for ``predict``."""

@@ -114,6 +114,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 _caches = [_table]
+_listeners: list[Callable[[], None]] = []
 
 
 def _architecture(device: torch.device | None) -> tuple[int, int] | None:
@@ -179,9 +180,16 @@ def forget() -> None:
     _forget_decisions()
 
 
+def when_decisions_change(forget: Callable[[], None]) -> None:
+    """Have ``forget`` called when what rules decided before may no longer hold."""
+    _listeners.append(forget)
+
+
 def _forget_decisions() -> None:
     for cache in _caches:
         cache.cache_clear()
+    for listener in _listeners:
+        listener()
 
 
 @contextlib.contextmanager
@@ -225,6 +233,11 @@ def falling_back(fields: dict) -> Iterator[list[tuple[str, str, object]]]:
 def overridden() -> bool:
     """Whether a configuration was asked for by name, so that no other may stand in for it."""
     return bool(_overrides)
+
+
+def disturbed() -> bool:
+    """Whether rules are watched, or answer for another than the GPU at hand or what was asked for by name."""
+    return bool(_overrides or _watchers or _disabled or _stand_in)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ Sizes are arguments of their own, never in a tuple: there Triton would compile a
 import functools
 import inspect
 import math
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -38,11 +39,63 @@ SIZES = (
 ).split()
 
 
+class _Recorder(threading.local):
+    started: Callable | None = None
+
+
+_TRITONS_RUN = triton.JITFunction.run
+
+
+def launches_watched() -> bool:
+    """Whether somebody wants to see every launch as Triton makes it: a profiler's hooks, or ``record_launches``."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return (
+        any(getattr(hook, "calls", hook) for hook in hooks)
+        or triton.JITFunction.run is not _TRITONS_RUN
+        or Kernel.collector is not None
+    )
+
+
+class Kernel(triton.JITFunction):
+    """A jitted function that is started from Python, and says so to who watches.
+
+    collector: takes (kernel, arguments, keywords) of every launch of the process instead of its being started, for
+    ``effkernels.warm_up``. recorder.started, a thread's own: is told (kernel, what Triton compiled, grid, arguments,
+    keywords) of launches that were started, for ``effkernels.ops.plans``.
+    """
+
+    collector: Callable | None = None
+    recorder = _Recorder()
+
+    def run(self, *args: object, grid: tuple, warmup: bool = False, **kwargs: object) -> object:
+        """Triton's launch, by which ``kernel[grid](...)`` starts it."""
+        if Kernel.collector is not None and not warmup:
+            return Kernel.collector(self, args, kwargs)
+        compiled = super().run(*args, grid=grid, warmup=warmup, **kwargs)
+        if Kernel.recorder.started is not None:
+            Kernel.recorder.started(self, compiled, grid, args, kwargs)
+        return compiled
+
+    def starter(self, compiled: triton.compiler.CompiledKernel, grid: tuple) -> Callable:
+        """A function that starts what Triton compiled on the current stream, given every argument in order. It checks
+        nothing: dtypes and alignments must be those that it was compiled for, the device the current one.
+        """
+        grid_0, grid_1, grid_2 = (*grid, 1, 1)[:3]
+        start, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        driver = triton.runtime.driver.active
+        device, stream_of = driver.get_current_device(), driver.get_current_stream
+
+        def start_kernel(*args: object) -> None:
+            start(grid_0, grid_1, grid_2, stream_of(device), function, metadata, None, None, None, *args)
+
+        return start_kernel
+
+
 def sized_jit(fn: Callable) -> triton.JITFunction:
     """Compile a kernel by ``triton.jit``, and never again for another size."""
     parameters = inspect.signature(fn).parameters.values()
     named = [p.name for p in parameters if p.name in SIZES and p.annotation is not tl.constexpr]
-    return triton.jit(fn, do_not_specialize=named)
+    return triton.jit(fn, do_not_specialize=named) if INTERPRET else Kernel(fn, do_not_specialize=named)
 
 
 def given(argument: object) -> tl.constexpr:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from effkernels.configs.rules import weight_form
-from effkernels.kernels.common import cast
+from effkernels.kernels.common import cast, sized_jit
 
 BLOCK = 1024  # elements of a program
 
@@ -43,7 +43,7 @@ def copy_block(weight, copy, O, K, block, FORM: tl.constexpr, BLOCK: tl.constexp
     tl.store(copy + at, cast(w.to(tl.float32), copy.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@sized_jit
 def weight_copies_kernel(weights, copies, sizes, FORMS: tl.constexpr, BLOCK: tl.constexpr):
     """Block program_id(0) of copy program_id(1). sizes: 2 O + 1 and 2 K + 1 of each: Triton compiles again for a size
     of 1 or a multiple of 16 in a tuple, which such numbers never are.

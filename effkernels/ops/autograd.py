@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from effkernels.ops import plans
 from effkernels.ops.counters import own_counters
 
 LIB = torch.library.Library("effkernels", "DEF")
@@ -201,21 +202,27 @@ class Operator:
 
     def _run(self, *flat):
         with on_the_device_of(flat[0]):
-            results = self.forward(**self.structured(flat))
+            return plans.run(self.name, self._run_as_written, flat)
+
+    def _run_as_written(self, *flat):
+        results = self.forward(**self.structured(flat))
         return results if self.results is None else tuple(_present(results, flat[0]))
 
     def _run_backward(self, dout: Tensor, *flat):
+        with on_the_device_of(dout):
+            return plans.run(f"{self.name}_backward", self._run_backward_as_written, (dout, *flat))
+
+    def _run_backward_as_written(self, dout: Tensor, *flat):
         *flat, needs = flat
         kept, saved = flat[: len(self.kept)], flat[len(self.kept) :]
         saved = [None if t.numel() == 0 else t for t in saved]
         result = self.results._fields[0]
-        with on_the_device_of(dout):
-            gradients = self.backward(
-                dout,
-                saved=self.results(**{result: None}, **dict(zip(self.results._fields[1:], saved, strict=True))),
-                needs=frozenset(needs),
-                **self.structured(kept, self.kept),
-            )
+        gradients = self.backward(
+            dout,
+            saved=self.results(**{result: None}, **dict(zip(self.results._fields[1:], saved, strict=True))),
+            needs=frozenset(needs),
+            **self.structured(kept, self.kept),
+        )
         return tuple(_present([gradients.get(name) if name in needs else None for name in self.inputs], dout))
 
     def _fake(self, *flat):
@@ -269,15 +276,18 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     """The autograd node: a gradient for the first result, none for the others, which are kept."""
     tensors = [leaf.name for leaf in operator.kept if leaf.is_tensor]
     shortcuts = [leaf.name for leaf in operator.leaves if leaf.role == "shortcut"]
+    names = [leaf.name for leaf in operator.leaves]
+    kept_names = [leaf.name for leaf in operator.kept]
+    settings = [leaf.name for leaf in operator.kept if not leaf.is_tensor]
 
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx, dispatched, *flat):
             results = _below_autograd(operator.name, operator._run, dispatched, flat)
             out, *saved = results
-            given = {leaf.name: value for leaf, value in zip(operator.leaves, flat, strict=True)}
+            given = dict(zip(names, flat, strict=True))
             ctx.save_for_backward(*(given[name] for name in tensors), *saved)
-            ctx.settings = {leaf.name: given[leaf.name] for leaf in operator.kept if not leaf.is_tensor}
+            ctx.settings = {name: given[name] for name in settings}
             ctx.shortcut_dtypes = {name: given[name].dtype for name in shortcuts if given[name] is not None}
             ctx.dispatched = dispatched
             ctx.mark_non_differentiable(*saved)
@@ -287,23 +297,21 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
         @staticmethod
         @once_differentiable
         def backward(ctx, dout, *unused):
-            wanted = {
-                leaf.name for leaf, needed in zip(operator.leaves, ctx.needs_input_grad[1:], strict=True) if needed
-            }
+            wanted = {name for name, needed in zip(names, ctx.needs_input_grad[1:], strict=True) if needed}
             gradients = {}
             needs = [name for name in operator.inputs if name in wanted]
             if dout is not None and needs:
                 unpacked = ctx.saved_tensors  # asked for once: activation checkpointing refuses a second time
                 kept = dict(zip(tensors, unpacked, strict=False)) | ctx.settings
                 saved = unpacked[len(tensors) :]
-                args = (dout.contiguous(), *(kept[leaf.name] for leaf in operator.kept), *saved, needs)
+                args = (dout.contiguous(), *(kept[name] for name in kept_names), *saved, needs)
                 found = _below_autograd(f"{operator.name}_backward", operator._run_backward, ctx.dispatched, args)
                 gradients = {
                     name: gradient for name, gradient in zip(operator.inputs, found, strict=True) if name in wanted
                 }
             if dout is not None:
                 gradients |= {name: dout.to(dtype) for name, dtype in ctx.shortcut_dtypes.items() if name in wanted}
-            return None, *(gradients.get(leaf.name) for leaf in operator.leaves)
+            return None, *map(gradients.get, names)
 
     Node.__name__ = Node.__qualname__ = operator.name.title().replace("_", "")
     return Node

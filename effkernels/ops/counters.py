@@ -18,8 +18,26 @@ _buffers: dict[tuple[int, int], torch.Tensor] = {}
 _thread = threading.local()
 
 
+class _Recorder(threading.local):
+    made: Callable | None = None
+
+
+# made: told (function, arguments, keywords, result) of counters that a call was given, by ``effkernels.ops.plans``,
+# whose replays are given counters of their own, too.
+recorder = _Recorder()
+
+
 def zeroed_counters(x: torch.Tensor, needed: int) -> torch.Tensor:
     """At least ``needed`` zeros, int32, on x's device, for launches on the current stream."""
+    if recorder.made is None:
+        return _zeroed_counters(x, needed)
+    with torch.utils._python_dispatch._disable_current_modes():
+        counters = _zeroed_counters(x, needed)
+    recorder.made(_zeroed_counters, (x, needed), {}, counters)
+    return counters
+
+
+def _zeroed_counters(x: torch.Tensor, needed: int) -> torch.Tensor:
     if x.device.type == "meta":
         return x.new_empty(needed, dtype=torch.int32)
     if not x.is_cuda:  # the interpreter, where a launch may be interrupted half-way

@@ -164,7 +164,7 @@ def source_digest(fn: triton.JITFunction) -> str:
 
     (``JITFunction.cache_key`` changes with the line a function stands on.)
     """
-    jitted, todo, found = type(fn), [fn], {}
+    jitted, todo, found = triton.JITFunction, [fn], {}
     while todo:
         function = todo.pop()
         if (key := (function.fn.__module__, function.fn.__qualname__)) in found:

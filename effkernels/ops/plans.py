@@ -1,0 +1,176 @@
+"""What an operator does, decided once a shape and kept: its launches and PyTorch's own operators as one straight
+function, without the Python that decided on them.
+
+The first call with some shapes runs as it is written, and compiles. The second is recorded: every kernel that it
+starts, with what Triton compiled for it, and every operator of PyTorch, as a ``torch.fx`` graph over the operator's
+tensors. Later calls run that graph's code. A plan serves calls of the same ``key``: the same settings, and tensors of
+the same dtypes, sizes, strides, devices and alignment of their addresses to 16 bytes, all that the choice of
+configuration and Triton's specialisation depend on. Tensors are read where they lie, so nothing goes stale; memory is
+freed where it was read last, as before.
+
+Nothing is recorded or replayed where somebody watches launches or operators, asks for configurations by name, or where
+several processes are normalised together. A call that does what a graph cannot hold is left as it is.
+"""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effkernels.configs import tables
+from effkernels.ops import counters
+
+MOST = 1024  # plans; with more shapes than that all are forgotten
+_plans: dict[tuple, Callable | None | str] = {}
+_SEEN = "seen once"
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_PURE = (torch.empty, torch.empty_strided, torch.as_strided, operator.getitem)
+tables.when_decisions_change(_plans.clear)
+
+
+def possible() -> bool:
+    """Whether kernels are compiled; Triton's interpreter starts none."""
+    from effkernels.kernels.common import INTERPRET
+
+    return not INTERPRET
+
+
+def key_of(name: str, arguments: tuple) -> tuple | None:
+    """What a plan of the operator ``name`` depends on, or None where none may be made or used."""
+    from effkernels.kernels import common
+
+    if not possible() or tables.disturbed() or torch._C._len_torch_dispatch_stack() or common.launches_watched():
+        return None
+    key: list = [name, common.matmul_precision()]
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
+                return None
+            key.append((value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16))
+        else:
+            key.append(tuple(value) if isinstance(value, list) else value)
+    return tuple(key)
+
+
+def run(name: str, implementation: Callable, arguments: tuple) -> object:
+    """``implementation(*arguments)``, by its plan where there is one."""
+    key = key_of(name, arguments)
+    plan = _SEEN if key is None else _plans.get(key, "")
+    if plan is None or key is None:
+        return implementation(*arguments)
+    if callable(plan):
+        return plan(*arguments)
+    if plan == _SEEN:
+        results, _plans[key] = _recorded(implementation, arguments)
+        return results
+    if len(_plans) >= MOST:
+        _plans.clear()
+    results = implementation(*arguments)
+    _plans[key] = _SEEN
+    return results
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes operators and launches into a graph, while they run."""
+
+    def __init__(self, arguments: tuple):
+        super().__init__()
+        self.graph, self.problem = torch.fx.Graph(), None
+        self.nodes: dict[int, torch.fx.Node] = {}
+        self.alive: list[torch.Tensor] = []  # so that no id is used again
+        self.bases: dict[int, torch.Tensor] = {}  # of views
+        for i, value in enumerate(arguments):
+            node = self.graph.placeholder(f"argument{i}")
+            if isinstance(value, torch.Tensor):
+                self.know(value, node)
+
+    def know(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
+        self.nodes.setdefault(id(tensor), node)
+        self.alive.append(tensor)
+
+    def names(self, value: object) -> object:
+        """``value`` with nodes in the place of tensors."""
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.nodes:
+                self.problem = "a tensor comes from outside"
+            return self.nodes.get(id(value))
+        if isinstance(value, (tuple, list)):
+            return [*map(self.names, value)] if isinstance(value, list) else tuple(map(self.names, value))
+        if isinstance(value, dict):
+            return {name: self.names(member) for name, member in value.items()}
+        return value
+
+    def call(self, function: Callable, args: tuple, kwargs: dict, result: object) -> None:
+        """Write down that ``function`` gave ``result``."""
+        node = self.graph.call_function(function, self.names(tuple(args)), self.names(kwargs))
+        if isinstance(result, torch.Tensor):
+            self.know(result, node)
+        elif isinstance(result, (tuple, list)):
+            for i, member in enumerate(result):
+                if isinstance(member, torch.Tensor):
+                    self.know(member, self.graph.call_function(operator.getitem, (node, i)))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """An operator, or what does the same in less time."""
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in _ALLOCATIONS:
+            like = {"dtype": result.dtype, "device": result.device}
+            size = (tuple(result.shape),) if result.is_contiguous() else (tuple(result.shape), result.stride())
+            self.call(torch.empty if result.is_contiguous() else torch.empty_strided, size, like, result)
+        elif function.is_view and isinstance(result, torch.Tensor) and result.dtype == next(iter(args)).dtype:
+            # Of the tensor that was allocated, not of another view, so that those in between are not made.
+            of, *_ = args
+            base = self.bases.get(id(of), of)
+            self.bases[id(result)] = base
+            self.call(
+                torch.as_strided, (base, tuple(result.shape), result.stride(), result.storage_offset()), {}, result
+            )
+        else:
+            self.call(function, args, kwargs or {}, result)
+        return result
+
+    def pointers(self, value: object) -> object:
+        """A kernel's argument as it is handed to Triton's launcher: of tensors the address counts, so for a view that
+        begins where its tensor does that tensor will do, and nothing for what is compiled into the kernel.
+        """
+        if isinstance(value, tuple):
+            return tuple(map(self.pointers, value))
+        if isinstance(value, torch.Tensor):
+            base = self.bases.get(id(value), value)
+            return base if base.data_ptr() == value.data_ptr() else value
+        return value if isinstance(value, (int, float, bool)) else None
+
+    def started(self, kernel: object, compiled: object, grid: tuple, args: tuple, kwargs: dict) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        names = [p.name for p in kernel.params]
+        if compiled is None or any(name not in given for name in names):
+            self.problem = "a launch that Triton finishes itself"
+            return
+        self.call(kernel.starter(compiled, grid), tuple(self.pointers(given[name]) for name in names), {}, None)
+
+
+def _has_effects(node: torch.fx.Node) -> bool:
+    """Whether a call may not be left out though nobody reads its result: launches, and operators that write."""
+    if node.op != "call_function":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema.is_mutable if schema is not None else node.target not in _PURE
+
+
+def _recorded(implementation: Callable, arguments: tuple) -> tuple[object, Callable | None]:
+    """(the results of a call, a plan of it or None)."""
+    from effkernels.kernels.common import Kernel
+
+    recorder = _Recorder(arguments)
+    Kernel.recorder.started, counters.recorder.made = recorder.started, recorder.call
+    try:
+        with recorder:
+            results = implementation(*arguments)
+    finally:
+        Kernel.recorder.started = counters.recorder.made = None
+    recorder.graph.output(recorder.names(results))
+    recorder.graph.eliminate_dead_code(_has_effects)
+    if recorder.problem is not None:
+        return results, None
+    return results, torch.fx.GraphModule(torch.nn.Module(), recorder.graph).forward
