@@ -19,7 +19,8 @@ import torch
 
 import effkernels.kernels
 from efficientnet import create_model
-from efficientnet.measure.timing import keep_freed_memory, quantiles, versions
+from efficientnet.measure.timing import quantiles, versions
+from efficientnet.memory import keep_freed_memory
 from effkernels import dispatch
 from effkernels.ops import plans
 from effkernels.tools.networks import MODELS, MODES
