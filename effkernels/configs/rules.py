@@ -809,12 +809,13 @@ def expand_inside(
     Both are compared in seconds an expanded element. Two launches take at least their bytes at copy speed, I/E + 1
     and 1 + 1/s^2 elements. One launch takes its issue slots, as a program runs TH = 16 rows and ceil(k/s) - 1 more, or
     its bytes, I/E + 1/s^2 elements, whichever is longer. At k = 3, s = 2 in bf16 (B0's second stage) that is 0.85 ps
-    against 1.12 ps; every other case loses. With more than 32 inputs an element takes 22 instructions, and x, which
-    each 32 channels read again, takes L2 as long as e1 took DRAM. A heavy activation makes it 60 instructions (GELU);
-    the others are near SiLU.
+    against 1.12 ps; every other case loses. With more than 16 inputs a product takes two steps, and x, which each 32
+    channels read again, takes L2 as long as e1 took DRAM: B4's block of 24 inputs (380 pixels, 64 images, an H200) was
+    predicted at 526 us in one launch and 372 us in two. A heavy activation makes it 60 instructions (GELU); the others
+    are near SiLU.
     """
     instructions = EXPAND_DEPTHWISE_INSTRUCTIONS.get((dtype, kernel_size, stride))
-    if instructions is None or in_channels > 32 or act in HEAVY_ACTIVATIONS:
+    if instructions is None or in_channels > 16 or act in HEAVY_ACTIVATIONS:
         return False
     x, e2 = in_channels / expanded, 1 / stride**2
     separate = (x + 1 + 1 + e2) * dtype.itemsize / _GPU.bandwidth
