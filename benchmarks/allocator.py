@@ -1,8 +1,8 @@
 """What keeping freed memory is worth on a CPU: ``python -m benchmarks.allocator`` writes results/allocator.json.
 
 Training steps of B0 at 128 pixels, with glibc as it is and as the command line tells it (efficientnet/memory.py), each
-in a fresh process, in turns; with one thread and with two. ``ratio`` is that of the medians of each pair of processes:
-kept over not kept. ``plain`` is the same for torchvision's network, where it is installed.
+in a fresh process, in turns; with one thread and with two; of this library, and of torchvision's network where that is
+installed. A ratio is that of the medians of a pair of processes: kept over not kept.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from efficientnet.weights.factory import create_model
 
 RESULTS = Path(__file__).parent / "results" / "allocator.json"
 SIZE, BATCH = 128, 16
-WARM, TIMED = 3, 8  # steps of one process
+WARM, TIMED = 3, 6  # steps of one process
 
 
 def measure(network: str, keep: bool, threads: int) -> dict:
     """Medians of a step of this process: milliseconds of the clock and of the CPU, page faults; its peak memory."""
     if keep and not keep_freed_memory():
         raise RuntimeError("this C library cannot be told to keep freed memory")
+    if network == "torchvision" and (problem := libraries.problem(network)) is not None:
+        raise RuntimeError(problem)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = create_model("efficientnet_b0") if network == "ours" else libraries.build("torchvision", "b0")
@@ -61,6 +63,7 @@ def measure(network: str, keep: bool, threads: int) -> dict:
 def fresh(*arguments: object) -> dict:
     """``measure`` in a process of its own. Raises RuntimeError with its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    environment["GOMP_SPINCOUNT"] = "1000"  # as the command line sets it
     command = [sys.executable, "-m", "benchmarks.allocator", "--one", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -87,7 +90,7 @@ def compared(network: str, threads: int, pairs: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.allocator", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--pairs", type=int, default=9, help="of processes (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="of processes (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, metavar=("NETWORK", "KEEP", "THREADS"), help="measure here, print JSON")
     args = parser.parse_args(argv)
@@ -96,13 +99,14 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(network, bool(int(keep)), int(threads))))
         return
     networks = ["ours"] + (["torchvision"] if libraries.problem("torchvision") is None else [])
-    load = os.getloadavg()[0]
-    rows = [compared(network, threads, args.pairs) for network in networks for threads in (1, 2)]
-    machine = versions(torch.device("cpu")) | libraries.versions()
-    document = {"step": f"training of B0, {BATCH} images of {SIZE} pixels, AdamW, channels_last", "rows": rows}
-    document |= {"load_average": [load, os.getloadavg()[0]], "date": datetime.now(timezone.utc).date().isoformat()}
-    args.out.write_text(json.dumps(document | machine, indent=1) + "\n", encoding="utf-8")
-    print(args.out.read_text(encoding="utf-8"))
+    document = {"step": f"training of B0, {BATCH} images of {SIZE} pixels, AdamW, channels_last", "rows": []}
+    document |= versions(torch.device("cpu")) | libraries.versions()
+    document |= {"date": datetime.now(timezone.utc).date().isoformat()}
+    for network in networks:
+        for threads in (1, 2):
+            document["rows"].append(compared(network, threads, args.pairs) | {"load_average": os.getloadavg()[0]})
+            args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(document["rows"][-1]), flush=True)
 
 
 if __name__ == "__main__":

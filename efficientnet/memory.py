@@ -17,8 +17,8 @@ ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_P
 def keep_freed_memory() -> bool:
     """Tell glibc to keep memory that is freed for the next tensors, and say whether it was told.
 
-    Otherwise tensors of more than 32 MB, and the end of the heap after every step, go back to the system, which hands
-    out empty pages again one by one: up to half of a training step's time on a CPU. The price is that the process keeps
+    Otherwise large tensors, and the end of the heap after every step, go back to the system, which hands out empty
+    pages again one by one (docs/benchmarks.md has what that costs a training step). The price is that the process keeps
     what it needed most, in pieces that do not always fit what comes next.
 
     It is not told where the user's environment says it already (MALLOC_TRIM_THRESHOLD_ and the like, GLIBC_TUNABLES

@@ -43,6 +43,27 @@ def test_predicted_times():
     assert all(abs(part - int(whole)) <= len(now) for part, whole in zip(parts, now["all"], strict=True))
 
 
+def test_images_on_a_cpu():
+    rows = json.loads((ROOT / "benchmarks/results/images.json").read_text(encoding="utf-8"))["benchmarks"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for row in (row["extra_info"] for row in rows):
+        ratios = (
+            "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time_over"][f"torchvision v{v}"]) for v in (1, 2)
+        )
+        name = row["shape"].replace("x", " x ").replace("-", " ")
+        assert f"| {name} | {row['step']} | {row['median_ms']:.1f} | {' | '.join(ratios)} |" in page
+    assert len(rows) == 4
+
+
+def test_memory_on_a_cpu():
+    rows = json.loads((ROOT / "benchmarks/results/allocator.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for row in (row for row in rows if row["network"] == "ours"):
+        ratios = ("{median:.2f} ({low:.2f} to {high:.2f})".format(**row[f"{key} ratio"]) for key in ("cpu", "clock"))
+        pairs = (f"{row['as it is'][key]:,.0f} -> {row['kept'][key]:,.0f}" for key in ("faults", "peak_mb"))
+        assert f"| {row['threads']} | {' | '.join(ratios)} | {' | '.join(pairs)} |" in page
+
+
 def test_accuracy_on_digits():
     runs = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))["seeds"]
     accuracies, seconds = (sorted(run[key] for run in runs.values()) for key in ("accuracy", "cpu_s"))

@@ -10,6 +10,7 @@ import torch
 from efficientnet import cli, create_model
 from efficientnet.data.images import ImageSet
 from efficientnet.data.order import Draw
+from efficientnet.data.sets import load_data
 from efficientnet.devices import out_of_memory
 from efficientnet.errors import InputError
 from efficientnet.measure import loader, model_benchmark
@@ -182,6 +183,7 @@ def test_images_for_the_network(image_folder, capsys, monkeypatch, mode):
     assert [record["implementation"] for record in records] == ["ours", "eager"]
     for record in records:
         assert record["loader_samples_per_sec"] > 0 and record["loader_cpu_ms"] > 0
+        assert record["loader_samples_per_sec"] * record["loader_cpu_ms"] < 1100, "one thread: no more than the clock"
         needed = record[f"{mode}_samples_per_sec"] * record["loader_cpu_ms"] / 1e3
         assert record["loader_cores"] == pytest.approx(needed, abs=0.006)
 
@@ -191,7 +193,10 @@ def test_the_loader_reads_training_crops_or_held_out_images(image_folder, monkey
     monkeypatch.setattr(ImageSet, "__getitem__", lambda self, item: asked.append(item) or read(self, item))
     for training, kind in ((True, Draw), (False, int)):
         asked.clear()
-        assert Loader(f"imagefolder:{image_folder}", 32, training)._read(30, epoch=0) >= 30
+        name = f"imagefolder:{image_folder}"
+        measured, data = Loader(name, 32, training), load_data(name, 32)
+        assert measured.images.images == (data.train if training else data.val).images
+        assert measured._read(30, epoch=0) >= 30
         assert len(asked) >= 30 and all(type(item) is kind for item in asked)
 
 
