@@ -50,7 +50,7 @@ def test_images_on_a_cpu():
         ratios = (
             "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["time_over"][f"torchvision v{v}"]) for v in (1, 2)
         )
-        name = row["shape"].replace("x", " x ").replace("-", " ")
+        name = {"500x375": "500 x 375", "12-megapixels": "12 megapixels"}[row["shape"]]
         assert f"| {name} | {row['step']} | {row['median_ms']:.1f} | {' | '.join(ratios)} |" in page
     assert len(rows) == 4
 
