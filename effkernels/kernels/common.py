@@ -88,6 +88,7 @@ class Kernel(triton.JITFunction):
         def start_kernel(*args: object) -> None:
             start(grid_0, grid_1, grid_2, stream_of(device), function, metadata, None, None, None, *args)
 
+        start_kernel.starts_kernel = self.__name__
         return start_kernel
 
 

@@ -12,6 +12,7 @@ Nothing is recorded or replayed where somebody watches launches or operators, as
 several processes are normalised together. A call that does what a graph cannot hold is left as it is.
 """
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -23,6 +24,8 @@ from effkernels.ops import counters
 
 MOST = 1024  # plans; with more shapes than that all are forgotten
 _plans: dict[tuple, Callable | None | str] = {}
+SMALL = 2**20  # bytes; larger memory is an allocation of its own, which is freed where it was read last
+ALIGNMENT = 512
 _SEEN = "seen once"
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _PURE = (torch.empty, torch.empty_strided, torch.as_strided, operator.getitem)
@@ -60,7 +63,8 @@ def run(name: str, implementation: Callable, arguments: tuple) -> object:
     if plan is None or key is None:
         return implementation(*arguments)
     if callable(plan):
-        return plan(*arguments)
+        results, _ = plan(*arguments)
+        return results
     if plan == _SEEN:
         results, _plans[key] = _recorded(implementation, arguments)
         return results
@@ -94,7 +98,8 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             if id(value) not in self.nodes:
                 self.problem = "a tensor comes from outside"
-            return self.nodes.get(id(value))
+                return None
+            return self.nodes[id(value)]
         if isinstance(value, (tuple, list)):
             return [*map(self.names, value)] if isinstance(value, list) else tuple(map(self.names, value))
         if isinstance(value, dict):
@@ -121,11 +126,16 @@ class _Recorder(TorchDispatchMode):
         elif function.is_view and isinstance(result, torch.Tensor) and result.dtype == next(iter(args)).dtype:
             # Of the tensor that was allocated, not of another view, so that those in between are not made.
             of, *_ = args
-            base = self.bases.get(id(of), of)
-            self.bases[id(result)] = base
-            self.call(
-                torch.as_strided, (base, tuple(result.shape), result.stride(), result.storage_offset()), {}, result
-            )
+            base = self.bases[id(result)] = self.bases.get(id(of), of)
+            if id(base) not in self.nodes:
+                self.problem = "a tensor comes from outside"
+            elif self.nodes[id(base)].op != "placeholder":
+                place = (tuple(result.shape), result.stride(), result.storage_offset())
+                self.call(torch.as_strided, (base, *place), {}, result)
+            elif function is torch.ops.aten.as_strided.default:
+                self.problem = "a place in an argument's storage, where that begins elsewhere in the next call"
+            else:
+                self.call(function, args, kwargs or {}, result)
         else:
             self.call(function, args, kwargs or {}, result)
         return result
@@ -158,6 +168,45 @@ def _has_effects(node: torch.fx.Node) -> bool:
     return schema.is_mutable if schema is not None else node.target not in _PURE
 
 
+def _share_memory(graph: torch.fx.Graph) -> torch.fx.Node | None:
+    """Put what is small, and seen by launches alone, into one allocation, which is returned: it must live as long as
+    the call. Those launches get addresses in the place of tensors; each begins at a multiple of ``ALIGNMENT`` bytes, as
+    the allocator's own do.
+    """
+
+    def launches(nodes):
+        return all(hasattr(node.target, "starts_kernel") for node in nodes)
+
+    total, found = 0, []
+    for node in graph.find_nodes(op="call_function", target=torch.empty):
+        views = [user for user in node.users if user.target is torch.as_strided]
+        (size,), itemsize = node.args, node.kwargs["dtype"].itemsize
+        moved = itemsize * math.prod(size)
+        seen = all(launches(view.users) for view in views) and launches(node.users.keys() - set(views))
+        if seen and 0 < moved <= SMALL:
+            found.append((node, views, total, itemsize))
+            total += -(-moved // ALIGNMENT) * ALIGNMENT
+    devices = {node.kwargs["device"] for node, *_ in found}
+    if len(devices) != 1:
+        return None
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        memory = graph.call_function(torch.empty, (total,), {"dtype": torch.uint8, "device": devices.pop()})
+    with graph.inserting_after(memory):
+        address = graph.call_function(torch.Tensor.data_ptr, (memory,))
+    for node, views, offset, itemsize in found:
+        for view in views:
+            *_, elements = view.args
+            with graph.inserting_before(view):
+                there = graph.call_function(operator.add, (address, offset + itemsize * elements))
+            view.replace_all_uses_with(there)
+            graph.erase_node(view)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_function(operator.add, (address, offset)))
+        graph.erase_node(node)
+    return memory
+
+
 def _recorded(implementation: Callable, arguments: tuple) -> tuple[object, Callable | None]:
     """(the results of a call, a plan of it or None)."""
     from effkernels.kernels.common import Kernel
@@ -169,8 +218,11 @@ def _recorded(implementation: Callable, arguments: tuple) -> tuple[object, Calla
             results = implementation(*arguments)
     finally:
         Kernel.recorder.started = counters.recorder.made = None
-    recorder.graph.output(recorder.names(results))
-    recorder.graph.eliminate_dead_code(_has_effects)
     if recorder.problem is not None:
         return results, None
-    return results, torch.fx.GraphModule(torch.nn.Module(), recorder.graph).forward
+    graph = recorder.graph
+    output = graph.output((recorder.names(results), None))
+    graph.eliminate_dead_code(_has_effects)
+    kept, _ = output.args[0]
+    output.args = ((kept, _share_memory(graph)),)
+    return results, torch.fx.GraphModule(torch.nn.Module(), graph).forward

@@ -1,5 +1,6 @@
 """Plans: what an operator recorded gives, bit for bit, what it gives as it is written."""
 
+import ctypes
 import json
 
 import pytest
@@ -26,6 +27,12 @@ class Recorded:
             if isinstance(given, tuple):
                 members = [merged(*pair) for pair in zip(given, pointers, strict=True)]
                 return type(given)(*members) if hasattr(given, "_fields") else tuple(members)
+            if isinstance(given, torch.Tensor) and isinstance(pointers, int):
+                elements = 1 + sum((n - 1) * s for n, s in zip(given.shape, given.stride(), strict=True))
+                memory = (ctypes.c_char * (elements * given.element_size())).from_address(pointers)
+                memory = torch.frombuffer(memory, dtype=given.dtype)
+                addresses.append(given.numel())
+                return memory.as_strided(given.shape, given.stride())
             # Only the address of a tensor reaches a kernel, so any tensor that begins there does.
             return given if pointers is None else pointers
 
@@ -39,10 +46,12 @@ class Recorded:
                 **{n: merged(v, arguments.get(n)) for n, v in self.given.items()},
             )
 
+        start.starts_kernel = self.function.fn.__name__
         return start
 
 
 starts: list[str] = []
+addresses: list[int] = []  # sizes of what shares an allocation
 
 
 @pytest.fixture
@@ -68,6 +77,7 @@ def replayed(device, monkeypatch):
     monkeypatch.setattr(plans, "possible", lambda: True)
     plans._plans.clear()
     starts.clear()
+    addresses.clear()
     yield starts
     plans._plans.clear()
 
@@ -78,7 +88,8 @@ def steps(block, dtype, size, planned, monkeypatch):
     found = []
     for i in range(4):
         generator = torch.Generator().manual_seed(i)
-        x = torch.randn(2, block.in_channels, size, size, generator=generator).to(dtype).requires_grad_()
+        x = torch.randn(4, block.in_channels, size, size, generator=generator).to(memory_format=torch.channels_last)
+        x = x.to(dtype)[i % 3 : i % 3 + 2].detach().requires_grad_()  # begins elsewhere in its storage each time
         draws = torch.rand(2, generator=generator)
         out = block(x, draws) if block.drops else block(x)
         if block.training:
@@ -112,6 +123,7 @@ def test_replayed_steps_are_the_steps_themselves(replayed, monkeypatch, argument
         found = steps(block, dtype, 6, True, monkeypatch)
     launches = len(replayed)
     assert launches > 0 and launches % 2 == 0, "the third and the fourth step are replayed"
+    assert addresses and max(addresses) * 4 <= plans.SMALL
     assert len(wanted) == len(found)
     for a, b in zip(wanted, found, strict=True):
         assert torch.equal(a, b)
@@ -153,7 +165,18 @@ def test_a_tensor_from_outside_makes_no_plan(replayed):
     results, plan = plans._recorded(lambda x: x + outside, (torch.ones(3),))
     assert torch.equal(results, torch.full((3,), 2.0)) and plan is None
     results, plan = plans._recorded(lambda x: (x + 1) * 2, (torch.ones(3),))
-    assert torch.equal(plan(torch.zeros(3)), torch.full((3,), 2.0))
+    assert torch.equal(plan(torch.zeros(3))[0], torch.full((3,), 2.0))
+
+
+def test_a_view_is_of_the_argument_wherever_that_begins(replayed):
+    def tail(x):
+        return (x.view(-1)[2:] + 0, x.new_empty(9)[3:].zero_())
+
+    memory = torch.arange(40.0)
+    _, plan = plans._recorded(tail, (memory[8:16],))
+    found, zeros = plan(memory[16:24])[0]
+    assert torch.equal(found, memory[18:24]) and torch.equal(zeros, torch.zeros(6))
+    assert plans._recorded(lambda x: x.as_strided((2,), (1,), 9) + 0, (memory[8:16],))[1] is None
 
 
 def test_an_unaligned_pointer_runs_a_kernel_of_its_own():
