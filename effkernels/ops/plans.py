@@ -119,7 +119,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """An operator, or what does the same in less time."""
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in _ALLOCATIONS:
+        if function.namespace != "aten":
+            self.problem = f"{function.namespace} is at work, processes that wait for each other, say"
+        elif function.overloadpacket.__name__ in _ALLOCATIONS:
             like = {"dtype": result.dtype, "device": result.device}
             size = (tuple(result.shape),) if result.is_contiguous() else (tuple(result.shape), result.stride())
             self.call(torch.empty if result.is_contiguous() else torch.empty_strided, size, like, result)
@@ -223,6 +225,6 @@ def _recorded(implementation: Callable, arguments: tuple) -> tuple[object, Calla
     graph = recorder.graph
     output = graph.output((recorder.names(results), None))
     graph.eliminate_dead_code(_has_effects)
-    kept, _ = output.args[0]
+    ((kept, _),) = output.args
     output.args = ((kept, _share_memory(graph)),)
     return results, torch.fx.GraphModule(torch.nn.Module(), graph).forward

@@ -162,8 +162,12 @@ def test_a_table_that_changes_forgets_plans(replayed):
 def test_a_tensor_from_outside_makes_no_plan(replayed):
     """What a graph would hold for good is not replayed."""
     outside = torch.ones(3)
+    library = torch.library.Library("effkernels_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CPU")
     results, plan = plans._recorded(lambda x: x + outside, (torch.ones(3),))
     assert torch.equal(results, torch.full((3,), 2.0)) and plan is None
+    assert plans._recorded(lambda x: torch.ops.effkernels_test.twice(x), (torch.ones(3),))[1] is None
     results, plan = plans._recorded(lambda x: (x + 1) * 2, (torch.ones(3),))
     assert torch.equal(plan(torch.zeros(3))[0], torch.full((3,), 2.0))
 
