@@ -84,7 +84,6 @@ class Graphed(nn.Module):
     """``graphed(model, example)``: the model for inference, behind one CUDA graph for each kind of input.
 
     reason: why the last call ran the model without a graph, or None where it did not. ``model`` is the model itself.
-    Anything that an instance lacks is looked up there.
     """
 
     def __init__(self, model: nn.Module, most: int, graphs: CudaGraphs):
