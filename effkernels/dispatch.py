@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -70,19 +71,85 @@ _SETTINGS = tuple(os.environ.encodekey(name) for name in ("EFFKERNELS_BACKEND", 
 
 
 @functools.lru_cache
-def _only_plain_on_cpu(backend, interpret) -> bool:
+def _without_triton_on_cpu(backend, interpret) -> bool:
     backend, interpret = ("" if value is None else os.environ.decodevalue(value) for value in (backend, interpret))
     return backend.strip().lower() in ("", "auto", "reference") and not _switched_on(interpret)
 
 
 @_constant
-def only_plain_on_cpu() -> bool:
-    """Whether every CPU tensor takes the plain layers, without an error: the whole gate of a user without a GPU.
+def without_triton_on_cpu() -> bool:
+    """Whether a CPU tensor takes oneDNN's fused convolutions (``effkernels.cpu``) or the plain layers, without an
+    error: neither Triton's interpreter nor, by name, its kernels are asked for.
 
-    Reads the environment at each call. False decides nothing: ``why_not_fused`` tells the reason, or raises.
+    Reads the environment at each call.
     """
     environment = os.environ._data
-    return _only_plain_on_cpu(environment.get(_SETTINGS[0]), environment.get(_SETTINGS[1]))
+    return _without_triton_on_cpu(environment.get(_SETTINGS[0]), environment.get(_SETTINGS[1]))
+
+
+def on_onednn(x: torch.Tensor) -> bool:
+    """Whether what is fused for x is fused by ``effkernels.cpu``."""
+    return x.is_cpu and without_triton_on_cpu()
+
+
+def only_plain_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x takes the plain layers, which is known without looking at them: the whole gate of training on a CPU.
+
+    False decides nothing: ``why_not_fused`` tells the reason, or raises.
+    """
+    return on_onednn(x) and (torch.compiler.is_compiling() or torch.is_grad_enabled())
+
+
+@functools.cache
+def onednn_problem() -> str | None:
+    """Why oneDNN's fused convolutions cannot be called, or None."""
+    names = ("_convolution_pointwise", "_reorder_convolution_weight")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return "this PyTorch has no oneDNN convolutions to fuse on the CPU"
+    return None
+
+
+@functools.cache
+def _slow_bf16() -> None:
+    """Said once a process: bf16 on a CPU that only emulates it."""
+    if not any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")):
+        warnings.warn(
+            "this CPU has no bf16 instructions (AVX512_BF16 or AMX): bf16 runs, and is slower than fp32 here",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def onednn_problem_of(x: torch.Tensor) -> str | None:
+    """Why oneDNN's fused convolutions cannot serve x, a CPU tensor, or None; the layers are not asked."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is at work: on the CPU it compiles the plain layers"
+    if torch.is_grad_enabled():
+        return "the input is on the CPU, where inference alone is fused: call it under torch.no_grad()"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    if (problem := onednn_problem()) is not None:
+        return problem
+    dtype = compute_dtype(x)
+    if dtype == torch.float16:
+        return "compute dtype float16: on the CPU float32 and bfloat16 are fused"
+    if dtype == torch.bfloat16:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this CPU"
+        _slow_bf16()
+    return None
+
+
+def in_training(layers: Iterable[tuple[str, nn.Module]], drops: bool) -> str | None:
+    """The reason that a BatchNorm among them would use its batch's statistics, or a branch be dropped, or None."""
+    for name, layer in layers:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None):
+            return f"{name} is in training mode: on the CPU inference alone is fused"
+    return "drop-path is in training mode: on the CPU inference alone is fused" if drops else None
 
 
 @_constant
@@ -140,6 +207,14 @@ def tensor_problem(
             tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         ):
             return f"a {kind} is not contiguous"
+    return None
+
+
+def unusual_tensor(tensors: Iterable[torch.Tensor]) -> str | None:
+    """The reason that one of them is more than numbers in memory, or None."""
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return f"a tensor is a {type(tensor).__name__} of layout {tensor.layout}"
     return None
 
 
@@ -210,24 +285,27 @@ def layer_problem(
         return f"{name} is a {type(layer).__name__}"
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.affine:
         return f"{name} has no weight and bias (affine=False)"
-    if shape is not None and tuple(layer.weight.shape[:2]) != shape:
+    if shape is not None and layer.weight.shape[: len(shape)] != shape:
         return f"{name} does not fit its neighbours: its weight is {tuple(layer.weight.shape)}, {shape} wanted"
     if isinstance(layer, nn.Conv2d):
         grouped = role in ("conv_dw", "conv")
         k, stride, pad = depthwise if grouped or role == "conv_stem" else (1, 1, 0)
         groups = layer.out_channels if grouped else 1
-        wanted = (
-            ("kernel_size", tuple(layer.kernel_size), (k, k)),
-            ("stride", tuple(layer.stride), (stride, stride)),
-            ("padding", fixed_padding(layer), (pad, pad)),
-            ("dilation", tuple(layer.dilation), (1, 1)),
-            ("groups", layer.groups, groups),
-            ("in_channels", layer.in_channels, groups if grouped else layer.in_channels),
-            ("padding_mode", layer.padding_mode, "zeros"),
+        inputs = groups if grouped else layer.in_channels
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "padding_mode")
+        found = (
+            tuple(layer.kernel_size),
+            tuple(layer.stride),
+            fixed_padding(layer),
+            tuple(layer.dilation),
+            layer.groups,
+            layer.in_channels,
+            layer.padding_mode,
         )
-        for setting, found, expected in wanted:
-            if found != expected:
-                return f"{name} has {setting} {found}, kernels need {expected}: {layer}"
+        wanted = ((k, k), (stride, stride), (pad, pad), (1, 1), groups, inputs, "zeros")
+        if found != wanted:
+            setting, found, wanted = next(each for each in zip(names, found, wanted, strict=True) if each[1] != each[2])
+            return f"{name} has {setting} {found}, kernels need {wanted}: {layer}"
     if isinstance(layer, nn.Conv2d) and (layer.bias is None) == role.endswith(("conv_reduce", "conv_expand")):
         return f"{name} has {'no' if layer.bias is None else 'a'} bias"  # after BatchNorm folding, say
     return None
@@ -240,6 +318,7 @@ def why_not_fused(
     depthwise: tuple[int, int, int] = (1, 1, 0),
     shapes: dict | None = None,
     judge: Callable | None = None,
+    drops: bool = False,
 ) -> str | None:
     """None if kernels will run for ``layers`` on x [N, C, H, W], else the reason they will not.
 
@@ -250,6 +329,7 @@ def why_not_fused(
         shapes: {name: first two sizes of the layer's weight}, for layers that must fit each other.
         largest: channels of the widest tensor inside, for the int32 offsets within an image.
         judge: called for the reason that the layers give, instead of ``layer_problem`` of each.
+        drops: whether samples' branches are dropped now, which is training whatever the BatchNorms are in.
 
     Raises RuntimeError with the reason when EFFKERNELS_BACKEND=triton asks for kernels that cannot serve x, ValueError
     for another value of it than auto, triton, reference.
@@ -257,7 +337,10 @@ def why_not_fused(
     wanted = requested_backend()
     if wanted == "reference":
         return "EFFKERNELS_BACKEND=reference"
-    reason = None if x is None else watched(x) or platform_problem(x.device.type, x.device.index)
+    cpu = x is not None and on_onednn(x)
+    reason = None
+    if x is not None:
+        reason = watched(x) or (onednn_problem_of(x) if cpu else platform_problem(x.device.type, x.device.index))
     if reason is None:
         layers = dict(layers)
         if judge is not None:
@@ -274,6 +357,8 @@ def why_not_fused(
         )
         if reason is None and largest * x.shape[2] * x.shape[3] >= 2**31:
             reason = "one image of the widest tensor has 2**31 elements or more"
+        if reason is None and cpu:
+            reason = in_training(layers.items(), drops) or unusual_tensor([x, *parameters])
     if reason is not None and wanted == "triton" and x is not None:
         raise RuntimeError(f"EFFKERNELS_BACKEND=triton, but the fused kernels cannot serve: {reason}")
     return reason

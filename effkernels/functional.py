@@ -1,14 +1,15 @@
 """Fused operators on NCHW tensors (any memory format; channels_last costs no copy), twins of ``effkernels.reference``.
 
-They run the Triton kernels unconditionally: ``effkernels.dispatch.why_not_fused`` tells whether they can, the modules
-ask it. Results are channels_last. Autocast decides the compute dtype as for a convolution; sums, statistics and gates
-are fp32.
+They run fused unconditionally: ``effkernels.dispatch.why_not_fused`` tells whether they can, the modules ask it: in
+inference on CPU tensors by ``effkernels.cpu``, unless Triton's interpreter is asked for, else by Triton's kernels.
+Results are channels_last. Autocast decides the compute dtype as for a convolution; sums, statistics and gates are fp32.
 """
 
 import torch
 
 from effkernels import ops
-from effkernels.dispatch import compute_dtype
+from effkernels.cpu import inference as cpu
+from effkernels.dispatch import compute_dtype, on_onednn
 from effkernels.geometry import check_activation, check_conv_args, conv_out_size, conv_out_sizes
 from effkernels.ops.head import HeadSettings
 from effkernels.ops.mbconv import BlockSettings
@@ -115,6 +116,10 @@ def depthwise_conv_bn_act(
         size = (conv_out_size(n, weight.shape[-1], stride, padding) for n in x.shape[2:])
         return x.new_empty(0, weight.shape[0], *size, dtype=compute_dtype(x))
     _advance(norm, pre_norm)
+    batch = any(n.training for n in norms)
+    inference = not batch and not _differentiable([x, weight, *_parameters(*norms), *_tensors(squeeze_excite)])
+    if inference and pre_norm is None and squeeze_excite is None and on_onednn(x):
+        return cpu.depthwise_conv_bn_act(x, weight, norm, stride=stride, padding=padding, act=act)
     args = (
         _nhwc(x, compute_dtype(x)),
         weight,
@@ -123,8 +128,7 @@ def depthwise_conv_bn_act(
         squeeze_excite,
         DepthwiseSettings(stride, padding, act1=pre_act, act2=act),
     )
-    batch = any(n.training for n in norms)
-    if not batch and not _differentiable([x, weight, *_parameters(*norms), *_tensors(squeeze_excite)]):
+    if inference:
         return _nchw(ops.depthwise_block_inference(*args))
     return _nchw(ops.depthwise_block(*args))
 
@@ -159,6 +163,8 @@ def squeeze_excite(x: torch.Tensor, params: SqueezeExciteParams) -> torch.Tensor
     """``x * gate(W_e act(W_r mean_hw(x) + b_r) + b_e)``; x [N, C, H, W]."""
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
+    if on_onednn(x) and not _differentiable([x, *_tensors(params)]):
+        return cpu.squeeze_excite(x, params)
     return _nchw(ops.squeeze_excite(_nhwc(x), params))  # the product keeps its dtype, also under autocast
 
 
@@ -264,6 +270,34 @@ def mbconv(
     branch_draws, keep = branch_scale, -1.0
     if branch_scale is None and residual and training and drop_path > 0:
         branch_draws, keep = drop_path_draws(x.shape[0], x.device) if draws is None else draws, 1.0 - drop_path
+    parameters = [weight1, weight2, weight3, *_parameters(*norms), *_tensors(squeeze_excite)]
+    inference = (
+        branch_draws is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters])
+    )
+    if inference and stem_stride:
+        x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
+        return mbconv(
+            x=x,
+            expand=None,
+            depthwise=depthwise,
+            squeeze_excite=squeeze_excite,
+            project=project,
+            stride=stride,
+            padding=padding,
+            act=act,
+        )
+    if inference and on_onednn(x):
+        return cpu.mbconv(
+            x=x,
+            expand=expand,
+            depthwise=depthwise,
+            squeeze_excite=squeeze_excite,
+            project=project,
+            stride=stride,
+            padding=padding,
+            act=act,
+            residual=residual,
+        )
     shortcut = x if stem_stride else _nhwc(x)
     weight1 = weight1 if weight1 is None or stem_stride else weight1.contiguous()
     weight2, weight3 = weight2.contiguous(), weight3.contiguous()
@@ -291,20 +325,7 @@ def mbconv(
         "norm3": norm3,
         "settings": settings,
     }
-    parameters = [weight1, weight2, weight3, *_parameters(*norms), *_tensors(se)]
-    if branch_draws is None and not any(norm.training for norm in norms) and not _differentiable([x, *parameters]):
-        if stem_stride:
-            x = stem(x, *expand, stride=stem_stride, padding=padding, act=act)
-            return mbconv(
-                x=x,
-                expand=None,
-                depthwise=depthwise,
-                squeeze_excite=squeeze_excite,
-                project=project,
-                stride=stride,
-                padding=padding,
-                act=act,
-            )
+    if inference:
         return _nchw(ops.mbconv_inference(**block))
     _advance(*norms)
     return _nchw(ops.mbconv(**block, branch_draws=branch_draws))
@@ -323,8 +344,11 @@ def head(x: torch.Tensor, weight: torch.Tensor, norm: BatchNormParams, *, act: s
     dtype = compute_dtype(x)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0], dtype=dtype)
+    inference = not norm.training and not _differentiable([x, weight, *_parameters(norm)])
+    if inference and on_onednn(x):
+        return cpu.head(x, weight, norm, act=act)
     args = (_nhwc(x), weight.contiguous(), norm, HeadSettings(dtype, act))
-    if not norm.training and not _differentiable([x, weight, *_parameters(norm)]):
+    if inference:
         return ops.head_inference(*args)
     _advance(norm)
     return ops.head(*args)
@@ -352,8 +376,11 @@ def stem(
         return x.new_empty(
             0, weight.shape[0], *(conv_out_size(s, 3, stride, padding) for s in size), dtype=compute_dtype(x)
         )
+    inference = not norm.training and not _differentiable([x, weight, *_parameters(norm)])
+    if inference and on_onednn(x):
+        return cpu.stem(x, weight, norm, stride=stride, padding=padding, act=act)
     args = (x, weight, norm, StemSettings(compute_dtype(x), stride, padding, act))
-    if not norm.training and not _differentiable([x, weight, *_parameters(norm)]):
+    if inference:
         return _nchw(ops.stem_inference(*args))
     _advance(norm)
     return _nchw(ops.stem(*args))

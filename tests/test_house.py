@@ -19,6 +19,7 @@ ROOMS = {
     "effkernels/configs": "how a kernel is launched, by rule and by table; without Triton",
     "effkernels/kernels": "the mathematics; nothing above it knows pointers",
     "effkernels/ops": "which launches make an operator, and its gradient",
+    "effkernels/cpu": "inference on a CPU by oneDNN; it knows neither Triton nor what launches it",
     "effkernels/functional.py": "operators for NCHW tensors, checked",
     "effkernels/modules": "layers with parameters, over the functional forms",
     "effkernels/adapters": "other libraries' layers, run by the functional forms",

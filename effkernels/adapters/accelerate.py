@@ -71,7 +71,13 @@ def _judge(module, block, x):
     verdict = judge.judge_block(module, block, layers)
     problem = verdict if isinstance(verdict, str) else block.now
     largest = max((layer.out_channels for _, _, layer in layers if isinstance(layer, nn.Conv2d)), default=1)
-    reason = dispatch.why_not_fused(x, [(name, layer) for _, name, layer in layers], largest, judge=lambda: problem)
+    reason = dispatch.why_not_fused(
+        x,
+        [(name, layer) for _, name, layer in layers],
+        largest,
+        judge=lambda: problem,
+        drops=block.drop_rate > 0,
+    )
     return reason, None if reason is not None else verdict
 
 
@@ -112,7 +118,7 @@ def _only_plain(x):
     """Whether the library's own forward runs, without asking further."""
     if not isinstance(x, torch.Tensor) or dispatch.recording(x):
         return True
-    return x.dim() != 4 or x.shape[0] == 0 or (x.is_cpu and dispatch.only_plain_on_cpu())
+    return x.dim() != 4 or x.shape[0] == 0 or dispatch.only_plain_on_cpu(x)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import torch
 from effkernels import dispatch
 from effkernels.adapters.judge import ACTS, Verdict, activation, judge_separable, padding_rule
 from effkernels.adapters.parts import Block, Network
+from effkernels.cpu import inference as cpu_inference
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
 
 
@@ -27,19 +28,21 @@ def run_block(x: torch.Tensor, block: Block, verdict: Verdict, training: bool) -
     stages = [
         None if s is None else (s.conv[1].weight, norm(s.bn[1])) for s in (block.expand, block.depthwise, block.project)
     ]
-    out = functional.mbconv(
-        x=x,
-        expand=stages[0],
-        depthwise=stages[1],
-        squeeze_excite=se,
-        project=stages[2],
-        stride=block.depthwise.conv[1].stride[0],
-        padding=verdict.padding,
-        act=verdict.act,
-        residual=block.residual,
-        training=training,
-        branch_scale=block.draw_branch_scale(x, block.drop_rate) if block.drop_rate > 0 else None,
-    )
+    layers = {
+        "expand": stages[0],
+        "depthwise": stages[1],
+        "squeeze_excite": se,
+        "project": stages[2],
+        "stride": block.depthwise.conv[1].stride[0],
+        "padding": verdict.padding,
+        "act": verdict.act,
+        "residual": block.residual,
+    }
+    if dispatch.on_onednn(x):  # inference, as the gate said, of layers that fit each other
+        out = cpu_inference.mbconv(x, **layers)
+    else:
+        scale = block.draw_branch_scale(x, block.drop_rate) if block.drop_rate > 0 else None
+        out = functional.mbconv(x=x, **layers, training=training, branch_scale=scale)
     return out.to(dispatch.compute_dtype(x)) if block.in_place else out
 
 

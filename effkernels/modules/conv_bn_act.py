@@ -87,7 +87,7 @@ class FusedDepthwiseConvBNAct(nn.Module):
         if dispatch.recording(x):
             return self.forward_reference(x)
         self.check_input(x)
-        if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
+        if dispatch.only_plain_on_cpu(x) or self.why_not_fused(x) is not None:
             return self.forward_reference(x)
         from effkernels import functional
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from effkernels import dispatch, reference
+from effkernels.cpu import inference as cpu_inference
 from effkernels.geometry import check_activation, check_conv_args
 from effkernels.modules.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
 from effkernels.parameters import BatchNormParams, SqueezeExciteParams
@@ -156,7 +157,8 @@ class FusedMBConv(MBConvBase):
 
     ``[1x1 expand, BN, act] -> k x k depthwise, BN, act -> squeeze-excite -> 1x1 project, BN -> [drop-path, + input]``
     with the arguments, parameters, buffers and numbers of ``efficientnet.MBConv``; swapping the two classes changes the
-    speed only.
+    speed only. On a CPU tensor, in eval and under ``torch.no_grad()``, it runs oneDNN's fused convolutions
+    (``effkernels.cpu``).
 
     Args:
         in_channels, out_channels: I and O; the expanded width is ``round(in_channels * expand_ratio)``.
@@ -172,9 +174,9 @@ class FusedMBConv(MBConvBase):
             keep what autograd keeps.
 
     Shapes: x [N, I, H, W] (channels_last costs no copy) -> [N, O, H', W'], channels_last. Dtypes: fp32, bf16, fp16, or
-    what autocast says; parameters fp32 or of the compute dtype. Without a GPU or Triton, or for an input kernels do not
-    serve, it runs the plain layers: ``why_not_fused(x)`` tells the reason. Raises ValueError/TypeError for a wrong
-    argument or input, RuntimeError if EFFKERNELS_BACKEND=triton cannot be honoured.
+    what autocast says; parameters fp32 or of the compute dtype. Where it cannot be fused, it runs the plain layers:
+    ``why_not_fused(x)`` tells the reason. Raises ValueError/TypeError for a wrong argument or input, RuntimeError if
+    EFFKERNELS_BACKEND=triton cannot be honoured.
     Source: Sandler et al. 2018 (MobileNetV2), Hu et al. 2018 (squeeze-excite), Tan & Le 2019 (EfficientNet).
     """
 
@@ -195,7 +197,12 @@ class FusedMBConv(MBConvBase):
             R = self.se.conv_reduce.out_channels
             shapes |= {"se.conv_reduce": (R, E), "se.conv_expand": (E, R)}
         return dispatch.why_not_fused(
-            x=x, layers=self._layers(), largest=max(E, O), depthwise=(self.kernel_size, self.stride, pad), shapes=shapes
+            x=x,
+            layers=self._layers(),
+            largest=max(E, O),
+            depthwise=(self.kernel_size, self.stride, pad),
+            shapes=shapes,
+            drops=self.drops,
         )
 
     def _layers(self):
@@ -220,7 +227,7 @@ class FusedMBConv(MBConvBase):
         if dispatch.recording(x):
             return self._plain(x, draws)
         self.check_input(x)
-        if (x.is_cpu and dispatch.only_plain_on_cpu()) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
+        if dispatch.only_plain_on_cpu(x) or x.shape[0] == 0 or self.why_not_fused(x) is not None:
             return self._plain(x, draws)
         return self.fused(x, draws)
 
@@ -233,16 +240,21 @@ class FusedMBConv(MBConvBase):
         from effkernels import functional
 
         norm = BatchNormParams.of
+        block = {
+            "expand": (self.conv_pw.weight, norm(self.bn1)) if self.expands else stem,
+            "depthwise": (self.conv_dw.weight, norm(self.depthwise_norm)),
+            "squeeze_excite": SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
+            "project": (self.project_conv.weight, norm(self.project_norm)),
+            "stride": self.stride,
+            "padding": self.padding,
+            "act": self.act,
+            "residual": self.has_residual,
+        }
+        if dispatch.on_onednn(x):  # inference, as the gate said, of layers that fit each other
+            return cpu_inference.mbconv(x, **block)
         return functional.mbconv(
             x=x,
-            expand=(self.conv_pw.weight, norm(self.bn1)) if self.expands else stem,
-            depthwise=(self.conv_dw.weight, norm(self.depthwise_norm)),
-            squeeze_excite=SqueezeExciteParams.of(self.se) if isinstance(self.se, SqueezeExcite) else None,
-            project=(self.project_conv.weight, norm(self.project_norm)),
-            stride=self.stride,
-            padding=self.padding,
-            act=self.act,
-            residual=self.has_residual,
+            **block,
             drop_path=self.drop_path,
             draws=draws if self.has_residual else None,
             training=self.training,

@@ -76,7 +76,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         if dispatch.recording(x):
             return self.forward_reference(x)
         check_activation(x, getattr(self.conv_reduce, "weight", None), getattr(self.conv_reduce, "in_channels", None))
-        if (x.is_cpu and dispatch.only_plain_on_cpu()) or self.why_not_fused(x) is not None:
+        if dispatch.only_plain_on_cpu(x) or self.why_not_fused(x) is not None:
             return self.forward_reference(x)
         from effkernels import functional
 

@@ -16,7 +16,7 @@ def _why_not_fused(x, name, conv, bn, expected=(1, 1, 0)):
     """``dispatch.why_not_fused`` for a convolution that must have ``expected`` kernel size, stride and padding, and its
     BatchNorm.
     """
-    if x.is_cpu and dispatch.only_plain_on_cpu():
+    if dispatch.only_plain_on_cpu(x):
         return "the input is on the CPU"
     if x.shape[0] == 0:
         return "the input is empty"

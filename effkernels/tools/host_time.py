@@ -64,7 +64,7 @@ def measure(name: str, training: bool, images: int, *, repeats: int, planned: bo
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(1)
-        for function, value in (("platform_problem", None), ("only_plain_on_cpu", False)):
+        for function, value in (("platform_problem", None), ("without_triton_on_cpu", False)):
             stack.enter_context(mock.patch.object(dispatch, function, lambda *args, value=value: value))
         if not planned:
             stack.enter_context(mock.patch.object(plans, "possible", lambda: False))

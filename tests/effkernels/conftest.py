@@ -104,7 +104,7 @@ def twins_serve(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(dispatch, "only_plain_on_cpu", lambda: False)
+    monkeypatch.setattr(dispatch, "without_triton_on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "platform_problem", lambda *device: None)
     for name in ("mbconv", "stem", "head"):
         monkeypatch.setattr(functional, name, twin(name))

@@ -23,7 +23,7 @@ def test_warm_up_compiles_all_that_a_step_starts_and_changes_nothing():
         from effkernels import FusedMBConv, dispatch, warm_up
         from effkernels.tools import stand_in_driver
         dispatch.platform_problem = lambda *device: None
-        dispatch.only_plain_on_cpu = lambda: False
+        dispatch.without_triton_on_cpu = lambda: False
         compiled, compile = [], stand_in_driver._compile
         def noting(source, *args, **rest):
             compiled.append(source.fn.__name__)

@@ -1,5 +1,7 @@
 """The gate: every reason for not fusing, told and acted upon; and the package where there is no Triton and no GPU."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -62,9 +64,16 @@ def test_nothing_against_it(gate):
 
 def test_cpu_without_the_interpreter(gate, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert_reason(
-        gate, FusedMBConv(8, 8).eval(), "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)"
+    block, reason = (
+        FusedMBConv(8, 8).eval(),
+        "the input is on the CPU (kernels need an NVIDIA GPU, or TRITON_INTERPRET=1)",
     )
+    assert block.why_not_fused(X) == (
+        "the input is on the CPU, where inference alone is fused: call it under torch.no_grad()"
+    )
+    monkeypatch.setenv("EFFKERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        block(X)
     assert FusedMBConv(8, 8).why_not_fused() is None, "the layers alone are fine"
 
 
@@ -138,7 +147,7 @@ def test_the_short_gate_of_a_cpu_agrees_with_the_whole(gate, monkeypatch, backen
         reason = None
     if backend == " Reference " and interpret in ("1", "On"):
         return  # the reason is there, the short gate leaves it to the whole
-    assert dispatch.only_plain_on_cpu() == (reason is not None)
+    assert dispatch.only_plain_on_cpu(X) == (reason is not None)
 
 
 def test_a_cpu_without_kernels_asks_nothing_of_the_layers(gate, monkeypatch):
@@ -334,7 +343,9 @@ def test_where_triton_is_not_installed():
             block(x).square().sum().backward()
             results.append([p.grad for p in block.parameters()] + list(block.buffers()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-        assert fused.why_not_fused(x) == "Triton is not installed"
+        with torch.no_grad():  # oneDNN's convolutions need no Triton
+            assert fused.eval().why_not_fused(x) is None
+            torch.testing.assert_close(fused(x), plain.eval()(x))
         os.environ["EFFKERNELS_BACKEND"] = "triton"
         try:
             fused(x)

@@ -194,7 +194,7 @@ def test_an_unaligned_pointer_runs_a_kernel_of_its_own():
         from effkernels import FusedMBConv, dispatch
         from effkernels.tools import stand_in_driver
         dispatch.platform_problem = lambda *device: None
-        dispatch.only_plain_on_cpu = lambda: False
+        dispatch.without_triton_on_cpu = lambda: False
         compiled, compile = [], stand_in_driver._compile
         def noting(source, *args, **rest):
             compiled.append((source.fn.__name__, sum(map(bool, source.attrs.values()))))

@@ -135,14 +135,14 @@ class Launches:
     def __enter__(self):
         from effkernels import dispatch
 
-        self._plain, dispatch.only_plain_on_cpu = dispatch.only_plain_on_cpu, lambda: False
+        self._plain, dispatch.without_triton_on_cpu = dispatch.without_triton_on_cpu, lambda: False
         self.launches, _ = self._recorded.__enter__()
         return self
 
     def __exit__(self, *error):
         from effkernels import dispatch
 
-        dispatch.only_plain_on_cpu = self._plain
+        dispatch.without_triton_on_cpu = self._plain
         return self._recorded.__exit__(*error)
 
     def events(self):
