@@ -66,6 +66,11 @@ class DepthwiseConfig:
     warps_per_sm: int = 8
 
     @property
+    def possible(self) -> bool:
+        """Whether its fields go together."""
+        return not self.products or (self.S == 8 and self.TW % 4 == 0)
+
+    @property
     def options(self) -> dict:
         """What Triton is told beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": 1, **register_limit(self.maxnreg)}

@@ -340,7 +340,7 @@ def depthwise_forward(
     sums = fp32(x.device, N, chunks * strips_w if cfg.products else groups, C) if pool else None
     # Columns of a strip that lie inside of every image, so that they need no mask.
     last = (strips_w - 1) * cfg.TW
-    if cfg.products and (cfg.S != 8 or cfg.TW % 4):
+    if not cfg.possible:
         raise ValueError(f"a depthwise configuration with products needs S = 8 and TW a multiple of 4, got {cfg}")
     form = (
         {

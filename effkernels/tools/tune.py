@@ -97,12 +97,15 @@ class Workload:
 
 
 def neighbours(family: str, config: object) -> list:
-    """Configurations that differ from ``config`` in one field, by one step."""
+    """Configurations that differ from ``config`` in one field, by one step. A step passes over values that the other
+    fields do not allow."""
     found = []
     for field, values in FIELDS[family].items():
+        steps = [(v, dataclasses.replace(config, **{field: v})) for v in values]
+        steps = [(v, step) for v, step in steps if getattr(step, "possible", True)]
         value = getattr(config, field)
-        below, above = [v for v in values if v < value], [v for v in values if v > value]
-        found += [dataclasses.replace(config, **{field: v}) for v in (*below[-1:], *above[:1])]
+        below, above = [step for v, step in steps if v < value], [step for v, step in steps if v > value]
+        found += [*below[-1:], *above[:1]]
     return found
 
 

@@ -295,6 +295,16 @@ def test_what_is_written_is_what_is_looked_up(tmp_path, monkeypatch):
     assert rules.depthwise_forward_config(*ARGS, GPU) == dataclasses.replace(rule, TW=rule.TW + 1)
 
 
+def test_steps_pass_over_what_other_fields_do_not_allow():
+    """With products, strips are 8 side by side and a multiple of 4 wide."""
+    config = rules.DepthwiseConfig(BLOCK_C=16, S=8, TW=4, TH=8, stages=2, products=True)
+    found = tune.neighbours("depthwise_forward", config)
+    assert {c.TW for c in found} == {4, 8} and {c.S for c in found} == {8}
+    assert {c.TH for c in found} == {4, 8, 16} and {c.stages for c in found} == {1, 2, 3}
+    free = tune.neighbours("depthwise_forward", dataclasses.replace(config, products=False))
+    assert {c.TW for c in free} == {3, 4, 6} and {c.S for c in free} == {4, 8, 16}
+
+
 def test_fields_of_the_search_exist():
     for family, fields in tune.FIELDS.items():
         rule = getattr(rules, f"{family}_config")
