@@ -421,15 +421,11 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("prologue", [True, False])
-@pytest.mark.parametrize("k, stride, N, H, W, C, pad, dtype", PRODUCTS)
-def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device, scratch, monkeypatch):
-    """Tiles of two rows, walked by two programs."""
+def check_products(k, stride, N, H, W, C, pad, dtype, prologue, device):
     from effkernels.configs.rules import depthwise_forward_config
     from effkernels.kernels.depthwise_forward import depthwise_forward
 
     assert depthwise_forward_config(k, stride, N, H, W, C, dtype, torch.device(device)).products
-    fewer_programs(monkeypatch, 2)
     x, weight = data(k, N, C, H, W, dtype, device)
     bn1, bn2 = norm_vectors(C, device), norm_vectors(C, device)
 
@@ -449,6 +445,21 @@ def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device
     fused = {"y": nchw(y), "pool": pool.double().sum(1), "mean": mean, "var": var}
     assert tiles[0].sum() == N * y.shape[1] * y.shape[2]
     assert_close_to_truth(fused, network(x, weight.to(dtype)), network(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("k, stride, N, H, W, C, pad, dtype", PRODUCTS)
+def test_forward_by_products(k, stride, N, H, W, C, pad, dtype, prologue, device, scratch, monkeypatch):
+    """Tiles of two rows, walked by two programs."""
+    fewer_programs(monkeypatch, 2)
+    check_products(k, stride, N, H, W, C, pad, dtype, prologue, device)
+
+
+@pytest.mark.parametrize("k, stride, N, H, W, C, pad, dtype", PRODUCTS)
+def test_forward_by_products_in_wide_strips(k, stride, N, H, W, C, pad, dtype, device, scratch):
+    """Of 8 columns, as a table may ask for."""
+    with tables.override("depthwise_forward", TW=8, TH=2, stages=2):
+        check_products(k, stride, N, H, W, C, pad, dtype, True, device)
 
 
 @pytest.mark.parametrize("k, stride", [(3, 1), (5, 1), (5, 2)])
