@@ -5,7 +5,7 @@ The first call with some shapes runs as it is written, and compiles. The second 
 starts, with what Triton compiled for it, and every operator of PyTorch, as a ``torch.fx`` graph over the operator's
 tensors. Later calls run that graph's code. A plan serves calls of the same ``key``: the same settings, and tensors of
 the same dtypes, sizes, strides, devices and alignment of their addresses to 16 bytes, all that the choice of
-configuration and Triton's specialisation depend on. Tensors are read where they lie, so nothing goes stale; memory is
+configuration and Triton's specialisation depend on, and of which the same ones are one tensor. Tensors are read where they lie, so nothing goes stale; memory is
 freed where it was read last, as before.
 
 Nothing is recorded or replayed where somebody watches launches or operators, asks for configurations by name, or where
@@ -46,11 +46,13 @@ def key_of(name: str, arguments: tuple) -> tuple | None:
     if not possible() or tables.disturbed() or torch._C._len_torch_dispatch_stack() or common.launches_watched():
         return None
     key: list = [name, common.matmul_precision()]
-    for value in arguments:
+    first: dict[int, int] = {}
+    for i, value in enumerate(arguments):
         if isinstance(value, torch.Tensor):
             if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta:
                 return None
-            key.append((value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16))
+            same = first.setdefault(id(value), i)  # a graph cannot tell two arguments that were one tensor
+            key.append((same, value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16))
         else:
             key.append(tuple(value) if isinstance(value, list) else value)
     return tuple(key)

@@ -139,6 +139,23 @@ def test_what_a_plan_depends_on(replayed):
     assert plans.key_of("other", (memory[:32], 0.5)) != key
 
 
+def test_two_arguments_that_were_one_tensor(replayed):
+    """A block whose BatchNorms share a weight, then one of the same shapes with a weight for each."""
+    torch.manual_seed(0)
+    tied, apart = FusedMBConv(8, 8, 3, 1, 4).eval(), FusedMBConv(8, 8, 3, 1, 4).eval()
+    tied.bn2.weight = tied.bn1.weight
+    with torch.no_grad():
+        apart.bn2.weight.uniform_(2, 3)
+        x = torch.randn(2, 8, 5, 5)
+        wanted = apart(x)
+        plans._plans.clear()
+        for _ in range(3):
+            tied(x)
+        assert replayed
+        for _ in range(3):
+            assert torch.equal(apart(x), wanted)
+
+
 def test_no_plan_where_somebody_watches(replayed):
     from effkernels.configs import tables
 
