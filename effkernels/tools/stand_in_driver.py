@@ -42,6 +42,7 @@ CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return 0; }
 CUresult cuGetErrorString(CUresult e, const char **s) { *s = "the stand-in has no errors"; return 0; }
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { *f = (CUfunction)1; return 0; }
 CUresult cuModuleLoadData(CUmodule *m, const void *i) { *m = (CUmodule)1; return 0; }
+CUresult cuModuleUnload(CUmodule m) { return 0; }
 CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; return 0; }
 CUresult cuPointerGetAttribute(void *v, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)v = p; return 0; }
 """
