@@ -5,8 +5,8 @@ The first call with some shapes runs as it is written, and compiles. The second 
 starts, with what Triton compiled for it, and every operator of PyTorch, as a ``torch.fx`` graph over the operator's
 tensors. Later calls run that graph's code. A plan serves calls of the same ``key``: the same settings, and tensors of
 the same dtypes, sizes, strides, devices and alignment of their addresses to 16 bytes, all that the choice of
-configuration and Triton's specialisation depend on, and of which the same ones are one tensor. Tensors are read where they lie, so nothing goes stale; memory is
-freed where it was read last, as before.
+configuration and Triton's specialisation depend on; and the same arguments are one tensor. Tensors are read where they
+lie, so nothing goes stale; memory is freed where it was read last, as before.
 
 Nothing is recorded or replayed where somebody watches launches or operators, asks for configurations by name, or where
 several processes are normalised together. A call that does what a graph cannot hold is left as it is.
