@@ -33,12 +33,12 @@ TARGETS = {
 }
 # What of tests/effkernels is left out, as no Triton runs in it or none but the default suite's matters: mathematics in
 # PyTorch, how other libraries' modules are read, the gate and its errors, PyTorch's own contract (operators,
-# torch.compile), configurations and their tables, and the machine code of the one Triton that the table in git was made
-# with.
+# torch.compile), inference on a CPU, configurations and their tables, and the machine code of the one Triton that the
+# table in git was made with.
 LEFT_OUT = set(
     "gradcheck geometry convert convert_kernels convert_networks convert_reasons bad_input dispatch faults contract "
     "library counters "
-    "launch tune compile".split()
+    "launch tune compile cpu simulator".split()
 )
 SHARE = "0.25"  # of the property cases
 QUICK = {"activations", "functional", "gate", "weight_gradients"}
