@@ -333,6 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, required=True, help="when to end, whatever is left")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; give it again to go on")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name matches")
+    parser.add_argument(
+        "--cpu", action="store_true", help="inference on the CPU beside other libraries (benchmarks.cpu)"
+    )
     parser.add_argument("--retry", action="store_true", help="also run again what failed or hung before")
     parser.add_argument("--list", action="store_true", help="print the rows in order, and measure nothing")
     args = parser.parse_args(argv)
@@ -345,6 +348,12 @@ def main(argv: list[str] | None = None) -> int:
         re.compile(args.only)
     except re.error as error:
         parser.error(f"--only {args.only!r} is no regular expression: {error}")
+    if args.cpu:
+        from benchmarks import cpu
+
+        args.out.mkdir(parents=True, exist_ok=True)
+        seconds = str(60 * args.minutes / cpu.ROWS / 2)  # about as much goes into building and warming up
+        return cpu.main(["--out", str(args.out / cpu.RESULTS.name), "--seconds", seconds])
     gpu = torch.cuda.is_available()
     todo = jobs(gpu, args.only)
     if args.list:

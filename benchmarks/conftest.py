@@ -6,7 +6,6 @@ A benchmark module names its ``SHAPES``, by model, and its test calls ``gpu_benc
 
 import functools
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 from benchmarks import campaign, libraries, shapes
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, median_interval
 from benchmarks.plan import BATCH
 from benchmarks.rows import CPU_BATCH, rows_of
 from benchmarks.schedule_bytes import step_bytes
@@ -184,14 +183,6 @@ def time_ratio(machine: Machine, step: Callable[[], None], other: Callable[[], N
         ratio = machine.stopwatch.seconds(first) / machine.stopwatch.seconds(second)
         ratios.append(ratio if i % 2 else 1 / ratio)
     return median_interval(ratios)
-
-
-def median_interval(values: list[float]) -> dict:
-    """The median and its 95 % confidence interval, whatever the distribution: by rank, 0.98 sqrt(n) from the middle."""
-    values = sorted(values)
-    ranks = 0.98 * len(values) ** 0.5
-    low, high = max(0, int(len(values) / 2 - ranks)), min(len(values) - 1, int(len(values) / 2 + ranks))
-    return {"median": statistics.median(values), "low": values[low], "high": values[high], "pairs": len(values)}
 
 
 def figures(times: list[float], batch: int, moved: int, copy_bytes_per_s: float) -> dict:

@@ -178,7 +178,7 @@ class VariantRun:
         """What served the call: plain PyTorch, the fused kernels, or the reasons why not them."""
         if not self.fused:
             return "PyTorch"
-        with self.autocast:
+        with self.autocast, torch.set_grad_enabled(self.module.training):
             reasons = {m.why_not_fused(self.x) for m in self.module.modules() if hasattr(m, "why_not_fused")}
         return "; ".join(sorted(f"PyTorch: {reason}" if reason else "fused kernels" for reason in reasons))
 

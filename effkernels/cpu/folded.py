@@ -6,7 +6,7 @@ what they were made of.
 
 At every call the live tensors are compared with that copy, bit by bit. Nothing less is sound: an edit through
 ``.data``, NumPy, shared memory or another library moves no version counter, and a new tensor may lie where an old one
-did. The comparison reads both at the speed of memory; docs/performance.md has what it costs.
+did. The comparison reads both at the speed of memory; docs/benchmarks.md has what it costs.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
 """The functional forms in inference on a CPU: twins of ``effkernels.functional``, which checks their arguments.
 
 Tensors are NCHW in channels_last memory, in the compute dtype (fp32 or bf16). Each convolution is one call of oneDNN
-with its BatchNorm folded in, and the activation, or the residual's sum, done while the output is in registers.
+with its BatchNorm folded in, and the activation, or the residual's sum, done while the output is in registers; or, of
+few pixels and many channels, a product with the weight as it is.
 Squeeze-excite reads the depthwise output once to pool it and scales it in place; its two layers are fp32.
 """
 
@@ -44,6 +45,8 @@ def _convolution(x, layer, *, act, stride=1, padding="symmetric", groups=1, resi
     """``act(BN(conv(x)))``, or ``BN(conv(x)) + residual``; layer: (weight, BatchNormParams)."""
     weight, norm = layer
     k = weight.shape[-1]
+    if k == 1 and x.shape[0] * x.shape[2] * x.shape[3] < weight.shape[1] and weight.dtype == x.dtype:
+        return _product(x, layer, act, residual)
     top, bottom, left, right = conv_pads(*x.shape[2:], k, stride, padding) if k > 1 else (0, 0, 0, 0)
     pads = (top, left)
     if (top, left) != (bottom, right):
@@ -56,6 +59,27 @@ def _convolution(x, layer, *, act, stride=1, padding="symmetric", groups=1, resi
             x, residual, kept.weight, kept.bias, *conv, "add", None, None, [], None
         )
     return torch.ops.mkldnn._convolution_pointwise.default(x, kept.weight, kept.bias, *conv, *ACTIVATIONS[act])
+
+
+def _product(x, layer, act, residual):
+    """``_convolution`` of a 1x1 convolution as a product with the live weight, then BatchNorm and activation.
+
+    With fewer pixels than input channels the weight is the larger tensor: two more passes over the output take less
+    time than reading the weight, its copy and the folded one would, and nothing is kept that could be stale.
+    """
+    weight, norm = layer
+    y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1))
+    z = F.batch_norm(
+        y.flatten(0, 2),
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        weight=norm.weight,
+        bias=norm.bias,
+        training=False,
+        eps=norm.eps,
+    ).view_as(y)
+    z = reference.ACTIVATIONS[act](z).permute(0, 3, 1, 2)
+    return z if residual is None else z.add_(residual)
 
 
 def _gate_in_place(y, se):

@@ -64,6 +64,35 @@ def test_memory_on_a_cpu():
         assert f"| {row['threads']} | {' | '.join(ratios)} | {' | '.join(pairs)} |" in page
 
 
+def test_inference_on_a_cpu():
+    rows = json.loads((ROOT / "benchmarks/results/cpu_inference.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for row in rows:
+        found = row["variants"]
+        line = [f"{row['network'].upper()}, {row['pixels']} pixels", row["dtype"], str(row["batch"])]
+        line += [f"{found['ours']['cpu_ms']:.1f}"]
+        for name in ("ours", "torch.compile, freezing", "accelerate(torchvision)", "accelerate(timm)"):
+            ratio = found.get(name, {}).get("cpu ratio")
+            line.append("{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else "")
+        assert f"| {' | '.join(line)} |" in page, line
+    assert all(row["threads"] == 1 for row in rows) and len(rows) >= 4
+
+
+def test_the_papers_table_4():
+    rows = json.loads((ROOT / "benchmarks/results/paper.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for row in rows:
+        paper, plain = row["paper"], row.get("plain")
+        line = [row["network"].removeprefix("efficientnet_"), str(row["pixels"])]
+        line += [f"{row[key]:g} ({paper[key]:g})" for key in ("parameters_m", "macs_b")]
+        line += [f"{row['measured']['cpu_ms'] / 1e3:.3f}", "" if plain is None else f"{plain['cpu_ms'] / 1e3:.3f}"]
+        line += ["" if paper["seconds"] is None else f"{paper['seconds']:g}"]
+        assert f"| {' | '.join(line)} |" in page, line
+    times = {row["network"]: row["measured"]["cpu_ms"] for row in rows}
+    ratio = times["resnet152"] / times["efficientnet_b1"]
+    assert f"ResNet-152 takes {ratio:.1f} times as long as B1" in words("README.md")
+
+
 def test_accuracy_on_digits():
     runs = json.loads((ROOT / "benchmarks/results/digits.json").read_text(encoding="utf-8"))["seeds"]
     accuracies, seconds = (sorted(run[key] for run in runs.values()) for key in ("accuracy", "cpu_s"))

@@ -167,3 +167,15 @@ def test_bad_input(run, checkpoint, pictures, tmp_path, monkeypatch):  # noqa: F
     assert_one_line(run("predict", "--checkpoint", checkpoint, "-"), "standard input has no path")
     with pytest.raises(InputError, match="must end in .png"):
         ContactSheet("s", lines=1)
+
+
+def test_inference_on_a_cpu_is_fused(run, checkpoint, image_folder, pictures, monkeypatch):
+    """Every convolution of predict and validate is one of oneDNN's fused ones."""
+    from effkernels.cpu import inference
+
+    calls, convolution = [], inference._convolution
+    monkeypatch.setattr(inference, "_convolution", lambda *args, **how: calls.append(1) or convolution(*args, **how))
+    assert rows_of(run("predict", "--checkpoint", checkpoint, "--json", pictures)) and calls
+    predicted = len(calls)
+    code, _, _ = run("validate", "--checkpoint", checkpoint, "--data", f"imagefolder:{image_folder}")
+    assert code == 0 and len(calls) > predicted

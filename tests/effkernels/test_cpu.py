@@ -3,6 +3,7 @@ plain layers run.
 """
 
 import copy
+import gc
 import threading
 import warnings
 
@@ -76,7 +77,12 @@ def test_block(settings, dtype, calls):
     settings = dict(settings)
     torch.manual_seed(0)
     block = randomised(FusedMBConv(8, settings.pop("out", 8), **settings)).to(dtype)
-    for shape, memory_format in (((1, 8, 9, 7), torch.contiguous_format), ((5, 8, 12, 12), torch.channels_last)):
+    few = (1, 8, 4, 5)  # pixels, where 1x1 convolutions are products
+    for shape, memory_format in (
+        ((1, 8, 9, 7), torch.contiguous_format),
+        ((5, 8, 12, 12), torch.channels_last),
+        (few, torch.channels_last),
+    ):
         calls.clear()
         check(block, torch.randn(shape).to(dtype).contiguous(memory_format=memory_format))
         assert len(calls) == 2 + block.expands
@@ -219,12 +225,25 @@ def test_no_change_is_missed(change, calls):
     check(block, x)
 
 
+def test_products_with_few_pixels_are_of_the_live_weights():
+    """Nothing of them is kept; a change of any layer is seen."""
+    block, x = randomised(FusedMBConv(8, 8)), torch.randn(1, 8, 5, 4)
+    gc.collect()
+    before = len(folded._KEPT)
+    with torch.no_grad():
+        first = block(x)
+        assert len(folded._KEPT) == before + 2, "the project convolution has 48 inputs, more than 20 pixels"
+        block.conv_pwl.weight.data.mul_(2)
+        assert not torch.allclose(block(x), first)
+    check(block, x)
+
+
 def test_folded_once_while_nothing_changes(monkeypatch):
     block, x, count = randomised(FusedMBConv(8, 8)), torch.randn(2, 8, 6, 6), []
     fold = folded._fold
     monkeypatch.setattr(folded, "_fold", lambda *args: count.append(1) or fold(*args))
     with torch.no_grad():
-        for size in (6, 6, 9):
+        for size in (7, 7, 9):
             block(torch.randn(1, 8, size, size))
         assert len(count) == 3
         block.bn2.bias.data.add_(1)
@@ -233,10 +252,11 @@ def test_folded_once_while_nothing_changes(monkeypatch):
 
 
 def test_what_is_kept_goes_with_the_weights():
+    gc.collect()
     before = len(folded._KEPT)
     block = FusedMBConv(8, 8).eval()
     with torch.no_grad():
-        block(torch.randn(1, 8, 6, 6))
+        block(torch.randn(2, 8, 6, 6))
         assert len(folded._KEPT) == before + 3
         copied = copy.deepcopy(block)
         assert copied.state_dict().keys() == block.state_dict().keys()
