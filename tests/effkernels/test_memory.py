@@ -251,14 +251,19 @@ def addresses(function, arguments, grid, monkeypatch):
             for i in counts
         )
 
+    def patch_lang(fn, patched=interpreter._patch_lang):
+        scope = patched(fn)
+        tl.range = lambda *bounds, **how: typed_range(*bounds)  # put back with the scope
+        return scope
+
     executor = interpreter.GridExecutor(function.rewrite(), function.arg_names, grid, [])
     with monkeypatch.context() as patch:
         for name, hook in (("create_masked_load", load), ("create_masked_store", store), ("create_atomic_rmw", rmw)):
             patch.setattr(builder, name, hook)
         for module in kernel_modules():
             patch.setitem(vars(module), "range", typed_range)
-        scope = interpreter._patch_lang(executor.fn)
-        tl.range = lambda *bounds, **how: typed_range(*bounds)  # put back with the scope
+        patch.setattr(interpreter, "_patch_lang", patch_lang)  # helpers of kernels call it again
+        scope = patch_lang(executor.fn)
         check_overflow(True)
         try:
             bound = {
