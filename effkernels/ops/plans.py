@@ -12,9 +12,11 @@ Nothing is recorded or replayed where somebody watches launches or operators, as
 several processes are normalised together. A call that does what a graph cannot hold is left as it is.
 """
 
+import contextlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,23 +60,32 @@ def key_of(name: str, arguments: tuple) -> tuple | None:
     return tuple(key)
 
 
-def run(name: str, implementation: Callable, arguments: tuple) -> object:
-    """``implementation(*arguments)``, by its plan where there is one."""
-    key = key_of(name, arguments)
-    plan = _SEEN if key is None else _plans.get(key, "")
-    if plan is None or key is None:
-        return implementation(*arguments)
-    if callable(plan):
-        results, _ = plan(*arguments)
-        return results
-    if plan == _SEEN:
-        results, _plans[key] = _recorded(implementation, arguments)
-        return results
-    if len(_plans) >= MOST:
-        _plans.clear()
-    results = implementation(*arguments)
-    _plans[key] = _SEEN
-    return results
+def kept(key: tuple | None) -> Callable | None:
+    """The plan of this key, if there is one. It takes the operator's arguments and returns (its results, memory that
+    must live until then).
+    """
+    plan = None if key is None else _plans.get(key)
+    return plan if callable(plan) else None
+
+
+@contextlib.contextmanager
+def written_down(key: tuple | None, arguments: tuple) -> Iterator[SimpleNamespace]:
+    """Within: what an operator does becomes the plan of ``key``, if it is done for the second time.
+
+    Yields what must be given the operator's results, as ``results``. What raises is not written down.
+    """
+    call = SimpleNamespace(results=None)
+    known = None if key is None else _plans.get(key, "")
+    if known == _SEEN:
+        with _recording(arguments) as recorder:
+            yield call
+        _plans[key] = recorder.plan(call.results)
+        return
+    yield call
+    if known == "":
+        if len(_plans) >= MOST:
+            _plans.clear()
+        _plans[key] = _SEEN
 
 
 class _Recorder(TorchDispatchMode):
@@ -163,6 +174,18 @@ class _Recorder(TorchDispatchMode):
             return
         self.call(kernel.starter(compiled, grid), tuple(self.pointers(given[name]) for name in names), {}, None)
 
+    def plan(self, results: object) -> Callable | None:
+        """What was written down as a function that returns ``results``, or None where a graph cannot hold it."""
+        found = self.names(results)
+        if self.problem is not None:
+            return None
+        graph = self.graph
+        output = graph.output((found, None))
+        graph.eliminate_dead_code(_has_effects)
+        ((found, _),) = output.args
+        output.args = ((found, _share_memory(graph)),)
+        return torch.fx.GraphModule(torch.nn.Module(), graph).forward
+
 
 def _has_effects(node: torch.fx.Node) -> bool:
     """Whether a call may not be left out though nobody reads its result: launches, and operators that write."""
@@ -211,22 +234,15 @@ def _share_memory(graph: torch.fx.Graph) -> torch.fx.Node | None:
     return memory
 
 
-def _recorded(implementation: Callable, arguments: tuple) -> tuple[object, Callable | None]:
-    """(the results of a call, a plan of it or None)."""
+@contextlib.contextmanager
+def _recording(arguments: tuple) -> Iterator[_Recorder]:
+    """Within: operators and launches of this thread are written down."""
     from effkernels.kernels.common import Kernel
 
     recorder = _Recorder(arguments)
     Kernel.recorder.started, counters.recorder.made = recorder.started, recorder.call
     try:
         with recorder:
-            results = implementation(*arguments)
+            yield recorder
     finally:
         Kernel.recorder.started = counters.recorder.made = None
-    if recorder.problem is not None:
-        return results, None
-    graph = recorder.graph
-    output = graph.output((recorder.names(results), None))
-    graph.eliminate_dead_code(_has_effects)
-    ((kept, _),) = output.args
-    output.args = ((kept, _share_memory(graph)),)
-    return results, torch.fx.GraphModule(torch.nn.Module(), graph).forward

@@ -371,6 +371,7 @@ def sizes(model, x):
 
 def test_reasons_of_who_watches(monkeypatch):
     monkeypatch.setattr(dispatch, "platform_problem", lambda *device: None)
+    monkeypatch.setattr(dispatch, "without_triton_on_cpu", lambda: False)
     block, x = FusedMBConv(8, 8), torch.randn(2, 8, 5, 5)
     assert block.why_not_fused(x) is None
     with FlopCounterMode(display=False):

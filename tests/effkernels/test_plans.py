@@ -176,16 +176,23 @@ def test_a_table_that_changes_forgets_plans(replayed):
     assert not plans._plans
 
 
+def recorded(implementation, arguments):
+    """(the results of a call, a plan of it or None)."""
+    with plans._recording(arguments) as recorder:
+        results = implementation(*arguments)
+    return results, recorder.plan(results)
+
+
 def test_a_tensor_from_outside_makes_no_plan(replayed):
     """What a graph would hold for good is not replayed."""
     outside = torch.ones(3)
     library = torch.library.Library("effkernels_test", "FRAGMENT")
     library.define("twice(Tensor x) -> Tensor")
     library.impl("twice", lambda x: x * 2, "CPU")
-    results, plan = plans._recorded(lambda x: x + outside, (torch.ones(3),))
+    results, plan = recorded(lambda x: x + outside, (torch.ones(3),))
     assert torch.equal(results, torch.full((3,), 2.0)) and plan is None
-    assert plans._recorded(lambda x: torch.ops.effkernels_test.twice(x), (torch.ones(3),))[1] is None
-    results, plan = plans._recorded(lambda x: (x + 1) * 2, (torch.ones(3),))
+    assert recorded(lambda x: torch.ops.effkernels_test.twice(x), (torch.ones(3),))[1] is None
+    results, plan = recorded(lambda x: (x + 1) * 2, (torch.ones(3),))
     assert torch.equal(plan(torch.zeros(3))[0], torch.full((3,), 2.0))
 
 
@@ -194,10 +201,10 @@ def test_a_view_is_of_the_argument_wherever_that_begins(replayed):
         return (x.view(-1)[2:] + 0, x.new_empty(9)[3:].zero_())
 
     memory = torch.arange(40.0)
-    _, plan = plans._recorded(tail, (memory[8:16],))
+    _, plan = recorded(tail, (memory[8:16],))
     found, zeros = plan(memory[16:24])[0]
     assert torch.equal(found, memory[18:24]) and torch.equal(zeros, torch.zeros(6))
-    assert plans._recorded(lambda x: x.as_strided((2,), (1,), 9) + 0, (memory[8:16],))[1] is None
+    assert recorded(lambda x: x.as_strided((2,), (1,), 9) + 0, (memory[8:16],))[1] is None
 
 
 def test_an_unaligned_pointer_runs_a_kernel_of_its_own():
