@@ -47,7 +47,9 @@ def key_of(name: str, arguments: tuple) -> tuple | None:
 
     if not possible() or tables.disturbed() or torch._C._len_torch_dispatch_stack() or common.launches_watched():
         return None
-    key: list = [name, common.matmul_precision()]
+    # Products are cast under autocast.
+    cast = [torch.is_autocast_enabled(on) and torch.get_autocast_dtype(on) for on in ("cpu", "cuda")]
+    key: list = [name, common.matmul_precision(), *cast]
     first: dict[int, int] = {}
     for i, value in enumerate(arguments):
         if isinstance(value, torch.Tensor):
@@ -134,6 +136,8 @@ class _Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.namespace != "aten":
             self.problem = f"{function.namespace} is at work, processes that wait for each other, say"
+        elif function is torch.ops.aten._local_scalar_dense.default:
+            self.problem = "a number is read from a tensor, which may hold another in the next call"
         elif function.overloadpacket.__name__ in _ALLOCATIONS:
             like = {"dtype": result.dtype, "device": result.device}
             size = (tuple(result.shape),) if result.is_contiguous() else (tuple(result.shape), result.stride())

@@ -246,3 +246,12 @@ def test_an_unaligned_pointer_runs_a_kernel_of_its_own():
     aligned = dict(compiled[: counts[0]])  # {kernel: arguments that Triton takes to be divisible by 16}
     for name, divisible in compiled[counts[0] :]:
         assert divisible < aligned[name]
+
+
+def test_autocast_and_numbers_read_from_tensors(replayed):
+    """Products are cast under autocast, so a plan serves one state of it; what ``item`` gave may be another later."""
+    x = (torch.ones(4),)
+    key = plans.key_of("name", x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plans.key_of("name", x) != key
+    assert plans._recorded(lambda x: x * x[0].item(), x)[1] is None
