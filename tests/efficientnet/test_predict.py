@@ -171,8 +171,10 @@ def test_bad_input(run, checkpoint, pictures, tmp_path, monkeypatch):  # noqa: F
 
 def test_inference_on_a_cpu_is_fused(run, checkpoint, image_folder, pictures, monkeypatch):
     """Every convolution of predict and validate is one of oneDNN's fused ones."""
+    from effkernels import dispatch
     from effkernels.cpu import inference
 
+    monkeypatch.setattr(dispatch, "FEWEST_PIXELS", 0)
     calls, convolution = [], inference._convolution
     monkeypatch.setattr(inference, "_convolution", lambda *args, **how: calls.append(1) or convolution(*args, **how))
     assert rows_of(run("predict", "--checkpoint", checkpoint, "--json", pictures)) and calls

@@ -384,3 +384,18 @@ def test_accelerated(library, request, calls):
     model, x = accelerate(randomised(model)), torch.randn(2, 3, 40, 40)
     check(model, x, plain)
     assert calls
+
+
+def test_few_pixels_take_the_plain_layers(calls, monkeypatch):
+    """Their weights weigh more than they do. All images of a batch count."""
+    monkeypatch.setattr(dispatch, "FEWEST_PIXELS", 100)
+    block = randomised(FusedMBConv(8, 8))
+    small, enough = torch.randn(1, 8, 9, 11), torch.randn(2, 8, 5, 10)
+    with torch.no_grad():
+        assert torch.equal(block(small), block.forward_reference(small)) and not calls
+        assert block.why_not_fused(small) == (
+            "the input is on the CPU and has fewer than 100 pixels in all: fusing would not pay"
+        )
+        assert block.why_not_fused(enough) is None
+        block(enough)
+    assert calls
