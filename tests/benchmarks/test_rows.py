@@ -36,7 +36,7 @@ def test_rows_without_a_gpu(tmp_path):
         "benchmarks/test_latency.py",
         "benchmarks/test_model.py",
         "-k",
-        "(192to192 and inference) or (b4 and eager) or (test_latency and b1 and ours)",
+        "(32to16 and inference) or (b4 and eager) or (test_latency and b1 and ours)",
         "--compile-mode=max-autotune",
         f"--benchmark-json={tmp_path}/b.json",
         f"--save-rows={tmp_path}/saved",

@@ -23,7 +23,9 @@ def curves(config, output):
 
 
 def test_b0_on_digits_on_the_cpu(tmp_path, monkeypatch):
-    """B0 on two digits: without a GPU the fused blocks are the reference, so the curves are the same to the bit."""
+    """B0 on two digits: without a GPU training runs the plain layers, so the curves are the same to the bit. Evaluation
+    is fused.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settings = {
         "epochs": 2,
@@ -35,7 +37,8 @@ def test_b0_on_digits_on_the_cpu(tmp_path, monkeypatch):
     }
     config = TrainConfig("digits:0-1", val_fraction=0.3, log_interval=1, device="cpu", **settings)
     (fused, reached), (plain, expected) = curves(config, tmp_path)
-    assert len(fused) == 20 and fused == plain and reached == expected
+    assert len(fused) == 20 and fused == plain
+    assert reached.accuracy == expected.accuracy and reached.loss == pytest.approx(expected.loss, rel=1e-3)
     assert fused[0] == pytest.approx(math.log(2), abs=1e-3) and sum(fused[-5:]) / 5 < 0.55 and reached.accuracy > 0.7
 
 

@@ -146,7 +146,7 @@ def test_dilated_blocks_say_why_they_are_plain(tmp_path):
         assert expected.shape[2:] == (8, 8)
         save_checkpoint(model, tmp_path / "dilated.safetensors")
         loaded = load_checkpoint(None, tmp_path / "dilated.safetensors", fused=False).eval()
-        assert torch.equal(loaded.forward_features(x), expected)
+        torch.testing.assert_close(loaded.forward_features(x), expected)  # the others are fused, on a CPU too
         torch.testing.assert_close(accelerate(loaded).forward_features(x), expected)
 
 

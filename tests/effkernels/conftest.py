@@ -27,14 +27,6 @@ def device(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def small_images_too(monkeypatch):
-    """The fused form of a CPU serves the few pixels that tests have."""
-    from effkernels import dispatch
-
-    monkeypatch.setattr(dispatch, "FEWEST_PIXELS", 0)
-
-
 GUARD = 64  # elements on either side: 128 bytes or more, so that alignment is kept
 
 

@@ -21,7 +21,8 @@ from support.truth import assert_close_to_truth
 
 @pytest.fixture(autouse=True)
 def as_a_user(monkeypatch):
-    """No interpreter, nothing asked for by name."""
+    """No interpreter, nothing asked for by name; few pixels are fused too."""
+    monkeypatch.setattr(dispatch, "FEWEST_PIXELS", 0)
     for name in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
 
